@@ -1,0 +1,33 @@
+"""The ``loomvideo`` command line."""
+
+import sys
+
+import typer
+
+from loomvideo.platform.errors import UserError
+
+app = typer.Typer(
+    name="loomvideo",
+    help="Train, evaluate and run LoomVideo: video generation and editing.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def root() -> None:
+    """Train, evaluate and run LoomVideo: video generation and editing."""
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

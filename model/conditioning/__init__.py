@@ -1,0 +1,1 @@
+"""Frozen networks around the DiT: the MLLM and its inputs."""

@@ -1,0 +1,1 @@
+"""Fused operations with interchangeable back ends."""

@@ -1,0 +1,1 @@
+"""Ray Data graphs: raw media to shards, and evaluation."""

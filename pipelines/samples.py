@@ -1,0 +1,115 @@
+"""The project's sample format: one JSON object a line, one line a sample."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from loomvideo.platform.errors import UserError
+
+Task = Literal["t2i", "t2v", "image_edit", "video_edit", "ref_edit", "mi2v"]
+TASKS: tuple[Task, ...] = get_args(Task)
+EDIT_TASKS: tuple[Task, ...] = ("image_edit", "video_edit", "ref_edit")
+REFERENCE_TASKS: tuple[Task, ...] = ("ref_edit", "mi2v")
+KEY_PATTERN = re.compile(r"[0-9a-zA-Z_-]{1,80}")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training or evaluation sample before any decoding.
+
+    Media paths are relative to the folder of the file that lists the sample, absolute, or fsspec URLs.
+    """
+
+    key: str
+    task: Task
+    dataset: str
+    target: str
+    source: str | None = None
+    references: list[str] = field(default_factory=list)
+    instruction: str | None = None
+    caption: str | None = None
+    licence: str = "unknown"
+    group: str = ""
+    split: Literal["train", "heldout"] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """The prompt: the instruction of an edit, else the caption."""
+        return self.instruction or self.caption or ""
+
+    def validate(self, where: str) -> None:
+        """Check the fields against each other.
+
+        Raises:
+            UserError: naming ``where``, the key and the fix.
+        """
+        if not KEY_PATTERN.fullmatch(self.key):
+            raise UserError(f"{where}: key {self.key!r} must match {KEY_PATTERN.pattern}")
+        if self.task not in TASKS:
+            raise UserError(f"{where}: task {self.task!r} is none of {', '.join(TASKS)}")
+        if self.task in EDIT_TASKS and not self.source:
+            raise UserError(f"{where}: task {self.task} needs `source`")
+        if self.task in REFERENCE_TASKS and not self.references:
+            raise UserError(f"{where}: task {self.task} needs `references`")
+        if self.text == "":
+            raise UserError(f"{where}: set `instruction` or `caption`")
+
+    def assigned_split(self, heldout_fraction: float) -> str:
+        """The split: the given one, else decided by a hash of ``group`` so that no group is in two splits."""
+        if self.split is not None:
+            return self.split
+        digest = hashlib.sha256((self.group or self.key).encode()).digest()
+        return "heldout" if int.from_bytes(digest[:8], "big") / 2**64 < heldout_fraction else "train"
+
+    def to_json(self) -> str:
+        """One JSONL line without fields at their defaults."""
+        values = {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, [], {}, "")}
+        return json.dumps(values, ensure_ascii=False, sort_keys=True)
+
+
+def parse_sample(line: str, where: str) -> Sample:
+    """Parse and check one JSONL line.
+
+    Raises:
+        UserError: naming ``where`` (file and line number), the field and the fix.
+    """
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: invalid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: expected a JSON object")
+    known = {f.name for f in dataclasses.fields(Sample)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise UserError(f"{where}: unknown field {unknown[0]!r}; put it under `extra` (fields: {', '.join(known)})")
+    missing = [name for name in ("key", "task", "dataset", "target") if not values.get(name)]
+    if missing:
+        raise UserError(f"{where}: missing field {missing[0]!r}")
+    sample = Sample(**values)
+    sample.validate(where)
+    return sample
+
+
+def read_jsonl(path: Path) -> Iterator[Sample]:
+    """Samples of a JSONL file, in order, blank lines skipped."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such sample file")
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield parse_sample(line, f"{path}:{number}")
+
+
+def write_jsonl(samples: Iterable[Sample], path: Path) -> None:
+    """Write samples to a JSONL file, through a temporary name."""
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("w", encoding="utf-8") as out:
+        out.writelines(sample.to_json() + "\n" for sample in samples)
+    partial.replace(path)

@@ -1,0 +1,145 @@
+"""Typed job configurations: dataclass schemas, YAML presets and ``section.key=value`` overrides.
+
+A schema is a dataclass whose fields are declared with :func:`option`, so that a key's default and its one-line
+documentation stand in one place and ``--help`` can print both. Values come, later ones winning, from the schema's
+defaults, the preset's YAML file, and the command line.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from loomvideo.platform.errors import UserError
+
+Schema = TypeVar("Schema")
+
+
+def option(default: Any, help: str) -> Any:
+    """Declare a documented configuration key.
+
+    Args:
+        default: The value when nothing overrides it; a dataclass type makes a section, a list or dict is copied.
+        help: One line for ``--help``.
+    """
+    metadata = {"help": help}
+    if dataclasses.is_dataclass(default) and isinstance(default, type):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def split_overrides(arguments: Sequence[str]) -> dict[str, str]:
+    """Split ``key=value`` arguments, in order.
+
+    Raises:
+        UserError: if an argument has no ``=``.
+    """
+    pairs = {}
+    for argument in arguments:
+        key, separator, value = argument.partition("=")
+        if not separator or not key:
+            raise UserError(f"argument {argument!r}: expected section.key=value")
+        pairs[key] = value
+    return pairs
+
+
+def load_config(schema: type[Schema], overrides: Sequence[str] = (), preset_file: Path | None = None) -> Schema:
+    """Build a configuration from a schema, an optional preset file and overrides.
+
+    Args:
+        schema: The dataclass that declares every key.
+        overrides: ``section.key=value`` strings; values are parsed as YAML.
+        preset_file: YAML with any part of the schema's keys.
+
+    Raises:
+        UserError: naming the source, the key and the nearest valid key or the expected type.
+    """
+    config = OmegaConf.structured(schema)
+    if preset_file is not None:
+        if not preset_file.is_file():
+            raise UserError(f"preset file {preset_file}: not found")
+        values = OmegaConf.load(preset_file)
+        for key, value in _leaves(values):
+            _set(config, key, value, source=str(preset_file))
+    for key, text in split_overrides(overrides).items():
+        _set(config, key, _parse(text), source="command line")
+    missing = [key for key, value in _leaves(config) if value == "???"]
+    if missing:
+        raise UserError(f"missing configuration: set {missing[0]}=…")
+    return OmegaConf.to_object(config)
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """The resolved configuration as ``{"section.key": value}``, for experiment tracking."""
+    return dict(_leaves(OmegaConf.structured(config)))
+
+
+def document_keys(schema: type) -> list[tuple[str, str, str]]:
+    """Rows ``(key, default, help)`` for every key of a schema, sections flattened."""
+    return list(_document(schema, ""))
+
+
+def _document(schema: type, prefix: str) -> Iterator[tuple[str, str, str]]:
+    instance = schema()
+    for field in dataclasses.fields(schema):
+        value = getattr(instance, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _document(type(value), f"{prefix}{field.name}.")
+        else:
+            default = "required" if value == "???" else OmegaConf.to_yaml({"v": value})[3:].strip()
+            yield f"{prefix}{field.name}", default.replace("\n", " "), field.metadata.get("help", "")
+
+
+def _parse(text: str) -> Any:
+    # OmegaConf's own YAML loader, so that 1e-4 is a float and on/off are not booleans.
+    return OmegaConf.to_container(OmegaConf.create(f"value: {text}" if text else "value: ''"))["value"]
+
+
+def _leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key in node.keys():  # noqa: SIM118
+        child = "???" if OmegaConf.is_missing(node, key) else node[key]
+        if isinstance(child, DictConfig) and len(child):
+            yield from _leaves(child, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", OmegaConf.to_container(child) if OmegaConf.is_config(child) else child
+
+
+def _set(config: DictConfig, key: str, value: Any, source: str) -> None:
+    node = config
+    *parents, last = key.split(".")
+    for depth, part in enumerate(parents):
+        if not isinstance(node, DictConfig) or part not in node.keys():  # noqa: SIM118 - a missing (???) value is not `in` the node
+            _unknown_key(config, key, source)
+        node = node[part]
+        if not isinstance(node, DictConfig):
+            raise UserError(f"{source}: {'.'.join(parents[: depth + 1])} is a value, not a section (in {key})")
+    open_mapping = not dataclasses.is_dataclass(OmegaConf.get_type(node))
+    if last not in node.keys() and not open_mapping:  # noqa: SIM118
+        _unknown_key(config, key, source)
+    try:
+        OmegaConf.update(config, key, value, merge=True)
+    except (OmegaConfBaseException, ValueError) as error:
+        expected = getattr(node._get_node(last), "_metadata", None)
+        expected_type = getattr(getattr(expected, "ref_type", None), "__name__", "another type")
+        detail = f" ({str(error).splitlines()[0]})" if expected_type == "another type" else ""
+        raise UserError(f"{source}: {key}={value!r} has the wrong type, expected {expected_type}{detail}") from error
+
+
+def _unknown_key(config: DictConfig, key: str, source: str) -> None:
+    valid = [name for name, _ in _leaves(config)]
+    candidates = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    last = key.split(".")[-1]
+    candidates = candidates or [name for name in valid if name.split(".")[-1] == last]
+    hint = f"; did you mean {candidates[0]}?" if candidates else f"; valid keys: {', '.join(valid)}"
+    raise UserError(f"{source}: unknown key {key}{hint}")

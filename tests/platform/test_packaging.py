@@ -1,0 +1,28 @@
+"""The rooms import as loomvideo.*, and never shadow the standard library."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).parents[2]
+
+
+def test_import_platform_from_repo_root_is_the_standard_library():
+    code = "import platform; print(platform.python_version())"
+    out = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == ".".join(map(str, sys.version_info[:3]))
+
+
+def test_platform_room_has_no_init():
+    assert not (REPO / "platform" / "__init__.py").exists()
+
+
+def test_every_package_folder_is_listed():
+    import tomllib
+
+    listed = set(tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    found = {"loomvideo.platform"}
+    for room in ("platform", "model", "pipelines", "jobs"):
+        for init in (REPO / room).rglob("__init__.py"):
+            found.add("loomvideo." + ".".join(init.parent.relative_to(REPO).parts))
+    assert listed == found
