@@ -1,0 +1,62 @@
+# LoomVideo: every target that runs something makes or refreshes .venv first.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PRESET ?= tiny
+RUN ?=
+ARGS ?=
+DATA ?= data/sample
+SHARDS ?= data/shards-$(PRESET)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev lint format test test-fast sample-data shards pretrain finetune-edit evaluate mlflow bench clean
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/.setup: pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; assert sys.version_info >= (3, 11)' 2>/dev/null || { echo "error: Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11"; exit 2; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "error: the venv module is missing; install it with: apt-get install python3-venv"; exit 2; }
+	@rm -f $@ $(VENV)/.setup-dev
+	"$(PYTHON)" -m venv --clear $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.setup-dev: $(VENV)/.setup
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.setup ## make the environment in .venv
+setup-dev: $(VENV)/.setup-dev ## the same with what the tests need
+
+lint: $(VENV)/.setup-dev ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.setup-dev ## let ruff format and fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint ## lint and all tests
+	$(BIN)/pytest
+
+test-fast: lint ## lint and the quick tests
+	$(BIN)/pytest -m 'not slow'
+
+sample-data: $(VENV)/.setup ## make the sample dataset (kept if it is there)
+	$(BIN)/loomvideo data sample output=$(DATA)
+
+shards: sample-data ## encode the sample dataset into shards (kept if they are fresh)
+	$(BIN)/loomvideo data prepare preset=$(PRESET) input=$(DATA)/samples.jsonl output=$(SHARDS)
+
+pretrain: shards ## train on all tasks: PRESET= RUN= ARGS="section.key=value …"
+	$(BIN)/loomvideo pretrain preset=$(PRESET) data.shards=[$(SHARDS)] $(if $(RUN),run=$(RUN)) $(ARGS)
+
+finetune-edit: shards ## continue the newest (or ARGS="from_run=…") pretrain run on the editing tasks
+	$(BIN)/loomvideo finetune-edit preset=$(PRESET) data.shards=[$(SHARDS)] $(if $(RUN),run=$(RUN)) $(ARGS)
+
+mlflow: $(VENV)/.setup ## open the MLflow pages of the local runs on http://localhost:5000
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --port 5000
+
+clean: ## remove build products and caches (never data or runs)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
