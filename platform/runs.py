@@ -1,0 +1,78 @@
+"""Run folders: ``runs/<job>/<run name>/`` with the resolved configuration, logs and ``result.json``."""
+
+import datetime
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from loomvideo.platform.errors import UserError
+
+RUN_NAME = re.compile(r"[0-9a-zA-Z][0-9a-zA-Z._-]{0,62}")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's folder; the same job and name always give the same folder, which is what makes a run resumable."""
+
+    root: Path
+    job: str
+    name: str
+
+    @classmethod
+    def open(cls, root: str | Path, job: str, name: str | None = None) -> "RunFolder":
+        """Create or reopen a run's folder; without a name, a new one from the time of day.
+
+        Raises:
+            UserError: if the name cannot be a folder and experiment name.
+        """
+        name = name or datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        if not RUN_NAME.fullmatch(name):
+            raise UserError(f"run={name!r}: use letters, digits, '.', '_' and '-', at most 63 characters")
+        folder = cls(Path(root).absolute(), job, name)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @classmethod
+    def newest(cls, root: str | Path, job: str) -> "RunFolder | None":
+        """The run of a job that finished last (the one whose ``result.json`` is newest)."""
+        results = sorted(Path(root).absolute().glob(f"{job}/*/result.json"), key=lambda path: path.stat().st_mtime)
+        return cls(Path(root).absolute(), job, results[-1].parent.name) if results else None
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self.root / self.job / self.name
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of the folder, or None when there is none."""
+        path = self.path / name
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def write_json(self, name: str, values: dict[str, Any]) -> Path:
+        """Write a JSON file of the folder through a temporary name."""
+        return self.write_text(name, json.dumps(values, indent=2, sort_keys=True, default=str) + "\n")
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a text file of the folder through a temporary name."""
+        path = self.path / name
+        partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        partial.write_text(text)
+        partial.replace(path)
+        return path
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write ``result.json`` and print it as a short table."""
+        path = self.write_json("result.json", result)
+        table = Table(title=f"{self.job} {self.name}", show_header=False)
+        for key, value in result.items():
+            if not isinstance(value, (dict, list)):
+                table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+        console = Console()
+        console.print(table)
+        console.print(f"result: {path}", soft_wrap=True)
