@@ -1,0 +1,126 @@
+"""What a job tells the training loop: how to build the model and how to turn samples into a loss.
+
+The loop owns order, packing, sharding, optimisation, checkpoints and reporting; a recipe owns everything that knows
+what a sample is. A recipe is built once on every worker from a picklable factory, and its methods must be deterministic
+functions of their arguments: all randomness comes from :class:`~loomvideo.platform.training.randomness.SampleRandom`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from loomvideo.platform.training.randomness import SampleRandom
+
+
+class TrainingDataset(Protocol):
+    """What the loop reads: ``platform.shards.ShardDataset`` is one."""
+
+    index: Any
+    """``pyarrow.Table``, one row a sample, with ``key, task, dataset, split`` and what the recipe reads."""
+    digest: str
+    """Hash of the dataset's manifest, kept in checkpoints and tracking."""
+
+    def read(self, row: int) -> Any:
+        """The sample of one row."""
+        ...
+
+
+class Pack(Protocol):
+    """Whole samples collated into one sequence."""
+
+    keys: Sequence[str]
+    num_tokens: int
+    num_loss_elements: int
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Pack":
+        """The pack on a device, activations in ``dtype``."""
+        ...
+
+
+@dataclass
+class LossOutput:
+    """The loss of one pack, as sums, so that the loop can divide by the elements of all ranks.
+
+    Attributes:
+        sum: 0-dim float32 with graph: the loss summed over all elements of the pack.
+        per_sample_sum: [S] the same, detached, by sample.
+        per_sample_elements: [S] number of elements by sample.
+        tags: One mapping a sample; the loop reports the mean loss by (name, value), e.g. ``{"task": "t2v"}``.
+    """
+
+    sum: torch.Tensor
+    per_sample_sum: torch.Tensor
+    per_sample_elements: torch.Tensor
+    tags: Sequence[Mapping[str, str]] = field(default_factory=list)
+
+
+Example = TypeVar("Example")
+
+
+class Recipe(Protocol[Example]):
+    """One kind of training. Subclass :class:`BaseRecipe` to inherit the optional parts."""
+
+    def build_model(self) -> nn.Module:
+        """The model in float32 on the CPU, weights loaded; the same on every rank.
+
+        Every parameter must be used inside the ``forward`` of the module that owns it, reached through ``__call__``:
+        that is where ZeRO-3 gathers it. ``loss`` calls the model once a pack.
+        """
+        ...
+
+    def sample_tokens(self, index: Any) -> Sequence[int]:
+        """Tokens a pack spends on each row of a dataset's index [num_rows]; the length of self-attention."""
+        ...
+
+    def load_example(self, dataset_index: int, row: Mapping[str, Any], sample: Any, random: SampleRandom) -> Example:
+        """One training example from a stored sample, on a CPU loader thread.
+
+        Args:
+            dataset_index: Which of the run's datasets.
+            row: The sample's row of the index.
+            sample: What ``TrainingDataset.read`` gave.
+            random: The sample's draws for this visit.
+        """
+        ...
+
+    def collate(self, examples: Sequence[Example]) -> Pack:
+        """A pack of the examples, on a CPU loader thread."""
+        ...
+
+    def loss(self, model: nn.Module, pack: Pack) -> LossOutput:
+        """Forward pass and loss of one pack on the training device."""
+        ...
+
+    def flops(self, pack: Pack) -> float:
+        """Floating-point operations of forward and backward for a pack without recomputation."""
+        ...
+
+
+class BaseRecipe:
+    """Defaults of the optional parts of a recipe."""
+
+    def sample_tokens(self, index: Any) -> Sequence[int]:
+        """The index's ``dit_tokens`` column."""
+        return index.column("dit_tokens").to_numpy()
+
+    def flops(self, pack: Pack) -> float:
+        """Unknown: no MFU is reported."""
+        return 0.0
+
+    def layers(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The repeated blocks, in order: units of parameter gathering, activation checkpointing and compilation."""
+        return []
+
+    def load_validation_example(
+        self, dataset_index: int, row: Mapping[str, Any], sample: Any, random: SampleRandom, level: float
+    ) -> Any:
+        """Like ``load_example`` at a fixed noise level in (0, 1) without dropout; goes through collate and loss."""
+        raise NotImplementedError(f"{type(self).__name__} has no load_validation_example")
+
+    def export(self, state: Mapping[str, torch.Tensor], folder: Path) -> None:
+        """Write a full float32 state dict as a weights folder; ``state[name]`` reads one parameter at a time."""
+        raise NotImplementedError(f"{type(self).__name__} has no export")
