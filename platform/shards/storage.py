@@ -1,0 +1,192 @@
+"""A dataset folder on local disk or any fsspec file system, with all-or-nothing writes and range reads."""
+
+import os
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import fsspec
+
+from loomvideo.platform.errors import UserError
+
+_MAX_OPEN_FILES = 64
+
+
+class Storage:
+    """Files under one folder; paths are relative to it and use ``/``.
+
+    A write becomes visible under its final name only when complete: local files are written beside their
+    destination, synced and renamed; objects are spooled to local disk and uploaded whole.
+    """
+
+    def __init__(self, url: str | Path):
+        self.url = str(url).rstrip("/")
+        try:
+            self.fs, self.root = fsspec.url_to_fs(self.url)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"{self.url}: cannot open this kind of storage ({error})") from error
+        self.root = self.root.rstrip("/")
+        self.is_local = "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
+        self._open_files: OrderedDict[str, int] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict:
+        return {"url": self.url}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(state["url"])
+
+    def full_path(self, path: str) -> str:
+        """The file system's own name of ``path``."""
+        return f"{self.root}/{path}" if path else self.root
+
+    def exists(self, path: str) -> bool:
+        """Whether a file of that name is complete and present."""
+        return self.fs.exists(self.full_path(path))
+
+    def size(self, path: str) -> int | None:
+        """Size in bytes, None when absent."""
+        try:
+            return self.fs.info(self.full_path(path))["size"]
+        except FileNotFoundError:
+            return None
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the files in ``folder``, sorted; empty when it does not exist. Temporaries are left out."""
+        self.fs.invalidate_cache(self.full_path(folder))
+        try:
+            entries = self.fs.ls(self.full_path(folder), detail=True)
+        except FileNotFoundError:
+            return []
+        names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file")
+        return sorted(name for name in names if name and not _is_temporary(name))
+
+    def read_bytes(self, path: str) -> bytes:
+        """The whole file.
+
+        Raises:
+            UserError: if it does not exist.
+        """
+        try:
+            return self.fs.cat_file(self.full_path(path))
+        except FileNotFoundError as error:
+            raise UserError(f"{self.url}/{path}: no such file") from error
+
+    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytearray]:
+        """Read ``(start, size)`` ranges of one file; thread-safe.
+
+        Raises:
+            UserError: if the file is missing or ends before a range does.
+        """
+        if self.is_local:
+            parts = [self._read_local(path, start, size) for start, size in ranges]
+        else:
+            name = self.full_path(path)
+            parts = self.fs.cat_ranges(
+                [name] * len(ranges), [s for s, _ in ranges], [s + n for s, n in ranges], on_error="raise"
+            )
+            parts = [bytearray(part) for part in parts]
+        for part, (start, size) in zip(parts, ranges, strict=True):
+            if len(part) != size:
+                raise UserError(f"{self.url}/{path}: wanted {size} bytes at {start}, file gave {len(part)}")
+        return parts
+
+    def _read_local(self, path: str, start: int, size: int) -> bytearray:
+        buffer = bytearray(size)
+        view, done = memoryview(buffer), 0
+        descriptor = self._duplicate_descriptor(path)
+        try:
+            while done < size:
+                count = os.preadv(descriptor, [view[done:]], start + done)
+                if count == 0:
+                    break
+                done += count
+        finally:
+            os.close(descriptor)
+        view.release()
+        del buffer[done:]
+        return buffer
+
+    def _duplicate_descriptor(self, path: str) -> int:
+        # A duplicate, so that an eviction by another thread cannot close the file under a read.
+        with self._lock:
+            if path not in self._open_files:
+                try:
+                    self._open_files[path] = os.open(self.full_path(path), os.O_RDONLY)
+                except FileNotFoundError as error:
+                    raise UserError(f"{self.url}/{path}: no such file") from error
+                if len(self._open_files) > _MAX_OPEN_FILES:
+                    os.close(self._open_files.popitem(last=False)[1])
+            self._open_files.move_to_end(path)
+            return os.dup(self._open_files[path])
+
+    def close(self) -> None:
+        """Close cached file descriptors."""
+        with self._lock:
+            for descriptor in self._open_files.values():
+                os.close(descriptor)
+            self._open_files.clear()
+
+    @contextmanager
+    def staged(self, path: str) -> Iterator[Path]:
+        """A local file to write; published as ``path`` when the block ends well, removed when it raises."""
+        destination = self.full_path(path)
+        if self.is_local:
+            folder, name = os.path.split(destination)
+            os.makedirs(folder, exist_ok=True)
+            temporary = Path(folder) / f".{name}.tmp-{os.getpid()}-{threading.get_ident()}"
+            try:
+                yield temporary
+                _sync(temporary)
+                os.replace(temporary, destination)
+                _sync(Path(folder))
+            finally:
+                temporary.unlink(missing_ok=True)
+            return
+        with tempfile.TemporaryDirectory(prefix="loomvideo-") as folder:
+            temporary = Path(folder) / "object"
+            yield temporary
+            self.fs.put_file(str(temporary), destination)
+            self.fs.invalidate_cache()
+            size = self.fs.info(destination)["size"]
+            if size != temporary.stat().st_size:
+                raise OSError(f"{self.url}/{path}: uploaded {temporary.stat().st_size} bytes, storage holds {size}")
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        """Write a small file, all or nothing."""
+        with self.staged(path) as file:
+            file.write_bytes(data)
+
+    def delete(self, path: str) -> None:
+        """Remove a file if it is there."""
+        with self._lock:
+            descriptor = self._open_files.pop(path, None)
+        if descriptor is not None:
+            os.close(descriptor)
+        if self.exists(path):
+            self.fs.rm_file(self.full_path(path))
+            self.fs.invalidate_cache()
+
+    def remove_temporaries(self, folder: str) -> int:
+        """Delete what killed writers left in ``folder``; returns how many files."""
+        if not self.is_local or not os.path.isdir(self.full_path(folder)):
+            return 0
+        left = [entry for entry in Path(self.full_path(folder)).iterdir() if _is_temporary(entry.name)]
+        for entry in left:
+            entry.unlink(missing_ok=True)
+        return len(left)
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(".") and ".tmp-" in name
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

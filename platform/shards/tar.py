@@ -1,0 +1,58 @@
+"""Reproducible USTAR archives, written member by member without holding a shard, or a copy of a member, in memory."""
+
+import hashlib
+import tarfile
+from collections.abc import Iterable
+from typing import BinaryIO
+
+BLOCK_BYTES = tarfile.BLOCKSIZE
+
+
+class TarWriter:
+    """Appends members to a stream and keeps its SHA-256.
+
+    Owner, mode and time are constants, so that equal content makes equal bytes.
+    """
+
+    def __init__(self, out: BinaryIO):
+        self._out = out
+        self._hash = hashlib.sha256()
+        self.num_bytes = 0
+
+    def add(self, name: str, chunks: Iterable[bytes | memoryview], num_bytes: int) -> int:
+        """Append a member from its chunks.
+
+        Args:
+            name: At most 100 bytes, so that every reader sees it whole in the header.
+            chunks: The content in order.
+            num_bytes: Its total size, below 8 GiB (the USTAR limit).
+
+        Returns:
+            The offset of the content in the archive.
+
+        Raises:
+            ValueError: if the name does not fit or the chunks do not add up to ``num_bytes``.
+        """
+        if len(name.encode()) > 100:
+            raise ValueError(f"tar member name longer than 100 bytes: {name}")
+        member = tarfile.TarInfo(name)
+        member.size, member.mode, member.mtime = num_bytes, 0o644, 0
+        self._write(member.tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict"))
+        offset = self.num_bytes
+        for chunk in chunks:
+            self._write(chunk)
+        if self.num_bytes - offset != num_bytes:
+            raise ValueError(f"{name}: {self.num_bytes - offset} bytes written, {num_bytes} announced")
+        self._write(bytes(-num_bytes % BLOCK_BYTES))
+        return offset
+
+    def finish(self) -> str:
+        """Write the end of the archive and return the SHA-256 of all of it as hex."""
+        self._write(bytes(2 * BLOCK_BYTES))
+        self._write(bytes(-self.num_bytes % tarfile.RECORDSIZE))
+        return self._hash.hexdigest()
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._out.write(data)
+        self._hash.update(data)
+        self.num_bytes += memoryview(data).nbytes

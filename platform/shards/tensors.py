@@ -1,0 +1,83 @@
+"""The safetensors format on byte ranges: written from tensor memory without a copy, read one tensor at a time.
+
+The ``safetensors`` library reads what this writes and the reverse; it is not used here because it copies every tensor
+into one buffer when saving and cannot open a file at an offset inside a tar.
+"""
+
+import json
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+HEADER_SIZE_BYTES = 8
+
+
+def serialized(tensors: Mapping[str, Tensor]) -> tuple[list[bytes | memoryview], int]:
+    """The file content of ``tensors`` as chunks that share the tensors' memory, and its size in bytes.
+
+    The order is fixed (largest element first, then name) and equal tensors give equal bytes.
+
+    Raises:
+        TypeError: for a dtype that safetensors does not know.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NAMES:
+            raise TypeError(f"tensor {name!r}: safetensors has no dtype {tensor.dtype}")
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header, position, data = {}, 0, []
+    for name in names:
+        tensor = tensors[name].detach().cpu().contiguous()
+        num_bytes = tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + num_bytes],
+        }
+        position += num_bytes
+        if num_bytes:
+            data.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(HEADER_SIZE_BYTES, "little") + text
+    return [head, *data], len(head) + position
+
+
+def parse_header(text: bytes | bytearray) -> dict[str, dict]:
+    """``{name: {dtype, shape, data_offsets}}`` from the JSON part of a file; offsets count from its end."""
+    header = json.loads(bytes(text))
+    header.pop("__metadata__", None)
+    return header
+
+
+def tensor_from(entry: Mapping, data: bytearray) -> Tensor:
+    """A tensor that owns ``data``, the bytes of one header entry."""
+    dtype = _DTYPES[entry["dtype"]]
+    if not data:
+        return torch.empty(entry["shape"], dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).reshape(entry["shape"])
+
+
+def parse(data: bytearray | bytes) -> dict[str, Tensor]:
+    """All tensors of a file in memory."""
+    start = HEADER_SIZE_BYTES + int.from_bytes(data[:HEADER_SIZE_BYTES], "little")
+    header = parse_header(data[HEADER_SIZE_BYTES:start])
+    return {
+        name: tensor_from(entry, bytearray(data[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]]))
+        for name, entry in header.items()
+    }
