@@ -1,0 +1,358 @@
+"""The LoomVideo diffusion transformer: Wan blocks over packed samples, conditioned layer by layer on an MLLM.
+
+Notable features:
+- samples of any size in one sequence; no padding, no per-token modulation (rows indexed by segment instead)
+- Deepstack: block i attends to the hidden states of its own MLLM layer, through one shared embedder
+- Scale-and-Add: the source's patches are added to the noised ones, scaled by t, in one matrix product
+- reference images as extra tokens at negative temporal positions, with zero timestep modulation
+- parameter names are the published checkpoint's
+
+Every parameter is used inside its own module's ``forward``, reached by ``__call__``: ZeRO-3 gathers parameters by
+module hooks. Fused operations that read the parameters of two modules run inside both (see :class:`Lent`).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loomvideo.model import kernels
+from loomvideo.model.attention import AttentionPlan, segment_attention
+from loomvideo.model.config import DiTConfig
+from loomvideo.model.packing import PackedBatch
+
+Context = Tensor | tuple[Tensor, Tensor]
+"""What a block attends to: embedded MLLM states [tokens, dim], or their keys and values [tokens, heads, head dim]."""
+
+
+class Lent(nn.Module):
+    """A weight (and bias) that a fused operation borrows while this module's ``forward`` runs."""
+
+    def __init__(self, *shape: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(shape))
+        self.bias = nn.Parameter(torch.zeros(shape[0])) if bias else None
+
+    def forward(self, function: Callable[..., Any], *tensors: Tensor) -> Any:
+        """``function(weight, bias, *tensors)``; without a bias ``function(weight, *tensors)``."""
+        parameters = (self.weight,) if self.bias is None else (self.weight, self.bias)
+        return function(*parameters, *tensors)
+
+
+class SelfAttention(nn.Module):
+    """Attention inside each sample, over its video and reference tokens."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        dim = config.inner_dim
+        self.num_heads, self.eps, self.theta = config.num_attention_heads, config.eps, config.rope_theta
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.norm_q = Lent(dim)
+        self.norm_k = Lent(dim)
+
+    def forward(self, x: Tensor, positions: Tensor, plan: AttentionPlan, backend: str) -> Tensor:
+        """[tokens, dim] to [tokens, dim]."""
+
+        def norm_rope(q_weight: Tensor, k_weight: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+            return kernels.qk_norm_rope(q, k, q_weight, k_weight, positions, self.num_heads, self.eps, self.theta)
+
+        q, k = self.norm_q(
+            lambda q_weight, q, k: self.norm_k(lambda k_weight, q, k: norm_rope(q_weight, k_weight, q, k), q, k),
+            self.to_q(x),
+            self.to_k(x),
+        )
+        heads = (tensor.unflatten(-1, (self.num_heads, -1)) for tensor in (q, k, self.to_v(x)))
+        return self.to_out[0](segment_attention(*heads, plan, backend).flatten(1))
+
+
+class CrossAttention(nn.Module):
+    """Attention of each sample's tokens to its own MLLM tokens."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        dim = config.inner_dim
+        self.num_heads, self.eps = config.num_attention_heads, config.eps
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.norm_q = Lent(dim)
+        self.norm_k = Lent(dim)
+
+    def forward(self, x: Tensor, context: Context, plan: AttentionPlan, backend: str) -> Tensor:
+        """[tokens, dim] to [tokens, dim]."""
+        key, value = self.keys_values(context) if isinstance(context, Tensor) else context
+        query = self.norm_q(self._rms_norm, self.to_q(x)).unflatten(-1, (self.num_heads, -1))
+        return self.to_out[0](segment_attention(query, key, value, plan, backend).flatten(1))
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [MLLM tokens, heads, head dim] of embedded states; the same at every denoising step."""
+        key, value = self.norm_k(self._rms_norm, self.to_k(context)), self.to_v(context)
+        return key.unflatten(-1, (self.num_heads, -1)), value.unflatten(-1, (self.num_heads, -1))
+
+    def _rms_norm(self, weight: Tensor, x: Tensor) -> Tensor:
+        return kernels.rms_norm(x, weight, self.eps)
+
+
+class GELUProjection(nn.Module):
+    """Linear layer and tanh-approximated GELU."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(in_features, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[tokens, in] to [tokens, out]."""
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """Two linear layers; ``net.1`` stands where the published model has a dropout of zero."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        up = GELUProjection(config.inner_dim, config.ffn_dim)
+        self.net = nn.ModuleList([up, nn.Identity(), nn.Linear(config.ffn_dim, config.inner_dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[tokens, dim] to [tokens, dim]."""
+        return self.net[2](self.net[0](x))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention and feed-forward, modulated by the timestep."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.attn1 = SelfAttention(config)
+        self.attn2 = CrossAttention(config)
+        self.norm2 = Lent(config.inner_dim, bias=True)
+        self.ffn = FeedForward(config)
+        self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, config.inner_dim))
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Context,
+        modulation: Tensor,
+        row_ids: Tensor,
+        positions: Tensor,
+        self_plan: AttentionPlan,
+        cross_plan: AttentionPlan,
+        backend: str,
+    ) -> Tensor:
+        """One block.
+
+        Args:
+            x: [tokens, dim].
+            context: See :data:`Context`.
+            modulation: Timestep part of shift, scale and gate, before and after cross-attention:
+                fp32 [6, samples + 1, dim], the last row zero for reference tokens.
+            row_ids: int32 [tokens], each token's row of ``modulation``.
+            positions: int32 [tokens, 3].
+            self_plan: Segments of self-attention.
+            cross_plan: Segments of cross-attention.
+            backend: Attention back end.
+        """
+        rows = modulation + self.scale_shift_table.to(modulation.dtype).transpose(0, 1)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows.unbind(0)
+
+        def residual_norm2(weight: Tensor, bias: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            return kernels.residual_norm(x, y, gate, bias, weight, row_ids, self.eps, affine=True)
+
+        normed = kernels.layer_norm_modulate(x, shift, scale, row_ids, self.eps)
+        attended = self.attn1(normed, positions, self_plan, backend)
+        x, normed = self.norm2(residual_norm2, x, attended)
+        attended = self.attn2(normed, context, cross_plan, backend)
+        x, normed = kernels.residual_norm(x, attended, None, ffn_shift, ffn_scale, row_ids, self.eps)
+        return kernels.gated_residual(x, self.ffn(normed), ffn_gate, row_ids)
+
+
+class TwoLinear(nn.Module):
+    """Two linear layers with an activation between them."""
+
+    def __init__(self, in_features: int, hidden: int, out_features: int, activation: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.activation = activation
+        self.linear_1 = nn.Linear(in_features, hidden)
+        self.linear_2 = nn.Linear(hidden, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        return self.linear_2(self.activation(self.linear_1(x)))
+
+
+class TimeEmbedder(nn.Module):
+    """Timesteps to modulation."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.freq_dim = config.freq_dim
+        self.time_embedder = TwoLinear(config.freq_dim, config.inner_dim, config.inner_dim, F.silu)
+        self.time_proj = nn.Linear(config.inner_dim, 6 * config.inner_dim)
+
+    def forward(self, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """fp32 [samples] to the embedding [samples, dim] and the blocks' modulation [samples, 6, dim]."""
+        embedding = self.time_embedder(timestep_frequencies(timesteps, self.freq_dim).to(dtype))
+        return embedding, self.time_proj(F.silu(embedding)).unflatten(-1, (6, -1))
+
+
+class MLLMEmbedder(TwoLinear):
+    """Hidden states of any MLLM layer to the transformer's width."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        gelu = nn.GELU(approximate="tanh")
+        super().__init__(config.mllm_dim, config.mllm_hidden_dim, config.inner_dim, gelu)
+        self.norm = Lent(config.mllm_dim)
+        self.eps = config.eps
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[tokens, mllm dim] to [tokens, dim]."""
+        return super().forward(self.norm(lambda weight, x: kernels.rms_norm(x, weight, self.eps), states))
+
+
+class LoomVideoDiT(nn.Module):
+    """The velocity field of LoomVideo.
+
+    Args:
+        config: Sizes.
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, patch = config.inner_dim, config.patch_size
+        self.patch_embedding = Lent(dim, config.in_channels, *patch, bias=True)
+        if config.use_source_embedding:
+            self.source_patch_embedding = Lent(dim, config.in_channels, *patch, bias=True)
+        self.condition_embedder = TimeEmbedder(config)
+        self.mllm_embedder = MLLMEmbedder(config)
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
+        self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, dim))
+        self.proj_out = nn.Linear(dim, config.out_patch_dim)
+        self.attention_backend = "auto"
+        if not self.scale_shift_table.is_meta:
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Start from scratch: Wan's initialisation, and zeros where LoomVideo starts from Wan's function.
+
+        The embedder's last layer and the source embedding are zero, so that neither changes a pretrained Wan.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, Lent):
+                nn.init.ones_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for embedding in (self.condition_embedder.time_embedder.linear_1, self.condition_embedder.time_embedder.linear_2):
+            nn.init.normal_(embedding.weight, std=0.02, generator=generator)
+        patch_weight = self.patch_embedding.weight
+        bound = math.sqrt(6 / (self.config.inner_dim + self.config.patch_dim))
+        nn.init.uniform_(patch_weight, -bound, bound, generator=generator)
+        for table in [self.scale_shift_table, *(block.scale_shift_table for block in self.blocks)]:
+            nn.init.normal_(table, std=self.config.inner_dim**-0.5, generator=generator)
+        nn.init.zeros_(self.proj_out.weight)
+        self.init_conditioning(generator)
+
+    @torch.no_grad()
+    def init_conditioning(self, generator: torch.Generator | None = None) -> None:
+        """Initialise what a Wan checkpoint lacks: the MLLM embedder and the source embedding."""
+        embedder = self.mllm_embedder
+        nn.init.ones_(embedder.norm.weight)
+        nn.init.xavier_uniform_(embedder.linear_1.weight, generator=generator)
+        for parameter in (embedder.linear_1.bias, embedder.linear_2.weight, embedder.linear_2.bias):
+            nn.init.zeros_(parameter)
+        if self.config.use_source_embedding:
+            nn.init.zeros_(self.source_patch_embedding.weight)
+            nn.init.zeros_(self.source_patch_embedding.bias)
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        contexts: Sequence[Context] | None = None,
+        time: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Velocity of every video patch.
+
+        Args:
+            batch: Packed samples, on the model's device and in its dtype.
+            contexts: :meth:`keys_values` of ``batch.mllm_states``, where they are kept over denoising steps.
+            time: :meth:`embed_time` of ``batch.timesteps``, likewise.
+
+        Returns:
+            [video tokens, patch dim] in the order of ``batch.pack_targets``; see ``batch.unpack``.
+        """
+        x = self._embed_patches(batch)
+        embedding, modulation = self.embed_time(batch.timesteps, x.dtype) if time is None else time
+        for index, block in enumerate(self.blocks):
+            context = self.mllm_embedder(batch.mllm_states[index]) if contexts is None else contexts[index]
+            x = block(
+                x,
+                context,
+                modulation,
+                batch.row_ids,
+                batch.positions,
+                batch.self_plan,
+                batch.cross_plan,
+                self.attention_backend,
+            )
+        if batch.video_index is not None:
+            x = x.index_select(0, batch.video_index)
+        shift, scale = (self.scale_shift_table.to(modulation.dtype) + embedding[:, None].to(modulation.dtype)).unbind(1)
+        return self.proj_out(kernels.layer_norm_modulate(x, shift, scale, batch.video_row_ids, self.config.eps))
+
+    def embed_time(self, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Embed timesteps fp32 [samples].
+
+        Returns:
+            The embedding [samples, dim] for the output norm, and the blocks' rows fp32 [6, samples + 1, dim], whose
+            last one is the reference tokens'.
+        """
+        embedding, modulation = self.condition_embedder(timesteps, dtype)
+        rows = modulation.to(torch.promote_types(dtype, torch.float32)).transpose(0, 1)
+        return embedding, F.pad(rows, (0, 0, 0, 1))
+
+    def keys_values(self, mllm_states: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Cross-attention keys and values of every block for [layers, tokens, mllm dim]."""
+        pairs = zip(self.blocks, mllm_states, strict=True)
+        return [block.attn2.keys_values(self.mllm_embedder(states)) for block, states in pairs]
+
+    def _embed_patches(self, batch: PackedBatch) -> Tensor:
+        if not self.config.use_source_embedding:
+            return self.patch_embedding(lambda weight, bias, x: F.linear(x, weight.flatten(1), bias), batch.patches)
+
+        def scale_and_add(weight: Tensor, bias: Tensor, x: Tensor, source: Tensor) -> Tensor:
+            return self.source_patch_embedding(
+                lambda source_weight, source_bias, x, source: kernels.scale_and_add(
+                    x,
+                    source,
+                    batch.source_scale,
+                    batch.row_ids,
+                    weight.flatten(1),
+                    bias,
+                    source_weight.flatten(1),
+                    source_bias,
+                ),
+                x,
+                source,
+            )
+
+        return self.patch_embedding(scale_and_add, batch.patches, batch.source_patches)
+
+
+def timestep_frequencies(timesteps: Tensor, dim: int) -> Tensor:
+    """Cosines and sines of fp32 timesteps [samples] at ``dim / 2`` frequencies: fp32 [samples, dim]."""
+    exponents = -math.log(10000) * torch.arange(dim // 2, dtype=torch.float32, device=timesteps.device) / (dim // 2)
+    angles = timesteps[:, None].float() * torch.exp(exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
