@@ -247,6 +247,7 @@ class LoomVideoDiT(nn.Module):
 
         The embedder's last layer and the source embedding are zero, so that neither changes a pretrained Wan.
         """
+        time_embedder = self.condition_embedder.time_embedder
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight, generator=generator)
@@ -255,11 +256,9 @@ class LoomVideoDiT(nn.Module):
                 nn.init.ones_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for embedding in (self.condition_embedder.time_embedder.linear_1, self.condition_embedder.time_embedder.linear_2):
-            nn.init.normal_(embedding.weight, std=0.02, generator=generator)
-        patch_weight = self.patch_embedding.weight
-        bound = math.sqrt(6 / (self.config.inner_dim + self.config.patch_dim))
-        nn.init.uniform_(patch_weight, -bound, bound, generator=generator)
+        for linear in (time_embedder.linear_1, time_embedder.linear_2):
+            nn.init.normal_(linear.weight, std=0.02, generator=generator)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1), generator=generator)
         for table in [self.scale_shift_table, *(block.scale_shift_table for block in self.blocks)]:
             nn.init.normal_(table, std=self.config.inner_dim**-0.5, generator=generator)
         nn.init.zeros_(self.proj_out.weight)

@@ -178,7 +178,7 @@ def pack(samples: Sequence[DiTSample], patch_size: tuple[int, int, int] = (1, 2,
 
 
 def to_patches(latents: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
-    """Cut [channels, frames, height, width] into patches [tokens, channels * patch], as a patch embedding reads them."""
+    """Cut [channels, frames, height, width] into patches [tokens, channels * patch], in an embedding's order."""
     (t, h, w), (pt, ph, pw) = _grid(latents, patch_size), patch_size
     return latents.reshape(-1, t, pt, h, ph, w, pw).permute(1, 3, 5, 0, 2, 4, 6).reshape(t * h * w, -1)
 
@@ -217,4 +217,6 @@ def _check(sample: DiTSample, index: int, patch_size: tuple[int, int, int]) -> N
             f"sample {index}: source {list(sample.source.shape)} and latents {list(sample.latents.shape)} differ"
         )
     if sample.mllm_states.ndim != 3 or not sample.mllm_states.shape[1]:
-        raise ValueError(f"sample {index}: mllm_states {list(sample.mllm_states.shape)} is not [layers, tokens >= 1, dim]")
+        raise ValueError(
+            f"sample {index}: mllm_states {list(sample.mllm_states.shape)} is not [layers, tokens >= 1, dim]"
+        )

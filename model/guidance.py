@@ -1,0 +1,45 @@
+"""Classifier-free guidance with separate scales for text and media."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+FULL, VISUAL, UNCONDITIONAL = "full", "visual", "unconditional"
+"""Branches: everything; media without text; neither (negative prompt, no source, no references)."""
+
+NUM_STEPS = 50
+EDIT_SCALE, GENERATE_SCALE, VISUAL_SCALE = 2.5, 5.0, 1.5
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How far a velocity is pushed from the unconditional one.
+
+    ``u + visual_scale (v - u) + scale (f - v)`` with media, ``u + scale (f - u)`` where ``visual_scale`` is None.
+    """
+
+    scale: float
+    visual_scale: float | None = None
+
+    @classmethod
+    def default(cls, task: str) -> "Guidance":
+        """The published scales of a task (``pipelines.samples.TASKS``)."""
+        scale = EDIT_SCALE if task.endswith("edit") else GENERATE_SCALE
+        return cls(scale, None if task in ("t2i", "t2v") else VISUAL_SCALE)
+
+    def weights(self) -> dict[str, float]:
+        """Weight of each branch's velocity; they add up to 1 and a branch without weight is left out."""
+        if self.visual_scale is None:
+            weights = {FULL: self.scale, UNCONDITIONAL: 1 - self.scale}
+        else:
+            weights = {
+                FULL: self.scale,
+                VISUAL: self.visual_scale - self.scale,
+                UNCONDITIONAL: 1 - self.visual_scale,
+            }
+        return {branch: weight for branch, weight in weights.items() if weight}
+
+    def combine(self, velocities: Mapping[str, Tensor]) -> Tensor:
+        """Guided velocity from one velocity a branch of :meth:`weights`."""
+        return sum(weight * velocities[branch] for branch, weight in self.weights().items())

@@ -1,0 +1,155 @@
+"""Model sizes as data: ``tiny`` for CPUs, ``small`` for one GPU or a long CPU run, ``5b`` as published."""
+
+from dataclasses import dataclass, field
+
+from loomvideo.model.codec import CodecConfig
+from loomvideo.model.config import DiTConfig
+from loomvideo.model.sampler import SchedulerConfig
+from loomvideo.platform.errors import UserError
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of a Qwen3-VL vision tower."""
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_position_embeddings: int
+    deepstack_visual_indexes: tuple[int, ...]
+    patch_size: int = 16
+    spatial_merge_size: int = 2
+    temporal_patch_size: int = 2
+
+
+@dataclass(frozen=True)
+class MLLMConfig:
+    """Sizes of a Qwen3-VL language model and its vision tower."""
+
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    mrope_section: tuple[int, int, int]
+    vision: VisionConfig
+    vocab_size: int = 151_936
+    rope_theta: float = 5_000_000.0
+    rms_norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class ModelPreset:
+    """One size of the whole model."""
+
+    name: str
+    dit: DiTConfig
+    codec: CodecConfig
+    mllm: MLLMConfig
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+
+
+def _tiny() -> ModelPreset:
+    mllm = MLLMConfig(
+        num_hidden_layers=6,
+        hidden_size=128,
+        intermediate_size=256,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        mrope_section=(8, 4, 4),
+        vocab_size=1024,
+        vision=VisionConfig(
+            depth=3,
+            hidden_size=64,
+            intermediate_size=128,
+            num_heads=2,
+            num_position_embeddings=256,
+            deepstack_visual_indexes=(0, 1, 2),
+        ),
+    )
+    dit = DiTConfig(
+        num_layers=4,
+        num_attention_heads=4,
+        attention_head_dim=64,
+        ffn_dim=1024,
+        in_channels=24,
+        mllm_dim=mllm.hidden_size,
+    )
+    return ModelPreset("tiny", dit, CodecConfig(latent_channels=dit.in_channels), mllm)
+
+
+def _small() -> ModelPreset:
+    mllm = MLLMConfig(
+        num_hidden_layers=12,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        mrope_section=(16, 8, 8),
+        vocab_size=1024,
+        vision=VisionConfig(
+            depth=6,
+            hidden_size=256,
+            intermediate_size=1024,
+            num_heads=4,
+            num_position_embeddings=1024,
+            deepstack_visual_indexes=(1, 3, 5),
+        ),
+    )
+    dit = DiTConfig(
+        num_layers=10,
+        num_attention_heads=12,
+        attention_head_dim=64,
+        ffn_dim=3072,
+        in_channels=48,
+        mllm_dim=mllm.hidden_size,
+    )
+    return ModelPreset("small", dit, CodecConfig(latent_channels=dit.in_channels), mllm)
+
+
+def _5b() -> ModelPreset:
+    mllm = MLLMConfig(
+        num_hidden_layers=36,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        mrope_section=(24, 20, 20),
+        vision=VisionConfig(
+            depth=27,
+            hidden_size=1152,
+            intermediate_size=4304,
+            num_heads=16,
+            num_position_embeddings=2304,
+            deepstack_visual_indexes=(8, 16, 24),
+        ),
+    )
+    dit = DiTConfig(
+        num_layers=30,
+        num_attention_heads=24,
+        attention_head_dim=128,
+        ffn_dim=14336,
+        in_channels=48,
+        mllm_dim=mllm.hidden_size,
+    )
+    return ModelPreset("5b", dit, CodecConfig(kind="wan", latent_channels=dit.in_channels), mllm)
+
+
+_PRESETS = {"tiny": _tiny, "small": _small, "5b": _5b}
+PRESETS = tuple(_PRESETS)
+
+
+def preset(name: str) -> ModelPreset:
+    """A preset by name.
+
+    Raises:
+        UserError: if there is none of that name.
+    """
+    if name not in _PRESETS:
+        raise UserError(f"preset={name}: unknown; choose one of {', '.join(PRESETS)}")
+    return _PRESETS[name]()
