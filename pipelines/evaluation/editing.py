@@ -19,9 +19,8 @@ def change_mask(video: np.ndarray, source: np.ndarray, threshold: float = CHANGE
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (3, 3))
     masks = []
     for a, b in zip(video, source, strict=True):
-        changed = (
-            cv2.absdiff(cv2.GaussianBlur(a, (3, 3), 0), cv2.GaussianBlur(b, (3, 3), 0)).max(-1) > threshold
-        ).astype(np.uint8)
+        difference = cv2.absdiff(cv2.GaussianBlur(a, (3, 3), 0), cv2.GaussianBlur(b, (3, 3), 0)).max(-1)
+        changed = (difference > threshold).astype(np.uint8)
         changed = cv2.morphologyEx(changed, cv2.MORPH_OPEN, kernel)
         masks.append(cv2.morphologyEx(changed, cv2.MORPH_CLOSE, kernel, iterations=2).astype(bool))
     return np.stack(masks)
@@ -57,8 +56,11 @@ def edit_locality(video: np.ndarray, source: np.ndarray, mask: np.ndarray | None
 
 
 def preservation(video: np.ndarray, source: np.ndarray, mask: np.ndarray) -> dict[str, float]:
-    """PSNR and SSIM against the source outside ``mask``, the region that an edit may change, grown by three pixels."""
-    kernel = np.ones((7, 7), np.uint8)
+    """PSNR and SSIM against the source outside ``mask``, the region that an edit may change.
+
+    The mask is grown by five pixels, the reach of the SSIM window.
+    """
+    kernel = np.ones((11, 11), np.uint8)
     outside = np.stack([cv2.dilate(frame.astype(np.uint8), kernel) == 0 for frame in mask])
     return {
         "outside_psnr_db": psnr_db(video, source, outside),
