@@ -1,0 +1,1 @@
+"""Benchmarks: their official files, their scoring rules, and our own suites."""
