@@ -4,7 +4,6 @@ import sys
 
 import typer
 
-from loomvideo.jobs import data_commands
 from loomvideo.platform.errors import UserError
 
 app = typer.Typer(
@@ -14,7 +13,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(data_commands.app)
 
 
 @app.callback()

@@ -3,41 +3,13 @@
 from dataclasses import dataclass, field
 
 from loomvideo.model.codec import CodecConfig
+from loomvideo.model.conditioning.config import MLLMConfig, ProcessorConfig, VisionConfig
 from loomvideo.model.config import DiTConfig
 from loomvideo.model.sampler import SchedulerConfig
 from loomvideo.platform.errors import UserError
 
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """Sizes of a Qwen3-VL vision tower."""
-
-    depth: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_position_embeddings: int
-    deepstack_visual_indexes: tuple[int, ...]
-    patch_size: int = 16
-    spatial_merge_size: int = 2
-    temporal_patch_size: int = 2
-
-
-@dataclass(frozen=True)
-class MLLMConfig:
-    """Sizes of a Qwen3-VL language model and its vision tower."""
-
-    num_hidden_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    mrope_section: tuple[int, int, int]
-    vision: VisionConfig
-    vocab_size: int = 151_936
-    rope_theta: float = 5_000_000.0
-    rms_norm_eps: float = 1e-6
+# The built-in vocabulary of 3,242 tokens, rounded up.
+BUILTIN_VOCAB_SIZE = 3_264
 
 
 @dataclass(frozen=True)
@@ -60,7 +32,9 @@ def _tiny() -> ModelPreset:
         num_key_value_heads=2,
         head_dim=32,
         mrope_section=(8, 4, 4),
-        vocab_size=1024,
+        vocab_size=BUILTIN_VOCAB_SIZE,
+        rope_theta=10_000.0,
+        processor=ProcessorConfig(image_min_pixels=4_096),
         vision=VisionConfig(
             depth=3,
             hidden_size=64,
@@ -90,7 +64,9 @@ def _small() -> ModelPreset:
         num_key_value_heads=4,
         head_dim=64,
         mrope_section=(16, 8, 8),
-        vocab_size=1024,
+        vocab_size=BUILTIN_VOCAB_SIZE,
+        rope_theta=10_000.0,
+        processor=ProcessorConfig(image_min_pixels=16_384),
         vision=VisionConfig(
             depth=6,
             hidden_size=256,
@@ -120,6 +96,7 @@ def _5b() -> ModelPreset:
         num_key_value_heads=8,
         head_dim=128,
         mrope_section=(24, 20, 20),
+        kind="qwen3_vl",
         vision=VisionConfig(
             depth=27,
             hidden_size=1152,

@@ -1,0 +1,253 @@
+"""The frozen Qwen3-VL that conditions the DiT layer by layer.
+
+DiT block i reads the output of decoder layer ``i + (MLLM layers - DiT blocks)``, without the final norm. The first
+layers, where Qwen adds its vision features ("deepstack") to the output, count with that addition, as the published code
+computes them; with 36 layers and 30 blocks none of them is read. Only the states read are kept; the language head is
+never loaded. Pictures that several prompts of a call share pass the vision tower once.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from transformers import Qwen3VLModel
+
+from loomvideo.model.conditioning.config import MLLMConfig, ProcessorConfig
+from loomvideo.model.conditioning.inputs import MLLMInputs, read_processor_config
+from loomvideo.model.conditioning.random_weights import RECIPE_VERSION, random_model
+from loomvideo.model.conditioning.rope import prompt_positions
+from loomvideo.model.conditioning.tokenizer import MLLMTokenizer
+from loomvideo.model.fingerprints import folder_fingerprint
+from loomvideo.platform.errors import UserError
+
+# Padded tokens that go through the decoder at once.
+MAX_BATCH_TOKENS = 8192
+
+
+class _HeadlessQwen3VL(Qwen3VLModel):
+    """For loading: the language head of the files is left out, anything else unexpected is reported."""
+
+    _keys_to_ignore_on_load_unexpected = (r"^lm_head\.",)
+
+
+class FrozenMLLM:
+    """Qwen3-VL without its head, giving the hidden states of the DiT-aligned layers.
+
+    Attributes:
+        tokenizer: Text to ids.
+        processor: Patch geometry and size limits.
+        hidden_size: Width of the states.
+        num_states: Layers returned, one for each DiT block.
+        fingerprint: Changes with whatever changes the states.
+    """
+
+    def __init__(
+        self,
+        model: Qwen3VLModel,
+        num_states: int,
+        tokenizer: MLLMTokenizer,
+        processor: ProcessorConfig,
+        fingerprint: str,
+    ):
+        layers = model.config.text_config.num_hidden_layers
+        if not 1 <= num_states <= layers:
+            raise UserError(
+                f"MLLM of {layers} layers cannot feed {num_states} DiT blocks: each reads a layer of its own"
+            )
+        if len(model.visual.deepstack_merger_list) > layers:
+            raise UserError(f"MLLM of {layers} layers takes fewer vision features than its vision tower gives")
+        self.model = model.eval().requires_grad_(False)
+        self.model.language_model.norm = torch.nn.Identity()  # never applied
+        self.num_states = num_states
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.hidden_size = model.config.text_config.hidden_size
+        self.fingerprint = f"{fingerprint}-last{num_states}"
+
+    @classmethod
+    def from_config(
+        cls,
+        config: MLLMConfig,
+        num_states: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> "FrozenMLLM":
+        """The MLLM a configuration names, for a DiT of ``num_states`` blocks."""
+        if config.kind == "qwen3_vl":
+            if not config.folder:
+                raise UserError("MLLM: set its folder to one with Qwen3-VL-8B-Instruct (config.json, *.safetensors, …)")
+            return cls.from_pretrained(config.folder, num_states, device, dtype)
+        tokenizer = MLLMTokenizer()
+        model = random_model(config, tokenizer).to(device, dtype)
+        sizes = json.dumps(asdict(config), sort_keys=True) + tokenizer.fingerprint + RECIPE_VERSION
+        fingerprint = "random-" + hashlib.sha256(sizes.encode()).hexdigest()[:16]
+        return cls(model, num_states, tokenizer, config.processor, fingerprint)
+
+    @classmethod
+    def from_preset(
+        cls, preset: object, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "FrozenMLLM":
+        """The MLLM of a model preset (its ``mllm`` section), aligned with the preset's DiT."""
+        return cls.from_config(preset.mllm, preset.dit.num_layers, device, dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: Path | str,
+        num_states: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> "FrozenMLLM":
+        """Load a Qwen3-VL folder: ``config.json``, safetensors, ``tokenizer.json``, ``preprocessor_config.json``.
+
+        Raises:
+            UserError: if a file or weight is missing, or a weight is not of a Qwen3-VL.
+        """
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder}: no config.json; give the folder of a Qwen3-VL model")
+        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+        if model_type != "qwen3_vl":
+            raise UserError(f"{folder / 'config.json'}: model_type {model_type!r}; give the folder of a Qwen3-VL model")
+        tokenizer, processor = MLLMTokenizer.from_pretrained(folder), read_processor_config(folder)
+        try:
+            model, report = _HeadlessQwen3VL.from_pretrained(
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # to name them below
+            )
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{folder}: {str(error).splitlines()[0]}") from error
+        for problem in ("missing", "unexpected", "mismatched"):
+            keys = sorted(key if isinstance(key, str) else key[0] for key in report[f"{problem}_keys"])
+            if keys:
+                raise UserError(f"{folder}: {len(keys)} {problem} weights of a Qwen3-VL, first {keys[0]}")
+        return cls(model.to(device), num_states, tokenizer, processor, folder_fingerprint(folder))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @torch.no_grad()
+    def encode(self, prompts: list[MLLMInputs], max_batch_tokens: int = MAX_BATCH_TOKENS) -> list[torch.Tensor]:
+        """Hidden states ``[DiT blocks, tokens, hidden size]`` of each prompt, on the MLLM's device in its dtype.
+
+        Prompts of similar length share a batch, padded on the right, where causal attention does not see it.
+
+        Args:
+            prompts: Any number.
+            max_batch_tokens: Padded tokens in a batch; one longer prompt goes alone.
+
+        Raises:
+            UserError: if the vision tokens of a prompt do not fit its pictures.
+        """
+        vision = self._encode_media(prompts)
+        states: list[torch.Tensor | None] = [None] * len(prompts)
+        for batch in _batches([prompt.num_tokens for prompt in prompts], max_batch_tokens):
+            outputs = self._decode([prompts[index] for index in batch], [vision[index] for index in batch])
+            for row, index in enumerate(batch):
+                states[index] = outputs[:, row, : prompts[index].num_tokens].clone()
+        return states
+
+    def _encode_media(self, prompts: list[MLLMInputs]) -> list[torch.Tensor | None]:
+        """Vision features ``[1 + deepstack layers, vision tokens, hidden size]`` of each prompt, in token order."""
+        unique: dict[bytes, tuple[torch.Tensor, list[int]]] = {}
+        wanted: list[tuple[list[bytes], list[bytes]]] = []
+        for prompt in prompts:
+            keys = ([], [])
+            media = (prompt.pixel_values, prompt.image_grid_thw), (prompt.pixel_values_videos, prompt.video_grid_thw)
+            for kind, (patches, grids) in enumerate(media):
+                if patches is None:
+                    continue
+                for part, grid in zip(patches.split(grids.prod(1).tolist()), grids.tolist(), strict=True):
+                    key = hashlib.sha256(repr(grid).encode() + _content(part)).digest()
+                    unique.setdefault(key, (part, grid))
+                    keys[kind].append(key)
+            wanted.append(keys)
+        if not unique:
+            return [None] * len(prompts)
+        features = self._tower([part for part, _ in unique.values()], [grid for _, grid in unique.values()])
+        features = dict(zip(unique, features, strict=True))
+        return [self._in_token_order(prompt, keys, features) for prompt, keys in zip(prompts, wanted, strict=True)]
+
+    def _tower(self, parts: list[torch.Tensor], grids: list[list[int]]) -> list[torch.Tensor]:
+        patches = torch.cat([part.to(self.device, self.model.dtype) for part in parts])
+        output = self.model.visual(patches, grid_thw=torch.tensor(grids, device=self.device))
+        stacked = torch.stack([output.pooler_output, *output.deepstack_features])
+        merged = self.processor.merge_size**2
+        return list(stacked.split([part.shape[0] // merged for part in parts], dim=1))
+
+    def _in_token_order(
+        self, prompt: MLLMInputs, keys: tuple[list[bytes], list[bytes]], features: dict[bytes, torch.Tensor]
+    ) -> torch.Tensor | None:
+        if not any(keys):
+            return None
+        config = self.model.config
+        ids = prompt.input_ids.to(self.device)
+        is_vision = (ids == config.image_token_id) | (ids == config.video_token_id)
+        example = next(iter(features.values()))
+        ordered = example.new_empty(len(example), int(is_vision.sum()), self.hidden_size)
+        for token, name, own in ((config.image_token_id, "image", keys[0]), (config.video_token_id, "video", keys[1])):
+            here = (ids == token)[is_vision]
+            count = sum(features[key].shape[1] for key in own)
+            if count != int(here.sum()):
+                raise UserError(f"prompt has {int(here.sum())} {name} tokens for {count} merged {name} patches")
+            if own:
+                ordered[:, here] = torch.cat([features[key] for key in own], dim=1)
+        return ordered
+
+    def _decode(self, prompts: list[MLLMInputs], vision: list[torch.Tensor | None]) -> torch.Tensor:
+        """States ``[DiT blocks, prompts, padded tokens, hidden size]``."""
+        config, decoder = self.model.config, self.model.language_model
+        length = max(prompt.num_tokens for prompt in prompts)
+        ids = torch.zeros(len(prompts), length, dtype=torch.int64)
+        positions = torch.zeros(3, len(prompts), length, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, : prompt.num_tokens] = prompt.input_ids
+            positions[:, row, : prompt.num_tokens] = prompt_positions(
+                prompt.input_ids,
+                [] if prompt.image_grid_thw is None else prompt.image_grid_thw.tolist(),
+                [] if prompt.video_grid_thw is None else prompt.video_grid_thw.tolist(),
+                config.image_token_id,
+                config.video_token_id,
+                self.processor.merge_size,
+            )
+        is_vision = ((ids == config.image_token_id) | (ids == config.video_token_id)).to(self.device)
+        shown = [features for features in vision if features is not None]
+        added = torch.cat(shown, dim=1) if shown else None
+        hidden = decoder.embed_tokens(ids.to(self.device))
+        if added is not None:
+            hidden[is_vision] = added[0].to(hidden.dtype)
+        rotary = decoder.rotary_emb(hidden, positions.to(self.device))
+        first = len(decoder.layers) - self.num_states
+        states = []
+        for index, layer in enumerate(decoder.layers):
+            # No mask: attention is causal, and padding comes after every token that counts.
+            hidden = layer(hidden, position_embeddings=rotary, attention_mask=None)
+            if added is not None and index + 1 < len(added):
+                hidden[is_vision] += added[index + 1].to(hidden.dtype)
+            if index >= first:
+                states.append(hidden)
+        return torch.stack(states)
+
+
+def _content(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Indices grouped by similar length so that rows times the longest stays within ``max_tokens``."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        # Ascending order: the newest prompt is the longest of its batch.
+        if batches and (len(batches[-1]) + 1) * lengths[index] <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches

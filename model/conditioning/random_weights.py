@@ -1,0 +1,76 @@
+"""A Qwen3-VL of random weights for presets that run without downloads."""
+
+import torch
+from transformers import Qwen3VLConfig, Qwen3VLModel
+
+from loomvideo.model.conditioning.config import MLLMConfig
+from loomvideo.model.conditioning.tokenizer import MLLMTokenizer
+from loomvideo.platform.errors import UserError
+
+# Part of the fingerprint: raise it when the weights below change.
+RECIPE_VERSION = "1"
+
+
+def random_model(config: MLLMConfig, tokenizer: MLLMTokenizer) -> Qwen3VLModel:
+    """A Qwen3-VL whose states keep each token's identity and take in what came before it.
+
+    Embeddings have unit variance and residual branches add less than that; queries are scaled up so that attention
+    selects instead of averaging: "dress" after "red" differs from "dress" after "blue".
+    """
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"MLLM vocab_size={config.vocab_size}: the built-in vocabulary has {tokenizer.vocab_size} tokens"
+        )
+    with torch.random.fork_rng(devices=[]):  # its own initialisation is overwritten below
+        model = Qwen3VLModel(model_config(config, tokenizer))
+    generator = torch.Generator().manual_seed(config.seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(0.0 if name.endswith("bias") else 3.5 if "q_norm" in name else 1.0)
+                continue
+            std = 1.0 if "embed_tokens" in name else 0.3 if "pos_embed" in name else parameter[0].numel() ** -0.5
+            if "merger" not in name and name.endswith(("o_proj.weight", "attn.proj.weight")):
+                std *= 0.8
+            if "merger" not in name and name.endswith(("down_proj.weight", "mlp.linear_fc2.weight")):
+                std *= 0.35
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    return model
+
+
+def model_config(config: MLLMConfig, tokenizer: MLLMTokenizer) -> Qwen3VLConfig:
+    """The library's configuration of these sizes, with the special tokens of a tokenizer."""
+    return Qwen3VLConfig(
+        text_config={
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "num_hidden_layers": config.num_hidden_layers,
+            "num_attention_heads": config.num_attention_heads,
+            "num_key_value_heads": config.num_key_value_heads,
+            "head_dim": config.head_dim,
+            "rms_norm_eps": config.rms_norm_eps,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": config.rope_theta,
+                "mrope_section": list(config.mrope_section),
+                "mrope_interleaved": True,
+            },
+        },
+        vision_config={
+            "depth": config.vision.depth,
+            "hidden_size": config.vision.hidden_size,
+            "intermediate_size": config.vision.intermediate_size,
+            "num_heads": config.vision.num_heads,
+            "num_position_embeddings": config.vision.num_position_embeddings,
+            "deepstack_visual_indexes": list(config.vision.deepstack_visual_indexes),
+            "patch_size": config.processor.patch_size,
+            "temporal_patch_size": config.processor.temporal_patch_size,
+            "spatial_merge_size": config.processor.merge_size,
+            "out_hidden_size": config.hidden_size,
+        },
+        image_token_id=tokenizer.token_id("<|image_pad|>"),
+        video_token_id=tokenizer.token_id("<|video_pad|>"),
+        vision_start_token_id=tokenizer.token_id("<|vision_start|>"),
+        vision_end_token_id=tokenizer.token_id("<|vision_end|>"),
+    )
