@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from loomvideo.jobs import data_commands
 from loomvideo.platform.errors import UserError
 
 app = typer.Typer(
@@ -13,6 +14,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(data_commands.app)
 
 
 @app.callback()

@@ -1,0 +1,38 @@
+"""``loomvideo data …``: make, prepare and look at datasets."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from loomvideo.jobs.command import config_command
+from loomvideo.pipelines.sample_data.config import SampleDataConfig
+from loomvideo.platform.config import option
+
+app = typer.Typer(name="data", help="Make, prepare and look at datasets.", no_args_is_help=True)
+
+
+@dataclass
+class SampleCommandConfig(SampleDataConfig):
+    """Where the sample dataset goes, and what is in it."""
+
+    output: str = option("data/sample", "folder of the dataset: samples.jsonl, media/, overview.png")
+
+
+@config_command(app, "sample", "data-sample", lambda: SampleCommandConfig)
+def sample(config: SampleCommandConfig) -> None:
+    """Make a small dataset of all six tasks: a rendered fashion world and real clips and photos out of wheels."""
+    from loomvideo.pipelines.sample_data import make_sample_data
+
+    summary = make_sample_data(Path(config.output), config)
+    title = f"{summary.output}: {summary.num_samples} samples, {summary.num_bytes / 1e6:.1f} MB"
+    title += ", as before" if summary.reused else f" in {summary.seconds:.1f} s"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    tasks = sorted({task for counts in summary.tasks.values() for task in counts})
+    for header in ("split", *tasks):
+        table.add_column(header)
+    for split, counts in summary.tasks.items():
+        table.add_row(split, *(str(counts.get(task, 0)) for task in tasks))
+    Console().print(table)
