@@ -73,7 +73,7 @@ def openve_numbers(reply: str, axes: Sequence[str]) -> Parsed:
 
 
 def refvie_lines(reply: str, axes: Sequence[str]) -> Parsed:
-    """RefVIE-Bench (official): lines that start with ``axis:``; a bad number rejects the reply, a missing axis does not.
+    """RefVIE-Bench (official): lines starting with ``axis:``; a bad number rejects the reply, a missing axis does not.
 
     The axes of both edit types are accepted, as in the official check.
     """
@@ -104,7 +104,7 @@ def axis_regex(reply: str, axes: Sequence[str]) -> Parsed:
 
 
 def ivbench_json(reply: str, axes: Sequence[str]) -> Parsed:
-    """IntelligentVBench: JSON, or the outermost braces, with every axis, clamped to 1..5; mean to two digits, minimum."""
+    """IntelligentVBench: JSON, or the outermost braces, with every axis clamped to 1..5; mean to two digits."""
     answer = None
     braces = re.search(r"\{.*\}", reply, re.DOTALL)
     for candidate in (reply, braces.group(0) if braces else ""):
