@@ -12,17 +12,24 @@ module hooks. Fused operations that read the parameters of two modules run insid
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from loomvideo.model import kernels
 from loomvideo.model.attention import AttentionPlan, segment_attention
 from loomvideo.model.config import DiTConfig
+from loomvideo.model.flops import pack_flops
 from loomvideo.model.packing import PackedBatch
+from loomvideo.platform.errors import UserError
+
+CHECKPOINTING = ("none", "selective", "full")
+"""Activation checkpointing: ``selective`` keeps attention and matrix products, ``full`` only the blocks' inputs."""
 
 Context = Tensor | tuple[Tensor, Tensor]
 """What a block attends to: embedded MLLM states [tokens, dim], or their keys and values [tokens, heads, head dim]."""
@@ -238,43 +245,34 @@ class LoomVideoDiT(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, dim))
         self.proj_out = nn.Linear(dim, config.out_patch_dim)
         self.attention_backend = "auto"
+        self.activation_checkpointing = "none"
+        self._run_module = _run_module
         if not self.scale_shift_table.is_meta:
             self.init_weights()
 
     @torch.no_grad()
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
+    def init_weights(self, names: Collection[str] | None = None, generator: torch.Generator | None = None) -> None:
         """Start from scratch: Wan's initialisation, and zeros where LoomVideo starts from Wan's function.
 
         The embedder's last layer and the source embedding are zero, so that neither changes a pretrained Wan.
-        """
-        time_embedder = self.condition_embedder.time_embedder
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight, generator=generator)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, Lent):
-                nn.init.ones_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for linear in (time_embedder.linear_1, time_embedder.linear_2):
-            nn.init.normal_(linear.weight, std=0.02, generator=generator)
-        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1), generator=generator)
-        for table in [self.scale_shift_table, *(block.scale_shift_table for block in self.blocks)]:
-            nn.init.normal_(table, std=self.config.inner_dim**-0.5, generator=generator)
-        nn.init.zeros_(self.proj_out.weight)
-        self.init_conditioning(generator)
 
-    @torch.no_grad()
-    def init_conditioning(self, generator: torch.Generator | None = None) -> None:
-        """Initialise what a Wan checkpoint lacks: the MLLM embedder and the source embedding."""
-        embedder = self.mllm_embedder
-        nn.init.ones_(embedder.norm.weight)
-        nn.init.xavier_uniform_(embedder.linear_1.weight, generator=generator)
-        for parameter in (embedder.linear_1.bias, embedder.linear_2.weight, embedder.linear_2.bias):
-            nn.init.zeros_(parameter)
-        if self.config.use_source_embedding:
-            nn.init.zeros_(self.source_patch_embedding.weight)
-            nn.init.zeros_(self.source_patch_embedding.bias)
+        Args:
+            names: Parameters to initialise; None for all.
+            generator: Of the random values.
+        """
+        for name, parameter in self.named_parameters():
+            if names is not None and name not in names:
+                continue
+            if name.endswith("scale_shift_table"):
+                nn.init.normal_(parameter, std=self.config.inner_dim**-0.5, generator=generator)
+            elif name.startswith(("source_patch_embedding", "mllm_embedder.linear_2", "proj_out")):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim == 1:
+                nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+            elif ".time_embedder." in name:
+                nn.init.normal_(parameter, std=0.02, generator=generator)
+            else:
+                nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)
 
     def forward(
         self,
@@ -295,8 +293,10 @@ class LoomVideoDiT(nn.Module):
         x = self._embed_patches(batch)
         embedding, modulation = self.embed_time(batch.timesteps, x.dtype) if time is None else time
         for index, block in enumerate(self.blocks):
-            context = self.mllm_embedder(batch.mllm_states[index]) if contexts is None else contexts[index]
-            x = block(
+            states = batch.mllm_states[index] if contexts is None else None
+            context = contexts[index] if states is None else self._run(self.mllm_embedder, states)
+            x = self._run(
+                block,
                 x,
                 context,
                 modulation,
@@ -310,6 +310,27 @@ class LoomVideoDiT(nn.Module):
             x = x.index_select(0, batch.video_index)
         shift, scale = (self.scale_shift_table.to(modulation.dtype) + embedding[:, None].to(modulation.dtype)).unbind(1)
         return self.proj_out(kernels.layer_norm_modulate(x, shift, scale, batch.video_row_ids, self.config.eps))
+
+    def set_activation_checkpointing(self, mode: str) -> None:
+        """Choose what the backward pass recomputes instead of keeping: one of :data:`CHECKPOINTING`.
+
+        Raises:
+            UserError: if there is no such mode.
+        """
+        if mode not in CHECKPOINTING:
+            raise UserError(f"activation_checkpointing={mode}: unknown; choose one of {', '.join(CHECKPOINTING)}")
+        self.activation_checkpointing = mode
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile what runs a block (with its activation checkpointing): one graph, shared by all blocks."""
+        self._run_module = torch.compile(_run_module, **options)
+
+    def get_nparams_and_flops(self, batch: PackedBatch) -> tuple[int, int]:
+        """Trainable parameters, and operations of a forward and backward pass over the pack (see ``flops``)."""
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        # Under ZeRO-3 a parameter's own size is that of this rank's part.
+        num_parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+        return num_parameters, pack_flops(self.config, batch).total
 
     def embed_time(self, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Embed timesteps fp32 [samples].
@@ -326,6 +347,10 @@ class LoomVideoDiT(nn.Module):
         """Cross-attention keys and values of every block for [layers, tokens, mllm dim]."""
         pairs = zip(self.blocks, mllm_states, strict=True)
         return [block.attn2.keys_values(self.mllm_embedder(states)) for block, states in pairs]
+
+    def _run(self, module: nn.Module, *inputs: Any) -> Tensor:
+        mode = self.activation_checkpointing if torch.is_grad_enabled() else "none"
+        return self._run_module(module, mode, *inputs)
 
     def _embed_patches(self, batch: PackedBatch) -> Tensor:
         if not self.config.use_source_embedding:
@@ -348,6 +373,29 @@ class LoomVideoDiT(nn.Module):
             )
 
         return self.patch_embedding(scale_and_add, batch.patches, batch.source_patches)
+
+
+def _run_module(module: nn.Module, checkpointing: str, *inputs: Any) -> Tensor:
+    if checkpointing == "none":
+        return module(*inputs)
+    options = {}
+    if checkpointing == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _selective_policy)
+    return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+def _selective_policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keep attention and matrix products, but not those that widen: the feed-forward's hidden layer is the largest."""
+    if op in _MATRIX_PRODUCTS:
+        *_, left, right = (arg for arg in args if isinstance(arg, Tensor))
+        keep = right.shape[1] <= left.shape[1]
+    else:
+        keep = any(name in str(op) for name in _ATTENTION_OPS)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+_ATTENTION_OPS = ("_scaled_dot_product", "_varlen_attn")
 
 
 def timestep_frequencies(timesteps: Tensor, dim: int) -> Tensor:

@@ -1,0 +1,104 @@
+"""``loomvideo weights``: look into checkpoints of the transformer and convert them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loomvideo.platform.errors import UserError
+
+app = typer.Typer(name="weights", help="Inspect and convert checkpoints of the transformer.", no_args_is_help=True)
+
+Source = Annotated[Path, typer.Argument(help="weights folder, gen_model.pth, .safetensors, or a Wan2.2 folder")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]…", help="preset=NAME, dtype=NAME, source=true|false, allow=PATTERN,…"),
+]
+_DTYPES = ("keep", "bfloat16", "float16", "float32")
+
+
+def _settings(arguments: list[str] | None, valid: tuple[str, ...]) -> dict[str, str]:
+    from loomvideo.platform.config import split_overrides
+
+    settings = split_overrides(arguments or [])
+    for key in settings:
+        if key not in valid:
+            raise UserError(f"command line: unknown key {key}; valid keys: {', '.join(valid)}")
+    return settings
+
+
+def _dit_config(settings: dict[str, str]):
+    """Sizes from ``preset=`` and ``source=``; None without a preset."""
+    import dataclasses
+
+    from loomvideo.model.presets import preset
+
+    if "preset" not in settings:
+        return None
+    source = settings.get("source", "true")
+    if source not in ("true", "false"):
+        raise UserError(f"source={source}: use true or false")
+    return dataclasses.replace(preset(settings["preset"]).dit, use_source_embedding=source == "true")
+
+
+@app.command()
+def inspect(path: Source, settings: Settings = None) -> None:
+    """Print what a checkpoint holds and, with preset=NAME, every key that does not fit that model."""
+    import fnmatch
+    import math
+    from collections import Counter
+
+    from loomvideo.model import weights
+
+    config = _dit_config(_settings(settings, ("preset", "source")))
+    checkpoint = weights.open_checkpoint(path)
+    sizes = {name: math.prod(shape) for name, shape in checkpoint.shapes.items()}
+    dead = [name for name in sizes if any(fnmatch.fnmatchcase(name, pattern) for pattern in weights.DEAD_KEYS)]
+    dtypes = Counter(checkpoint.dtypes.values())
+    print(f"path        {checkpoint.path}")
+    print(f"kind        {checkpoint.kind}")
+    print(f"tensors     {len(sizes)}")
+    print(f"parameters  {sum(sizes.values()):,}")
+    print(f"unused      {sum(sizes[name] for name in dead):,} (text embedder, {len(dead)} tensors)")
+    print(f"dtypes      {', '.join(f'{dtype} x {count}' for dtype, count in sorted(dtypes.items()))}")
+    stated = checkpoint.config.to_dict() if checkpoint.config else checkpoint.stated
+    for name, value in stated.items():
+        print(f"{name:<22}{value}")
+    config = config or checkpoint.config
+    if config is None:
+        print("give preset=NAME to compare the keys with a model's")
+        return
+    expected = weights.expected_shapes(config)
+    missing, unexpected, misshapen = weights.compare_keys(checkpoint, expected)
+    unexpected = [name for name in unexpected if name not in dead]
+    for kind, names in (("missing", missing), ("unexpected", unexpected)):
+        for name in names:
+            print(f"{kind:<12}{name}")
+    for name in misshapen:
+        print(f"{'misshapen':<12}{name} {list(checkpoint.shapes[name])}, expected {list(expected[name])}")
+    if not (missing or unexpected or misshapen):
+        print("keys        all fit")
+
+
+@app.command()
+def convert(
+    path: Source, output: Annotated[Path, typer.Argument(help="new weights folder")], settings: Settings = None
+) -> None:
+    """Write a checkpoint as a weights folder (safetensors and config.json) that loads without a preset.
+
+    A Wan2.2 folder gets the conditioning a fresh LoomVideo starts with: an embedder whose last layer is zero and a zero
+    source embedding.
+    """
+    import torch
+
+    from loomvideo.model import weights
+
+    values = _settings(settings, ("preset", "source", "dtype", "allow"))
+    dtype_name = values.get("dtype", "keep")
+    if dtype_name not in _DTYPES:
+        raise UserError(f"dtype={dtype_name}: use one of {', '.join(_DTYPES)}")
+    dtype = None if dtype_name == "keep" else getattr(torch, dtype_name)
+    allow = [pattern for pattern in values.get("allow", "").split(",") if pattern]
+    model = weights.load_dit(path, _dit_config(values), dtype=dtype, allow=allow)
+    weights.save_dit(model, model.config, output)
+    print(f"wrote {output} ({sum(parameter.numel() for parameter in model.parameters()):,} parameters)")

@@ -1,0 +1,338 @@
+"""Checkpoints of the transformer: our folders, the published file, and Wan2.2's diffusers folder.
+
+All share the published key names. A model is built on the meta device and each tensor is read, converted and put in
+place by itself, so that loading needs one copy of the weights. Keys that are missing, unexpected or misshapen are
+errors unless a pattern allows them; the published text embedder, whose output reaches no block, is left out knowingly.
+"""
+
+import fnmatch
+import json
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from loomvideo.model.config import DiTConfig
+from loomvideo.model.dit import LoomVideoDiT
+from loomvideo.platform.errors import UserError
+
+FORMAT = "loomvideo-dit"
+FORMAT_VERSION = 1
+DEAD_KEYS = ("condition_embedder.text_embedder.*",)
+"""Weights of Wan that LoomVideo never uses: T5's embedder, replaced by the MLLM's."""
+CONDITIONING_KEYS = ("mllm_embedder.*", "source_patch_embedding.*")
+"""Weights of LoomVideo that a Wan checkpoint lacks; they start such that Wan's function is unchanged."""
+PUBLISHED_FILE = "gen_model.pth"
+MAX_SHARD_BYTES = 4 * 2**30
+_LISTED = 12
+
+
+class WeightsError(UserError):
+    """A checkpoint does not fit the model; the attributes hold every key, the message the first of each kind."""
+
+    def __init__(self, path: Path, missing: Sequence[str], unexpected: Sequence[str], misshapen: Sequence[str]) -> None:
+        self.missing, self.unexpected, self.misshapen = list(missing), list(unexpected), list(misshapen)
+        kinds = {"missing": self.missing, "unexpected": self.unexpected, "misshapen": self.misshapen}
+        parts = [f"{len(keys)} {kind} ({_shorten(keys)})" for kind, keys in kinds.items() if keys]
+        super().__init__(
+            f"{path}: keys do not fit the model: {'; '.join(parts)}; use the right preset, or allow=PATTERN to accept"
+        )
+
+
+@dataclass
+class Checkpoint:
+    """Tensors of a checkpoint by name, read only when asked for."""
+
+    path: Path
+    kind: str
+    """``loomvideo``, ``published`` or ``wan``."""
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    config: DiTConfig | None = None
+    """Sizes, where the checkpoint states them all (our own folders)."""
+    stated: dict[str, Any] = field(default_factory=dict)
+    """What a Wan folder's ``config.json`` states, by our names."""
+    _files: dict[str, Path] = field(default_factory=dict)
+    _tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def tensors(self, names: Collection[str]) -> Iterable[tuple[str, Tensor]]:
+        """Read tensors one by one, file by file."""
+        for name in names:
+            if name in self._tensors:
+                yield name, self._tensors[name]
+        for file in sorted({self._files[name] for name in names if name in self._files}):
+            with safe_open(file, framework="pt") as handle:
+                for name in names:
+                    if self._files.get(name) == file:
+                        yield name, handle.get_tensor(name)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Recognise a checkpoint.
+
+    Args:
+        path: Our folder; ``gen_model.pth``, its folder, or a ``.safetensors`` file of the same keys; a diffusers Wan
+            folder or its ``transformer`` folder.
+
+    Raises:
+        UserError: if it is none of these.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _open_file(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such checkpoint; give a weights folder, gen_model.pth or a .safetensors file")
+    config_file = path / "config.json"
+    if config_file.is_file():
+        stated = json.loads(config_file.read_text())
+        if stated.get("format") == FORMAT:
+            if stated["format_version"] != FORMAT_VERSION:
+                raise UserError(f"{config_file}: format_version {stated['format_version']}, expected {FORMAT_VERSION}")
+            config = DiTConfig.from_dict(stated["dit"], source=str(config_file))
+            return _open_safetensors(path, "loomvideo", _shard_files(path, "model"), config=config)
+        if stated.get("_class_name") == "WanTransformer3DModel":
+            files = _shard_files(path, "diffusion_pytorch_model")
+            return _open_safetensors(path, "wan", files, stated=_wan_sizes(stated))
+    for candidate in (path / PUBLISHED_FILE, path / "transformer" / "config.json"):
+        if candidate.is_file():
+            return open_checkpoint(candidate if candidate.name == PUBLISHED_FILE else candidate.parent)
+    raise UserError(
+        f"{path}: not a checkpoint; expected config.json of LoomVideo or WanTransformer3DModel, or {PUBLISHED_FILE}"
+    )
+
+
+def load_dit(
+    path: str | Path,
+    config: DiTConfig | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    allow: Sequence[str] = (),
+) -> LoomVideoDiT:
+    """Build a model and load a checkpoint into it, holding one copy of the weights.
+
+    Args:
+        path: See :func:`open_checkpoint`.
+        config: Sizes; None takes them from the checkpoint, which only our own folders can state.
+        device: Where the weights go.
+        dtype: Of the weights; None keeps each tensor's own.
+        allow: Patterns (``blocks.0.*``) of keys that may be missing or misshapen, and then start as from scratch, or
+            unexpected, and then are ignored.
+
+    Raises:
+        WeightsError: naming keys that do not fit.
+        UserError: if the checkpoint cannot be read or states other sizes.
+    """
+    checkpoint = open_checkpoint(path)
+    if config is None and checkpoint.config is None:
+        raise UserError(f"{path}: this checkpoint does not state its sizes; give preset=… (5b for the published one)")
+    config = config or checkpoint.config
+    _check_sizes(checkpoint, config)
+    with torch.device("meta"):
+        model = LoomVideoDiT(config)
+    parameters = dict(model.named_parameters())
+    if checkpoint.kind == "wan":
+        allow = (*allow, *CONDITIONING_KEYS)
+    start_fresh = check_keys(checkpoint, {name: tuple(p.shape) for name, p in parameters.items()}, allow)
+    for name, tensor in checkpoint.tensors([name for name in parameters if name not in start_fresh]):
+        # Files are memory-mapped: copy, so that no parameter is a view of one.
+        _assign(model, name, tensor.to(device, dtype or tensor.dtype, copy=True))
+    fresh_dtype = dtype or next((p.dtype for p in model.parameters() if not p.is_meta), torch.float32)
+    for name in start_fresh:
+        _assign(model, name, torch.empty(parameters[name].shape, device=device, dtype=fresh_dtype))
+    model.init_weights(start_fresh)
+    return model
+
+
+def check_keys(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], allow: Sequence[str]) -> set[str]:
+    """Compare a checkpoint's keys with a model's.
+
+    Returns:
+        The allowed names that the checkpoint lacks or has in another shape.
+
+    Raises:
+        WeightsError: if others differ.
+    """
+    missing, unexpected, misshapen = compare_keys(checkpoint, expected)
+
+    def refused(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+        return [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+    problems = (
+        refused(missing, allow),
+        refused(unexpected, (*allow, *DEAD_KEYS)),
+        [_shape_note(checkpoint, expected, name) for name in refused(misshapen, allow)],
+    )
+    if any(problems):
+        raise WeightsError(checkpoint.path, *problems)
+    return {*missing, *misshapen}
+
+
+def compare_keys(
+    checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]
+) -> tuple[list[str], list[str], list[str]]:
+    """Names that are missing from, unexpected in and misshapen in a checkpoint; dead keys count as unexpected."""
+    missing = [name for name in expected if name not in checkpoint.shapes]
+    unexpected = [name for name in checkpoint.shapes if name not in expected]
+    common = (name for name in expected if name in checkpoint.shapes)
+    return missing, unexpected, [name for name in common if checkpoint.shapes[name] != tuple(expected[name])]
+
+
+def expected_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
+    """Key names and shapes of a model, without building it."""
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in LoomVideoDiT(config).named_parameters()}
+
+
+def save_dit(
+    weights: LoomVideoDiT | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    config: DiTConfig,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a weights folder: safetensors shards with the published key names, then ``config.json``.
+
+    A folder without ``config.json`` is unfinished. At most one shard is held in memory beyond ``weights``.
+
+    Args:
+        weights: The model, its state, or pairs of name and tensor (for states that are never whole).
+        config: Sizes, so that the folder loads without a preset.
+        folder: Created; must not hold weights already.
+        dtype: Of the saved tensors; None keeps theirs.
+        max_shard_bytes: Size at which a new shard starts.
+
+    Raises:
+        UserError: if the folder already holds weights.
+        WeightsError: if the keys are not the model's.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "config.json").exists():
+        raise UserError(f"{folder}: already holds weights; choose another folder or remove this one")
+    if isinstance(weights, nn.Module):
+        weights = weights.state_dict()
+    pairs = weights.items() if isinstance(weights, Mapping) else weights
+
+    shards: list[dict[str, Tensor]] = [{}]
+    names_of_shards: list[list[str]] = []
+    shapes: dict[str, tuple[int, ...]] = {}
+    shard_bytes = total_bytes = 0
+
+    def flush() -> None:
+        names_of_shards.append(list(shards[0]))
+        save_file(shards[0], folder / f"shard-{len(names_of_shards):05d}.partial", metadata={"format": "pt"})
+        shards[0] = {}
+
+    for name, tensor in pairs:
+        tensor = tensor.detach().to("cpu", dtype).contiguous()
+        num_bytes = tensor.numel() * tensor.element_size()
+        if shards[0] and shard_bytes + num_bytes > max_shard_bytes:
+            flush()
+            shard_bytes = 0
+        shards[0][name] = tensor
+        shapes[name] = tuple(tensor.shape)
+        shard_bytes += num_bytes
+        total_bytes += num_bytes
+    flush()
+    check_keys(Checkpoint(folder, "loomvideo", shapes, {}), expected_shapes(config), allow=())
+
+    count = len(names_of_shards)
+    weight_map = {}
+    for number, names in enumerate(names_of_shards, start=1):
+        file_name = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        os.replace(folder / f"shard-{number:05d}.partial", folder / file_name)
+        weight_map |= dict.fromkeys(names, file_name)
+    if count > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    stated = {"format": FORMAT, "format_version": FORMAT_VERSION, "dit": config.to_dict()}
+    staged = folder / "config.json.partial"
+    staged.write_text(json.dumps(stated, indent=2) + "\n")
+    os.replace(staged, folder / "config.json")
+
+
+def _open_file(path: Path) -> Checkpoint:
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path, "published", [path])
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise UserError(f"{path}: not a readable state dict ({str(error).splitlines()[0]})") from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path}: expected a state dict of tensors by name")
+    return Checkpoint(
+        path,
+        "published",
+        {name: tuple(tensor.shape) for name, tensor in state.items()},
+        {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in state.items()},
+        _tensors=state,
+    )
+
+
+def _open_safetensors(path: Path, kind: str, files: Sequence[Path], **stated: Any) -> Checkpoint:
+    checkpoint = Checkpoint(path, kind, {}, {}, **stated)
+    with ExitStack() as stack:
+        for file in files:
+            try:
+                handle = stack.enter_context(safe_open(file, framework="pt"))
+            except Exception as error:
+                raise UserError(f"{file}: not a readable safetensors file ({str(error).splitlines()[0]})") from error
+            for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
+                tensor = handle.get_slice(name)
+                checkpoint.shapes[name] = tuple(tensor.get_shape())
+                checkpoint.dtypes[name] = tensor.get_dtype()
+                checkpoint._files[name] = file
+    return checkpoint
+
+
+def _shard_files(folder: Path, stem: str) -> list[Path]:
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.is_file():
+        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    else:
+        files = [folder / f"{stem}.safetensors"]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: not found; the checkpoint is incomplete")
+    return files
+
+
+def _wan_sizes(stated: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "in_channels", "out_channels")
+    sizes = {name: stated[name] for name in (*names, "freq_dim", "eps") if name in stated}
+    return {**sizes, "patch_size": tuple(stated["patch_size"])} if "patch_size" in stated else sizes
+
+
+def _check_sizes(checkpoint: Checkpoint, config: DiTConfig) -> None:
+    """Compare sizes that shapes do not show (heads, eps) as well as those they do."""
+    stated = checkpoint.stated or (checkpoint.config.to_dict() if checkpoint.config else {})
+    values = config.to_dict()
+    for name, value in stated.items():
+        same = list(value) == values[name] if name == "patch_size" else value == values[name]
+        # Whether there is a source embedding differs between stages and shows in the keys.
+        if not same and name != "use_source_embedding":
+            raise UserError(
+                f"{checkpoint.path / 'config.json'}: {name} is {value}, the model's is {values[name]}; "
+                f"use the preset of this checkpoint"
+            )
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    module_name, _, parameter_name = name.rpartition(".")
+    setattr(model.get_submodule(module_name), parameter_name, nn.Parameter(tensor))
+
+
+def _shape_note(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], name: str) -> str:
+    return f"{name}: {list(checkpoint.shapes[name])}, expected {list(expected[name])}"
+
+
+def _shorten(keys: Sequence[str]) -> str:
+    rest = len(keys) - _LISTED
+    return ", ".join(keys[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")
