@@ -1,0 +1,100 @@
+import pytest
+import torch
+from fixtures.dit_samples import random_model, random_sample
+
+from loomvideo.model.config import DiTConfig
+from loomvideo.model.guidance import FULL, UNCONDITIONAL, VISUAL, Guidance
+from loomvideo.model.packing import DiTSample, pack
+from loomvideo.model.sampler import Branch, SchedulerConfig, sample
+
+CONFIG = DiTConfig(
+    num_layers=2, num_attention_heads=2, attention_head_dim=16, ffn_dim=48, in_channels=4, mllm_dim=12, freq_dim=16
+)
+
+
+def make_branches(references=((2, 4),)):
+    full = random_sample(CONFIG, (2, 4, 6), 7, references=references, source=True, seed=1)
+    empty = random_sample(CONFIG, (2, 4, 6), 3, seed=2)
+    visual = random_sample(CONFIG, (2, 4, 6), 5, seed=3)
+    branches = {
+        FULL: Branch(full.mllm_states, full.source, full.references),
+        VISUAL: Branch(visual.mllm_states, full.source, full.references),
+        UNCONDITIONAL: Branch(empty.mllm_states),
+    }
+    return full.latents, branches
+
+
+def plain_sample(model, latents, branches, guidance, steps):
+    """Every branch packed and computed from scratch at every step."""
+    solver = SchedulerConfig().build(steps)
+    for timestep in solver.timesteps:
+        velocity = {}
+        for name, branch in branches.items():
+            step = DiTSample(
+                latents, timestep.item(), branch.mllm_states, branch.source, timestep.item() / 1000, branch.references
+            )
+            batch = pack([step])
+            (velocity[name],) = batch.unpack(model(batch))
+        unconditional = velocity[UNCONDITIONAL]
+        if guidance.visual_scale is None:
+            guided = unconditional + guidance.scale * (velocity[FULL] - unconditional)
+        else:
+            guided = (
+                unconditional
+                + guidance.visual_scale * (velocity[VISUAL] - unconditional)
+                + guidance.scale * (velocity[FULL] - velocity[VISUAL])
+            )
+        latents = solver.step(guided, timestep, latents, return_dict=False)[0]
+    return latents
+
+
+@pytest.mark.parametrize("batch_branches", [False, True])
+@pytest.mark.parametrize("guidance", [Guidance(2.5, 1.5), Guidance(5.0)])
+@pytest.mark.parametrize("references", [(), ((2, 4), (4, 2))])
+def test_equal_to_the_plain_path(batch_branches, guidance, references):
+    model = random_model(CONFIG)
+    initial, branches = make_branches(references)
+    seen = []
+    final = sample(
+        model, initial, branches, guidance, 5, batch_branches=batch_branches, on_step=lambda step, _: seen.append(step)
+    )
+    with torch.no_grad():
+        expected = plain_sample(model, initial, branches, guidance, 5)
+    torch.testing.assert_close(final, expected, rtol=1e-4, atol=1e-4)
+    assert seen == list(range(5))
+
+
+def test_branches_without_weight_are_not_computed():
+    initial, branches = make_branches()
+    only = sample(random_model(CONFIG), initial, {FULL: branches[FULL]}, Guidance(1.0), 2)
+    both = sample(random_model(CONFIG), initial, branches, Guidance(1.0, 1.0), 2)
+    assert torch.equal(only, both)
+
+
+def test_bfloat16_model_keeps_latents_in_float32():
+    initial, branches = make_branches()
+    model = random_model(CONFIG)
+    expected = sample(model, initial, branches, Guidance(2.5, 1.5), 3)
+    final = sample(model.bfloat16(), initial, branches, Guidance(2.5, 1.5), 3)
+    assert final.dtype == torch.float32
+    assert (final - expected).square().mean() / expected.square().mean() < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("task", "expected"),
+    [
+        ("t2v", Guidance(5.0)),
+        ("t2i", Guidance(5.0)),
+        ("mi2v", Guidance(5.0, 1.5)),
+        ("video_edit", Guidance(2.5, 1.5)),
+        ("image_edit", Guidance(2.5, 1.5)),
+        ("ref_edit", Guidance(2.5, 1.5)),
+    ],
+)
+def test_published_scales(task, expected):
+    assert Guidance.default(task) == expected
+
+
+def test_weights_add_up():
+    for guidance in (Guidance(2.5, 1.5), Guidance(5.0), Guidance(1.0), Guidance(3.0, 3.0)):
+        assert sum(guidance.weights().values()) == pytest.approx(1)
