@@ -9,7 +9,7 @@ DATA ?= data/sample
 SHARDS ?= data/shards-$(PRESET)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev lint format test test-fast sample-data shards pretrain finetune-edit evaluate mlflow bench clean
+.PHONY: help setup setup-dev lint format test test-fast sample-data shards pretrain finetune-edit evaluate mlflow bench clean render validate image
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,3 +60,16 @@ mlflow: $(VENV)/.setup ## open the MLflow pages of the local runs on http://loca
 
 clean: ## remove build products and caches (never data or runs)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+
+CLUSTER ?=
+JOB ?= pretrain
+IMAGE ?= cpu
+
+render: $(VENV)/.setup ## write the manifests of CLUSTER= (and a RayJob: JOB= RUN=) as a Kustomize folder
+	$(BIN)/loomvideo render --cluster $(CLUSTER) $(if $(RUN),--job $(JOB) --run $(RUN)) -- $(ARGS)
+
+validate: $(VENV)/.setup-dev ## check all profiles' manifests, images and scripts without a cluster
+	$(BIN)/loomvideo validate $(if $(CLUSTER),--cluster $(CLUSTER))
+
+image: ## build the container image: IMAGE=cpu or cuda
+	docker build --file infra/images/Dockerfile.$(IMAGE) --tag loomvideo/$(IMAGE):$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) .

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from loomvideo.jobs import data_commands, weights_commands
+from loomvideo.jobs import cluster_commands, data_commands, weights_commands
 from loomvideo.platform.errors import UserError
 
 app = typer.Typer(
@@ -15,6 +15,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_commands.app)
+app.add_typer(cluster_commands.app)
 app.add_typer(weights_commands.app)
 
 

@@ -1,0 +1,241 @@
+"""Cluster profiles: one typed YAML file that says what a cluster is made of, from which all manifests are rendered."""
+
+import dataclasses
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from loomvideo.platform.config import load_config, option
+from loomvideo.platform.errors import UserError
+
+PROFILE_FOLDER = Path("infra/profiles")
+QUEUES = ("plain", "kueue", "volcano")
+DNS_1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+# KubeRay appends suffixes for services and, to a RayJob's cluster, five random characters.
+MAX_CLUSTER_NAME = 53
+MAX_JOB_NAME = 47
+
+
+@dataclass
+class NodeGroup:
+    """A group of equal Ray worker nodes."""
+
+    name: str = option("", "name of the group")
+    jobs: list[str] = option([], "jobs whose RayJob gets this group")
+    replicas: int = option(1, "nodes at the start")
+    min_replicas: int | None = option(None, "fewest nodes the autoscaler keeps; replicas when unset")
+    max_replicas: int | None = option(None, "most nodes the autoscaler starts; replicas when unset")
+    cpus: int = option(4, "CPUs a node")
+    memory_gib: int = option(16, "memory a node")
+    gpus: int = option(0, "GPUs a node")
+    gpu_resource: str = option("nvidia.com/gpu", "Kubernetes name of the GPU resource")
+    shared_memory_gib: int = option(4, "size of /dev/shm, part of memory_gib")
+    local_disk_gib: int = option(50, "node-local disk for spilled objects and compile caches")
+    gang: bool = option(False, "in a job's own cluster: all nodes at once, as many as max_replicas, never resized")
+    spot: bool = option(False, "nodes that may be taken away: adds the spot toleration and the preemption grace")
+    node_selector: dict[str, str] = option({}, "labels of the Kubernetes nodes to run on")
+    tolerations: list[str] = option([], "taint keys to tolerate")
+    image: str = option("", "image of this group; the profile's when empty")
+
+    @property
+    def autoscales(self) -> bool:
+        """Whether the number of nodes may change while the cluster lives."""
+        return self.lowest != self.highest
+
+    @property
+    def lowest(self) -> int:
+        """Fewest nodes."""
+        return self.replicas if self.min_replicas is None else self.min_replicas
+
+    @property
+    def highest(self) -> int:
+        """Most nodes."""
+        return self.replicas if self.max_replicas is None else self.max_replicas
+
+
+@dataclass
+class Head:
+    """The Ray head: control processes only, no tasks, no GPU."""
+
+    cpus: int = option(4, "CPUs of the head")
+    memory_gib: int = option(16, "memory of the head; an out-of-memory head loses every job")
+    node_selector: dict[str, str] = option({}, "labels of the Kubernetes nodes to run on; choose on-demand nodes")
+    priority_class: str = option("", "PriorityClass of the head")
+
+
+@dataclass
+class Queue:
+    """Who admits jobs."""
+
+    kind: str = option("plain", "plain, kueue or volcano")
+    name: str = option("", "LocalQueue (kueue) or Queue (volcano)")
+    priority_class: str = option("", "WorkloadPriorityClass (kueue) or PriorityClass (volcano)")
+
+
+@dataclass
+class Storage:
+    """Where runs, shards and caches live."""
+
+    claim: str = option("loomvideo-shared", "ReadWriteMany volume claim with runs and shards")
+    mount: str = option("/mnt/loomvideo", "where the claim is mounted in every pod")
+    storage_class: str = option("", "storage class of the claim; the cluster's default when empty")
+    size_gib: int = option(1000, "size of the claim")
+    object_store_secret: str = option("", "secret with AWS_* variables; empty for workload identity or no object store")
+    object_store_endpoint: str = option("", "S3 endpoint when it is not AWS's")
+    artifacts: str = option("s3://loomvideo-mlflow", "where the MLflow server keeps artifacts")
+
+
+@dataclass
+class Tracking:
+    """The MLflow server jobs report to."""
+
+    uri: str = option("http://mlflow:5000", "tracking URI as seen from the pods")
+    secret: str = option("loomvideo-mlflow-client", "secret with MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
+
+
+@dataclass
+class Access:
+    """How a person's machine reaches the dashboard."""
+
+    address: str = option("", "URL of the dashboard; empty: kubectl port-forward to the head service")
+    context: str = option("", "kubectl context; the current one when empty")
+
+
+@dataclass
+class Upload:
+    """What a submission may ship."""
+
+    limit_mib: int = option(20, "largest upload (wheel and working directory); Ray's own limit is 100")
+
+
+@dataclass
+class ClusterProfile:
+    """Everything the manifests of a cluster are made from."""
+
+    name: str = option("???", "name of the RayCluster")
+    namespace: str = option("loomvideo", "Kubernetes namespace")
+    kubernetes_version: str = option("1.34", "version whose schemas manifests are checked against")
+    ray_version: str = option("2.60.0", "Ray in the image; must equal the submitting machine's")
+    image: str = option("???", "image of all nodes, pinned by digest for anything that must be repeatable")
+    image_pull_secret: str = option("", "secret for a private registry")
+    token_secret: str = option("loomvideo-ray-token", "secret whose auth_token guards dashboard and jobs API")
+    head: Head = option(Head, "")
+    groups: list[NodeGroup] = option([], "worker groups")
+    queue: Queue = option(Queue, "")
+    storage: Storage = option(Storage, "")
+    tracking: Tracking = option(Tracking, "")
+    access: Access = option(Access, "")
+    upload: Upload = option(Upload, "")
+    environment: dict[str, str] = option({}, "further environment of every pod; no secrets")
+    job_retries: int = option(2, "new clusters a failed RayJob gets; each continues the run")
+    job_deadline_hours: float = option(0.0, "stop a RayJob after so long; 0 for never")
+    pending_minutes: int = option(60, "fail a RayJob that has not started running after so long; 0 for never")
+    evidence_hours: float = option(24.0, "how long the head of a failed job stays for a look, without its GPUs")
+    preemption_grace_s: int = option(120, "seconds a pod gets between the warning and the kill")
+
+    def groups_of(self, job: str) -> list[NodeGroup]:
+        """The groups a job's own cluster gets.
+
+        Raises:
+            UserError: if no group names the job.
+        """
+        groups = [group for group in self.groups if job in group.jobs]
+        if not groups:
+            known = sorted({name for group in self.groups for name in group.jobs})
+            raise UserError(f"profile {self.name}: no group lists job {job} under groups[].jobs; jobs: {known}")
+        return groups
+
+    @property
+    def autoscales(self) -> bool:
+        """Whether any group's size may change."""
+        return any(group.autoscales for group in self.groups)
+
+
+def profile_path(name: str) -> Path:
+    """The file of a profile given by path or by name in ``infra/profiles`` (or ``LOOMVIDEO_PROFILES``).
+
+    Raises:
+        UserError: naming the profiles that exist.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    folder = Path(os.environ.get("LOOMVIDEO_PROFILES", PROFILE_FOLDER))
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        names = sorted(file.stem for file in folder.glob("*.yaml"))
+        raise UserError(f"cluster profile {name!r}: no {path}; use one of {', '.join(names) or '(none)'} or a path")
+    return path
+
+
+def load_profile(name: str, overrides: Sequence[str] = ()) -> ClusterProfile:
+    """Read and check a profile.
+
+    Args:
+        name: A path to a YAML file or a name in the profile folder.
+        overrides: ``section.key=value`` changes, such as ``queue.kind=kueue queue.name=training``.
+
+    Raises:
+        UserError: naming the file, the key and the fix.
+    """
+    path = profile_path(name)
+    if not path.is_file():
+        raise UserError(f"cluster profile {path}: not found")
+    _check_group_keys(path)
+    profile = load_config(ClusterProfile, overrides, path)
+    check_profile(profile, str(path))
+    return profile
+
+
+def _check_group_keys(path: Path) -> None:
+    # The configuration loader treats a list as one value; its items get the same kind of message here.
+    values = yaml.safe_load(path.read_text()) or {}
+    known = [field.name for field in dataclasses.fields(NodeGroup)]
+    for position, group in enumerate(values.get("groups") or []):
+        for key in group:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+                hint = f"; did you mean {near[0]}?" if near else f"; valid keys: {', '.join(known)}"
+                raise UserError(f"{path}: unknown key groups[{position}].{key}{hint}")
+
+
+def check_profile(profile: ClusterProfile, source: str) -> None:
+    """Rules between a profile's keys.
+
+    Raises:
+        UserError: naming the source, the key and the fix.
+    """
+    if profile.queue.kind not in QUEUES:
+        raise UserError(f"{source}: queue.kind={profile.queue.kind!r}: use one of {', '.join(QUEUES)}")
+    if profile.queue.kind != "plain" and not profile.queue.name:
+        raise UserError(f"{source}: queue.name: name the queue that {profile.queue.kind} admits jobs from")
+    _check_name(profile.name, f"{source}: name", MAX_CLUSTER_NAME)
+    _check_name(profile.namespace, f"{source}: namespace", 63)
+    if not profile.groups:
+        raise UserError(f"{source}: groups: a cluster without workers runs nothing; add a group")
+    names = [group.name for group in profile.groups]
+    for group in profile.groups:
+        key = f"{source}: groups[{group.name or '?'}]"
+        _check_name(group.name, f"{key}.name", 63)
+        if names.count(group.name) > 1:
+            raise UserError(f"{key}.name: used twice")
+        if not 0 <= group.lowest <= group.replicas <= group.highest:
+            raise UserError(f"{key}: need min_replicas <= replicas <= max_replicas")
+        if group.shared_memory_gib >= group.memory_gib:
+            raise UserError(f"{key}.shared_memory_gib: /dev/shm is part of memory_gib and must be smaller")
+    endpoint = profile.storage.object_store_endpoint
+    if endpoint and not endpoint.startswith(("http://", "https://")):
+        raise UserError(f"{source}: storage.object_store_endpoint={endpoint!r}: start with http:// or https://")
+    if profile.tracking.uri.partition("://")[2].count("@"):
+        raise UserError(f"{source}: tracking.uri: keep the password in the secret tracking.secret, not in the URI")
+
+
+def _check_name(name: str, key: str, longest: int) -> None:
+    if not DNS_1035.fullmatch(name) or len(name) > longest:
+        raise UserError(
+            f"{key}={name!r}: use lower-case letters, digits and '-', starting with a letter, at most {longest}"
+        )

@@ -1,0 +1,164 @@
+"""Write everything a cluster needs as one Kustomize folder: ``kubectl apply -k FOLDER``."""
+
+import os
+import subprocess
+from pathlib import Path
+from shutil import which
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from loomvideo.platform.cluster.manifests import ray_cluster
+from loomvideo.platform.cluster.profile import ClusterProfile
+from loomvideo.platform.errors import UserError
+
+KUBERNETES = Path("infra/kubernetes")
+CLUSTER_QUEUE = "loomvideo-training"
+
+
+def namespaced_objects(profile: ClusterProfile) -> list[dict[str, Any]]:
+    """What depends on the profile: namespace, volume claim, MLflow settings, queue and Ray cluster."""
+    storage = profile.storage
+    claim: dict[str, Any] = {
+        "accessModes": ["ReadWriteMany"],
+        "resources": {"requests": {"storage": f"{storage.size_gib}Gi"}},
+    }
+    if storage.storage_class:
+        claim["storageClassName"] = storage.storage_class
+    settings = {"artifacts-destination": storage.artifacts}
+    if storage.object_store_endpoint:
+        settings["s3-endpoint"] = storage.object_store_endpoint
+    objects = [
+        {
+            "apiVersion": "v1",
+            "kind": "Namespace",
+            "metadata": {
+                "name": profile.namespace,
+                "labels": {
+                    "app.kubernetes.io/part-of": "loomvideo",
+                    # The API server itself refuses privileged, host-network and root pods here.
+                    "pod-security.kubernetes.io/enforce": "restricted",
+                    "pod-security.kubernetes.io/warn": "restricted",
+                },
+            },
+        },
+        _object("v1", "PersistentVolumeClaim", profile, storage.claim, spec=claim),
+        _object("v1", "ConfigMap", profile, "loomvideo-mlflow", data=settings),
+    ]
+    if storage.object_store_endpoint:
+        objects.append(_object_store_policy(profile))
+    if profile.queue.kind == "kueue":
+        queue = {"clusterQueue": CLUSTER_QUEUE}
+        objects.append(_object("kueue.x-k8s.io/v1beta1", "LocalQueue", profile, profile.queue.name, spec=queue))
+    return [*objects, ray_cluster(profile)]
+
+
+def write_folder(
+    profile: ClusterProfile, folder: Path, kubernetes: Path = KUBERNETES, jobs: tuple[dict[str, Any], ...] = ()
+) -> list[Path]:
+    """Write the Kustomize folder of a profile.
+
+    Args:
+        profile: The cluster.
+        folder: Where to write; files of the same names are replaced.
+        kubernetes: The repository's ``infra/kubernetes``.
+        jobs: RayJob manifests, written beside it for ``kubectl apply -f``: applying a cluster starts no job.
+
+    Returns:
+        The written files.
+
+    Raises:
+        UserError: if the repository's Kubernetes folder is not there.
+    """
+    if not (kubernetes / "base").is_dir():
+        raise UserError(f"{kubernetes}/base: not found; run from a checkout of the repository")
+    inner = folder / "namespaced"
+    # Namespaced and cluster-wide objects apart: Kustomize would give a namespace to kinds it does not know.
+    files = {
+        folder / "kustomization.yaml": _kustomization([inner.name, *_queue_resources(profile, kubernetes, folder)]),
+        inner / "kustomization.yaml": _kustomization(
+            [_relative(kubernetes / "base", inner), "cluster.yaml"],
+            namespace=profile.namespace,
+            images=[_image("loomvideo/mlflow", profile.image)],
+        ),
+        inner / "cluster.yaml": to_yaml(namespaced_objects(profile)),
+        **{folder / f"{job['metadata']['name']}.rayjob.yaml": to_yaml([job]) for job in jobs},
+    }
+    for path, text in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return list(files)
+
+
+def build(folder: Path) -> list[dict[str, Any]]:
+    """The objects of a Kustomize folder, as ``kubectl kustomize`` builds them.
+
+    Raises:
+        UserError: if kubectl is missing or refuses the folder.
+    """
+    kubectl = find_kubectl()
+    if kubectl is None:
+        raise UserError("kubectl: not found on PATH; install it or set LOOMVIDEO_KUBECTL")
+    result = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True)
+    if result.returncode != 0:
+        raise UserError(f"{folder}: kustomize: {result.stderr.strip().splitlines()[-1]}")
+    return [document for document in yaml.safe_load_all(result.stdout) if document]
+
+
+def find_kubectl() -> str | None:
+    """kubectl from ``LOOMVIDEO_KUBECTL`` or PATH."""
+    return os.environ.get("LOOMVIDEO_KUBECTL") or which("kubectl")
+
+
+def to_yaml(objects: list[dict[str, Any]]) -> str:
+    """Objects as a YAML stream."""
+    return yaml.dump_all(objects, sort_keys=False, width=120, Dumper=_PlainDumper)
+
+
+class _PlainDumper(yaml.SafeDumper):
+    # Anchors and aliases are legal YAML that people and reviewers stumble over.
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _object_store_policy(profile: ClusterProfile) -> dict[str, Any]:
+    """The way out to an object store on a port of its own; the base allows 443 only."""
+    url = urlsplit(profile.storage.object_store_endpoint)
+    port = url.port or {"http": 80, "https": 443}[url.scheme]
+    spec = {
+        "podSelector": {"matchLabels": {"app.kubernetes.io/part-of": "loomvideo"}},
+        "policyTypes": ["Egress"],
+        "egress": [{"ports": [{"protocol": "TCP", "port": port}]}],
+    }
+    return _object("networking.k8s.io/v1", "NetworkPolicy", profile, "object-store", spec=spec)
+
+
+def _queue_resources(profile: ClusterProfile, kubernetes: Path, folder: Path) -> list[str]:
+    return [] if profile.queue.kind == "plain" else [_relative(kubernetes / "queues" / profile.queue.kind, folder)]
+
+
+def _kustomization(resources: list[str], **fields: Any) -> str:
+    head = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"}
+    return to_yaml([head | fields | {"resources": resources}])
+
+
+def _object(api_version: str, kind: str, profile: ClusterProfile, name: str, **fields: Any) -> dict[str, Any]:
+    metadata = {"name": name, "namespace": profile.namespace, "labels": {"app.kubernetes.io/part-of": "loomvideo"}}
+    return {"apiVersion": api_version, "kind": kind, "metadata": metadata, **fields}
+
+
+def _image(name: str, image: str) -> dict[str, str]:
+    repository, at, digest = image.partition("@")
+    if at:
+        return {"name": name, "newName": repository, "digest": digest}
+    # A colon after the last slash starts the tag; one before it is a registry's port.
+    slash = image.rfind("/")
+    colon = image.find(":", slash + 1)
+    if colon < 0:
+        return {"name": name, "newName": image, "newTag": "latest"}
+    return {"name": name, "newName": image[:colon], "newTag": image[colon + 1 :]}
+
+
+def _relative(target: Path, start: Path) -> str:
+    return os.path.relpath(target.resolve(), start.resolve())

@@ -1,0 +1,159 @@
+"""Check manifests, images and scripts without a cluster: schemas, operators' rules, cross references, secrets, lint."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from shutil import which
+from typing import Any
+
+from loomvideo.platform.cluster.profile import ClusterProfile
+from loomvideo.platform.cluster.references import Given, reference_problems
+from loomvideo.platform.cluster.render import KUBERNETES, build, find_kubectl, write_folder
+from loomvideo.platform.cluster.rules import rule_problems
+from loomvideo.platform.cluster.schemas import CRDS_VARIABLE, crd_folder, schema_problems
+
+SECRET_NAMES = re.compile(r"password|passwd|secret|token|access_?key|api_?key|credential", re.IGNORECASE)
+SECRET_VALUES = {
+    "private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
+    "AWS access key": re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
+    "password in a URL": re.compile(r"[a-z][a-z0-9+]*://[^\s/:@$%]+:[^\s/@$%]+@"),
+    "bearer token": re.compile(r"\bBearer +[0-9a-zA-Z._~+/=-]{20,}"),
+    "Hugging Face token": re.compile(r"\bhf_[0-9a-zA-Z]{30,}\b"),
+}
+
+
+@dataclass
+class Report:
+    """What was checked.
+
+    Attributes:
+        checked: Number of objects and files.
+        problems: ``where: what``, empty when all is well.
+        skipped: Checks that could not run here and why.
+    """
+
+    checked: int = 0
+    problems: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    def add(self, where: str, problems: Iterable[str]) -> None:
+        """Count one thing and keep its problems."""
+        self.checked += 1
+        self.problems += [f"{where}: {problem}" for problem in problems]
+
+
+def validate_manifests(
+    manifests: list[dict[str, Any]], given: Given, kubernetes_version: str, report: Report, source: str
+) -> None:
+    """Check a set of objects that are applied together."""
+    crds = crd_folder()
+    if crds is None:
+        _skip(
+            report,
+            f"KubeRay schemas: set {CRDS_VARIABLE} to a folder with ray.io_rayclusters.yaml, ray.io_rayjobs.yaml",
+        )
+    seen: set[tuple[str, str]] = set()
+    for manifest in manifests:
+        identity = (manifest.get("kind", "?"), manifest.get("metadata", {}).get("name", "?"))
+        where = f"{source}: {identity[0]} {identity[1]}"
+        problems = list(schema_problems(manifest, kubernetes_version, crds))
+        # The operators' rules read fields that a schema problem may have put in doubt.
+        problems = problems or list(rule_problems(manifest))
+        problems += secret_problems(manifest)
+        if identity in seen:
+            problems.append("defined twice")
+        seen.add(identity)
+        report.add(where, problems)
+    for manifest, problem in reference_problems(manifests, given):
+        report.problems.append(f"{source}: {manifest['kind']} {manifest['metadata']['name']}: {problem}")
+
+
+def validate_profile(
+    profile: ClusterProfile,
+    jobs: tuple[dict[str, Any], ...],
+    folder: Path,
+    report: Report,
+    kubernetes: Path = KUBERNETES,
+) -> None:
+    """Render a profile into ``folder`` and check all of it.
+
+    Args:
+        profile: The cluster.
+        jobs: RayJob manifests of the profile to check along.
+        folder: Scratch folder.
+        report: Where the result goes.
+        kubernetes: The repository's ``infra/kubernetes``.
+    """
+    write_folder(profile, folder, kubernetes)
+    source = f"{profile.name} ({profile.queue.kind})"
+    if find_kubectl() is None:
+        _skip(report, "kustomize: kubectl is not on PATH (or LOOMVIDEO_KUBECTL)")
+        return
+    manifests = [*build(folder), *jobs]
+    given = Given.read(kubernetes / "given.yaml")
+    validate_manifests(manifests, given, profile.kubernetes_version, report, source)
+
+
+def secret_problems(node: Any, path: str = "") -> Iterator[str]:
+    """Literal secrets in an object: values of variables named like one, and texts that look like one."""
+    if isinstance(node, dict):
+        if isinstance(node.get("name"), str) and isinstance(node.get("value"), str):
+            # A variable that points at a secret (a path, a user) is fine; one that holds it is not.
+            named = SECRET_NAMES.search(node["name"]) and not node["name"].endswith(("_PATH", "_FILE"))
+            if named and node["value"]:
+                yield f"{path}: env {node['name']} holds its value in the manifest; use secretKeyRef"
+        for key, value in node.items():
+            yield from secret_problems(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, list):
+        for position, value in enumerate(node):
+            yield from secret_problems(value, f"{path}[{position}]")
+    elif isinstance(node, str):
+        for kind in secrets_in(node):
+            yield f"{path}: looks like a {kind}"
+
+
+def secrets_in(text: str) -> list[str]:
+    """The kinds of secrets that a text seems to hold."""
+    return [kind for kind, pattern in SECRET_VALUES.items() if pattern.search(text)]
+
+
+def lint(root: Path, report: Report) -> None:
+    """Lint the repository's Dockerfiles and shell scripts."""
+    infra = root / "infra"
+    _lint_files(report, "hadolint", sorted(infra.rglob("Dockerfile*")), _hadolint_options)
+    _lint_files(report, "shellcheck", sorted(infra.rglob("*.sh")), lambda path: ["--format=gcc"])
+
+
+def _hadolint_options(path: Path) -> list[str]:
+    # Debian's package versions leave the archive with every update; the base image's digest is what pins them.
+    return ["--no-color", "--ignore=DL3008"]
+
+
+def _lint_files(report: Report, tool: str, files: list[Path], options: Callable[[Path], list[str]]) -> None:
+    executable = find_tool(tool)
+    if executable is None:
+        _skip(report, f"{tool}: not installed (pip install -e '.[dev]')")
+        return
+    for path in files:
+        result = subprocess.run([executable, *options(path), str(path)], capture_output=True, text=True)
+        report.add(str(path), result.stdout.splitlines() if result.returncode else [])
+
+
+def find_tool(name: str) -> str | None:
+    """A tool beside this Python, in one of its paths' ``bin``, or on PATH."""
+    places = [
+        Path(sys.executable).parent,
+        *(Path(entry).parents[2] / "bin" for entry in sys.path if entry.count("/") > 3),
+    ]
+    for place in places:
+        if (place / name).is_file():
+            return str(place / name)
+    return which(name)
+
+
+def _skip(report: Report, reason: str) -> None:
+    if reason not in report.skipped:
+        report.skipped.append(reason)
