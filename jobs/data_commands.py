@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -11,7 +12,17 @@ from loomvideo.jobs.command import config_command
 from loomvideo.pipelines.sample_data.config import SampleDataConfig
 from loomvideo.platform.config import option
 
+if TYPE_CHECKING:
+    from loomvideo.pipelines.prepare_config import PrepareConfig
+
 app = typer.Typer(name="data", help="Make, prepare and look at datasets.", no_args_is_help=True)
+
+
+def prepare_schema() -> type:
+    """The schema of ``data prepare``, imported late: it knows the model presets."""
+    from loomvideo.pipelines.prepare_config import PrepareConfig
+
+    return PrepareConfig
 
 
 @dataclass
@@ -36,3 +47,19 @@ def sample(config: SampleCommandConfig) -> None:
     for split, counts in summary.tasks.items():
         table.add_row(split, *(str(counts.get(task, 0)) for task in tasks))
     Console().print(table)
+
+
+@config_command(app, "prepare", "data-prepare", prepare_schema)
+def prepare(config: "PrepareConfig") -> None:
+    """Encode samples into shards: latents and MLLM features, up to date with input and configuration."""
+    from loomvideo.jobs.prepare_job import run
+
+    run(config)
+
+
+@app.command()
+def inspect(folder: Annotated[str, typer.Argument(metavar="DIR", help="dataset folder or URL")]) -> None:
+    """Print what a dataset holds: counts, sizes, tasks, buckets and one sample's members."""
+    from loomvideo.jobs.inspect_dataset import inspect_dataset
+
+    inspect_dataset(folder, Console())

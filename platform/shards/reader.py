@@ -3,9 +3,10 @@
 import hashlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +19,7 @@ from loomvideo.platform.shards.sample import METADATA, ShardSample
 from loomvideo.platform.shards.storage import Storage
 
 Selection = Callable[[str, str], bool]
+PLACE_COLUMNS = ("key", "shard", "offset", "num_bytes", "members", "member_offsets", "member_bytes")
 
 
 class ShardDataset:
@@ -70,47 +72,8 @@ class ShardDataset:
         Raises:
             UserError: if the tar is missing or shorter than the index says.
         """
-        place = {name: self.index.column(name)[row].as_py() for name in ("key", "shard", "offset", "num_bytes")}
-        names, offsets, sizes = (
-            self.index.column(name)[row].as_py() for name in ("members", "member_offsets", "member_bytes")
-        )
-        members = {name: (offset, size) for name, offset, size in zip(names, offsets, sizes, strict=True)}
-        if select is None:
-            start = place["offset"]
-            (data,) = self.storage.read_ranges(shard_path(place["shard"]), [(start, place["num_bytes"])])
-            content = {name: memoryview(data)[o - start : o - start + n] for name, (o, n) in members.items()}
-            tensors = {name: safetensors.parse(part) for name, part in content.items() if name != METADATA}
-            metadata = json.loads(bytes(content[METADATA]))
-        else:
-            metadata, tensors = self._read_selected(shard_path(place["shard"]), members, select)
-        if metadata["key"] != place["key"]:
-            raise UserError(f"{self.storage.url}/{shard_path(place['shard'])}: holds {metadata['key']} where the index "
-                            f"has {place['key']}; run `loomvideo data verify`")  # fmt: skip
-        return ShardSample(place["key"], metadata, tensors)
-
-    def _read_selected(
-        self, path: str, members: dict[str, tuple[int, int]], select: Selection
-    ) -> tuple[dict, dict[str, dict[str, Tensor]]]:
-        wanted = [name for name in members if name != METADATA]
-        head_size = safetensors.HEADER_SIZE_BYTES
-        ranges = [members[METADATA], *((members[name][0], head_size) for name in wanted)]
-        metadata, *sizes = self.storage.read_ranges(path, ranges)
-        lengths = [int.from_bytes(size, "little") for size in sizes]
-        headers = self.storage.read_ranges(
-            path, [(members[name][0] + head_size, length) for name, length in zip(wanted, lengths, strict=True)]
-        )
-        entries, ranges = [], []
-        for name, length, header in zip(wanted, lengths, headers, strict=True):
-            base = members[name][0] + head_size + length
-            for tensor, entry in safetensors.parse_header(header).items():
-                if select(name, tensor):
-                    begin, end = entry["data_offsets"]
-                    entries.append((name, tensor, entry))
-                    ranges.append((base + begin, end - begin))
-        tensors: dict[str, dict[str, Tensor]] = {}
-        for (name, tensor, entry), data in zip(entries, self.storage.read_ranges(path, ranges), strict=True):
-            tensors.setdefault(name, {})[tensor] = safetensors.tensor_from(entry, data)
-        return json.loads(bytes(metadata)), tensors
+        place = {name: self.index.column(name)[row].as_py() for name in PLACE_COLUMNS}
+        return read_placed(self.storage, shard_path(place["shard"]), place, select)
 
     def shared(self) -> dict[str, Tensor]:
         """Dataset-wide tensors, among them ``null`` [layers, tokens, dim]; empty when the dataset has none.
@@ -124,3 +87,58 @@ class ShardDataset:
         if hashlib.sha256(data).hexdigest() != self.manifest.shared_sha256:
             raise UserError(f"{self.storage.url}/{SHARED_FILE}: checksum differs from the manifest's")
         return safetensors.parse(data)
+
+
+def read_placed(storage: Storage, path: str, place: Mapping[str, Any], select: Selection | None = None) -> ShardSample:
+    """Read the sample that an index row describes from a tar.
+
+    Args:
+        storage: The dataset folder.
+        path: Of the tar in it.
+        place: The columns :data:`PLACE_COLUMNS` of the row.
+        select: Which tensors to read; by default all.
+
+    Raises:
+        UserError: if the tar is missing, shorter than the row says, or holds another sample there.
+    """
+    extents = zip(place["members"], place["member_offsets"], place["member_bytes"], strict=True)
+    members = {name: (offset, size) for name, offset, size in extents}
+    if select is None:
+        start = place["offset"]
+        (data,) = storage.read_ranges(path, [(start, place["num_bytes"])])
+        content = {name: memoryview(data)[o - start : o - start + n] for name, (o, n) in members.items()}
+        tensors = {name: safetensors.parse(part) for name, part in content.items() if name != METADATA}
+        metadata = json.loads(bytes(content[METADATA]))
+    else:
+        metadata, tensors = _read_selected(storage, path, members, select)
+    if metadata["key"] != place["key"]:
+        raise UserError(
+            f"{storage.url}/{path}: holds {metadata['key']} where the index has {place['key']}; "
+            "run `loomvideo data verify`"
+        )
+    return ShardSample(place["key"], metadata, tensors)
+
+
+def _read_selected(
+    storage: Storage, path: str, members: dict[str, tuple[int, int]], select: Selection
+) -> tuple[dict, dict[str, dict[str, Tensor]]]:
+    wanted = [name for name in members if name != METADATA]
+    head_size = safetensors.HEADER_SIZE_BYTES
+    ranges = [members[METADATA], *((members[name][0], head_size) for name in wanted)]
+    metadata, *sizes = storage.read_ranges(path, ranges)
+    lengths = [int.from_bytes(size, "little") for size in sizes]
+    headers = storage.read_ranges(
+        path, [(members[name][0] + head_size, length) for name, length in zip(wanted, lengths, strict=True)]
+    )
+    entries, ranges = [], []
+    for name, length, header in zip(wanted, lengths, headers, strict=True):
+        base = members[name][0] + head_size + length
+        for tensor, entry in safetensors.parse_header(header).items():
+            if select(name, tensor):
+                begin, end = entry["data_offsets"]
+                entries.append((name, tensor, entry))
+                ranges.append((base + begin, end - begin))
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for (name, tensor, entry), data in zip(entries, storage.read_ranges(path, ranges), strict=True):
+        tensors.setdefault(name, {})[tensor] = safetensors.tensor_from(entry, data)
+    return json.loads(bytes(metadata)), tensors

@@ -37,6 +37,7 @@ class ShardRecord:
         recipe: Digest of everything that determines the shard's content.
         rows: Index rows in slot order.
         outcomes: One ``{key, dataset, outcome, ...}`` for every planned sample.
+        facts: What made the shard, such as encoder fingerprints.
     """
 
     name: str
@@ -46,6 +47,7 @@ class ShardRecord:
     num_bytes: int
     rows: list[dict[str, Any]]
     outcomes: list[dict[str, Any]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def entry(self) -> ShardEntry:
@@ -60,25 +62,36 @@ def write_shard(
     samples: Iterable[tuple[int, ShardSample]],
     recipe: str = "",
     outcomes: Sequence[Mapping[str, Any]] = (),
+    facts: Mapping[str, Any] | None = None,
 ) -> ShardRecord:
     """Write one tar from a stream of ``(slot, sample)`` in slot order, then commit its record.
 
     Only one sample is held at a time. ``outcomes`` may be a list that the stream fills as it runs. A shard that gets
     no sample has a record and no tar.
     """
-    rows = []
-    with storage.staged(shard_path(name)) as path:
-        with path.open("wb") as out:
-            tar = TarWriter(out)
-            for slot, sample in samples:
-                place = append_sample(tar, sample)
-                rows.append(index_row(sample, name, slot, place))
-            sha256 = tar.finish()
-        # Between the rename and the new record there must be no record: an old one would vouch for the new bytes.
-        storage.delete(record_path(name))
-    record = ShardRecord(name, split, recipe, sha256, tar.num_bytes, rows, [dict(outcome) for outcome in outcomes])
+    rows: list[dict[str, Any]] = []
+    try:
+        with storage.staged(shard_path(name)) as path:
+            with path.open("wb") as out:
+                tar = TarWriter(out)
+                for slot, sample in samples:
+                    place = append_sample(tar, sample)
+                    rows.append(index_row(sample, name, slot, place))
+                sha256 = tar.finish()
+            # Between the rename and the new record there must be no record: an old one would vouch for the new bytes.
+            storage.delete(record_path(name))
+            if not rows:
+                raise _EmptyShardError
+    except _EmptyShardError:
+        storage.delete(shard_path(name))
+    num_bytes = tar.num_bytes if rows else 0
+    record = ShardRecord(name, split, recipe, sha256, num_bytes, rows, [dict(o) for o in outcomes], dict(facts or {}))
     storage.write_bytes(record_path(name), (json.dumps(record.__dict__, sort_keys=True) + "\n").encode())
     return record
+
+
+class _EmptyShardError(Exception):
+    """Leaves the staging block so that nothing is published."""
 
 
 def record_path(name: str) -> str:
@@ -91,7 +104,9 @@ def read_record(storage: Storage, name: str) -> ShardRecord | None:
     if not storage.exists(record_path(name)):
         return None
     record = ShardRecord(**json.loads(storage.read_bytes(record_path(name))))
-    return record if storage.size(shard_path(name)) == record.num_bytes else None
+    if record.rows and storage.size(shard_path(name)) != record.num_bytes:
+        return None
+    return record
 
 
 def write_shared(storage: Storage, tensors: Mapping[str, Tensor]) -> str:
@@ -124,7 +139,7 @@ def finish_dataset(storage: Storage, records: Sequence[ShardRecord], **manifest_
     if len(set(keys)) != len(keys):
         repeated = next(key for key in keys if keys.count(key) > 1)
         raise RuntimeError(f"key {repeated!r} was written twice")
-    manifest = Manifest([record.entry for record in records], **manifest_fields)
+    manifest = Manifest([record.entry for record in records if record.rows], **manifest_fields)
     check_counts(manifest.counts)
     write_table(storage, INDEX_FILE, index_table([row for record in records for row in record.rows]))
     storage.write_bytes(MANIFEST_FILE, manifest.to_json().encode())

@@ -1,0 +1,94 @@
+"""The files of a sample: where they lie, their content hash, and a local copy while one is decoded."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+
+from loomvideo.pipelines.decode import DecodeError
+
+_READ_BYTES = 1 << 20
+
+
+def resolve(path: str, base: str) -> str:
+    """A media path as absolute path or URL; relative ones start at ``base``, the sample file's folder."""
+    if "://" in path or path.startswith("/"):
+        return path
+    return f"{base.rstrip('/')}/{path}"
+
+
+def base_folder(sample_file: str) -> str:
+    """The folder of a sample file, as absolute path or URL."""
+    if "://" in sample_file:
+        return sample_file.rsplit("/", 1)[0]
+    return os.path.dirname(os.path.abspath(sample_file))
+
+
+def media_stamp(path: str) -> list | None:
+    """``[size, modification time]`` of a local file, the entries of a folder hashed; None if absent or remote."""
+    if "://" in path:
+        return None
+    try:
+        stat = os.stat(path)
+        if not os.path.isdir(path):
+            return [stat.st_size, stat.st_mtime_ns]
+        entries = sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in os.scandir(path))
+        return [len(entries), hashlib.sha256(repr(entries).encode()).hexdigest()[:16]]
+    except OSError:
+        return None
+
+
+@contextlib.contextmanager
+def local_copies(paths: list[str]) -> Iterator[dict[str, str]]:
+    """Local names of the paths; remote ones are downloaded and deleted afterwards.
+
+    Raises:
+        DecodeError: ``missing_file`` or ``download_failed``.
+    """
+    folder = None
+    names = {}
+    try:
+        for number, path in enumerate(dict.fromkeys(paths)):
+            if "://" not in path:
+                names[path] = path
+                continue
+            folder = folder or tempfile.mkdtemp(prefix="loomvideo-media-")
+            local = os.path.join(folder, f"{number}{Path(path).suffix}")
+            fs, remote = fsspec.url_to_fs(path)
+            try:
+                fs.get(remote, local, recursive=fs.isdir(remote))
+            except FileNotFoundError as error:
+                raise DecodeError("missing_file", f"{path}: no such object") from error
+            except OSError as error:
+                raise DecodeError("download_failed", f"{path}: {error}") from error
+            names[path] = local
+        yield names
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def content_hash(path: str) -> str:
+    """SHA-256 of a local file, or of the names and contents of a folder.
+
+    Raises:
+        DecodeError: ``missing_file``.
+    """
+    if os.path.isdir(path):
+        files = sorted(Path(path).iterdir())
+        return hashlib.sha256(repr([(f.name, content_hash(str(f))) for f in files if f.is_file()]).encode()).hexdigest()
+    hasher = hashlib.sha256()
+    try:
+        with open(path, "rb") as opened:
+            while chunk := opened.read(_READ_BYTES):
+                hasher.update(chunk)
+    except FileNotFoundError as error:
+        raise DecodeError("missing_file", f"{path}: no such file") from error
+    except OSError as error:
+        raise DecodeError("unreadable", f"{path}: {error.strerror}") from error
+    return hasher.hexdigest()

@@ -1,0 +1,414 @@
+"""The prepare job: raw samples to shards.
+
+The plan (sample -> shard and slot) is made first, from the input, the configuration and the seed alone. Shard builders
+in a Ray Data actor pool then build what has no valid commit record yet, and the dataset is closed when every input
+sample is accounted for. So a second run has nothing to do, an interrupted one resumes on any number of CPUs, and both
+end in the same bytes.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from loomvideo.model.presets import preset
+from loomvideo.pipelines.builder import PLAN_FILE, RETRIABLE, SHARED_RECORD, SHARED_TASK, ShardBuilder
+from loomvideo.pipelines.encode import TENSORS_VERSION, encoder_identity, with_folders
+from loomvideo.pipelines.estimate import estimated_bytes
+from loomvideo.pipelines.geometry import PIXELS_VERSION
+from loomvideo.pipelines.media_files import base_folder, media_stamp, resolve
+from loomvideo.pipelines.prepare_config import PrepareConfig
+from loomvideo.pipelines.samples import Sample, parse_sample
+from loomvideo.platform.config import flatten
+from loomvideo.platform.errors import UserError
+from loomvideo.platform.shards.manifest import (
+    INDEX_FILE,
+    MANIFEST_FILE,
+    QUARANTINE_FILE,
+    SHARD_FOLDER,
+    SHARED_FILE,
+    Manifest,
+    shard_path,
+)
+from loomvideo.platform.shards.plan import PlanItem, PlannedShard, digest, digest_lines, plan_shards
+from loomvideo.platform.shards.storage import Storage
+from loomvideo.platform.shards.writer import (
+    RECORD_FOLDER,
+    ShardRecord,
+    finish_dataset,
+    read_record,
+    record_path,
+    write_table,
+)
+
+logger = logging.getLogger(__name__)
+
+QUARANTINE_SCHEMA = pa.schema(
+    [(name, pa.string()) for name in ("key", "dataset", "outcome", "stage", "reason")]
+    + [("retriable", pa.bool_())]
+    + [(name, pa.string()) for name in ("message", "sample")]
+)
+# What changes where or how fast the work is done, not what is written.
+NOT_IN_RECIPE = ("input", "output", "workers.", "limits.", "codec_folder", "mllm_folder")
+
+
+@dataclasses.dataclass
+class Inputs:
+    """The samples to prepare and the lines that are none.
+
+    Attributes:
+        samples: In input order, keys unique.
+        rejected: Outcomes ``{key, dataset, outcome, stage, reason, message}`` of lines left out.
+    """
+
+    samples: list[Sample]
+    rejected: list[dict[str, Any]]
+
+    @property
+    def digest(self) -> str:
+        """Names the input, whatever order its lines have."""
+        lines = [sample.to_json() for sample in self.samples] + [json.dumps(r, sort_keys=True) for r in self.rejected]
+        return digest_lines(sorted(lines))
+
+
+@dataclasses.dataclass
+class PrepareResult:
+    """What a prepare job did."""
+
+    manifest: Manifest
+    built_shards: int
+    reused_shards: int
+    seconds: float
+    reason: str
+
+    def summary(self) -> dict[str, Any]:
+        """The main figures."""
+        counts = Counter()
+        for count in self.manifest.counts.values():
+            counts.update(count)
+        num_bytes = sum(shard.num_bytes for shard in self.manifest.shards)
+        return {
+            **counts,
+            "shards": len(self.manifest.shards),
+            "built_shards": self.built_shards,
+            "reused_shards": self.reused_shards,
+            "megabytes": num_bytes / 1e6,
+            "seconds": self.seconds,
+            "samples_per_s": counts["written"] / self.seconds if self.built_shards else 0.0,
+            "dataset": self.manifest.digest[:16],
+            "state": self.reason,
+        }
+
+
+Progress = Callable[[dict[str, Any], int], None]
+
+
+def read_inputs(url: str) -> Inputs:
+    """Read a sample file; invalid lines and repeated keys are set aside with their reason.
+
+    Raises:
+        UserError: if the file does not exist or holds no sample.
+    """
+    fs, path = fsspec.url_to_fs(url)
+    if not fs.exists(path) or fs.isdir(path):
+        raise UserError(f"input={url}: no such sample file; make one with `loomvideo data sample`")
+    samples: dict[str, Sample] = {}
+    rejected = []
+    with fs.open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{url.rsplit('/', 1)[-1]}:{number}"
+            try:
+                sample = parse_sample(line.decode("utf-8"), where)
+            except (UserError, UnicodeDecodeError, TypeError) as error:
+                rejected.append(
+                    _rejected(f"line-{number}", "unknown", "quarantined", "invalid_line", f"{where}: {error}")
+                )
+                continue
+            if sample.key in samples:
+                same = samples[sample.key] == sample
+                outcome = ("duplicates", "repeated_line") if same else ("quarantined", "repeated_key")
+                rejected.append(_rejected(sample.key, sample.dataset, *outcome, f"{where}: key {sample.key} again"))
+                continue
+            samples[sample.key] = sample
+    if not samples:
+        raise UserError(f"input={url}: no valid sample in it" + (f"; {rejected[0]['message']}" if rejected else ""))
+    return Inputs(list(samples.values()), rejected)
+
+
+def _rejected(key: str, dataset: str, outcome: str, reason: str, message: str) -> dict[str, Any]:
+    return {
+        "key": key,
+        "dataset": dataset,
+        "outcome": outcome,
+        "stage": "read",
+        "reason": reason,
+        "message": message,
+    }
+
+
+def make_plan(inputs: Inputs, config: PrepareConfig) -> list[PlannedShard]:
+    """Deal the samples into shards."""
+    model = preset(config.model)
+    items = (
+        PlanItem(sample.key, sample.assigned_split(config.heldout_fraction), estimated_bytes(sample, config, model))
+        for sample in inputs.samples
+    )
+    return plan_shards(items, config.shards.target_bytes, config.shards.max_samples, config.seed)
+
+
+def recipe_parts(inputs: Inputs, config: PrepareConfig) -> dict[str, str]:
+    """What the dataset's content depends on, part by part, so that a stale one can say why."""
+    values = {k: v for k, v in flatten(config).items() if not k.startswith(NOT_IN_RECIPE)}
+    model = with_folders(preset(config.model), config.codec_folder, config.mllm_folder)
+    return {
+        "input": inputs.digest,
+        "config": digest(json.dumps(values, sort_keys=True)),
+        "encoders": encoder_identity(model),
+        "code": digest(PIXELS_VERSION, TENSORS_VERSION),
+    }
+
+
+def prepare(
+    config: PrepareConfig, session: Callable[[], Any] | None = None, on_progress: Progress | None = None
+) -> PrepareResult:
+    """Bring the output folder up to date with input and configuration.
+
+    Args:
+        config: The job.
+        session: Makes a context in which Ray is up; entered only when there is work. By default the caller's session.
+        on_progress: Called with a builder's report and the number of shards to build.
+
+    Raises:
+        UserError: for bad input or configuration, or when more is lost than ``limits.max_loss`` allows.
+    """
+    config.check()
+    started = time.perf_counter()
+    inputs = read_inputs(config.input)
+    storage = Storage(config.output)
+    for folder in (SHARD_FOLDER, RECORD_FOLDER, "work", ""):
+        storage.remove_temporaries(folder)
+    recipe = recipe_parts(inputs, config)
+    plan = make_plan(inputs, config)
+    by_key = {sample.key: sample for sample in inputs.samples}
+    rows = [
+        {"shard": shard.name, "split": shard.split, "recipe": _shard_recipe(shard, by_key, recipe)} for shard in plan
+    ]
+    shared_row = {
+        "shard": SHARED_TASK,
+        "split": "",
+        "recipe": digest(recipe["config"], recipe["encoders"], recipe["code"]),
+    }
+    stamps = _Stamps(base_folder(config.input))
+    todo = [row for row in rows if not _is_current(storage, row, stamps)]
+    shared_sha256 = _shared_sha256(storage, shared_row)
+    before = _manifest(storage)
+    if not todo and shared_sha256 and before is not None and before.recipe == recipe:
+        return PrepareResult(before, 0, len(rows), time.perf_counter() - started, "up to date")
+    reason = _why(before, recipe, todo, config)
+    if todo or not shared_sha256:
+        # Without its manifest the folder is no finished dataset while its shards change.
+        storage.delete(MANIFEST_FILE)
+        storage.delete(INDEX_FILE)
+        _write_plan(storage, plan, by_key)
+        work = ([] if shared_sha256 else [shared_row]) + todo
+        with session() if session else contextlib.nullcontext():
+            for report in run_builders(config, work):
+                if on_progress is not None:
+                    on_progress(report, len(work))
+    _remove_unplanned(storage, plan)
+    records = [read_record(storage, shard.name) for shard in plan]
+    missing = [shard.name for shard, record in zip(plan, records, strict=True) if record is None]
+    if missing:
+        raise RuntimeError(f"{len(missing)} shards were not committed, first {missing[0]}")
+    manifest = _finish(storage, config, inputs, recipe, records, _shared_sha256(storage, shared_row))
+    return PrepareResult(manifest, len(todo), len(rows) - len(todo), time.perf_counter() - started, reason)
+
+
+def run_builders(config: PrepareConfig, work: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Build shards on the Ray cluster; yields a report a shard."""
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    count = config.workers.count or _builders_that_fit(config, ray.cluster_resources())
+    dataset = ray.data.from_items(work, override_num_blocks=len(work)).map(
+        ShardBuilder,
+        fn_constructor_args=(config,),
+        num_cpus=config.workers.cpus,
+        num_gpus=config.workers.gpus,
+        # One shard at a time: queueing several behind one builder would leave others idle at the end.
+        compute=ray.data.ActorPoolStrategy(size=max(min(count, len(work)), 1), max_tasks_in_flight_per_actor=1),
+    )
+    yield from dataset.iter_rows()
+
+
+def _builders_that_fit(config: PrepareConfig, resources: dict[str, float]) -> int:
+    count = int(resources.get("CPU", 1) / config.workers.cpus) if config.workers.cpus else 1
+    if config.workers.gpus:
+        count = min(count, int(resources.get("GPU", 0) / config.workers.gpus))
+        if count < 1:
+            raise UserError(f"workers.gpus={config.workers.gpus:g}: the cluster has {resources.get('GPU', 0):g} GPUs")
+    return max(count, 1)
+
+
+class _Stamps:
+    """Size and time of media files, each looked at once."""
+
+    def __init__(self, base: str):
+        self.base = base
+        self._known: dict[str, list | None] = {}
+
+    def same(self, media: dict[str, list | None]) -> bool:
+        for path, stamp in media.items():
+            if path not in self._known:
+                self._known[path] = media_stamp(resolve(path, self.base))
+            if self._known[path] != stamp:
+                return False
+        return True
+
+
+def _is_current(storage: Storage, row: dict[str, Any], stamps: _Stamps) -> bool:
+    record = read_record(storage, row["shard"])
+    if record is None or record.recipe != row["recipe"]:
+        return False
+    return all(stamps.same(outcome["media"]) for outcome in record.outcomes)
+
+
+def _shard_recipe(shard: PlannedShard, by_key: dict[str, Sample], recipe: dict[str, str]) -> str:
+    lines = [by_key[key].to_json() for key in shard.keys]
+    return digest(recipe["config"], recipe["encoders"], recipe["code"], shard.name, *lines)
+
+
+def _shared_sha256(storage: Storage, row: dict[str, Any]) -> str:
+    if not storage.exists(SHARED_RECORD) or not storage.exists(SHARED_FILE):
+        return ""
+    known = json.loads(storage.read_bytes(SHARED_RECORD))
+    return known["sha256"] if known["recipe"] == row["recipe"] else ""
+
+
+def _manifest(storage: Storage) -> Manifest | None:
+    if not storage.exists(MANIFEST_FILE):
+        return None
+    try:
+        return Manifest.from_json(storage.read_bytes(MANIFEST_FILE), f"{storage.url}/{MANIFEST_FILE}")
+    except UserError as error:
+        logger.warning("%s", error)
+        return None
+
+
+def _why(before: Manifest | None, recipe: dict[str, str], todo: list[dict[str, Any]], config: PrepareConfig) -> str:
+    if before is None:
+        return "built"
+    changed = [part for part in recipe if before.recipe.get(part) != recipe[part]]
+    if not changed:
+        return f"rebuilt {len(todo)} shards: media files changed or a shard was damaged"
+    details = list(changed)
+    if "config" in changed:
+        now = flatten(config)
+        different = [
+            f"{key} {before.config[key]!r} -> {now[key]!r}"
+            for key in now
+            if key in before.config and before.config[key] != now[key] and not key.startswith(NOT_IN_RECIPE)
+        ]
+        details[details.index("config")] = "config (" + ", ".join(different or ["new keys"]) + ")"
+    return "rebuilt: changed " + ", ".join(details)
+
+
+def _write_plan(storage: Storage, plan: list[PlannedShard], by_key: dict[str, Sample]) -> None:
+    schema = pa.schema([("shard", pa.string()), ("slot", pa.int32()), ("key", pa.string()), ("sample", pa.string())])
+    with storage.staged(PLAN_FILE) as path, pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for shard in plan:
+            rows = [
+                {"shard": shard.name, "slot": slot, "key": key, "sample": by_key[key].to_json()}
+                for slot, key in enumerate(shard.keys)
+            ]
+            # A row group a shard: a builder reads its own part only.
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+
+
+def _remove_unplanned(storage: Storage, plan: list[PlannedShard]) -> None:
+    tars = {shard_path(shard.name) for shard in plan}
+    records = {record_path(shard.name) for shard in plan}
+    for folder, planned in ((SHARD_FOLDER, tars), (RECORD_FOLDER, records)):
+        for name in storage.names(folder):
+            if f"{folder}/{name}" not in planned:
+                storage.delete(f"{folder}/{name}")
+
+
+def _finish(
+    storage: Storage,
+    config: PrepareConfig,
+    inputs: Inputs,
+    recipe: dict[str, str],
+    records: list[ShardRecord],
+    shared_sha256: str,
+) -> Manifest:
+    samples = {sample.key: sample for sample in inputs.samples}
+    outcomes = [*inputs.rejected, *(outcome for record in records for outcome in record.outcomes)]
+    counts = _counts(inputs, outcomes)
+    losses = [outcome for outcome in outcomes if outcome["outcome"] != "written"]
+    write_table(storage, QUARANTINE_FILE, _quarantine_table(losses, samples))
+    _check_losses(losses, sum(count["inputs"] for count in counts.values()), config)
+    return finish_dataset(
+        storage,
+        records,
+        config={k: v for k, v in flatten(config).items() if not k.startswith(NOT_IN_RECIPE)},
+        encoders=_encoders(records),
+        features={"mode": config.features.mode, "dtype": config.features.dtype},
+        counts=counts,
+        inputs={"digest": inputs.digest, "samples": len(inputs.samples), "rejected": len(inputs.rejected)},
+        recipe=recipe,
+        shared_sha256=shared_sha256,
+    )
+
+
+def _encoders(records: list[ShardRecord]) -> dict[str, str]:
+    found = {json.dumps(record.facts["encoders"], sort_keys=True) for record in records}
+    if len(found) > 1:
+        raise RuntimeError(f"shards of one dataset come from different encoders: {' and '.join(sorted(found))}")
+    return json.loads(found.pop()) if found else {}
+
+
+def _counts(inputs: Inputs, outcomes: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    empty = {"inputs": 0, "written": 0, "filtered": 0, "duplicates": 0, "quarantined": 0}
+    counts: dict[str, dict[str, int]] = {}
+    for entry in [*({"dataset": s.dataset} for s in inputs.samples), *inputs.rejected]:
+        counts.setdefault(entry["dataset"], dict(empty))["inputs"] += 1
+    for outcome in outcomes:
+        counts[outcome["dataset"]][outcome["outcome"]] += 1
+    return counts
+
+
+def _quarantine_table(losses: list[dict[str, Any]], samples: dict[str, Sample]) -> pa.Table:
+    rows = [
+        {
+            **{name: loss[name] for name in ("key", "dataset", "outcome", "stage", "reason", "message")},
+            "retriable": loss["reason"] in RETRIABLE,
+            "sample": samples[loss["key"]].to_json() if loss["key"] in samples else None,
+        }
+        for loss in losses
+    ]
+    return pa.Table.from_pylist(rows, schema=QUARANTINE_SCHEMA)
+
+
+def _check_losses(losses: list[dict[str, Any]], num_inputs: int, config: PrepareConfig) -> None:
+    by_reason = Counter(loss["reason"] for loss in losses if loss["outcome"] == "quarantined")
+    for reason, count in by_reason.most_common():
+        if count > config.limits.max_loss * num_inputs:
+            example = next(loss["message"] for loss in losses if loss["reason"] == reason)
+            raise UserError(
+                f"{count} of {num_inputs} samples were lost to {reason} (limits.max_loss={config.limits.max_loss:g}); "
+                f"first: {example.strip().splitlines()[-1][:200]}; all are in {config.output}/{QUARANTINE_FILE}"
+            )
