@@ -1,0 +1,267 @@
+"""What every reader shares: where a dataset lies, rejected rows, keys, and the registry of formats."""
+
+import difflib
+import hashlib
+import inspect
+import os
+import posixpath
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import IO, Any
+
+import fsspec
+
+from loomvideo.pipelines.samples import Sample
+from loomvideo.platform.errors import UserError
+
+VIDEO_SUFFIXES = frozenset((".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".gif"))
+IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic"))
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A line or file that did not become a sample; it goes to the quarantine ledger, never out of sight.
+
+    Attributes:
+        where: File and line, row or item.
+        dataset: Name of the dataset.
+        reason: Code: ``invalid_json``, ``missing_field``, ``invalid_field``, ``missing_media``, ``unpaired``,
+            ``invalid_sample``.
+        detail: One line for a person.
+    """
+
+    where: str
+    dataset: str
+    reason: str
+    detail: str
+
+
+Outcome = Sample | Rejected
+
+
+class Root:
+    """A folder on disk or in object storage, listed once a sub-folder."""
+
+    def __init__(self, url: str):
+        """Open a folder by path or fsspec URL."""
+        self.fs, base = fsspec.url_to_fs(url)
+        self.base = base.rstrip("/") or "/"
+        self.is_local = "file" in self.fs.protocol
+        self._listings: dict[str, dict[str, str]] = {}
+
+    def path(self, *parts: str) -> str:
+        """Absolute path or URL of something below; absolute parts and URLs stay as they are."""
+        joined = self.base
+        for part in parts:
+            joined = part if "://" in part or part.startswith("/") else f"{joined}/{part}"
+        head, separator, rest = joined.partition("://")
+        normal = head + separator + posixpath.normpath(rest) if separator else posixpath.normpath(joined)
+        return normal if self.is_local or separator else self.fs.unstrip_protocol(normal)
+
+    def names(self, folder: str = "") -> list[str]:
+        """Names in a sub-folder, sorted; none when it does not exist."""
+        return sorted(self._listing(folder))
+
+    def has(self, path: str) -> bool:
+        """Whether a file or folder exists below."""
+        folder, _, name = path.rpartition("/")
+        return name in self._listing(folder)
+
+    def is_folder(self, path: str) -> bool:
+        """Whether a sub-folder exists."""
+        folder, _, name = path.rpartition("/")
+        return self._listing(folder).get(name) == "directory"
+
+    def open(self, path: str, mode: str = "rt") -> IO:
+        """Open a file below, text as UTF-8 with or without a byte order mark."""
+        text = {} if "b" in mode else {"encoding": "utf-8-sig", "newline": ""}
+        return self.fs.open(f"{self.base}/{path}", mode, **text)
+
+    def lines(self, path: str) -> list[str]:
+        """Stripped lines of a text file, empty ones left out."""
+        with self.open(path) as opened:
+            return [line.strip() for line in opened if line.strip()]
+
+    def _listing(self, folder: str) -> dict[str, str]:
+        if folder not in self._listings:
+            try:
+                entries = self.fs.ls(f"{self.base}/{folder}" if folder else self.base, detail=True)
+            except (FileNotFoundError, NotADirectoryError):
+                entries = []
+            named = {PurePosixPath(e["name"].rstrip("/")).name: e["type"] for e in entries}
+            self._listings[folder] = named
+        return self._listings[folder]
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the user pointed at: a folder, or a file in one."""
+
+    root: Root
+    file: str = ""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self.root.path(self.file) if self.file else self.root.path()
+
+    def files(self, *suffixes: str, folder: str = "") -> list[str]:
+        """The named file, or the files of a folder with one of the suffixes, sorted."""
+        if self.file:
+            return [self.file]
+        prefix = f"{folder}/" if folder else ""
+        return [prefix + name for name in self.root.names(folder) if name.lower().endswith(suffixes)]
+
+
+def locate(path: str) -> Place:
+    """Open what a path or URL points at.
+
+    Raises:
+        UserError: when nothing is there.
+    """
+    if "://" not in path:
+        path = os.path.abspath(os.path.expanduser(path))
+    fs, inside = fsspec.url_to_fs(path)
+    try:
+        kind = fs.info(inside)["type"]
+    except FileNotFoundError as error:
+        raise UserError(f"source {path}: no such file or folder") from error
+    if kind == "directory":
+        return Place(Root(path))
+    folder, _, name = path.rstrip("/").rpartition("/")
+    return Place(Root(folder or "/"), name)
+
+
+Reader = Callable[..., Iterator[Outcome]]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A registered format."""
+
+    name: str
+    help: str
+    read: Reader
+    detect: Callable[[Place], bool]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+FORMATS: dict[str, Format] = {}
+
+
+def register(name: str, detect: Callable[[Place], bool]) -> Callable[[Reader], Reader]:
+    """Register a reader; its keyword-only parameters are the format's options."""
+
+    def decorate(read: Reader) -> Reader:
+        parameters = inspect.signature(read).parameters.values()
+        options = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        FORMATS[name] = Format(name, (read.__doc__ or "").partition("\n")[0], read, detect, options)
+        return read
+
+    return decorate
+
+
+def open_source(path: str, format: str = "auto", **options: Any) -> Iterator[Outcome]:
+    """Read a dataset as samples with absolute media paths, and what was rejected of it.
+
+    Args:
+        path: A file or folder, on disk or an fsspec URL.
+        format: One of ``FORMATS``, or ``auto`` to tell it from the layout.
+        options: Of the format.
+
+    Raises:
+        UserError: for an unknown format or option, or a layout the format does not have.
+    """
+    place = locate(path)
+    chosen = _detect(place) if format == "auto" else FORMATS.get(format)
+    if chosen is None:
+        raise UserError(f"source format {format!r}: use one of {', '.join(sorted(FORMATS))}{_nearest(format, FORMATS)}")
+    for name in options:
+        if name not in chosen.options:
+            known = ", ".join(chosen.options) or "none"
+            hint = _nearest(name, chosen.options)
+            raise UserError(f"source format {chosen.name}: unknown option {name!r}; its options: {known}{hint}")
+    return chosen.read(place, **options)
+
+
+def _detect(place: Place) -> Format:
+    # Every published table is also a table: the column map comes last.
+    for candidate in sorted(FORMATS.values(), key=lambda f: f.name == "table"):
+        if candidate.detect(place):
+            return candidate
+    raise UserError(f"source {place.name}: format not recognised; set format to one of {', '.join(sorted(FORMATS))}")
+
+
+def _nearest(name: str, names: dict) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def make_key(dataset: str, name: str, *identity: object) -> str:
+    """A unique key: a readable part, and a hash of everything that identifies the sample in its dataset."""
+    readable = re.sub(r"[^0-9a-zA-Z]+", "-", f"{dataset}-{name}").strip("-")[:60]
+    digest = hashlib.sha256(repr((dataset, name, *identity)).encode()).hexdigest()[:12]
+    return f"{readable}-{digest}"
+
+
+def build(where: str, dataset: str, **fields: Any) -> Outcome:
+    """A sample when its fields are complete and consistent, else why not; empty fields are left out.
+
+    ``key`` is made from the other fields when it is not given.
+    """
+    values = {k: v for k, v in fields.items() if v not in (None, "", [], {})}
+    if not values.get("target"):
+        return Rejected(where, dataset, "missing_field", "no target")
+    values.setdefault("task", infer_task(values["target"], values.get("source"), values.get("references", [])))
+    if not (values.get("instruction") or values.get("caption")):
+        return Rejected(where, dataset, "missing_field", "no instruction or caption")
+    if "key" not in values:
+        identity = [values.get(k) for k in ("task", "target", "source", "references", "instruction", "caption")]
+        values["key"] = make_key(dataset, PurePosixPath(values["target"].partition("#")[0]).stem, *identity)
+    sample = Sample(dataset=dataset, **values)
+    try:
+        sample.validate(where)
+    except UserError as error:
+        return Rejected(where, dataset, "invalid_sample", str(error).removeprefix(f"{where}: "))
+    return sample
+
+
+def is_video(path: str) -> bool:
+    """Whether a path names a video by its suffix; a folder of frames counts as one."""
+    suffix = PurePosixPath(path.partition("#")[0]).suffix.lower()
+    return suffix in VIDEO_SUFFIXES or suffix not in IMAGE_SUFFIXES
+
+
+def infer_task(target: str, source: str | None, references: list[str]) -> str:
+    """The task that a sample with these media serves."""
+    video = is_video(target)
+    if source:
+        return ("ref_edit" if references else "video_edit") if video else "image_edit"
+    if references and video:
+        return "mi2v"
+    return "t2v" if video else "t2i"
+
+
+class Components:
+    """Groups names that occur together (union-find): no split may separate a person from a garment worn."""
+
+    def __init__(self) -> None:
+        self._parent: dict[str, str] = {}
+
+    def find(self, name: str) -> str:
+        """The representative of a name's group."""
+        self._parent.setdefault(name, name)
+        root = name
+        while self._parent[root] != root:
+            root = self._parent[root]
+        while self._parent[name] != root:
+            self._parent[name], name = root, self._parent[name]
+        return root
+
+    def join(self, first: str, second: str) -> None:
+        """Put two names into one group, named after the smaller representative."""
+        a, b = self.find(first), self.find(second)
+        low, high = min(a, b), max(a, b)
+        self._parent[high] = low
