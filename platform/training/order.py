@@ -1,0 +1,166 @@
+"""The global order of samples: a mixture of sources, each walked in shuffled epochs.
+
+The order is one endless stream, the same for any number of ranks. Position i of the stream takes its source from a
+low-discrepancy sequence (the golden-ratio additive recurrence), so that every stretch of the stream follows the mixture
+weights closely, and its sample from the source's current epoch, a seeded permutation: each sample once an epoch.
+The state is the position and one counter a source.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from loomvideo.platform.errors import UserError
+from loomvideo.platform.training.config import MixtureConfig
+from loomvideo.platform.training.randomness import stream
+
+GOLDEN_RATIO = 0.6180339887498949
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One visit to one sample.
+
+    Attributes:
+        source: Index of the source; ``number`` counts its draws.
+        dataset, row: Where the sample is.
+        key: The sample's key.
+        visit: How often the sample was drawn before.
+        tokens: Its length in a pack.
+    """
+
+    source: int
+    number: int
+    dataset: int
+    row: int
+    key: str
+    visit: int
+    tokens: int
+
+
+@dataclass
+class Source:
+    """The samples of one task in one dataset; ``weight`` is its probability."""
+
+    name: str
+    weight: float
+    dataset: list[int]
+    row: list[int]
+    key: list[str]
+    tokens: list[int]
+
+
+def build_sources(
+    indexes: Sequence[Any], tokens: Sequence[Sequence[int]], split: str, mixture: MixtureConfig
+) -> list[Source]:
+    """Group the rows of a split by (task, dataset) and weigh the groups.
+
+    Args:
+        indexes: ``pyarrow.Table`` of every dataset folder.
+        tokens: Pack length of every row, by folder.
+        split: The index split to take.
+        mixture: The weights.
+
+    Raises:
+        UserError: if a weight names nothing, is negative, or nothing is left.
+    """
+    groups: dict[tuple[str, str], Source] = {}
+    for folder, (index, lengths) in enumerate(zip(indexes, tokens, strict=True)):
+        columns = (index.column(name).to_pylist() for name in ("task", "dataset", "key", "split"))
+        for row, (task, dataset, key, row_split) in enumerate(zip(*columns, strict=True)):
+            if row_split != split:
+                continue
+            source = groups.setdefault((task, dataset), Source(f"{task}/{dataset}", 0.0, [], [], [], []))
+            source.dataset.append(folder)
+            source.row.append(row)
+            source.key.append(key)
+            source.tokens.append(int(lengths[row]))
+    for section, weights, present in (
+        ("tasks", mixture.tasks, {task for task, _ in groups}),
+        ("datasets", mixture.datasets, {dataset for _, dataset in groups}),
+    ):
+        for name, weight in weights.items():
+            if weight < 0:
+                raise UserError(f"training.mixture.{section}.{name}={weight}: must not be negative")
+            if name not in present and weight > 0:
+                have = ", ".join(sorted(present)) or f"nothing in split {split}"
+                raise UserError(f"training.mixture.{section}.{name}: the shards have {have}")
+    of_task: dict[str, float] = {}
+    for task, dataset in groups:
+        of_task[task] = of_task.get(task, 0.0) + mixture.datasets.get(dataset, 1.0)
+    for (task, dataset), source in groups.items():
+        if of_task[task]:
+            source.weight = mixture.tasks.get(task, 1.0) * mixture.datasets.get(dataset, 1.0) / of_task[task]
+    sources = [groups[name] for name in sorted(groups) if groups[name].weight > 0]
+    if not sources:
+        raise UserError(f"no sample to train on: the shards have none of split {split!r}, or all mixture weights are 0")
+    total = sum(source.weight for source in sources)
+    for source in sources:
+        source.weight /= total
+    return sources
+
+
+class SampleOrder:
+    """The stream of draws.
+
+    Args:
+        sources: From :func:`build_sources`.
+        seed: The run's seed.
+    """
+
+    BLOCK = 4096
+
+    def __init__(self, sources: Sequence[Source], seed: int):
+        self.sources = list(sources)
+        self.seed = seed
+        self.position = 0
+        self.counts = [0] * len(self.sources)
+        self._offset = stream("mixture", seed).random()
+        self._bounds = np.cumsum([source.weight for source in self.sources])[:-1]
+        self._block_start = -1
+        self._block: np.ndarray | None = None
+        self._epochs: dict[tuple[int, int], np.ndarray] = {}
+
+    def next(self) -> Draw:
+        """The draw at the current position; moves on."""
+        block_start = self.position - self.position % self.BLOCK
+        if block_start != self._block_start:
+            points = (self._offset + np.arange(block_start, block_start + self.BLOCK) * GOLDEN_RATIO) % 1.0
+            self._block = np.searchsorted(self._bounds, points, side="right")
+            self._block_start = block_start
+        source = int(self._block[self.position - block_start])
+        self.position += 1
+        self.counts[source] += 1
+        return self.draw(source, self.counts[source] - 1)
+
+    def draw(self, source: int, number: int) -> Draw:
+        """Draw ``number`` of a source."""
+        samples = self.sources[source]
+        visit, place = divmod(number, len(samples.key))
+        index = int(self._epoch(source, visit)[place])
+        return Draw(
+            source, number, samples.dataset[index], samples.row[index], samples.key[index], visit, samples.tokens[index]
+        )
+
+    def _epoch(self, source: int, epoch: int) -> np.ndarray:
+        name = (source, epoch)
+        if name not in self._epochs:
+            samples = self.sources[source]
+            # Draws held back by the packer may still be of the epoch before.
+            self._epochs.pop((source, epoch - 2), None)
+            self._epochs[name] = stream("epoch", self.seed, samples.name, epoch).permutation(len(samples.key))
+        return self._epochs[name]
+
+    def state(self) -> dict[str, Any]:
+        """A few integers that continue the stream."""
+        return {
+            "position": self.position,
+            "counts": {source.name: count for source, count in zip(self.sources, self.counts, strict=True)},
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue a stream; a source that the mixture gained since starts at its first sample."""
+        self.position = state["position"]
+        self.counts = [state["counts"].get(source.name, 0) for source in self.sources]
