@@ -8,7 +8,7 @@ functions of their arguments: all randomness comes from :class:`~loomvideo.platf
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -58,10 +58,7 @@ class LossOutput:
     tags: Sequence[Mapping[str, str]] = field(default_factory=list)
 
 
-Example = TypeVar("Example")
-
-
-class Recipe(Protocol[Example]):
+class Recipe(Protocol):
     """One kind of training. Subclass :class:`BaseRecipe` to inherit the optional parts."""
 
     def build_model(self) -> nn.Module:
@@ -72,22 +69,34 @@ class Recipe(Protocol[Example]):
         """
         ...
 
+    def open(self, datasets: Sequence[TrainingDataset]) -> None:
+        """Called once, before anything is loaded, with the run's datasets."""
+        ...
+
     def sample_tokens(self, index: Any) -> Sequence[int]:
         """Tokens a pack spends on each row of a dataset's index [num_rows]; the length of self-attention."""
         ...
 
-    def load_example(self, dataset_index: int, row: Mapping[str, Any], sample: Any, random: SampleRandom) -> Example:
+    def read(self, dataset: TrainingDataset, row_number: int, row: Mapping[str, Any], random: SampleRandom) -> Any:
+        """What ``load_example`` needs of a stored sample, on a loader thread."""
+        ...
+
+    def layers(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The repeated blocks, in order: units of activation checkpointing and compilation."""
+        ...
+
+    def load_example(self, dataset_index: int, row: Mapping[str, Any], sample: Any, random: SampleRandom) -> Any:
         """One training example from a stored sample, on a CPU loader thread.
 
         Args:
             dataset_index: Which of the run's datasets.
             row: The sample's row of the index.
-            sample: What ``TrainingDataset.read`` gave.
+            sample: What ``read`` gave.
             random: The sample's draws for this visit.
         """
         ...
 
-    def collate(self, examples: Sequence[Example]) -> Pack:
+    def collate(self, examples: Sequence[Any]) -> Pack:
         """A pack of the examples, on a CPU loader thread."""
         ...
 
@@ -103,16 +112,23 @@ class Recipe(Protocol[Example]):
 class BaseRecipe:
     """Defaults of the optional parts of a recipe."""
 
+    def open(self, datasets: Sequence[TrainingDataset]) -> None:
+        """Nothing to prepare."""
+
     def sample_tokens(self, index: Any) -> Sequence[int]:
         """The index's ``dit_tokens`` column."""
         return index.column("dit_tokens").to_numpy()
+
+    def read(self, dataset: TrainingDataset, row_number: int, row: Mapping[str, Any], random: SampleRandom) -> Any:
+        """The whole sample; override to read less of it, e.g. one window."""
+        return dataset.read(row_number)
 
     def flops(self, pack: Pack) -> float:
         """Unknown: no MFU is reported."""
         return 0.0
 
     def layers(self, model: nn.Module) -> Sequence[nn.Module]:
-        """The repeated blocks, in order: units of parameter gathering, activation checkpointing and compilation."""
+        """None."""
         return []
 
     def load_validation_example(

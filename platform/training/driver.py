@@ -1,0 +1,235 @@
+"""Starting a training run, following it, and ending it cleanly: what happens in the job's own process."""
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import ray
+import torch
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from loomvideo.platform.errors import UserError
+from loomvideo.platform.runs import RunFolder
+from loomvideo.platform.training.config import TrainingConfig
+from loomvideo.platform.training.mailbox import Mailbox
+from loomvideo.platform.training.progress import Progress
+from loomvideo.platform.training.recipe import Recipe, TrainingDataset
+from loomvideo.platform.training.worker import OTHER_WORKER, Worker, WorkerJob
+
+logger = logging.getLogger(__name__)
+
+POLL_INTERVAL_S = 0.25
+STOP_GRACE_S = 60.0
+PROCESS_GROUP_TIMEOUT_S = 1800
+
+
+class MetricsTracker(Protocol):
+    """What the run reports to; ``platform.tracking.Tracker`` is one."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int = 0) -> None:
+        """Log numbers of a step."""
+        ...
+
+
+def train(
+    config: TrainingConfig,
+    recipe_factory: Callable[[], Recipe],
+    datasets: Sequence[str],
+    run_folder: RunFolder,
+    tracker: MetricsTracker | None = None,
+    open_dataset: Callable[[str], TrainingDataset] | None = None,
+    stop: threading.Event | None = None,
+) -> dict[str, Any]:
+    """Train, or continue the run of this folder from its newest whole checkpoint.
+
+    Ray must be initialised. Ctrl-C and SIGTERM write a checkpoint and end the run; a second one ends it at once.
+
+    Args:
+        config: What to do.
+        recipe_factory: Picklable; builds the recipe on every worker.
+        datasets: URLs of the datasets, reachable from every worker.
+        run_folder: Holds ``checkpoints/`` and ``steps.jsonl``; on a cluster, shared storage.
+        tracker: Gets the metrics; the driver owns it.
+        open_dataset: Opens one URL; by default as a dataset folder of shards.
+        stop: Set it from another thread to end the run as Ctrl-C would.
+
+    Returns:
+        ``steps, first_step, loss, seconds, tokens_per_s, checkpoint, stopped`` and means over the run's reports.
+
+    Raises:
+        UserError: for a mistake in configuration or data.
+        KeyboardInterrupt: after a checkpoint, when the run was interrupted.
+    """
+    config.check()
+    open_dataset = open_dataset or _open_shards
+    for url in datasets:
+        open_dataset(url)
+    checkpoints = run_folder.path / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    mailbox = Mailbox.remote()
+    progress = Progress(config, run_folder, tracker)
+    job = WorkerJob(config, recipe_factory, list(datasets), open_dataset, checkpoints, run_folder.path)
+    workers = config.workers
+    trainer = _Trainer(
+        _run_worker,
+        train_loop_config={"job": job, "mailbox": mailbox},
+        torch_config=TorchConfig(timeout_s=PROCESS_GROUP_TIMEOUT_S),
+        scaling_config=ScalingConfig(
+            num_workers=(workers.min, workers.num) if 0 < workers.min < workers.num else workers.num,
+            use_gpu=workers.gpus > 0,
+            resources_per_worker={"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {}),
+        ),
+        run_config=RunConfig(
+            name=run_folder.name,
+            storage_path=str(run_folder.path / ".ray"),
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+            logging_config=LoggingConfig(log_level="ERROR"),
+            worker_runtime_env={"env_vars": _worker_environment(config)},
+        ),
+    )
+    trainer.mailbox = mailbox
+    follower = _Follower(mailbox, progress, stop)
+    error: BaseException | None = None
+    restore = trainer.catch_signals()
+    try:
+        follower.start()
+        trainer.fit()
+    except Exception as failure:
+        error = failure
+    finally:
+        restore()
+        follower.finish()
+        ray.kill(mailbox)
+        progress.close()
+    if progress.fatal:
+        raise UserError(progress.fatal)
+    if error is not None and not trainer.interrupted:
+        raise error
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    return progress.result()
+
+
+def _open_shards(url: str) -> TrainingDataset:
+    from loomvideo.platform.shards.reader import ShardDataset
+
+    return ShardDataset.open(url)
+
+
+def _worker_environment(config: TrainingConfig) -> dict[str, str]:
+    environment = {"DS_ACCELERATOR": "cuda" if config.workers.gpus else "cpu"}
+    if not config.workers.gpus:
+        environment |= {"OMP_NUM_THREADS": str(config.workers.cpus), "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
+    return environment
+
+
+class _Trainer(TorchTrainer):
+    """A trainer that asks the workers for a checkpoint before it ends on a signal."""
+
+    mailbox: Any
+    interrupted = False
+    _controller: Any = None
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        # Ray would abort the workers at once; catch_signals() gives them time for a checkpoint.
+        self._controller = controller
+
+    def catch_signals(self) -> Callable[[], None]:
+        """Handle SIGINT and SIGTERM while training; returns what restores the handlers before."""
+        if threading.current_thread() is not threading.main_thread():
+            return lambda: None
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        return restore
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.interrupted:
+            self._abort()
+            return
+        self.interrupted = True
+        if self._controller is None:
+            raise KeyboardInterrupt
+        print("stopping: writing a checkpoint; once more to stop at once", file=sys.stderr, flush=True)
+        self.mailbox.request_stop.remote("interrupted")
+        timer = threading.Timer(STOP_GRACE_S, self._abort)
+        timer.daemon = True
+        timer.start()
+
+    def _abort(self) -> None:
+        self._controller.abort.remote()
+
+
+class _Follower(threading.Thread):
+    """Moves reports from the mailbox to the progress display and the tracker."""
+
+    def __init__(self, mailbox: Any, progress: Progress, stop: threading.Event | None):
+        super().__init__(name="training-follower", daemon=True)
+        self._mailbox, self._progress, self._stop_run = mailbox, progress, stop
+        self._finished = threading.Event()
+        self._asked = False
+
+    def run(self) -> None:
+        while not self._finished.wait(POLL_INTERVAL_S):
+            self._collect()
+            if self._stop_run is not None and self._stop_run.is_set() and not self._asked:
+                self._asked = True
+                self._mailbox.request_stop.remote("asked to stop")
+
+    def finish(self) -> None:
+        """Take what is left and end."""
+        self._finished.set()
+        if self.is_alive():
+            self.join()
+        self._collect()
+
+    def _collect(self) -> None:
+        try:
+            reports = ray.get(self._mailbox.drain.remote(), timeout=30.0)
+        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
+            logger.warning("training reports cannot be read: %s", error)
+            return
+        for report in reports:
+            self._progress.add(report)
+
+
+def _run_worker(arguments: dict[str, Any]) -> None:
+    """What Ray Train runs on every worker."""
+    job: WorkerJob = arguments["job"]
+    mailbox = arguments["mailbox"]
+    device = ray.train.torch.get_device() if job.config.workers.gpus else torch.device("cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(job.config.workers.cpus)
+    context = ray.train.get_context()
+    os.environ["LOCAL_RANK"] = str(context.get_local_rank())
+    report = _Reporter(mailbox)
+    try:
+        result = Worker(job, device, report, lambda: ray.train.get_preemption_info() is not None).run()
+    except UserError as error:
+        # A mistake that a restart would repeat: told to the driver instead of raised, so that Ray does not retry.
+        if str(error) != OTHER_WORKER:
+            ray.get(mailbox.put.remote({"event": "fatal", "message": str(error)}))
+        return
+    if context.get_world_rank() == 0:
+        ray.get(mailbox.put.remote({"event": "finished"} | result))
+
+
+class _Reporter:
+    """Sends reports without waiting; the answer to an earlier one tells whether to stop."""
+
+    def __init__(self, mailbox: Any):
+        self._mailbox = mailbox
+        self._pending: list[Any] = []
+
+    def __call__(self, report: dict[str, Any]) -> str:
+        self._pending.append(self._mailbox.put.remote(report))
+        done, self._pending = ray.wait(self._pending, num_returns=len(self._pending), timeout=0)
+        return next((reason for reason in ray.get(done) if reason), "")

@@ -1,0 +1,210 @@
+"""What a training run shows and records: terminal progress, ``steps.jsonl``, tracker metrics, the result."""
+
+import json
+import time
+from collections import defaultdict
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
+from loomvideo.platform.runs import RunFolder
+from loomvideo.platform.training.config import TrainingConfig
+
+STEPS_FILE = "steps.jsonl"
+LINE_INTERVAL_S = 10.0
+
+
+class Progress:
+    """Takes the workers' reports, in order.
+
+    A step that was reported before (work redone after a failure or a resume) is neither shown nor tracked again.
+
+    Args:
+        config: Of the run.
+        folder: Of the run; ``steps.jsonl`` is kept there.
+        tracker: Gets metrics, or None.
+    """
+
+    def __init__(self, config: TrainingConfig, folder: RunFolder, tracker: Any):
+        self.config, self.folder, self.tracker = config, folder, tracker
+        self.fatal = ""
+        self._console = Console(stderr=True)
+        self._path = folder.path / STEPS_FILE
+        self._last_step = last_recorded_step(self._path)
+        self._file = self._path.open("a")
+        self._world_size = 0
+        self._started = time.monotonic()
+        self._first_report_at: float | None = None
+        self._ready_s = 0.0
+        self._num_starts = 0
+        self._totals: dict[str, float] = defaultdict(float)
+        self._finished: dict[str, Any] = {}
+        self._latest: dict[str, Any] = {}
+        self._tags: dict[tuple[str, str], list[float]] = {}
+        self._peak_memory_bytes = 0
+        self._last_line_at = 0.0
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("training", total=config.steps, figures="starting workers")
+        self._bar.start()
+
+    def add(self, report: dict[str, Any]) -> None:
+        """Take one report."""
+        getattr(self, f"_on_{report['event']}")(report)
+
+    def close(self) -> None:
+        """End the display."""
+        self._bar.stop()
+        self._file.close()
+
+    def _say(self, text: str) -> None:
+        self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _on_ready(self, report: dict[str, Any]) -> None:
+        if report["rank"]:
+            return
+        self._num_starts += 1
+        self._world_size = report["world_size"]
+        self._ready_s = time.monotonic() - self._started
+        how = f"continuing at step {report['step']}" if report["step"] else "starting"
+        self._say(
+            f"{how}: {report['num_parameters'] / 1e6:.2f} M parameters, "
+            f"{report['num_trainable'] / 1e6:.2f} M trained, {report['world_size']} workers, "
+            f"{report['packs_per_step']} packs a step (ready after {self._ready_s:.1f} s)"
+        )
+        self._track({"run/starts": self._num_starts, "run/workers": report["world_size"]}, report["step"])
+
+    def _on_steps(self, report: dict[str, Any]) -> None:
+        self._peak_memory_bytes = max(self._peak_memory_bytes, report.get("memory_bytes", 0))
+        for name, value, loss_sum, elements in report["tags"]:
+            entry = self._tags.setdefault((name, value), [0.0, 0.0])
+            entry[0] += loss_sum
+            entry[1] += elements
+        if report["rank"] or not report["steps"]:
+            return
+        records = [record for record in report["steps"] if record["step"] > self._last_step]
+        for record in report["steps"]:
+            for name in ("step_s", "data_wait_s", "compute_s", "update_s", "tokens", "flops", "samples", "fill"):
+                self._totals[name] += record[name]
+            self._totals["steps"] += 1
+        self._latest = report["steps"][-1]
+        for record in records:
+            self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if records:
+            self._last_step = records[-1]["step"]
+            self._track(self._metrics(records), self._last_step)
+        self._show(report["steps"])
+
+    def _metrics(self, records: list[dict[str, Any]]) -> dict[str, float]:
+        seconds = sum(record["step_s"] for record in records)
+        elements = sum(record["elements"] for record in records)
+        last = records[-1]
+        metrics = {
+            "train/loss": sum(record["loss"] * record["elements"] for record in records) / elements,
+            "train/gradient_norm": max(record["grad_norm"] for record in records),
+            "train/learning_rate": last["learning_rate"],
+            "train/skipped_steps": sum(not record["updated"] for record in records),
+            "speed/tokens_per_s": sum(record["tokens"] for record in records) / seconds,
+            "speed/samples_per_s": sum(record["samples"] for record in records) / seconds,
+            "speed/step_s": seconds / len(records),
+            "speed/data_wait_share": sum(record["data_wait_s"] for record in records) / seconds,
+            "packs/fill": sum(record["fill"] for record in records) / len(records),
+            "packs/imbalance": sum(record["imbalance"] for record in records) / len(records),
+        }
+        flops = sum(record["flops"] for record in records)
+        if flops:
+            metrics["speed/tflops_per_worker"] = flops / seconds / self._world_size / 1e12
+        if self._peak_memory_bytes:
+            metrics["memory/peak_gib"] = self._peak_memory_bytes / 2**30
+        for (name, value), (loss_sum, number) in self._tags.items():
+            metrics[f"loss_by_{name}/{value}"] = loss_sum / number
+        self._tags = {}
+        return metrics
+
+    def _show(self, records: list[dict[str, Any]]) -> None:
+        last = records[-1]
+        seconds = sum(record["step_s"] for record in records)
+        loss = sum(record["loss"] for record in records) / len(records)
+        left_s = (self.config.steps - last["step"]) * seconds / len(records)
+        figures = (
+            f"loss {loss:.4f}  lr {last['learning_rate']:.2e}  "
+            f"{sum(record['tokens'] for record in records) / seconds:,.0f} tokens/s  "
+            f"wait {sum(record['data_wait_s'] for record in records) / seconds:.1%}  ETA {_clock(left_s)}"
+        )
+        self._bar.update(self._task, completed=last["step"], figures=figures)
+        now = time.monotonic()
+        if not self._console.is_terminal and (now - self._last_line_at > LINE_INTERVAL_S or left_s == 0):
+            self._last_line_at = now
+            self._say(f"step {last['step']}/{self.config.steps}  {figures}")
+
+    def _on_quarantine(self, report: dict[str, Any]) -> None:
+        if report["rank"] == 0:
+            known = self.folder.read_json("quarantine.json") or {}
+            self.folder.write_json("quarantine.json", known | dict.fromkeys(report["keys"], report["step"]))
+            self._say(f"step {report['step']}: loss of {', '.join(report['keys'])} is not finite; left out from now on")
+
+    def _on_rollback(self, report: dict[str, Any]) -> None:
+        if report["rank"] == 0:
+            self._say(f"step {report['step']}: too many bad steps, back to the weights of step {report['to_step']}")
+
+    def _on_checkpoint_failed(self, report: dict[str, Any]) -> None:
+        self._say(f"checkpoint of step {report['step']} was not written: {report['message']}; training goes on")
+
+    def _on_fatal(self, report: dict[str, Any]) -> None:
+        self.fatal = self.fatal or report["message"]
+
+    def _on_finished(self, report: dict[str, Any]) -> None:
+        self._finished = report
+
+    def _track(self, metrics: dict[str, float], step: int) -> None:
+        if self.tracker is not None:
+            self.tracker.log_metrics(metrics, step)
+
+    def result(self) -> dict[str, Any]:
+        """Main figures of the run so far, for ``result.json``."""
+        seconds, steps = self._totals["step_s"], max(1.0, self._totals["steps"])
+        return {
+            "steps": self._finished.get("steps", self._last_step),
+            "first_step": self._finished.get("first_step", 0),
+            "stopped": self._finished.get("stopped", ""),
+            "loss": self._latest.get("loss", float("nan")),
+            "start_s": self._ready_s,
+            "train_s": seconds,
+            "step_s": seconds / steps,
+            "tokens_per_s": self._totals["tokens"] / seconds if seconds else 0.0,
+            "data_wait_share": self._totals["data_wait_s"] / seconds if seconds else 0.0,
+            "overhead_share": 1.0 - (self._totals["compute_s"] + self._totals["update_s"]) / seconds
+            if seconds
+            else 0.0,
+            "fill": self._totals["fill"] / steps,
+            "checkpoints": str(self.folder.path / "checkpoints"),
+        }
+
+
+def last_recorded_step(path: Any) -> int:
+    """The last step in a ``steps.jsonl``; 0 without one. A torn last line is ignored."""
+    if not path.is_file():
+        return 0
+    last = 0
+    for line in path.read_text().splitlines():
+        try:
+            last = max(last, json.loads(line)["step"])
+        except ValueError:
+            continue
+    return last
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

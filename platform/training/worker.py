@@ -1,0 +1,398 @@
+"""The training loop of one worker.
+
+A step: take this rank's packs, agree on the global number of loss elements, forward and backward for each pack, agree
+on the loss, update or skip. All ranks take every decision from reduced values, so they never part.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from loomvideo.platform.errors import UserError
+from loomvideo.platform.training.checkpoint import Checkpoint, CheckpointFolder, DamagedCheckpoint
+from loomvideo.platform.training.config import TrainingConfig
+from loomvideo.platform.training.engine import ZeroEngine
+from loomvideo.platform.training.guard import SpikeGuard
+from loomvideo.platform.training.loader import LoadedStep, SampleError, StepLoader
+from loomvideo.platform.training.order import SampleOrder, build_sources
+from loomvideo.platform.training.packing import PackPlanner, packs_of_rank
+from loomvideo.platform.training.recipe import Recipe, TrainingDataset
+from loomvideo.platform.training.schedule import learning_rate
+from loomvideo.platform.training.writer import CheckpointWriter
+
+logger = logging.getLogger(__name__)
+
+PREEMPTION_INTERVAL_S = 5.0
+OTHER_WORKER = "another worker could not load its samples"
+
+
+@dataclass
+class WorkerJob:
+    """What every worker of a run is given.
+
+    Attributes:
+        config: The run's configuration.
+        recipe_factory: Picklable; builds the recipe on the worker.
+        datasets: URLs of the datasets.
+        open_dataset: Opens one URL.
+        checkpoints: Folder of the run's checkpoints, shared by all workers.
+        run_path: The run's folder.
+    """
+
+    config: TrainingConfig
+    recipe_factory: Callable[[], Recipe]
+    datasets: Sequence[str]
+    open_dataset: Callable[[str], TrainingDataset]
+    checkpoints: Path
+    run_path: Path
+
+
+class Worker:
+    """One rank of a run.
+
+    Args:
+        job: The run.
+        device: This rank's.
+        report: Sends a report to the driver and returns why the run should stop, as far as is known now.
+        preempted: Whether this node is about to be taken away; called on all ranks at the same steps.
+    """
+
+    def __init__(
+        self,
+        job: WorkerJob,
+        device: torch.device,
+        report: Callable[[dict[str, Any]], str],
+        preempted: Callable[[], bool] = lambda: False,
+    ):
+        self.job, self.config, self.device = job, job.config, device
+        self._report, self._preempted = report, preempted
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.datasets = [job.open_dataset(url) for url in job.datasets]
+        self.recipe = job.recipe_factory()
+        self.recipe.open(self.datasets)
+        self.folder = CheckpointFolder(job.checkpoints)
+        # What this rank would like, and what all ranks agreed on.
+        self._wants_stop = self._stop_reason = ""
+        self._started = time.perf_counter()
+        self._asked_at = time.monotonic()
+        resumed = self._newest_checkpoint()
+        self.packs_per_step = self.config.pack.per_step or self.world_size
+        if resumed is not None and not self.config.pack.per_step:
+            self.packs_per_step = resumed.state["planner"]["packs_per_step"]
+        num_micro_steps = len(packs_of_rank(self.packs_per_step, 0, self.world_size))
+        self.engine = ZeroEngine(self.config, self.recipe, self.recipe.build_model(), device, num_micro_steps)
+        self.step = self.optimizer_step = 0
+        self.guard = SpikeGuard(self.config.guard)
+        self._writer = CheckpointWriter(self.folder, self.config.checkpoint, self.rank, self.world_size)
+        self._planner_state: dict[str, Any] | None = None
+        if resumed is not None:
+            self._restore(resumed)
+        self._saved_at: int | None = None if resumed is None else resumed.step
+        self._checkpoint_error = ""
+        self._num_rollbacks = 0
+        self._tags: dict[tuple[str, str], list[float]] = {}
+        self._records: list[dict[str, Any]] = []
+        self._last_checkpoint_at = time.monotonic()
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def _newest_checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole; every rank checks a share of the files."""
+        if self.rank == 0:
+            self.folder.clear_staging()
+        for step in reversed(self._from_rank_0(self.folder.steps())):
+            checkpoint, damage = None, ""
+            try:
+                checkpoint = Checkpoint(self.folder.at(step))
+                checkpoint.verify(sorted(checkpoint.manifest["files"])[self.rank :: self.world_size])
+            except DamagedCheckpoint as found:
+                damage = str(found)
+            if self._sum(float(bool(damage)))[0] == 0:
+                return checkpoint
+            if damage:
+                logger.warning("checkpoint passed over: %s", damage)
+        return None
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.state
+        if checkpoint.shapes != self.engine.shapes:
+            differing = set(checkpoint.shapes.items()) ^ set(self.engine.shapes.items())
+            raise UserError(
+                f"{checkpoint.path}: was written for another model ({min(differing)[0]} differs); use another run name"
+            )
+        if state["datasets"] != [dataset.digest for dataset in self.datasets]:
+            raise UserError(
+                f"{checkpoint.path}: the datasets are not those of the run so far; use another run name, "
+                "or put the shards back"
+            )
+        self.engine.load_slices(checkpoint.read, state["optimizer_step"])
+        self.step, self.optimizer_step = state["step"], state["optimizer_step"]
+        self._planner_state = state["planner"]
+        self.guard.load_state(state["guard"])
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "optimizer_step": self.optimizer_step,
+            "planner": self._planner_state,
+            "guard": self.guard.state(),
+            "shapes": {name: list(shape) for name, shape in self.engine.shapes.items()},
+            "datasets": [dataset.digest for dataset in self.datasets],
+            "config": dataclasses.asdict(self.config),
+            "world_size": self.world_size,
+            "time": time.time(),
+        }
+
+    def save(self) -> None:
+        """Start to write a checkpoint of the current step, once the one before is finished."""
+        self._settle_checkpoint()
+        tensors, ranges = {}, {}
+        for part in self.engine.slices():
+            ranges[part.name] = [part.start, part.stop]
+            for kind, view in part.views.items():
+                tensors[f"{kind}/{part.name}"] = view
+        self._writer.write(self.step, tensors, ranges, self._state())
+        self._saved_at, self._last_checkpoint_at = self.step, time.monotonic()
+        if not self.config.checkpoint.background:
+            self._settle_checkpoint()
+
+    def _settle_checkpoint(self) -> None:
+        """Finish the checkpoint being written; one that failed is reported and training goes on."""
+        error = self._writer.settle(lambda value: self._sum(value)[0])
+        if error:
+            self._report({"event": "checkpoint_failed", "rank": self.rank, "step": self._saved_at, "message": error})
+            self._checkpoint_error = error
+        elif self._saved_at is not None:
+            self._checkpoint_error = ""
+
+    # -- the loop -------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Train to the last step or until asked to stop; returns the worker's final report.
+
+        Raises:
+            UserError: if training cannot go on, or the last checkpoint could not be written.
+        """
+        first_step = self.step
+        self._wants_stop = self._report(
+            {
+                "event": "ready",
+                "rank": self.rank,
+                "step": self.step,
+                "start_s": time.perf_counter() - self._started,
+                "num_parameters": self.engine.num_parameters,
+                "num_trainable": self.engine.num_trainable,
+                "packs_per_step": self.packs_per_step,
+                "world_size": self.world_size,
+            }
+        )
+        while self.step < self.config.steps and not self._stop_reason:
+            loader = self._open_loader()
+            try:
+                self._train(loader)
+            finally:
+                loader.close()
+            if self.guard.consecutive_skips > self.config.guard.max_skips:
+                self._roll_back()
+        self._flush()
+        if self._saved_at != self.step:
+            self.save()
+        self._settle_checkpoint()
+        if self._checkpoint_error:
+            raise UserError(f"{self.folder.path}: the last checkpoint was not written: {self._checkpoint_error}")
+        return {"steps": self.step, "first_step": first_step, "stopped": self._stop_reason}
+
+    def _train(self, loader: StepLoader) -> None:
+        """Steps until the end, a stop, or too many skipped in a row."""
+        while self.step < self.config.steps:
+            self._train_step(loader)
+            if self._stop_reason or self.guard.consecutive_skips > self.config.guard.max_skips:
+                return
+            if self._checkpoint_is_due():
+                self.save()
+
+    def _roll_back(self) -> None:
+        """Return to the last checkpoint's weights and go on with the samples after the bad ones."""
+        self._settle_checkpoint()
+        self._num_rollbacks += 1
+        checkpoint = self._newest_checkpoint()
+        if checkpoint is None or self._num_rollbacks > self.config.guard.max_rollbacks:
+            raise UserError(
+                f"{self.guard.consecutive_skips} steps in a row had a bad loss up to step {self.step}, "
+                f"after {self._num_rollbacks - 1} rollbacks; lower training.optimizer.learning_rate, "
+                "or look at the samples in quarantine.json"
+            )
+        planner_state, quarantined = self._planner_state, self.guard.quarantined
+        self._report({"event": "rollback", "rank": self.rank, "step": self.step, "to_step": checkpoint.step})
+        self._restore(checkpoint)
+        self._planner_state = planner_state
+        self.guard.quarantined = quarantined
+        self.guard.consecutive_skips = 0
+
+    def _open_loader(self) -> StepLoader:
+        tokens = [self.recipe.sample_tokens(dataset.index) for dataset in self.datasets]
+        sources = build_sources(
+            [dataset.index for dataset in self.datasets], tokens, self.config.split, self.config.mixture
+        )
+        planner = PackPlanner(SampleOrder(sources, self.config.seed), self.config.pack, self.packs_per_step)
+        if self._planner_state is None:
+            self._planner_state = planner.state()
+        else:
+            planner.load_state(self._planner_state)
+        return StepLoader(
+            planner,
+            self.recipe,
+            self.datasets,
+            self.config.seed,
+            self.rank,
+            self.world_size,
+            num_steps=self.config.steps - self.step,
+            num_threads=self.config.data_threads,
+            prefetch=self.config.prefetch_steps,
+            excluded=self.guard.excluded,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _train_step(self, loader: StepLoader) -> None:
+        started = time.perf_counter()
+        loaded, problem = None, ""
+        try:
+            loaded = loader.next()
+        except (SampleError, UserError, OSError) as error:
+            problem = str(error)
+        packs = loaded.packs if loaded else []
+        counted = [pack for pack, counts in packs if counts]
+        asks = self.rank == 0 and time.monotonic() - self._asked_at > PREEMPTION_INTERVAL_S
+        elements, tokens, flops, stops, asks, failed = self._sum(
+            float(sum(pack.num_loss_elements for pack in counted)),
+            float(sum(pack.num_tokens for pack in counted)),
+            float(sum(self.recipe.flops(pack) for pack in counted)),
+            float(bool(self._wants_stop)),
+            float(asks),
+            float(bool(problem)),
+        )
+        if failed:
+            raise UserError(problem or OTHER_WORKER)
+        if stops:
+            self._stop_reason = self._wants_stop or "asked to stop"
+            return
+        if asks:
+            # A barrier, so it is rare and every rank comes here at the same step.
+            self._asked_at = time.monotonic()
+            self._wants_stop = "preempted" if self._preempted() else self._wants_stop
+        computing = time.perf_counter()
+        loss_sum, bad_keys = self._forward_backward(packs, elements)
+        total, num_bad = self._sum(loss_sum, float(len(bad_keys)))
+        loss = total / elements
+        skip = self._judge(loss, num_bad, bad_keys, loaded.step + loader.max_ahead)
+        stepping = time.perf_counter()
+        updated = self.engine.step(self.step, skip)
+        self.step += 1
+        self.optimizer_step += updated
+        self._planner_state = loaded.state
+        done = time.perf_counter()
+        self._note(
+            loaded,
+            {
+                "step": self.step,
+                "loss": loss,
+                "grad_norm": self.engine.grad_norm,
+                "learning_rate": learning_rate(self.config.optimizer, self.step - 1, self.config.steps),
+                "updated": updated,
+                "tokens": tokens,
+                "elements": elements,
+                "flops": flops,
+                "step_s": done - started,
+                "data_wait_s": loaded.wait_s,
+                "compute_s": stepping - computing,
+                "update_s": done - stepping,
+            },
+        )
+
+    def _forward_backward(self, packs: Sequence[tuple[Any, bool]], elements: float) -> tuple[float, list[str]]:
+        """Gradients of this rank's packs; returns the summed loss and the keys whose loss is not finite."""
+        loss_sum, bad_keys = 0.0, []
+        for number, (pack, counts) in enumerate(packs):
+            if number:
+                self.engine.step_micro()
+            placed = pack.to(self.device, self.engine.dtype)
+            output = self.engine.forward_backward(self.recipe, placed, elements, counts)
+            if not counts:
+                continue
+            loss_sum += float(output.sum.detach())
+            sums = output.per_sample_sum.float().cpu().tolist()
+            numbers = output.per_sample_elements.float().cpu().tolist()
+            bad_keys += [key for key, value in zip(pack.keys, sums, strict=True) if not math.isfinite(value)]
+            for value, number_of_elements, tags in zip(sums, numbers, output.tags, strict=False):
+                for tag in tags.items():
+                    entry = self._tags.setdefault(tag, [0.0, 0.0])
+                    entry[0] += value
+                    entry[1] += number_of_elements
+        return loss_sum, bad_keys
+
+    def _judge(self, loss: float, num_bad: float, bad_keys: list[str], from_step: int) -> bool:
+        """Whether to skip the step; quarantines samples whose own loss is not finite."""
+        if num_bad:
+            gathered: list[list[str]] = [[]] * self.world_size
+            dist.all_gather_object(gathered, bad_keys)
+            keys = sorted({key for part in gathered for key in part})
+            self.guard.quarantine(keys, from_step)
+            self._report({"event": "quarantine", "rank": self.rank, "step": self.step + 1, "keys": keys})
+        return self.guard.is_bad(loss)
+
+    def _note(self, loaded: LoadedStep, record: dict[str, Any]) -> None:
+        if self.rank == 0:
+            keys = loaded.keys
+            record |= {
+                "samples": len(keys),
+                "keys_digest": hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16],
+                "fill": loaded.fill,
+                "imbalance": loaded.imbalance,
+            }
+            self._records.append(record)
+        if self.step % self.config.log_every == 0 or self.step == 1:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Send what was noted since the last time."""
+        report: dict[str, Any] = {
+            "event": "steps",
+            "rank": self.rank,
+            "steps": self._records,
+            "tags": [[*tag, *sums] for tag, sums in self._tags.items()],
+        }
+        if self.device.type == "cuda":
+            report["memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        self._wants_stop = self._report(report) or self._wants_stop
+        self._records, self._tags = [], {}
+
+    def _checkpoint_is_due(self) -> bool:
+        config = self.config.checkpoint
+        by_step = self.step % config.every_steps == 0
+        by_clock = bool(config.every_s) and time.monotonic() - self._last_checkpoint_at > config.every_s
+        if config.every_s and self.step % self.config.log_every == 0:
+            by_clock = self._sum(float(by_clock))[0] > 0
+        else:
+            by_clock = False
+        return (by_step or by_clock) and self.step < self.config.steps
+
+    # -- collectives ----------------------------------------------------------------------------------------------
+
+    def _sum(self, *values: float) -> list[float]:
+        reduced = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(reduced)
+        return reduced.tolist()
+
+    def _from_rank_0(self, value: Any) -> Any:
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]

@@ -1,0 +1,129 @@
+"""A tiny recipe for testing the training loop: regress a fixed random teacher from sequences of tokens."""
+
+import dataclasses
+import functools
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from torch import nn
+
+from loomvideo.platform.training.recipe import BaseRecipe, LossOutput
+
+# Workers cannot import test helpers; ship them with the pickle.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+WIDTH = 16
+
+
+class ToyDataset:
+    """``toy://<samples>[/<option>=<value>...]``: sequences of 4 to 40 tokens, from a seeded generator."""
+
+    def __init__(self, url):
+        num_samples, *options = url.removeprefix("toy://").split("/")
+        self.options = dict(option.split("=") for option in options)
+        self.digest = url
+        rng = np.random.default_rng(0)
+        count = int(num_samples)
+        self.index = pa.table(
+            {
+                "key": [f"k{number}" for number in range(count)],
+                "task": ["a" if number % 3 else "b" for number in range(count)],
+                "dataset": ["toy"] * count,
+                "split": ["validation" if number % 8 == 7 else "train" for number in range(count)],
+                "dit_tokens": rng.integers(4, 40, count).tolist(),
+            }
+        )
+
+    def read(self, row):
+        if self.options.get("missing") == str(row):
+            raise FileNotFoundError(f"shards/train-{row:06d}.tar is gone")
+        length = self.index.column("dit_tokens")[row].as_py()
+        sample = torch.from_numpy(np.random.default_rng(row).standard_normal((length, WIDTH), dtype=np.float32))
+        if self.options.get("nan") == str(row):
+            sample[0, 0] = float("nan")
+        return sample
+
+
+@dataclass
+class ToyPack:
+    keys: list[str]
+    tasks: list[str]
+    tokens: torch.Tensor
+    segments: torch.Tensor
+    num_tokens: int
+
+    @property
+    def num_loss_elements(self):
+        return self.num_tokens * WIDTH
+
+    def to(self, device, dtype):
+        return dataclasses.replace(self, tokens=self.tokens.to(device, dtype), segments=self.segments.to(device))
+
+
+class Block(nn.Module):
+    def __init__(self, hidden):
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, hidden)
+        self.down = nn.Linear(hidden, WIDTH)
+
+    def forward(self, x):
+        return x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
+
+
+class ToyModel(nn.Module):
+    def __init__(self, num_blocks, hidden):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(hidden) for _ in range(num_blocks))
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, pack):
+        x = pack.tokens
+        for block in self.blocks:
+            x = block(x)
+        return self.out(x)
+
+
+class ToyRecipe(BaseRecipe):
+    def __init__(self, num_blocks=2, hidden=33, wrap=None):
+        self.num_blocks, self.hidden, self.wrap = num_blocks, hidden, wrap
+
+    def build_model(self):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            model = ToyModel(self.num_blocks, self.hidden)
+        return self.wrap(model) if self.wrap else model
+
+    def layers(self, model):
+        return [module for module in model.modules() if type(module).__name__ == "Block"]
+
+    def load_example(self, dataset_index, row, sample, random):
+        noise = random.normal("noise", sample.shape)
+        return row["key"], row["task"], sample + 0.1 * noise
+
+    def load_validation_example(self, dataset_index, row, sample, random, level):
+        return row["key"], row["task"], sample + level * random.normal("noise", sample.shape)
+
+    def collate(self, examples):
+        keys, tasks, tensors = zip(*examples, strict=True)
+        segments = torch.cat([torch.full((len(t),), number) for number, t in enumerate(tensors)])
+        tokens = torch.cat(tensors)
+        return ToyPack(list(keys), list(tasks), tokens, segments, len(tokens))
+
+    def loss(self, model, pack):
+        target = torch.roll(pack.tokens, 1, dims=-1).float() ** 2
+        per_token = (model(pack).float() - target).square().sum(-1)
+        count = len(pack.keys)
+        sums = torch.zeros(count).index_add_(0, pack.segments, per_token.detach())
+        numbers = torch.bincount(pack.segments, minlength=count) * WIDTH
+        return LossOutput(per_token.sum(), sums, numbers, [{"task": task} for task in pack.tasks])
+
+    def flops(self, pack):
+        return 6.0 * pack.num_tokens * self.num_blocks * 2 * WIDTH * self.hidden
+
+
+toy_recipe = functools.partial(ToyRecipe)
