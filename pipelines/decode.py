@@ -14,6 +14,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from loomvideo.pipelines.fragments import FragmentMedia, split_fragment
+
 Backend = Literal["auto", "decord", "pyav"]
 CHUNK_FRAMES = 16
 MAX_PIXELS = 8192 * 8192
@@ -66,13 +68,19 @@ def open_media(path: str, backend: Backend = "auto", folder_fps: float = DEFAULT
     """Open a local video file, picture, or folder of pictures in name order.
 
     Args:
-        path: Of the file or folder.
+        path: Of the file or folder, or a part of a file (``pipelines.fragments``).
         backend: For videos; ``auto`` takes decord when the file is what decord reads correctly.
         folder_fps: Frame rate given to a folder of pictures.
 
     Raises:
         DecodeError: with a reason code.
     """
+    path, fragment = split_fragment(path)
+    if fragment is not None:
+        try:
+            return FragmentMedia(open_media(path, backend, folder_fps), fragment)
+        except ValueError as error:
+            raise DecodeError("outside_file", f"{path}: {error}") from error
     file = Path(path)
     if file.is_dir():
         return FrameFolder(file, folder_fps)

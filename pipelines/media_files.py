@@ -11,6 +11,7 @@ from pathlib import Path
 import fsspec
 
 from loomvideo.pipelines.decode import DecodeError
+from loomvideo.pipelines.fragments import split_fragment, with_fragment
 
 _READ_BYTES = 1 << 20
 
@@ -31,6 +32,7 @@ def base_folder(sample_file: str) -> str:
 
 def media_stamp(path: str) -> list | None:
     """``[size, modification time]`` of a local file, the entries of a folder hashed; None if absent or remote."""
+    path, _ = split_fragment(path)
     if "://" in path:
         return None
     try:
@@ -53,9 +55,10 @@ def local_copies(paths: list[str]) -> Iterator[dict[str, str]]:
     folder = None
     names = {}
     try:
-        for number, path in enumerate(dict.fromkeys(paths)):
+        for number, full in enumerate(dict.fromkeys(paths)):
+            path, fragment = split_fragment(full)
             if "://" not in path:
-                names[path] = path
+                names[full] = full
                 continue
             folder = folder or tempfile.mkdtemp(prefix="loomvideo-media-")
             local = os.path.join(folder, f"{number}{Path(path).suffix}")
@@ -66,7 +69,7 @@ def local_copies(paths: list[str]) -> Iterator[dict[str, str]]:
                 raise DecodeError("missing_file", f"{path}: no such object") from error
             except OSError as error:
                 raise DecodeError("download_failed", f"{path}: {error}") from error
-            names[path] = local
+            names[full] = with_fragment(local, fragment) if fragment else local
         yield names
     finally:
         if folder is not None:
@@ -74,11 +77,14 @@ def local_copies(paths: list[str]) -> Iterator[dict[str, str]]:
 
 
 def content_hash(path: str) -> str:
-    """SHA-256 of a local file, or of the names and contents of a folder.
+    """SHA-256 of a local file or a part of one, or of the names and contents of a folder.
 
     Raises:
         DecodeError: ``missing_file``.
     """
+    path, fragment = split_fragment(path)
+    if fragment is not None:
+        return hashlib.sha256(f"{content_hash(path)}#{fragment}".encode()).hexdigest()
     if os.path.isdir(path):
         files = sorted(Path(path).iterdir())
         return hashlib.sha256(repr([(f.name, content_hash(str(f))) for f in files if f.is_file()]).encode()).hexdigest()

@@ -3,10 +3,14 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import fsspec
 import numpy as np
 import pytest
 
+from loomvideo.pipelines.decode import DecodeError, open_media
 from loomvideo.pipelines.fragments import Fragment, FragmentMedia, split_fragment, with_fragment
+from loomvideo.pipelines.media_files import content_hash, local_copies, media_stamp
+from loomvideo.pipelines.sample_data.media import write_clip
 
 
 @dataclass(frozen=True)
@@ -74,3 +78,33 @@ def test_pixels_of_a_scaled_frame():
 def test_outside_the_file_is_an_error():
     with pytest.raises(ValueError, match="no frame at #t=3,4"):
         FragmentMedia(Numbered(), Fragment(seconds=(3.0, 4.0)))
+
+
+def test_decoding_a_part_of_a_file(tmp_path):
+    frames = [np.full((32, 48, 3), 8 * i, np.uint8) for i in range(24)]
+    path = tmp_path / "clip #1.mp4"
+    write_clip(path, frames)
+    part = open_media(f"{path}#t=0.25,0.5&xywh=percent:0,0,50,100")
+    shown = np.concatenate(list(part.read(range(part.info.num_frames))))
+    assert shown.shape == (6, 32, 24, 3)
+    assert np.abs(shown[:, 16, 12].mean(1) - 8 * np.arange(6, 12)).max() < 3
+    assert open_media(f"{path}#frame=3").info.kind == "image"
+    with pytest.raises(DecodeError, match="no frame at") as error:
+        open_media(f"{path}#t=2,3")
+    assert error.value.reason == "outside_file"
+
+
+def test_parts_of_one_file_have_their_own_hash_and_one_stamp(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"abc")
+    whole, part = str(tmp_path / "a.mp4"), str(tmp_path / "a.mp4#frame=1")
+    assert content_hash(whole) != content_hash(part) != content_hash(whole + "#frame=2")
+    assert media_stamp(whole) == media_stamp(part)
+
+
+def test_a_remote_part_is_downloaded_as_a_whole():
+    fsspec.filesystem("memory").pipe_file("/films/a.mp4", b"abc")
+    url = "memory://films/a.mp4#t=1,2"
+    with local_copies([url]) as copies:
+        name, fragment = split_fragment(copies[url])
+        assert open(name, "rb").read() == b"abc"
+        assert fragment == Fragment(seconds=(1.0, 2.0))

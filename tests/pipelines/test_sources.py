@@ -1,4 +1,4 @@
-"""Readers of published layouts, each on a tiny fixture in the real layout; its media are empty, readers do not decode."""
+"""Readers of published layouts, each on a tiny fixture in the real layout; the media are empty: nothing decodes."""
 
 import csv
 import json
