@@ -60,8 +60,10 @@ class Codec(Protocol):
         ...
 
 
-def check_video_shape(video: torch.Tensor) -> None:
-    """Refuse what no causal 4x16x16 codec can encode.
+def check_video_shape(
+    video: torch.Tensor, temporal_stride: int = TEMPORAL_STRIDE, spatial_stride: int = SPATIAL_STRIDE
+) -> None:
+    """Refuse what a causal codec of these strides cannot encode.
 
     Raises:
         UserError: naming the shape and what it must be.
@@ -69,8 +71,11 @@ def check_video_shape(video: torch.Tensor) -> None:
     if video.ndim != 5 or video.shape[1] != 3:
         raise UserError(f"video of shape {list(video.shape)}: expected [batch, 3, frames, height, width]")
     frames, height, width = video.shape[2:]
-    if frames % TEMPORAL_STRIDE != 1 or height % SPATIAL_STRIDE or width % SPATIAL_STRIDE:
-        raise UserError(f"video of {frames} frames, {width}x{height}: need 4k+1 frames and sides divisible by 16")
+    if frames % temporal_stride != 1 or height % spatial_stride or width % spatial_stride:
+        raise UserError(
+            f"video of {frames} frames, {width}x{height}: "
+            f"need {temporal_stride}k+1 frames and sides divisible by {spatial_stride}"
+        )
 
 
 # (colour, temporal, vertical, horizontal frequency, root mean square) of the strongest coefficients of the orthonormal
@@ -159,6 +164,17 @@ def build_codec(config: CodecConfig, device: torch.device | str = "cpu", dtype: 
     """
     if config.kind == "dct":
         return DCTCodec(config.latent_channels)
+    if config.kind == "wan":
+        from loomvideo.model.vae import WanVAE  # diffusers takes seconds to import
+
+        if not config.folder:
+            raise UserError("codec kind=wan: set its folder to the vae folder of Wan2.2-TI2V-5B-Diffusers")
+        codec = WanVAE.from_pretrained(config.folder, device, dtype, config.memory_limit_bytes)
+        if codec.latent_channels != config.latent_channels:
+            raise UserError(
+                f"{config.folder}: a VAE of {codec.latent_channels} channels, the model takes {config.latent_channels}"
+            )
+        return codec
     raise UserError(f"codec kind={config.kind!r}: choose dct or wan")
 
 
