@@ -21,6 +21,8 @@ CHUNK_FRAMES = 16
 MAX_PIXELS = 8192 * 8192
 DEFAULT_FOLDER_FPS = 24.0
 _PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+# decord fails on some narrower frames (16, 24, 48 and 72 pixels): its rows are padded there.
+_DECORD_MIN_WIDTH = 96
 # Consecutive timestamps may differ by rounding to the container's clock and no more.
 _RATE_TOLERANCE = 0.02
 
@@ -147,6 +149,7 @@ class PyAVVideo:
             and pixel_format in ("yuv420p", "yuvj420p")
             and codec in ("h264", "hevc", "mpeg4", "vp8", "vp9", "libdav1d", "av1")
             and times[0] >= 0
+            and width >= _DECORD_MIN_WIDTH
         )
 
     def _first_frame(self):

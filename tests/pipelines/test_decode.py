@@ -39,8 +39,9 @@ def test_decord_and_pyav_agree_bit_for_bit(tmp_path):
 
 
 def test_auto_takes_decord_for_plain_files_only(tmp_path):
-    frames = moving_frames(12)
+    frames = moving_frames(12, 96, 64)
     assert open_media(str(write_video(tmp_path / "plain.mp4", frames))).info.backend == "decord"
+    assert open_media(str(write_video(tmp_path / "s.mp4", moving_frames(12, 48, 32)))).info.backend == "pyav"
     assert open_media(str(write_video(tmp_path / "r.mp4", frames, rotation=90))).info.backend == "pyav"
     assert open_media(str(write_video(tmp_path / "ten.mp4", frames, pixel_format="yuv420p10le"))).info.backend == "pyav"
     times = [0, 40, 80, 300, 340, 380, 420, 460, 500, 900, 940, 980]

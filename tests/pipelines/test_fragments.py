@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -106,5 +107,5 @@ def test_a_remote_part_is_downloaded_as_a_whole():
     url = "memory://films/a.mp4#t=1,2"
     with local_copies([url]) as copies:
         name, fragment = split_fragment(copies[url])
-        assert open(name, "rb").read() == b"abc"
+        assert Path(name).read_bytes() == b"abc"
         assert fragment == Fragment(seconds=(1.0, 2.0))
