@@ -69,7 +69,7 @@ def set_backend(name: str, required: bool = False) -> dict:
         state.by_device = {}
     for device, backend in wanted.items():
         try:
-            state.operations[backend] = _operations(backend)
+            state.operations[backend] = load_operations(backend)
             state.by_device[device] = backend
         except (UserError, ImportError, OSError) as error:
             if required:
@@ -154,15 +154,16 @@ def _replace(state: _State, what: str, reason: str) -> None:
 
 
 @lru_cache(maxsize=4)
-def _operations(backend: str) -> SimpleNamespace:
+def load_operations(backend: str) -> SimpleNamespace:
+    """The operations of ``cpp`` or ``triton``, building or fetching what they need."""
     if backend == "cpp":
         from loomvideo.model.kernels import cpp
 
         cpp.library()
         return fused_operations(cpp)
-    from loomvideo.model.kernels import triton
+    from loomvideo.model.kernels import triton_backend
 
-    return fused_operations(triton)
+    return fused_operations(triton_backend)
 
 
 def _interpreted() -> bool:

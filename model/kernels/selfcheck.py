@@ -1,18 +1,25 @@
 """A back end against the definition on small made-up inputs, forward and backward."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from loomvideo.model.kernels import eager
+from loomvideo.model.kernels.fused import OPERATIONS
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 1.5e-2, torch.float16: 3e-3}
 """Largest relative error ``|out - ref| / |ref|`` (Frobenius norms) of any result or gradient."""
 
 
 def example_arguments(
-    name: str, width: int, dtype: torch.dtype, device: str | torch.device, tokens: int = 33, seed: int = 0
+    name: str,
+    width: int,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    tokens: int = 33,
+    num_heads: int | None = None,
+    seed: int = 0,
 ) -> tuple[tuple, dict]:
     """Random arguments of an operation: several rows, one of them empty, a one-token segment, negative positions.
 
@@ -22,6 +29,7 @@ def example_arguments(
         dtype: Of the activations.
         device: Of all tensors.
         tokens: ``L``, at least 4.
+        num_heads: Of ``qk_norm_rope``; by default heads of 128, or one.
         seed: Of the values.
 
     Returns:
@@ -46,7 +54,7 @@ def example_arguments(
     if name == "qk_norm_rope":
         positions = torch.randint(0, 60, (tokens, 3), generator=generator)
         positions[-3:, 0] = torch.tensor([-10, -20, -30])
-        num_heads = width // 128 if width % 128 == 0 else 1
+        num_heads = num_heads or (width // 128 if width % 128 == 0 else 1)
         weights = normal(width), normal(width)
         return (x, normal(tokens, width), *weights, positions.int().to(device), num_heads, 1e-6), {"round_norm": False}
     if name == "rms_norm":
@@ -61,6 +69,23 @@ def example_arguments(
     if name == "residual_norm":
         return (x, normal(tokens, width), *rows, row_ids, 1e-6), {}
     raise KeyError(name)
+
+
+def training_calls(
+    width: int, num_heads: int, dtype: torch.dtype, device: str | torch.device, tokens: int = 33, patch: int = 192
+) -> Iterator[tuple[str, tuple, dict]]:
+    """Every operation in every form that a training step uses: ``(name, arguments, keywords)``."""
+    for name in OPERATIONS:
+        size = patch if name == "scale_and_add" else width
+        arguments, keywords = example_arguments(name, size, dtype, device, tokens, num_heads)
+        if name == "qk_norm_rope":
+            yield name, arguments, {"round_norm": True}
+        yield name, arguments, keywords
+        if name == "residual_norm":
+            x, y, gate, shift, scale, *rest = arguments
+            yield name, (x, y, None, shift, scale, *rest), {}
+            own = [rows[0].detach().requires_grad_() for rows in (shift, scale)]
+            yield name, (x, y, gate, *own, *rest), {"affine": True}
 
 
 def results_and_gradients(function: Callable, arguments: tuple, keywords: dict) -> list[Tensor]:

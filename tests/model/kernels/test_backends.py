@@ -46,7 +46,7 @@ def wrong_operations(monkeypatch):
     def gated_residual(x, y, gate, row_ids):
         return eager.gated_residual(x, y.detach() * 0.5 + y * 0.5, gate, row_ids)
 
-    monkeypatch.setattr(backends, "_operations", lambda name: SimpleNamespace(gated_residual=gated_residual))
+    monkeypatch.setattr(backends, "load_operations", lambda name: SimpleNamespace(gated_residual=gated_residual))
 
 
 def test_a_wrong_gradient_stops_the_job_when_the_back_end_is_required(wrong_operations):
@@ -72,7 +72,7 @@ def no_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("LOOMVIDEO_KERNEL_CACHE", str(tmp_path / "cache"))
     cpp.library.cache_clear()
-    backends._operations.cache_clear()
+    backends.load_operations.cache_clear()
     yield
     cpp.library.cache_clear()
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(cpp.cpp_build.compiler() is None, reason="no C++
 
 @pytest.fixture(scope="module")
 def operations():
-    return backends._operations("cpp")
+    return backends.load_operations("cpp")
 
 
 @pytest.fixture(params=[2, 3, 4], ids=["baseline", "avx2", "avx512"])
