@@ -193,7 +193,7 @@ def save_png(picture: Image.Image, path: Path) -> None:
     """Write a PNG through a temporary name, making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.tmp.png")
-    picture.save(partial, optimize=True)
+    picture.save(partial, compress_level=4)
     partial.replace(path)
 
 

@@ -1,0 +1,113 @@
+"""A benchmark item's media as the model gets them: the conditioned window, in the bucket's size.
+
+Everything downstream (generator, metrics, judge, review page) sees the same source frames, so that nothing is compared
+with seconds or pixels that the model never saw.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from loomvideo.model.buckets import choose_bucket, resize_and_crop
+from loomvideo.model.clips import TARGET_FPS, clip_indices, whole_latent_frames
+from loomvideo.pipelines.decode import open_media
+from loomvideo.pipelines.evaluation.suites.items import EvalItem
+
+IMAGE_TASKS = ("t2i", "image_edit")
+
+
+@dataclass(frozen=True)
+class InputOptions:
+    """Sizes of what is generated.
+
+    Attributes:
+        bucket_classes: Area classes to choose from, such as ``(640,)``.
+        reference_classes: Area classes of reference pictures.
+        num_frames: Frames of a video, 4k+1.
+        fps: Frames a second of sources after resampling, and of results.
+        text_size: ``(width, height)`` where there is no source or reference to take it from.
+    """
+
+    bucket_classes: tuple[int, ...] = (640,)
+    reference_classes: tuple[int, ...] = (640,)
+    num_frames: int = 97
+    fps: float = TARGET_FPS
+    text_size: tuple[int, int] = (832, 480)
+
+
+@dataclass(frozen=True)
+class LoadedItem:
+    """An item with its media decoded.
+
+    Attributes:
+        item: The manifest's row.
+        source: uint8 ``[frames, height, width, 3]`` of the conditioned window, or None.
+        references: uint8 ``[height, width, 3]`` each.
+        target: Ground truth of the source's window and size, or None.
+        mask: Boolean ``[1 or frames, height, width]`` of the region the edit may change, or None.
+        size: ``(width, height)`` to generate.
+        num_frames: Frames to generate.
+        fps: Frames a second.
+        frame_indices: Which frames of the source file are the window.
+    """
+
+    item: EvalItem
+    source: np.ndarray | None
+    references: tuple[np.ndarray, ...]
+    target: np.ndarray | None
+    mask: np.ndarray | None
+    size: tuple[int, int]
+    num_frames: int
+    fps: float
+    frame_indices: tuple[int, ...] = ()
+
+
+def load_item(item: EvalItem, root: Path, options: InputOptions) -> LoadedItem:
+    """Decode an item's media.
+
+    The window starts at the first frame: unlike a random start, judge and model then see the same seconds.
+
+    Raises:
+        DecodeError: for a file that cannot be used.
+    """
+    kind = "image" if item.task in IMAGE_TASKS else "video"
+    wanted = 1 if kind == "image" else options.num_frames
+    size: tuple[int, int] | None = None
+    references = []
+    for path in item.references:
+        info, frames, _ = _read(root / path, 1, options.fps)
+        bucket = choose_bucket(info.width, info.height, options.reference_classes, "image")
+        references.append(resize_and_crop(frames, bucket).numpy()[0])
+        if size is None:
+            size = choose_bucket(info.width, info.height, options.bucket_classes, kind)
+    source, indices = None, ()
+    if item.source:
+        info, frames, indices = _read(root / item.source, wanted, options.fps)
+        size = choose_bucket(info.width, info.height, options.bucket_classes, kind)
+        source = resize_and_crop(frames, size).numpy()
+        wanted = len(source)
+    target = None
+    if item.target:
+        info, frames, _ = _read(root / item.target, wanted, options.fps)
+        if size is None or source is None:
+            size = choose_bucket(info.width, info.height, options.bucket_classes, kind)
+        target = resize_and_crop(frames, size).numpy()
+        shared = whole_latent_frames(min(len(target), wanted))
+        target, wanted = target[:shared], shared
+        source = None if source is None else source[:shared]
+    mask = None
+    if item.mask and size is not None:
+        _, frames, _ = _read(root / item.mask, wanted, options.fps)
+        mask = resize_and_crop(frames, size).numpy().max(-1) > 127
+    size = size or choose_bucket(*options.text_size, options.bucket_classes, kind)
+    return LoadedItem(item, source, tuple(references), target, mask, size, wanted, options.fps, tuple(indices))
+
+
+def _read(path: Path, num_frames: int, fps: float) -> tuple:
+    media = open_media(str(path))
+    info = media.info
+    indices = [0]
+    if info.kind == "video" and num_frames > 1:
+        indices = clip_indices(info.fps, info.num_frames, num_frames, 0.0, fps)
+    return info, np.concatenate(list(media.read(indices))), indices

@@ -1,0 +1,149 @@
+"""Which metrics a sample gets: everything that its inputs allow, under stable names."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from loomvideo.pipelines.evaluation import editing, metrics, motion
+from loomvideo.pipelines.evaluation.inputs import LoadedItem
+
+VERSION = 1
+"""Raised when any metric changes, so that stored values are not mixed with new ones."""
+
+HIGHER_IS_BETTER: dict[str, bool | None] = {
+    "flicker": True,
+    "jitter": False,
+    "freeze_ratio": False,
+    "black_ratio": False,
+    "sharpness": None,
+    "brightness_drift": False,
+    "motion_amount": None,
+    "warp_error": False,
+    "edit_strength": None,
+    "edited_area": None,
+    "edit_locality": True,
+    "source_psnr_db": None,
+    "source_ssim": None,
+    "edge_f1": None,
+    "flow_endpoint_error": False,
+    "flow_direction_cosine": True,
+    "flow_magnitude_ratio": None,
+    "outside_psnr_db": True,
+    "outside_ssim": True,
+    "edit_psnr_db": True,
+    "edit_ssim": True,
+    "edit_ms_ssim": True,
+    "copy_psnr_db": None,
+    "gain_psnr_db": True,
+    "garment_delta_e": False,
+    "reference_color_distance": False,
+    "target_color_distance": False,
+    "judge": True,
+    "judge_min": True,
+}
+"""Direction of each metric; None where more is not simply better. Learned metrics add theirs."""
+
+
+def measure(video: np.ndarray, inputs: LoadedItem) -> dict[str, float]:
+    """Judge-free metrics of one result, by name; those that do not apply are absent, undefined ones are NaN.
+
+    Preservation (``outside_*``) is measured only for edits that should leave the rest alone, always beside
+    ``edit_strength``. With a target, ``edit_psnr_db`` is against it and ``copy_psnr_db`` is what the source would get.
+
+    Args:
+        video: uint8 ``[frames, height, width, 3]``.
+        inputs: The item's media in the same size.
+    """
+    values = {
+        "sharpness": metrics.sharpness(video),
+        "black_ratio": metrics.black_ratio(video),
+    }
+    if len(video) > 1:
+        values |= {
+            "flicker": metrics.temporal_flicker(video),
+            "jitter": metrics.jitter(video),
+            "freeze_ratio": metrics.freeze_ratio(video),
+            "brightness_drift": metrics.brightness_drift(video),
+            "motion_amount": motion.motion_amount(video),
+            "warp_error": motion.warp_error(video),
+        }
+    if inputs.source is not None:
+        values |= _against_source(video, inputs)
+    if inputs.target is not None:
+        values |= _against_target(video, inputs)
+    if inputs.references:
+        distances = [editing.colour_histogram_distance(video, picture[None]) for picture in inputs.references]
+        values["reference_color_distance"] = float(min(distances))
+    return values
+
+
+def defects(video: np.ndarray, inputs: LoadedItem) -> list[str]:
+    """Plain faults of a result that no mean should hide: wrong size or length, black, frozen, source copied."""
+    found = []
+    width, height = inputs.size
+    if video.shape[1:3] != (height, width):
+        found.append(f"size {video.shape[2]}x{video.shape[1]} instead of {width}x{height}")
+    if len(video) != inputs.num_frames:
+        found.append(f"{len(video)} frames instead of {inputs.num_frames}")
+    if metrics.black_ratio(video) > 0.5:
+        found.append("black")
+    moving = inputs.source is None or metrics.freeze_ratio(inputs.source) < 0.5
+    if len(video) > 2 and moving and metrics.freeze_ratio(video) > 0.9:
+        found.append("frozen")
+    same_shape = inputs.source is not None and inputs.source.shape == video.shape
+    if same_shape and editing.edit_strength(video, inputs.source) < 0.5:
+        found.append("source copied")
+    return found
+
+
+def _against_source(video: np.ndarray, inputs: LoadedItem) -> dict[str, float]:
+    source = inputs.source
+    values = {
+        "edit_strength": editing.edit_strength(video, source),
+        "edited_area": editing.edited_area(video, source),
+        "source_psnr_db": metrics.psnr_db(video, source),
+        "source_ssim": metrics.ssim(video, source),
+        "edge_f1": editing.edge_f1(video, source),
+    }
+    if len(video) > 1:
+        fidelity = motion.motion_fidelity(video, source)
+        values |= {
+            "flow_endpoint_error": fidelity.endpoint_error,
+            "flow_direction_cosine": fidelity.direction_cosine,
+            "flow_magnitude_ratio": fidelity.magnitude_ratio,
+        }
+    if inputs.item.aligned:
+        region = edit_region(inputs)
+        values["edit_locality"] = editing.edit_locality(video, source, region)
+        if region is not None:
+            values |= editing.preservation(video, source, region)
+    return values
+
+
+def _against_target(video: np.ndarray, inputs: LoadedItem) -> dict[str, float]:
+    target = inputs.target
+    values = {
+        "edit_psnr_db": metrics.psnr_db(video, target),
+        "edit_ssim": metrics.ssim(video, target),
+        "edit_ms_ssim": metrics.ms_ssim(video, target),
+        "target_color_distance": editing.colour_histogram_distance(video, target),
+    }
+    if inputs.source is not None:
+        values["copy_psnr_db"] = metrics.psnr_db(inputs.source, target)
+        values["gain_psnr_db"] = values["edit_psnr_db"] - values["copy_psnr_db"]
+        region = edit_region(inputs)
+        if inputs.item.extra.get("garment") and region is not None and region.any():
+            values["garment_delta_e"] = editing.garment_delta_e(video, region, target, region)
+    return values
+
+
+def edit_region(inputs: LoadedItem) -> np.ndarray | None:
+    """Where the edit may change pixels: a given mask of every frame, else where the target differs from the source."""
+    if inputs.mask is not None and inputs.source is not None and len(inputs.mask) == len(inputs.source):
+        return inputs.mask
+    if inputs.target is not None and inputs.source is not None:
+        return editing.change_mask(inputs.target, inputs.source)
+    return None
+
+
+ExtraMeasure = Callable[[np.ndarray, LoadedItem], dict[str, float]]

@@ -1,0 +1,311 @@
+"""The stages of an evaluation: prepare -> generate -> normalise -> measure -> judge, each resumable per sample.
+
+A stage is a callable from row to row. Rows are small and JSON-able; media live in the store under content keys, so a
+stage that finds its entry returns at once, on any machine and after any crash. A sample that cannot be processed
+carries ``failure`` onward and is counted, never dropped.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loomvideo.pipelines.decode import DecodeError
+from loomvideo.pipelines.evaluation import measures
+from loomvideo.pipelines.evaluation.generators import Generator, IdentityGenerator
+from loomvideo.pipelines.evaluation.inputs import InputOptions, LoadedItem, load_item
+from loomvideo.pipelines.evaluation.judges.requests import FrameSampling, JudgeRequest, media_for_item
+from loomvideo.pipelines.evaluation.judges.rubrics import OfficialRubrics, OwnRubrics, Question
+from loomvideo.pipelines.evaluation.judges.session import JudgeSession
+from loomvideo.pipelines.evaluation.media import save_png, stacked_filmstrips, thumbnail, write_video
+from loomvideo.pipelines.evaluation.store import Store, content_key, pixel_digest, read_lossless, write_lossless
+from loomvideo.pipelines.evaluation.suites.items import EvalItem, Manifest, file_digest
+from loomvideo.pipelines.evaluation.suites.registry import suite as find_suite
+from loomvideo.platform.errors import UserError
+
+Row = dict[str, Any]
+Stage = Callable[[Row], Row]
+VIDEO, FILM, STRIP, THUMB = "video.mkv", "video.mp4", "strip.png", "thumb.png"
+MODEL, IDENTITY = "model", "identity"
+
+
+def initial_rows(manifest: Manifest, series: Sequence[str], seed_of: Callable[[str, str], int]) -> list[Row]:
+    """One row a sample and series (the model under test, and the source copied)."""
+    return [
+        {
+            "suite": manifest.suite,
+            "key": item.key,
+            "series": name,
+            "item": json.loads(item.to_json()),
+            "root": str(manifest.root),
+            "seed": seed_of(manifest.suite, item.key),
+            "failure": "",
+        }
+        for item in manifest.items
+        for name in series
+        if name != IDENTITY or item.source
+    ]
+
+
+def item_of(row: Row) -> EvalItem:
+    """The manifest item of a row."""
+    return EvalItem(**{**row["item"], "references": tuple(row["item"]["references"])})
+
+
+@dataclass
+class PrepareStage:
+    """Decode, trim and resize the item's media once, and keep exact pixels and playable films of them."""
+
+    store: Store
+    options: InputOptions
+
+    def __call__(self, row: Row) -> Row:
+        """Add ``inputs``, the key of the prepared media."""
+        if row["failure"]:
+            return row
+        item, root = item_of(row), Path(row["root"])
+        try:
+            digests = [file_digest(root / path) for path in item.media()]
+        except OSError as error:
+            return row | {"failure": "missing file", "detail": str(error)}
+        # The text is no part of the media's key, so two instructions for one source share the prepared files.
+        names = [item.task, bool(item.source), len(item.references), bool(item.target), bool(item.mask)]
+        key = content_key("inputs-1", names, digests, dataclasses.asdict(self.options))
+
+        def fill(folder: Path) -> Row:
+            loaded = load_item(item, root, self.options)
+            for name, video in (("source", loaded.source), ("target", loaded.target)):
+                if video is not None:
+                    write_lossless(folder / f"{name}.mkv", video, loaded.fps)
+                    write_video(folder / f"{name}.mp4", video, loaded.fps)
+                    save_png(thumbnail(video), folder / f"{name}.png")
+            for number, picture in enumerate(loaded.references):
+                write_lossless(folder / f"reference{number}.mkv", picture[None], loaded.fps)
+                save_png(thumbnail(picture[None], 256), folder / f"reference{number}.png")
+            if loaded.mask is not None:
+                np.save(folder / "mask.npy", np.packbits(loaded.mask, axis=-1))
+            return {
+                "size": loaded.size,
+                "num_frames": loaded.num_frames,
+                "fps": loaded.fps,
+                "frame_indices": loaded.frame_indices,
+                "references": len(loaded.references),
+                "has": [n for n in ("source", "target", "mask") if getattr(loaded, n) is not None],
+            }
+
+        try:
+            self.store.make("inputs", key, fill)
+        except (DecodeError, UserError) as error:
+            return row | {"failure": "unreadable input", "detail": str(error)}
+        return row | {"inputs": key}
+
+
+def read_inputs(store: Store, row: Row) -> LoadedItem:
+    """The prepared media of a row."""
+    folder = store.entry("inputs", row["inputs"])
+    record = store.record("inputs", row["inputs"])
+    size = tuple(record["size"])
+    videos = {name: read_lossless(folder / f"{name}.mkv") for name in record["has"] if name != "mask"}
+    mask = None
+    if "mask" in record["has"]:
+        mask = np.unpackbits(np.load(folder / "mask.npy"), axis=-1)[..., : size[0]].astype(bool)
+    references = tuple(read_lossless(folder / f"reference{n}.mkv")[0] for n in range(record["references"]))
+    return LoadedItem(
+        item_of(row), videos.get("source"), references, videos.get("target"), mask, size,
+        record["num_frames"], record["fps"], tuple(record["frame_indices"]),
+    )  # fmt: skip
+
+
+@dataclass
+class GenerateStage:
+    """Run the model under test; built once an actor.
+
+    Attributes:
+        store: Where results are kept.
+        build: Makes the generator, on the actor's device.
+        fingerprint: Of the generator, known without building it so that finished samples load no weights.
+        on_generated: Called after every new result, for progress and tests.
+    """
+
+    store: Store
+    build: Callable[[], Generator]
+    fingerprint: str
+    on_generated: Callable[[Row], None] | None = None
+    _generator: Generator | None = field(default=None, repr=False)
+
+    def __call__(self, row: Row) -> Row:
+        """Add ``result``, the key of the generated video."""
+        if row["failure"]:
+            return row
+        identity = row["series"] == IDENTITY
+        fingerprint = IDENTITY if identity else self.fingerprint
+        item = item_of(row)
+        key = content_key("result-1", row["inputs"], item.task, item.text, fingerprint, 0 if identity else row["seed"])
+
+        def fill(folder: Path) -> Row:
+            inputs = read_inputs(self.store, row)
+            if not identity and self._generator is None:
+                self._generator = self.build()
+            started = time.monotonic()
+            video = (IdentityGenerator() if identity else self._generator).generate(inputs, row["seed"])
+            seconds = time.monotonic() - started
+            write_lossless(folder / VIDEO, video, inputs.fps)
+            record = {"seed": row["seed"], "generator": fingerprint, "seconds": seconds, "pixels": pixel_digest(video)}
+            if self.on_generated is not None:
+                self.on_generated(row)
+            return record
+
+        try:
+            record = self.store.make("results", key, fill)
+        except (RuntimeError, ValueError) as error:
+            # A sample that the model cannot make is counted; a model that makes none ends the run in `check_rows`.
+            return row | {"failure": "generation failed", "detail": f"{type(error).__name__}: {error}"[:500]}
+        return row | {"result": key, "generate_s": record["seconds"], "pixels": record["pixels"]}
+
+
+@dataclass
+class NormaliseStage:
+    """Make what people look at: H.264 film, filmstrip over its source, thumbnail."""
+
+    store: Store
+
+    def __call__(self, row: Row) -> Row:
+        """Add ``media``, the key of the playable files."""
+        if row["failure"]:
+            return row
+        key = content_key("media-1", row["result"], row["inputs"])
+
+        def fill(folder: Path) -> Row:
+            inputs = read_inputs(self.store, row)
+            video = read_lossless(self.store.entry("results", row["result"]) / VIDEO)
+            write_video(folder / FILM, video, inputs.fps)
+            strips = {"source": inputs.source, "result": video, "target": inputs.target}
+            strip = stacked_filmstrips({k: v for k, v in strips.items() if v is not None}, 5, 96, max_width=900)
+            save_png(strip, folder / STRIP)
+            save_png(thumbnail(video), folder / THUMB)
+            return {"frames": len(video), "height": video.shape[1], "width": video.shape[2]}
+
+        self.store.make("media", key, fill)
+        return row | {"media": key}
+
+
+@dataclass
+class MeasureStage:
+    """Judge-free metrics, and learned ones when given."""
+
+    store: Store
+    extra: Sequence[tuple[str, Callable[[], measures.ExtraMeasure]]] = ()
+    _extra_built: dict[str, measures.ExtraMeasure] = field(default_factory=dict, repr=False)
+
+    def __call__(self, row: Row) -> Row:
+        """Add ``metrics`` and ``defects``."""
+        if row["failure"]:
+            return row
+        names = [name for name, _ in self.extra]
+        key = content_key("metrics", measures.VERSION, names, row["result"], row["inputs"], row["item"]["aligned"],
+                          row["item"]["extra"].get("garment"))  # fmt: skip
+
+        def fill(folder: Path) -> Row:
+            inputs = read_inputs(self.store, row)
+            video = read_lossless(self.store.entry("results", row["result"]) / VIDEO)
+            found = measures.defects(video, inputs)
+            comparable = video.shape[1:3] == inputs.size[::-1] and len(video) == inputs.num_frames
+            values = measures.measure(video, inputs) if comparable else {}
+            for name, build in self.extra if comparable else ():
+                if name not in self._extra_built:
+                    self._extra_built[name] = build()
+                values |= self._extra_built[name](video, inputs)
+            # Undefined values are null: NaN is no JSON.
+            defined = {name: None if np.isnan(value) else value for name, value in values.items()}
+            return {"metrics": defined, "defects": found}
+
+        return row | self.store.make("metrics", key, fill)
+
+
+@dataclass
+class JudgeStage:
+    """Ask a judge about every sample, ``repeats`` times, from many threads.
+
+    Attributes:
+        store: Where the media are.
+        session: The judge; its cache makes repeated runs free.
+        sampling: Frames shown.
+        rubrics: Our rubrics.
+        official: Official rubrics a suite, in the ``official`` and ``loomvideo`` modes.
+        mode: ``strict``, ``official`` or ``loomvideo``.
+        repeats: Independent judgements a sample.
+        threads: Concurrent calls.
+        judge_identity: Whether the source copied is judged too, as a control.
+    """
+
+    store: Store
+    session: JudgeSession
+    sampling: FrameSampling
+    rubrics: OwnRubrics
+    official: dict[str, OfficialRubrics] = field(default_factory=dict)
+    mode: str = "strict"
+    repeats: int = 1
+    threads: int = 8
+    judge_identity: bool = False
+
+    def question(self, item: EvalItem) -> tuple[Question, str, bool]:
+        """An item's rubric, answer form and whether the answer is structured."""
+        suite = find_suite(item.suite)
+        protocol = suite.protocols.get(self.mode) or suite.protocol("strict")
+        if protocol.rubric_names is None:
+            return self.rubrics.question(item), protocol.parser, True
+        if item.suite not in self.official:
+            raise UserError(
+                f"judge.mode={self.mode}: set judge.official_rubrics.{item.suite} to the rubric file of your copy"
+            )
+        question = self.official[item.suite].question(protocol.rubric_names(item), item.text, protocol.axes(item))
+        return question, protocol.parser, False
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        """Add ``judgements`` to a list of rows."""
+        with ThreadPoolExecutor(self.threads) as pool:
+            return list(pool.map(self._judge, rows))
+
+    def _judge(self, row: Row) -> Row:
+        skip = row["series"] == IDENTITY and not self.judge_identity
+        if row["failure"] or skip or not find_suite(row["suite"]).judged:
+            return row | {"judgements": []}
+        inputs = read_inputs(self.store, row)
+        video = read_lossless(self.store.entry("results", row["result"]) / VIDEO)
+        question, parser, structured = self.question(inputs.item)
+        references = [picture[None] for picture in inputs.references]
+        media = media_for_item(self.sampling, video, inputs.source, references)
+        session = dataclasses.replace(self.session, parser=parser)
+        judgements = []
+        for repeat in range(self.repeats):
+            request = JudgeRequest(question.text, media, question.axes, structured, repeat)
+            judgements.append(dataclasses.asdict(session.judge(request)))
+        return row | {"judgements": judgements}
+
+
+def run_local(rows: Iterable[Row], stages: Sequence[Stage], judge: JudgeStage | None = None) -> Iterator[Row]:
+    """Run every stage in this process, in order."""
+    for row in rows:
+        for stage in stages:
+            row = stage(row)
+        yield judge([row])[0] if judge is not None else row | {"judgements": []}
+
+
+def check_rows(rows: Sequence[Row]) -> None:
+    """End a run in which no sample of the model came through.
+
+    Raises:
+        UserError: with the first reason.
+    """
+    own = [row for row in rows if row["series"] == MODEL]
+    failed = [row for row in own if row["failure"]]
+    if own and len(failed) == len(own):
+        first = failed[0]
+        reason = f"{first['failure']}: {first.get('detail', '')}"
+        raise UserError(f"evaluation: no sample succeeded; {first['key']}: {reason}")

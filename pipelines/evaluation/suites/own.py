@@ -1,0 +1,91 @@
+"""Our own suites, from a JSONL file in the project's sample format: held-out samples, and the fashion suite."""
+
+from pathlib import Path
+
+from loomvideo.pipelines.evaluation.suites.items import EvalItem, Manifest, build_manifest
+from loomvideo.pipelines.samples import EDIT_TASKS, Sample, read_jsonl
+from loomvideo.platform.errors import UserError
+
+FASHION_CATEGORIES = (
+    "garment_text",
+    "garment_reference",
+    "background_swap",
+    "model_swap",
+    "outfit_video",
+    "showcase",
+)
+# Edits of the sample dataset, by the kind that its generator records.
+_KIND_CATEGORIES = {
+    "recolour": "garment_text",
+    "pattern": "garment_text",
+    "ref_garment": "garment_reference",
+    "ref_pattern": "garment_reference",
+    "background": "background_swap",
+    "ref_background": "background_swap",
+}
+_TASK_CATEGORIES = {"mi2v": "outfit_video", "t2v": "showcase"}
+HELDOUT_FRACTION = 0.05
+
+
+def sample(root: Path) -> Manifest:
+    """The held-out samples of a dataset, a category a task; ``root`` is its folder or its JSONL file."""
+    path = _samples_file(root)
+    items = [_item("sample", s, s.task) for s in read_jsonl(path) if s.assigned_split(HELDOUT_FRACTION) == "heldout"]
+    if not items:
+        raise UserError(f"{path}: no held-out samples; give some of them split=heldout")
+    return build_manifest("sample", path.parent, items)
+
+
+def fashion(root: Path) -> Manifest:
+    """The fashion suite: held-out samples with ``extra.fashion_task``, or with a known kind of edit of the sample data.
+
+    Categories without a sample are listed as problems, since the suite's mean then leaves them out.
+    """
+    path = _samples_file(root)
+    items = []
+    for s in read_jsonl(path):
+        if s.assigned_split(HELDOUT_FRACTION) != "heldout":
+            continue
+        category = s.extra.get("fashion_task")
+        if category is not None and category not in FASHION_CATEGORIES:
+            raise UserError(
+                f"{path}: {s.key}: extra.fashion_task={category!r} is none of {', '.join(FASHION_CATEGORIES)}"
+            )
+        if category is None and s.dataset == "fashion-world":
+            category = _KIND_CATEGORIES.get(_kind(s)) or _TASK_CATEGORIES.get(s.task)
+        if category is not None:
+            items.append(_item("fashion", s, category))
+    if not items:
+        raise UserError(f"{path}: no sample has extra.fashion_task; set it to one of {', '.join(FASHION_CATEGORIES)}")
+    manifest = build_manifest("fashion", path.parent, items)
+    absent = tuple(f"{c}: no samples" for c in FASHION_CATEGORIES if c not in manifest.counts())
+    return Manifest(manifest.suite, manifest.root, manifest.items, manifest.problems + absent)
+
+
+def _item(suite: str, s: Sample, category: str) -> EvalItem:
+    local = _kind(s) in _KIND_CATEGORIES or bool(s.extra.get("aligned"))
+    return EvalItem(
+        suite,
+        s.key,
+        s.task,
+        category,
+        s.text,
+        s.source,
+        tuple(s.references),
+        s.target,
+        s.extra.get("mask"),
+        cluster=s.group or s.source or s.key,
+        aligned=s.task in EDIT_TASKS and local,
+        extra={"kind": _kind(s), "garment": bool(_kind(s) in ("recolour", "ref_garment"))},
+    )
+
+
+def _kind(s: Sample) -> str:
+    return (s.extra.get("edit") or {}).get("kind", "")
+
+
+def _samples_file(root: Path) -> Path:
+    path = root if root.suffix == ".jsonl" else root / "samples.jsonl"
+    if not path.is_file():
+        raise UserError(f"{path}: not found; make it with `loomvideo data sample output={path.parent}`")
+    return path

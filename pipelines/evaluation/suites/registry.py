@@ -1,0 +1,148 @@
+"""Every suite by name: its converter, and how it is judged in each mode."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loomvideo.pipelines.evaluation.suites import official, own, protocols
+from loomvideo.pipelines.evaluation.suites.items import EvalItem, Manifest
+from loomvideo.pipelines.evaluation.suites.parsers import REFVIE_BACKGROUND_AXES, REFVIE_SUBJECT_AXES
+from loomvideo.pipelines.evaluation.suites.protocols import Aggregator
+from loomvideo.platform.errors import UserError
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One way of judging a suite.
+
+    Attributes:
+        parser: Answer form, by name.
+        aggregate: Samples to the benchmark's own figures.
+        axes: Axis names of an item's official rubric; None when the form finds its own.
+        rubric_names: Names under which an item's rubric may stand in the official file; None for our own rubrics.
+    """
+
+    parser: str
+    aggregate: Aggregator
+    axes: Callable[[EvalItem], tuple[str, ...]] | None = None
+    rubric_names: Callable[[EvalItem], tuple[str, ...]] | None = None
+
+
+STRICT = Protocol("strict", protocols.strict)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A benchmark.
+
+    Attributes:
+        name: As in metric names.
+        convert: From the folder of its download to the manifest.
+        judged: Whether a judge scores it; others have rules on detections or networks.
+        protocols: ``strict`` (our rubrics) and, where there are any, ``official`` and ``loomvideo``.
+        scorer: The outside tool that scores it, for suites without a judge.
+    """
+
+    name: str
+    convert: Callable[[Path], Manifest]
+    judged: bool = True
+    protocols: dict[str, Protocol] = field(default_factory=lambda: {"strict": STRICT})
+    scorer: str = ""
+
+    def protocol(self, mode: str) -> Protocol:
+        """The protocol of a mode.
+
+        Raises:
+            UserError: naming the modes there are.
+        """
+        if mode not in self.protocols:
+            raise UserError(f"judge.mode={mode}: suite {self.name} has {', '.join(self.protocols)}")
+        return self.protocols[mode]
+
+
+def _category(item: EvalItem) -> tuple[str, ...]:
+    return (item.category, "alter") if item.category == "adjust" else (item.category,)
+
+
+def _no_axes(item: EvalItem) -> tuple[str, ...]:
+    return ()
+
+
+def _refvie_axes(item: EvalItem) -> tuple[str, ...]:
+    return REFVIE_SUBJECT_AXES if item.category == "subject" else REFVIE_BACKGROUND_AXES
+
+
+def _refvie_names(item: EvalItem) -> tuple[str, ...]:
+    return (f"{item.category}_reference_prompt", item.category)
+
+
+def _tiv2v_axes(item: EvalItem) -> tuple[str, ...]:
+    return protocols.TIV2V_AXES
+
+
+def _tiv2v_names(item: EvalItem) -> tuple[str, ...]:
+    kind = "background_change" if item.category == "back_change" else item.category
+    return (f"tiv2v_{kind}", item.category)
+
+
+def _mi2v_axes(item: EvalItem) -> tuple[str, ...]:
+    return protocols.mi2v_axes(item.extra["subjects"], item.extra["with_background"])
+
+
+def _mi2v_names(item: EvalItem) -> tuple[str, ...]:
+    subjects = "multi_subjects" if item.extra["subjects"] > 1 else "1subject"
+    return (f"compositional_mi2v_{subjects}{'_with_background' if item.extra['with_background'] else ''}",)
+
+
+_IMGEDIT = {
+    "strict": STRICT,
+    "official": Protocol("imgedit-official", protocols.imgedit_official, _no_axes, _category),
+    "loomvideo": Protocol("imgedit-official", protocols.typed_sample_mean, _no_axes, _category),
+}
+_OPENVE = {
+    "strict": STRICT,
+    "official": Protocol("openve-official", protocols.openve, _no_axes, _category),
+    "loomvideo": Protocol("openve-official", protocols.openve, _no_axes, _category),
+}
+_REFVIE = {
+    "strict": STRICT,
+    "official": Protocol("refvie-official", protocols.refvie_official, _refvie_axes, _refvie_names),
+    "loomvideo": Protocol("refvie-loomvideo", protocols.refvie_loomvideo, _refvie_axes, _refvie_names),
+}
+_TIV2V = {
+    "strict": STRICT,
+    "official": Protocol("ivbench-official", protocols.ivbench_official, _tiv2v_axes, _tiv2v_names),
+    "loomvideo": Protocol("ivbench-official", protocols.ivbench_loomvideo, _tiv2v_axes, _tiv2v_names),
+}
+_MI2V = {
+    "strict": STRICT,
+    "official": Protocol("ivbench-official", protocols.ivbench_official, _mi2v_axes, _mi2v_names),
+    "loomvideo": Protocol("ivbench-official", protocols.ivbench_loomvideo, _mi2v_axes, _mi2v_names),
+}
+
+SUITES: dict[str, Suite] = {
+    suite.name: suite
+    for suite in (
+        Suite("geneval", official.geneval, judged=False, scorer="geneval"),
+        Suite("imgedit", official.imgedit, protocols=_IMGEDIT),
+        Suite("vbench", official.vbench_subset, judged=False, scorer="vbench"),
+        Suite("vbench_full", official.vbench, judged=False, scorer="vbench"),
+        Suite("openve", official.openve, protocols=_OPENVE),
+        Suite("refvie", official.refvie, protocols=_REFVIE),
+        Suite("ivbench_mi2v", official.ivbench_mi2v, protocols=_MI2V),
+        Suite("ivbench_tiv2v", official.ivbench_tiv2v, protocols=_TIV2V),
+        Suite("fashion", own.fashion),
+        Suite("sample", own.sample),
+    )
+}
+
+
+def suite(name: str) -> Suite:
+    """A suite by name.
+
+    Raises:
+        UserError: naming the suites there are.
+    """
+    if name not in SUITES:
+        raise UserError(f"suites: {name!r} is unknown; choose from {', '.join(SUITES)}")
+    return SUITES[name]
