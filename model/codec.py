@@ -28,7 +28,7 @@ class CodecConfig:
     kind: Literal["dct", "wan"] = "dct"
     latent_channels: int = 24
     folder: str = ""
-    memory_limit_bytes: int = 8 * 2**30
+    memory_limit_bytes: int = 12 * 2**30
 
 
 class LatentMoments(NamedTuple):

@@ -22,7 +22,7 @@ from loomvideo.model.live_bytes import PeakLiveBytes
 from loomvideo.platform.errors import UserError
 
 Part = Literal["encoder", "decoder"]
-DEFAULT_MEMORY_LIMIT_BYTES = 8 * 2**30
+DEFAULT_MEMORY_LIMIT_BYTES = 12 * 2**30
 # Latent frames a chunk, tried in this order; longer chunks launch fewer kernels.
 CHUNKS = (4, 2, 1)
 # Latent cells that neighbouring tiles share, over which they are blended.

@@ -116,6 +116,7 @@ class FrozenMLLM:
             model, report = _HeadlessQwen3VL.from_pretrained(
                 folder,
                 dtype=dtype,
+                device_map={"": device},  # straight to the device, no second copy in host memory
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
@@ -127,7 +128,7 @@ class FrozenMLLM:
             keys = sorted(key if isinstance(key, str) else key[0] for key in report[f"{problem}_keys"])
             if keys:
                 raise UserError(f"{folder}: {len(keys)} {problem} weights of a Qwen3-VL, first {keys[0]}")
-        return cls(model.to(device), num_states, tokenizer, processor, folder_fingerprint(folder))
+        return cls(model, num_states, tokenizer, processor, folder_fingerprint(folder))
 
     @property
     def device(self) -> torch.device:
