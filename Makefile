@@ -9,7 +9,7 @@ DATA ?= data/sample
 SHARDS ?= data/shards-$(PRESET)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev lint format test test-fast sample-data shards pretrain finetune-edit evaluate mlflow bench clean render validate image
+.PHONY: help setup setup-dev lint format test test-fast sample-data shards pretrain finetune-edit evaluate mlflow bench clean render submit validate image
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ IMAGE ?= cpu
 
 render: $(VENV)/.setup ## write the manifests of CLUSTER= (and a RayJob: JOB= RUN=) as a Kustomize folder
 	$(BIN)/loomvideo render --cluster $(CLUSTER) $(if $(RUN),--job $(JOB) --run $(RUN)) -- $(ARGS)
+
+submit: $(VENV)/.setup ## run JOB= on a cluster: CLUSTER= RUN= ARGS="section.key=value …" (DRY_RUN=1 only prints)
+	$(BIN)/loomvideo submit $(JOB) --cluster $(CLUSTER) --run $(RUN) $(if $(DRY_RUN),--dry-run) -- $(ARGS)
 
 validate: $(VENV)/.setup-dev ## check all profiles' manifests, images and scripts without a cluster
 	$(BIN)/loomvideo validate $(if $(CLUSTER),--cluster $(CLUSTER))

@@ -1,15 +1,27 @@
 """Commands around a cluster: render, validate, submit, jobs, doctor."""
 
+import contextlib
+import shutil
+import subprocess
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from loomvideo.platform.errors import UserError
 
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+    from loomvideo.platform.cluster.profile import ClusterProfile
+    from loomvideo.platform.cluster.submission import Plan
+
 app = typer.Typer()
+jobs_app = typer.Typer(no_args_is_help=True, help="List, follow and stop jobs of a cluster.")
+app.add_typer(jobs_app, name="jobs")
 PROFILES = Path("infra/profiles")
 RAY_JOBS = ("data", "pretrain", "finetune-edit", "evaluate")
 
@@ -79,3 +91,181 @@ def validate(
     console.print(f"{report.checked} objects and files checked, {len(report.problems)} problems")
     if report.problems:
         raise typer.Exit(1)
+
+
+SUBMIT_FOLDER = Path("build/submit")
+# Commands that keep what they do under a run name; the others are told where to write by their own arguments.
+NAMED_JOBS = ("pretrain", "finetune-edit", "evaluate")
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def submit(
+    job: Annotated[str, typer.Argument(help="data, pretrain, finetune-edit, evaluate, doctor, …")],
+    cluster: Cluster,
+    run: Annotated[str, typer.Option("--run", help="run name: submitting it again follows or continues the run")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="arguments of the job: preset=… section.key=…")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the ray job submit line and stop")] = False,
+    code: Annotated[
+        str, typer.Option("--code", help="wheel: ship this checkout; image: run the image's code")
+    ] = "wheel",
+    working_dir: Annotated[Path | None, typer.Option("--working-dir", help="small folder to ship along")] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="follow the log and return the exit code")] = True,
+    again: Annotated[bool, typer.Option("--again", help="start even if the same command has succeeded")] = False,
+    changes: Changes = None,
+) -> None:
+    """Run a job on a cluster: ships this checkout's code, follows the log, returns the job's exit code."""
+    from loomvideo.platform.cluster import submission
+    from loomvideo.platform.cluster.access import dashboard
+    from loomvideo.platform.cluster.profile import load_profile
+
+    profile = load_profile(cluster, changes or [])
+    plan_for = _planner(profile, job, run, arguments or [], code, working_dir)
+    if dry_run:
+        print(plan_for(profile.access.address or "http://127.0.0.1:8265").command_line(f"{job}-{run}-1"))
+        return
+    with dashboard(profile) as address:
+        client = submission.connect(address)
+        plan = plan_for(address)
+        submitted = submission.submit(client, plan, again)
+        name = submitted.submission_id
+        if submitted.finished:
+            print(f"{name}: this command has succeeded already; --again runs it once more")
+            return
+        if submitted.started:
+            print(f"{name}: shipped {submission.upload_summary(plan)}; the same as:")
+            print(plan.command_line(name))
+        else:
+            print(f"{name}: is running already; following it")
+        if wait:
+            _follow(client, name, cluster)
+
+
+def _planner(
+    profile: "ClusterProfile", job: str, run: str, arguments: list[str], code: str, working_dir: Path | None
+) -> "Callable[[str], Plan]":
+    """Build what is shipped, once, and return the plan for an address."""
+    from loomvideo.platform.cluster import submission
+    from loomvideo.platform.cluster.manifests import command_of
+    from loomvideo.platform.cluster.upload import MIB
+    from loomvideo.platform.cluster.wheel import build_wheel
+    from loomvideo.platform.runs import RUN_NAME
+
+    if not RUN_NAME.fullmatch(run):
+        raise UserError(f"--run={run!r}: use letters, digits, '.', '_' and '-', at most 63 characters")
+    if code not in ("wheel", "image"):
+        raise UserError(f"--code={code!r}: use wheel or image")
+    limit = profile.upload.limit_mib * MIB
+    folder = SUBMIT_FOLDER / f"{job}-{run}"
+    shutil.rmtree(folder, ignore_errors=True)
+    files = folder / "files"
+    if working_dir:
+        submission.ship_folder(working_dir, files, limit)
+    arguments = submission.ship_files(arguments, files)
+    wheel = build_wheel(Path(), folder) if code == "wheel" else None
+    shipped = files if files.is_dir() else None
+    submission.check_size(wheel.path if wheel else None, shipped, limit)
+    # A shipped wheel has no script on the nodes' PATH; its module is found through PYTHONPATH.
+    command = command_of(job)
+    command = ["python", "-m", "loomvideo.jobs.cli", *command[1:]] if wheel else command
+    named = [f"run={run}"] if job in NAMED_JOBS else []
+    environment = {"MLFLOW_TRACKING_URI": profile.tracking.uri, **profile.environment}
+    metadata = {"loomvideo.code": wheel.digest if wheel else "image", **_source_state()}
+
+    def plan(address: str) -> submission.Plan:
+        return submission.Plan(
+            address=address,
+            job=job,
+            run=run,
+            entrypoint=(*command, *arguments, *named),
+            wheel=wheel.path if wheel else None,
+            working_dir=shipped,
+            environment=environment,
+            metadata=metadata,
+        )
+
+    return plan
+
+
+def _source_state() -> dict[str, str]:
+    """The checkout's commit and whether it has changes, as far as git tells."""
+    git = shutil.which("git")
+    if git is None or not Path(".git").exists():
+        return {}
+    commit = subprocess.run([git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
+    return {"loomvideo.commit": commit, "loomvideo.changed": "yes" if changed else "no"}
+
+
+def _follow(client: "JobSubmissionClient", name: str, cluster: str) -> None:
+    from loomvideo.platform.cluster.submission import follow
+
+    try:
+        code = follow(client, name, lambda piece: print(piece, end="", flush=True))
+    except KeyboardInterrupt:
+        print(f"\nleft; the job goes on. loomvideo jobs logs {name} --cluster {cluster}")
+        code = 130
+    if code:
+        raise typer.Exit(code)
+
+
+@jobs_app.command("ls")
+def list_jobs(cluster: Cluster, changes: Changes = None) -> None:
+    """List the cluster's jobs, oldest first."""
+    import datetime
+
+    from rich.table import Table
+
+    from loomvideo.platform.cluster.submission import JOB_KEY, RUN_KEY, jobs_of
+
+    table = Table(box=None)
+    for header in ("id", "job", "run", "status", "started", "minutes"):
+        table.add_column(header)
+    with _client(cluster, changes) as client:
+        for details in jobs_of(client):
+            start, end = (details.start_time or 0) / 1000, details.end_time
+            started = datetime.datetime.fromtimestamp(start)
+            until = end / 1000 if end else datetime.datetime.now().timestamp()
+            row = [details.submission_id, details.metadata[JOB_KEY], details.metadata[RUN_KEY], str(details.status)]
+            table.add_row(*row, f"{started:%Y-%m-%d %H:%M}", f"{(until - start) / 60:.1f}")
+    Console().print(table)
+
+
+@jobs_app.command("logs")
+def job_logs(
+    name: Annotated[str, typer.Argument(help="job id or run name")], cluster: Cluster, changes: Changes = None
+) -> None:
+    """Follow a job's log; returns its exit code."""
+    with _client(cluster, changes) as client:
+        _follow(client, _find(client, name), cluster)
+
+
+@jobs_app.command("stop")
+def stop_job(
+    name: Annotated[str, typer.Argument(help="job id or run name")], cluster: Cluster, changes: Changes = None
+) -> None:
+    """Stop a job; submitting its run again continues it."""
+    with _client(cluster, changes) as client:
+        name = _find(client, name)
+        print(f"{name}: stopping" if client.stop_job(name) else f"{name}: was not running")
+
+
+@contextlib.contextmanager
+def _client(cluster: str, changes: list[str] | None) -> "Iterator[JobSubmissionClient]":
+    from loomvideo.platform.cluster.access import dashboard
+    from loomvideo.platform.cluster.profile import load_profile
+    from loomvideo.platform.cluster.submission import connect
+
+    with dashboard(load_profile(cluster, changes or [])) as address:
+        yield connect(address)
+
+
+def _find(client: "JobSubmissionClient", name: str) -> str:
+    """The job of an id, or the newest job of a run name."""
+    from loomvideo.platform.cluster.submission import RUN_KEY, jobs_of
+
+    jobs = jobs_of(client)
+    matching = [details.submission_id for details in jobs if name in (details.submission_id, details.metadata[RUN_KEY])]
+    if not matching:
+        known = ", ".join(details.submission_id for details in jobs[-5:]) or "(none)"
+        raise UserError(f"{name}: no such job or run on the cluster; newest: {known}")
+    return matching[-1]

@@ -1,0 +1,93 @@
+"""A Ray head for tests: dashboard, jobs API, token authentication; ends with the processes it started."""
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import requests
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@dataclass
+class LocalCluster:
+    """One head and any number of workers, as processes of this machine."""
+
+    folder: Path
+    token: str = field(default_factory=lambda: secrets.token_hex(32))
+    environment: dict[str, str] = field(default_factory=dict)
+    gcs_port: int = field(default_factory=free_port)
+    dashboard_port: int = field(default_factory=free_port)
+    processes: dict[str, subprocess.Popen] = field(default_factory=dict)
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.dashboard_port}"
+
+    def variables(self) -> dict[str, str]:
+        tools = self.folder / "bin"
+        tools.mkdir(parents=True, exist_ok=True)
+        # Ray installs shipped wheels with whatever `pip` is on a node's PATH.
+        for name, module in (("pip", "pip"), ("ray", "ray.scripts.scripts")):
+            (tools / name).write_text(f'#!/bin/sh\nexec {sys.executable} -m {module} "$@"\n')
+            (tools / name).chmod(0o755)
+        path = f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        drop = ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_API_SERVER_ADDRESS")
+        inherited = {key: value for key, value in os.environ.items() if key not in drop}
+        mine = {"PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token, "RAY_DISABLE_IMPORT_WARNING": "1"}
+        quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_memory_monitor_refresh_ms": "0", "OMP_NUM_THREADS": "1"}
+        return inherited | mine | quiet | self.environment
+
+    def start_head(self, num_cpus: int = 1) -> None:
+        self._start(
+            "head",
+            *("--head", f"--port={self.gcs_port}", "--dashboard-host=127.0.0.1", f"--num-cpus={num_cpus}"),
+            *(
+                f"--dashboard-port={self.dashboard_port}",
+                "--include-dashboard=true",
+                f"--ray-client-server-port={free_port()}",
+            ),
+            *(f"--temp-dir={self.folder}/t", "--object-store-memory=100000000"),
+        )
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline and self.processes["head"].poll() is None:
+            with contextlib.suppress(requests.ConnectionError):
+                headers = {"Authorization": f"Bearer {self.token}"}
+                if requests.get(f"{self.address}/api/jobs/", headers=headers, timeout=5).status_code == 200:
+                    return
+            time.sleep(0.5)
+        raise TimeoutError((self.folder / "head.log").read_text()[-3000:])
+
+    def start_worker(self, name: str, num_cpus: int = 1) -> None:
+        options = (f"--address=127.0.0.1:{self.gcs_port}", f"--num-cpus={num_cpus}", "--object-store-memory=100000000")
+        self._start(name, *options)
+
+    def kill(self, name: str) -> None:
+        """Kill a node and everything on it, as a machine that loses power does."""
+        process = self.processes.pop(name)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def stop(self) -> None:
+        for name in [name for name in self.processes if name != "head"] + ["head"]:
+            if name in self.processes:
+                self.kill(name)
+
+    def _start(self, name: str, *options: str) -> None:
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options]
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                command, env=self.variables(), stdout=log, stderr=log, start_new_session=True
+            )
