@@ -325,6 +325,10 @@ class LoomVideoDiT(nn.Module):
         """Compile what runs a block (with its activation checkpointing): one graph, shared by all blocks."""
         self._run_module = torch.compile(_run_module, **options)
 
+    def run_blocks_eagerly(self) -> None:
+        """Undo :meth:`compile_blocks`."""
+        self._run_module = _run_module
+
     def get_nparams_and_flops(self, batch: PackedBatch) -> tuple[int, int]:
         """Trainable parameters, and operations of a forward and backward pass over the pack (see ``flops``)."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]

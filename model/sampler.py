@@ -7,17 +7,20 @@ and values (and with them the MLLM embedder), and the timesteps' modulation.
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
 from loomvideo.model.dit import Context, LoomVideoDiT
 from loomvideo.model.flow import NUM_TRAIN_TIMESTEPS
 from loomvideo.model.guidance import NUM_STEPS, Guidance
 from loomvideo.model.packing import DiTSample, PackedBatch, pack, to_patches
+
+if TYPE_CHECKING:
+    from diffusers import UniPCMultistepScheduler
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,10 @@ class SchedulerConfig:
     flow_shift: float = 5.0
     solver_order: int = 2
 
-    def build(self, steps: int) -> UniPCMultistepScheduler:
+    def build(self, steps: int) -> "UniPCMultistepScheduler":
         """The scheduler, for velocities along the flow, set to a number of steps."""
+        from diffusers import UniPCMultistepScheduler  # slow to import, and needed for whole generations alone
+
         solver = UniPCMultistepScheduler(
             num_train_timesteps=NUM_TRAIN_TIMESTEPS,
             prediction_type="flow_prediction",
@@ -54,7 +59,73 @@ class Branch:
     """Reference latents [channels, 1, height, width]."""
 
 
-@torch.inference_mode()
+class Denoiser:
+    """Velocities of every guidance branch, with what does not change over the steps computed once.
+
+    Args:
+        model: On the device and in the dtype to compute in.
+        latents: Latents of the shape to denoise [channels, frames, height, width].
+        branches: Conditioning by branch name.
+        timesteps: All timesteps, fp32 [steps].
+        batch_branches: Pack the branches into one forward pass.
+    """
+
+    def __init__(
+        self,
+        model: LoomVideoDiT,
+        latents: Tensor,
+        branches: Mapping[str, Branch],
+        timesteps: Tensor,
+        batch_branches: bool = False,
+    ) -> None:
+        parameter = next(model.parameters())
+        self.model, self.device, self.dtype = model, parameter.device, parameter.dtype
+        self._timesteps = timesteps.to(self.device)
+        self._embedding, self._modulation = model.embed_time(self._timesteps, self.dtype)
+        names = list(branches)
+        groups = [names] if batch_branches else [[name] for name in names]
+        self._groups = [(group, *self._prepare(latents, [branches[name] for name in group])) for group in groups]
+
+    def velocities(self, latents: Tensor, step: int) -> dict[str, Tensor]:
+        """Velocity of each branch, fp32, for latents [channels, frames, height, width] at a step's timestep."""
+        patches = to_patches(latents, self.model.config.patch_size).to(self.dtype)
+        velocities = {}
+        for names, batch, contexts in self._groups:
+            video = patches.repeat(len(names), 1)
+            if batch.video_index is not None:
+                video = batch.patches.index_copy(0, batch.video_index, video)
+            source_scale = (self._timesteps[step] / NUM_TRAIN_TIMESTEPS).expand(len(names))
+            rows = self._modulation[:, step, None].expand(-1, len(names), -1)
+            velocity = self.model(
+                dataclasses.replace(batch, patches=video, source_scale=source_scale),
+                contexts=contexts,
+                time=(self._embedding[step].expand(len(names), -1), F.pad(rows, (0, 0, 0, 1))),
+            )
+            velocities.update(zip(names, batch.unpack(velocity.float()), strict=True))
+        return velocities
+
+    def _prepare(self, latents: Tensor, branches: Sequence[Branch]) -> tuple[PackedBatch, list[Context]]:
+        """Pack branches that share latents, and compute the keys and values they attend to."""
+
+        def on_device(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(self.device, torch.float32)
+
+        samples = [
+            DiTSample(
+                latents=on_device(latents),
+                timestep=NUM_TRAIN_TIMESTEPS,
+                mllm_states=branch.mllm_states.to(self.device, self.dtype),
+                source=on_device(branch.source),
+                references=[on_device(reference) for reference in branch.references],
+            )
+            for branch in branches
+        ]
+        batch = pack(samples, self.model.config.patch_size).to(self.device, self.dtype)
+        contexts = self.model.keys_values(batch.mllm_states)
+        return dataclasses.replace(batch, mllm_states=batch.mllm_states[:0]), contexts
+
+
+@torch.no_grad()
 def sample(
     model: LoomVideoDiT,
     initial_noise: Tensor,
@@ -80,72 +151,13 @@ def sample(
     Returns:
         Latents, fp32, like ``initial_noise``, on the model's device.
     """
-    parameter = next(model.parameters())
-    device, dtype = parameter.device, parameter.dtype
     solver = (scheduler or SchedulerConfig()).build(steps)
-    device_timesteps = solver.timesteps.float().to(device)
-    embedding, modulation = model.embed_time(device_timesteps, dtype)
-
-    latents = initial_noise.to(device, torch.float32)
-    names = list(guidance.weights())
-    groups = [names] if batch_branches else [[name] for name in names]
-    prepared = [
-        _prepare(model, latents, [branches[name] for name in group], device, dtype, NUM_TRAIN_TIMESTEPS)
-        for group in groups
-    ]
+    used = {name: branches[name] for name in guidance.weights()}
+    denoiser = Denoiser(model, initial_noise, used, solver.timesteps.float(), batch_branches)
+    latents = initial_noise.to(denoiser.device, torch.float32)
     for step, timestep in enumerate(solver.timesteps):
-        patches = to_patches(latents, model.config.patch_size).to(dtype)
-        velocities = {}
-        for group, (batch, contexts) in zip(groups, prepared, strict=True):
-            batch = _at_step(batch, patches, device_timesteps[step])
-            time = _repeat_time(embedding[step], modulation[:, step], len(group))
-            velocity = model(batch, contexts=contexts, time=time)
-            velocities.update(zip(group, batch.unpack(velocity), strict=True))
-        guided = guidance.combine({name: velocity.float() for name, velocity in velocities.items()})
+        guided = guidance.combine(denoiser.velocities(latents, step))
         latents = solver.step(guided, timestep, latents, return_dict=False)[0]
         if on_step is not None:
             on_step(step, latents)
     return latents
-
-
-def _prepare(
-    model: LoomVideoDiT,
-    latents: Tensor,
-    branches: Sequence[Branch],
-    device: torch.device,
-    dtype: torch.dtype,
-    timestep: float,
-) -> tuple[PackedBatch, list[Context]]:
-    """Pack branches that share latents, and what they attend to."""
-
-    def on_device(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(device, torch.float32)
-
-    samples = [
-        DiTSample(
-            latents=latents,
-            timestep=timestep,
-            mllm_states=branch.mllm_states.to(device, dtype),
-            source=on_device(branch.source),
-            references=[on_device(reference) for reference in branch.references],
-        )
-        for branch in branches
-    ]
-    batch = pack(samples, model.config.patch_size).to(device, dtype)
-    contexts = model.keys_values(batch.mllm_states)
-    return dataclasses.replace(batch, mllm_states=batch.mllm_states[:0]), contexts
-
-
-def _at_step(batch: PackedBatch, patches: Tensor, timestep: Tensor) -> PackedBatch:
-    """The batch with every sample's video patches [tokens, patch dim] and timestep replaced."""
-    patches = patches.repeat(batch.num_samples, 1)
-    if batch.video_index is not None:
-        patches = batch.patches.index_copy(0, batch.video_index, patches)
-    source_scale = (timestep / NUM_TRAIN_TIMESTEPS).expand(batch.num_samples)
-    return dataclasses.replace(batch, patches=patches, source_scale=source_scale)
-
-
-def _repeat_time(embedding: Tensor, modulation: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
-    """One step's ``LoomVideoDiT.embed_time`` for samples that share the timestep."""
-    rows = modulation[:, None].expand(-1, num_samples, -1)
-    return embedding.expand(num_samples, -1), F.pad(rows, (0, 0, 0, 1))
