@@ -302,6 +302,9 @@ class ZeroEngine:
         skipped_before = self.engine.skipped_steps
         self.engine.step()
         updated = self.engine.skipped_steps == skipped_before
+        if skip and self.config.zero.stage == 3:
+            # Reductions never overwrite the padding of the partitions.
+            self.optimizer.grad_partitions_flat_buffer.zero_()
         self.grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
         if updated and self.ema:
             decay = ema_decay(self.config.ema.decay, self.config.ema.warmup, step)

@@ -1,13 +1,20 @@
 """Run a training worker on several gloo ranks without Ray, for tests of the loop itself."""
 
 import os
+import shutil
 import socket
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from helpers.toy_training import ToyDataset, ToyRecipe
+
+from loomvideo.platform.errors import UserError
+from loomvideo.platform.training.config import TrainingConfig
+from loomvideo.platform.training.worker import Worker, WorkerJob
 
 
 def run_ranks(function, world_size, *arguments):
@@ -45,25 +52,45 @@ def _rank(answers, function, rank, world_size, port, arguments):
         answers.put((rank, (False, traceback.format_exc())))
 
 
-def train_worker(rank, config, datasets, folder, wrap=None, stop_after=None, recipe=None):
-    """Train the toy on one rank; returns the reports of the rank and its weights by name (rank 0's view)."""
-    from helpers.toy_training import ToyDataset, ToyRecipe
+@dataclass
+class Scenario:
+    """One training of the toy: where, how, and after which step the driver asks it to stop."""
 
-    from loomvideo.platform.training.worker import Worker, WorkerJob
+    folder: str
+    config: TrainingConfig
+    url: str = "toy://64"
+    stop_after: int = 0
+    copy_from: str = ""
+    """A folder whose checkpoints this one starts with."""
 
+
+def train_scenarios(rank, scenarios):
+    """Run scenarios one after another on one rank; returns for each the reports and the final report, or the error."""
+    outcomes = []
+    for scenario in scenarios:
+        if scenario.copy_from and rank == 0:
+            shutil.copytree(scenario.copy_from, scenario.folder)
+        dist.barrier()
+        outcomes.append(_train(scenario))
+        dist.barrier()
+    return outcomes
+
+
+def _train(scenario):
     reports = []
 
     def report(message):
         reports.append(message)
         step = max((record["step"] for record in message.get("steps", [])), default=0)
-        return "asked to stop" if stop_after and step >= stop_after else ""
+        return "asked to stop" if 0 < scenario.stop_after <= step else ""
 
-    folder = Path(folder)
-    job = WorkerJob(
-        config, lambda: recipe or ToyRecipe(wrap=wrap), datasets, ToyDataset, folder / "checkpoints", folder
-    )
-    result = Worker(job, torch.device("cpu"), report).run()
-    return reports, result
+    folder = Path(scenario.folder)
+    job = WorkerJob(scenario.config, ToyRecipe, [scenario.url], ToyDataset, folder / "checkpoints", folder)
+    try:
+        final = Worker(job, torch.device("cpu"), report).run()
+    except UserError as error:
+        final = {"error": str(error)}
+    return reports, final
 
 
 def steps_of(reports):

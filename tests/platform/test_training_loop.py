@@ -1,0 +1,181 @@
+"""The loop on gloo ranks without Ray, against a plain PyTorch loop and against itself after a resume."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from helpers.ranks import Scenario, run_ranks, steps_of, train_scenarios
+from helpers.toy_training import ToyDataset, ToyRecipe
+
+from loomvideo.platform.training.checkpoint import CheckpointFolder
+from loomvideo.platform.training.config import TrainingConfig
+from loomvideo.platform.training.loader import load_draw
+from loomvideo.platform.training.order import SampleOrder, build_sources
+from loomvideo.platform.training.packing import PackPlanner
+from loomvideo.platform.training.schedule import ema_decay, learning_rate
+
+pytestmark = pytest.mark.slow
+
+NUM_STEPS = 12
+STOP_STEP = 6
+
+
+def config(packs_per_step, **changes):
+    """Uneven packs, accumulation, cosine, clipping that bites, weight decay and averaging, all at once."""
+    result = TrainingConfig(steps=NUM_STEPS, precision="fp32", seed=3, log_every=1)
+    result.pack.tokens, result.pack.per_step = 100, packs_per_step
+    result.optimizer = dataclasses.replace(
+        result.optimizer, learning_rate=3e-3, warmup_steps=2, schedule="cosine", clip_norm=0.5, weight_decay=0.1
+    )
+    result.ema.decay = 0.9
+    result.checkpoint = dataclasses.replace(result.checkpoint, every_steps=4, keep_last=10)
+    return dataclasses.replace(result, **changes)
+
+
+def plain_training(config):
+    """The same training in a few lines of PyTorch: one process, one pack after another."""
+    dataset, recipe = ToyDataset("toy://64"), ToyRecipe()
+    sources = build_sources([dataset.index], [recipe.sample_tokens(dataset.index)], "train", config.mixture)
+    planner = PackPlanner(SampleOrder(sources, config.seed), config.pack, config.pack.per_step)
+    model = recipe.build_model()
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.optimizer.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(config.optimizer.beta1, config.optimizer.beta2),
+        eps=config.optimizer.eps,
+    )
+    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    records = []
+    for step in range(config.steps):
+        packs = [
+            recipe.collate([load_draw(recipe, [dataset], draw, config.seed) for draw in draws])
+            for draws in planner.next_step()
+        ]
+        loss = sum(recipe.loss(model, pack).sum for pack in packs) / sum(pack.num_loss_elements for pack in packs)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config.optimizer, step, config.steps)
+        optimizer.step()
+        decay = ema_decay(config.ema.decay, config.ema.warmup, step)
+        for name, p in model.named_parameters():
+            average[name].lerp_(p.detach(), 1 - decay)
+        records.append((loss.item(), norm.item()))
+    return records, {name: p.detach() for name, p in model.named_parameters()}, average
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """What two ranks did in one go: folder and outcomes of every scenario."""
+    root = tmp_path_factory.mktemp("runs")
+    stage_2 = config(3)
+    stage_2.zero.stage = 2
+    recomputed = config(3, activation_checkpointing="every:2")
+    scenarios = {
+        "whole": Scenario(str(root / "whole"), config(3)),
+        "even": Scenario(str(root / "even"), config(2)),
+        "stopped": Scenario(str(root / "resumed"), config(3), stop_after=STOP_STEP),
+        "resumed": Scenario(str(root / "resumed"), config(3)),
+        "stage_2": Scenario(str(root / "stage_2"), stage_2),
+        "recomputed": Scenario(str(root / "recomputed"), recomputed),
+        "nan": Scenario(str(root / "nan"), config(3, steps=30), url="toy://64/nan=5"),
+        "nan_stage_2": Scenario(
+            str(root / "nan_stage_2"), dataclasses.replace(stage_2, steps=30), url="toy://64/nan=5"
+        ),
+        "missing": Scenario(str(root / "missing"), config(3), url="toy://64/missing=5"),
+        "other_data": Scenario(str(root / "resumed"), config(3, steps=20), url="toy://56"),
+    }
+    outcomes = run_ranks(train_scenarios, 2, list(scenarios.values()))
+    return root, {name: [rank[number] for rank in outcomes] for number, name in enumerate(scenarios)}
+
+
+def assert_close(records, others, relative):
+    assert len(records) == len(others)
+    for record, other in zip(records, others, strict=True):
+        assert record["keys_digest"] == other["keys_digest"]
+        assert record["loss"] == pytest.approx(other["loss"], rel=relative)
+        assert record["grad_norm"] == pytest.approx(other["grad_norm"], rel=10 * relative)
+
+
+@pytest.mark.parametrize(("name", "packs_per_step"), [("whole", 3), ("even", 2)])
+def test_zero_3_equals_a_plain_loop(two_ranks, name, packs_per_step):
+    root, outcomes = two_ranks
+    expected, weights, average = plain_training(config(packs_per_step))
+    reports, final = outcomes[name][0]
+    assert final["steps"] == NUM_STEPS
+    for record, (loss, norm) in zip(steps_of(reports), expected, strict=True):
+        assert record["loss"] == pytest.approx(loss, rel=1e-5)
+        assert record["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    checkpoint = CheckpointFolder(root / name / "checkpoints").open()
+    assert checkpoint.step == NUM_STEPS
+    for key, value in weights.items():
+        torch.testing.assert_close(checkpoint.weights()[key], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(checkpoint.weights("ema")[key], average[key], rtol=1e-4, atol=1e-5)
+
+
+def test_resume_on_the_same_world_size_is_bitwise(two_ranks):
+    root, outcomes = two_ranks
+    stopped, resumed = outcomes["stopped"][0], outcomes["resumed"][0]
+    assert stopped[1] == {"steps": STOP_STEP, "first_step": 0, "stopped": "asked to stop"}
+    assert resumed[1]["first_step"] == STOP_STEP
+    exact = ("step", "loss", "grad_norm", "keys_digest", "tokens", "learning_rate")
+    whole = [[record[name] for name in exact] for record in steps_of(outcomes["whole"][0][0])]
+    parts = [[record[name] for name in exact] for record in steps_of(stopped[0]) + steps_of(resumed[0])]
+    assert parts == whole
+    ends = [CheckpointFolder(root / name / "checkpoints").open(NUM_STEPS) for name in ("whole", "resumed")]
+    for kind in ("master", "exp_avg", "exp_avg_sq", "ema"):
+        for name in ends[0].shapes:
+            assert torch.equal(ends[0].weights(kind)[name], ends[1].weights(kind)[name])
+
+
+@pytest.mark.parametrize("name", ["stage_2", "recomputed"])
+def test_other_ways_to_compute_give_the_same_losses(two_ranks, name):
+    _, outcomes = two_ranks
+    assert_close(steps_of(outcomes[name][0][0]), steps_of(outcomes["whole"][0][0]), 1e-5)
+
+
+@pytest.mark.parametrize(("world_size", "stages"), [(1, (3, 2)), (3, (3,))])
+def test_resume_on_another_world_size(two_ranks, tmp_path, world_size, stages):
+    """Same samples and draws; losses differ by the order of sums only."""
+    root, outcomes = two_ranks
+    source = tmp_path / "from" / "checkpoints"
+    shutil.copytree(root / "resumed" / "checkpoints" / f"step-{STOP_STEP:08d}", source / f"step-{STOP_STEP:08d}")
+    scenarios = []
+    for stage in stages:
+        resumed = config(3)
+        resumed.zero.stage = stage
+        scenarios.append(Scenario(str(tmp_path / f"stage-{stage}"), resumed, copy_from=str(source.parent)))
+    for reports, final in run_ranks(train_scenarios, world_size, scenarios)[0]:
+        assert final["steps"] == NUM_STEPS
+        assert_close(steps_of(reports), steps_of(outcomes["whole"][0][0])[STOP_STEP:], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["nan", "nan_stage_2"])
+def test_a_sample_that_is_not_finite_is_skipped_and_quarantined(two_ranks, name):
+    root, outcomes = two_ranks
+    reports, final = outcomes[name][0]
+    records = steps_of(reports)
+    assert final["steps"] == 30
+    assert next(message["keys"] for message in reports if message["event"] == "quarantine") == ["k5"]
+    skipped = [record["step"] for record in records if not record["updated"]]
+    assert skipped
+    assert max(skipped) < 20
+    assert records[-1]["loss"] < records[0]["loss"]
+    weights = CheckpointFolder(root / name / "checkpoints").open().weights()
+    assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_an_unreadable_sample_is_one_clear_error_on_all_ranks(two_ranks):
+    finals = [final for _, final in two_ranks[1]["missing"]]
+    assert any(
+        "sample k5 of toy: FileNotFoundError: shards/train-000005.tar is gone" in final["error"] for final in finals
+    )
+    assert all("error" in final for final in finals)
+
+
+def test_a_run_refuses_other_data(two_ranks):
+    for _, final in two_ranks[1]["other_data"]:
+        assert "the datasets are not those of the run so far" in final["error"]
