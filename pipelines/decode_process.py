@@ -1,5 +1,6 @@
 """Decoding in a child process with a time limit: a hanging or crashing file costs one sample, never the run."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -62,7 +63,8 @@ class IsolatedDecoder:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-            self._process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
             self._process.stdout.close()
             self._process = None
 

@@ -69,7 +69,7 @@ class Sample:
 
     def to_json(self) -> str:
         """One JSONL line without fields at their defaults."""
-        values = {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, [], {}, "")}
+        values = {k: v for k, v in vars(self).items() if v not in (None, [], {}, "")}
         return json.dumps(values, ensure_ascii=False, sort_keys=True)
 
 

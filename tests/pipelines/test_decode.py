@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 
 import numpy as np
@@ -180,7 +181,8 @@ def test_isolated_decoder_gives_the_same_frames(tmp_path, decoder):
 def test_a_crash_costs_one_request(tmp_path, decoder):
     path = str(write_video(tmp_path / "a.mp4", moving_frames(9)))
     decoder.probe(path)
-    os.kill(decoder._process.pid, signal.SIGKILL)
+    os.kill(decoder._process.pid, signal.SIGSTOP)
+    threading.Timer(0.3, os.kill, (decoder._process.pid, signal.SIGKILL)).start()
     with pytest.raises(DecodeError) as caught:
         decoder.probe(path)
     assert caught.value.reason == "decoder_crash"
