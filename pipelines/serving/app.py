@@ -1,0 +1,255 @@
+"""The HTTP interface of the page: uploads, jobs, results, health and metrics.
+
+Every error is JSON ``{"error": "one line"}``. Files are sent as raw bodies and never named by the client.
+"""
+
+import asyncio
+import contextlib
+import hmac
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from pydantic import BaseModel, ConfigDict
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from loomvideo.pipelines.serving.jobs import TASKS, Backend, GenerationRequest, Job, JobQueue, RequestLimits
+from loomvideo.pipelines.serving.uploads import UploadLimits, UploadReader, UploadStore
+from loomvideo.platform.errors import UserError
+
+# No script, style or picture from elsewhere; results are shown from blobs.
+CONTENT_POLICY = (
+    "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' blob: data:; media-src 'self' blob:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+SECURITY_HEADERS = {
+    "Content-Security-Policy": CONTENT_POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+@dataclass
+class PageConfig:
+    """What the page offers and accepts."""
+
+    token: str = ""
+    title: str = "LoomVideo"
+    uploads: UploadLimits = field(default_factory=UploadLimits)
+    requests: RequestLimits = field(default_factory=RequestLimits)
+    # Shown as placeholders of the form's fields, such as {"steps": 50}.
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+class JobBody(BaseModel):
+    """A request as the page sends it; ``source`` and ``references`` are ids of uploads."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    task: str
+    prompt: str
+    negative_prompt: str = ""
+    source: str | None = None
+    references: list[str] = []
+    seed: int = 0
+    steps: int | None = None
+    guidance_scale: float | None = None
+    num_frames: int | None = None
+    width: int | None = None
+    height: int | None = None
+
+
+class Metrics:
+    """Prometheus measures of one server."""
+
+    def __init__(self, queue: Callable[[], JobQueue]):
+        self.registry = CollectorRegistry()
+        names = {"namespace": "loomvideo", "subsystem": "serve", "registry": self.registry}
+        self.jobs = Counter("jobs", "Generations that ended", ["task", "status"], **names)
+        self.seconds = Histogram(
+            "job_seconds",
+            "Seconds from start to end of a generation",
+            ["task"],
+            buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000),
+            **names,
+        )
+        self.uploads = Counter("uploads", "Uploads", ["outcome"], **names)
+        self.rejected = Counter("rejected_requests", "Requests refused", ["status"], **names)
+        Gauge("jobs_waiting", "Generations that have not started", **names).set_function(lambda: queue().num_waiting)
+        Gauge("jobs_running", "Generations in progress", **names).set_function(lambda: queue().num_running)
+
+    def count(self, job: Job) -> None:
+        """Record a job that ended."""
+        self.jobs.labels(job.request.task, job.status).inc()
+        if job.started_s is not None:
+            self.seconds.labels(job.request.task).observe(job.finished_s - job.started_s)
+
+
+def create_app(backend: Backend, config: PageConfig) -> FastAPI:
+    """The page and its interface over a backend."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        reader.close()
+
+    app = FastAPI(title=config.title, docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    queue: JobQueue
+    metrics = Metrics(lambda: queue)
+    queue = JobQueue(backend, config.requests, on_finished=metrics.count)
+    uploads = UploadStore(config.uploads)
+    reader = UploadReader(config.uploads)
+
+    def authorised(request: Request) -> None:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if config.token and not hmac.compare_digest(given.encode(), config.token.encode()):
+            raise HTTPException(401, "a token is needed: ask whoever runs this server")
+
+    def known(job_id: str) -> Job:
+        job = queue.get(job_id)
+        if job is None:
+            raise HTTPException(404, "no such generation, or it is forgotten")
+        return job
+
+    guarded = [Depends(authorised)]
+    KnownJob = Annotated[Job, Depends(known)]  # noqa: N806 - a type
+
+    @app.exception_handler(StarletteHTTPException)
+    async def _http_error(request: Request, error: StarletteHTTPException) -> JSONResponse:
+        metrics.rejected.labels(error.status_code).inc()
+        return JSONResponse({"error": error.detail}, error.status_code)
+
+    @app.exception_handler(UserError)
+    async def _user_error(request: Request, error: UserError) -> JSONResponse:
+        metrics.rejected.labels(422).inc()
+        return JSONResponse({"error": str(error)}, 422)
+
+    @app.middleware("http")
+    async def _headers(request: Request, call_next: Callable) -> Response:
+        response = await call_next(request)
+        response.headers.update(SECURITY_HEADERS)
+        return response
+
+    @app.get("/", response_class=HTMLResponse)
+    async def page() -> str:
+        return (resources.files("loomvideo.pipelines.serving") / "page.html").read_text(encoding="utf-8")
+
+    @app.get("/health")
+    async def health() -> dict:
+        return {"status": "ok", "waiting": queue.num_waiting, "running": queue.num_running}
+
+    @app.get("/metrics")
+    async def show_metrics() -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/api/options", dependencies=guarded)
+    async def options() -> dict:
+        limits = {
+            "upload_mib": config.uploads.max_bytes / 2**20,
+            "duration_s": config.uploads.max_duration_s,
+            "side": config.uploads.max_side,
+            "references": config.requests.max_references,
+            "prompt_characters": config.requests.max_prompt_characters,
+            "steps": config.requests.max_steps,
+            "frames": config.requests.max_frames,
+        }
+        tasks = {name: {"source": source, "references": references} for name, (source, references) in TASKS.items()}
+        return {"title": config.title, "tasks": tasks, "limits": limits, "defaults": config.defaults}
+
+    @app.post("/api/uploads", dependencies=guarded, status_code=201)
+    async def upload(request: Request) -> dict:
+        content = await _body(request, config.uploads.max_bytes)
+        try:
+            checked = await asyncio.to_thread(reader.check, content)
+        except UserError:
+            metrics.uploads.labels("refused").inc()
+            raise
+        metrics.uploads.labels("accepted").inc()
+        uploads.add(checked)
+        return checked.describe()
+
+    @app.post("/api/jobs", dependencies=guarded, status_code=202)
+    async def submit(request: Request) -> dict:
+        body = _parse(await _body(request, 1 << 20))
+        values = body.model_dump()
+        values["source"] = uploads.get(body.source) if body.source else None
+        values["references"] = [
+            uploads.get(upload_id) for upload_id in body.references[: config.requests.max_references + 1]
+        ]
+        try:
+            job = queue.submit(GenerationRequest(**values))
+        except asyncio.QueueFull as error:
+            raise HTTPException(429, "too many generations are waiting: try again in a few minutes") from error
+        return _describe(job, queue)
+
+    @app.get("/api/jobs/{job_id}", dependencies=guarded)
+    async def status(job: KnownJob) -> dict:
+        return _describe(job, queue)
+
+    @app.get("/api/jobs/{job_id}/result", dependencies=guarded)
+    async def result(job: KnownJob) -> Response:
+        if job.result is None:
+            raise HTTPException(409, f"the generation is {job.status}")
+        return Response(job.result.content, media_type=job.result.media_type)
+
+    @app.get("/api/jobs/{job_id}/source", dependencies=guarded)
+    async def source(job: KnownJob) -> Response:
+        if job.request.source is None:
+            raise HTTPException(404, "the generation had no source")
+        return Response(job.request.source.content, media_type=job.request.source.media_type)
+
+    @app.delete("/api/jobs/{job_id}", dependencies=guarded, status_code=204)
+    async def cancel(job: KnownJob) -> Response:
+        queue.cancel(job.id)
+        return Response(status_code=204)
+
+    return app
+
+
+async def _body(request: Request, most: int) -> bytes:
+    """The body, refused as soon as it is longer than allowed, whatever its header said."""
+    too_long = HTTPException(413, f"too large: at most {most / 2**20:.0f} MiB")
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > most:
+        raise too_long
+    content = bytearray()
+    async for piece in request.stream():
+        content += piece
+        if len(content) > most:
+            raise too_long
+    return bytes(content)
+
+
+def _parse(body: bytes) -> JobBody:
+    try:
+        return JobBody.model_validate_json(body)
+    except ValueError as error:
+        problems = getattr(error, "errors", list)()
+        where = ".".join(str(part) for part in problems[0]["loc"]) if problems else ""
+        raise HTTPException(422, f"{where or 'request'}: {problems[0]['msg'] if problems else 'not JSON'}") from error
+
+
+def _describe(job: Job, queue: JobQueue) -> dict:
+    request = job.request
+    return {
+        "id": job.id,
+        "status": job.status,
+        "position": queue.position(job) if job.status == "queued" else 0,
+        "step": job.step,
+        "steps": job.steps,
+        "error": job.error,
+        "task": request.task,
+        "prompt": request.prompt,
+        "seed": request.seed,
+        "created_s": job.created_s,
+        "started_s": job.started_s,
+        "finished_s": job.finished_s,
+        "source": request.source.describe() if request.source else None,
+        "references": [reference.describe() for reference in request.references],
+        "media_type": job.result.media_type if job.result else None,
+    }

@@ -1,0 +1,185 @@
+"""What people upload: checked by content, decoded in a child process, kept in memory for a while under our own id."""
+
+import contextlib
+import secrets
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from loomvideo.pipelines.decode import DecodeError, MediaInfo
+from loomvideo.pipelines.decode_process import IsolatedDecoder
+from loomvideo.platform.errors import UserError
+
+
+@dataclass
+class UploadLimits:
+    """What is accepted; the defaults fit one GPU."""
+
+    max_bytes: int = 100 * 2**20
+    max_pixels: int = 4096 * 2304
+    max_side: int = 4096
+    max_duration_s: float = 20.0
+    max_frames: int = 1200
+    decode_timeout_s: float = 30.0
+    kept_bytes: int = 2**30
+    kept_s: float = 3600.0
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A checked picture or video."""
+
+    id: str
+    content: bytes
+    media_type: str
+    info: MediaInfo
+    created_s: float = field(default_factory=time.monotonic)
+
+    def describe(self) -> dict:
+        """What the page shows of it."""
+        info = self.info
+        shape = {"kind": info.kind, "width": info.width, "height": info.height}
+        return {"id": self.id, **shape, "frames": info.num_frames, "fps": round(info.fps, 3)}
+
+
+def media_type(content: bytes) -> str:
+    """The type of a picture or video by its first bytes, whatever its name said.
+
+    Raises:
+        UserError: naming the accepted types.
+    """
+    if content.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "image/png"
+    if content.startswith(b"\xff\xd8\xff"):
+        return "image/jpeg"
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        return "image/webp"
+    if content[4:8] == b"ftyp" and content[8:12] not in (b"avif", b"avis", b"heic", b"heix", b"mif1", b"M4A "):
+        return "video/mp4"
+    if content.startswith(b"\x1a\x45\xdf\xa3"):
+        return "video/webm"
+    raise UserError("unknown file type: upload a PNG, JPEG or WebP picture, or an MP4, MOV, WebM or MKV video")
+
+
+class UploadReader:
+    """Checks and decodes uploads in a child process, replaced when it hangs or dies; one file at a time.
+
+    Headers are read and frames decoded in there with a time limit, so that neither a decompression bomb nor a file made
+    to crash a decoder reaches the server. The file it reads is in a temporary folder for as long as it is read.
+    """
+
+    def __init__(self, limits: UploadLimits):
+        self.limits = limits
+        self._decoder = IsolatedDecoder(limits.decode_timeout_s)
+        self._lock = threading.Lock()
+
+    def check(self, content: bytes) -> Upload:
+        """Check a file's type, size, duration and first frame.
+
+        Raises:
+            UserError: one line that says what to change.
+        """
+        if not content:
+            raise UserError("the file is empty")
+        if len(content) > self.limits.max_bytes:
+            most = self.limits.max_bytes / 2**20
+            raise UserError(f"the file has {len(content) / 2**20:.0f} MiB; at most {most:.0f} MiB")
+        kind = media_type(content)
+        with self._readable_file(content) as path:
+            info = self._decoder.probe(path)
+            _check_info(info, self.limits)
+            if not list(self._decoder.read(path, [0])):
+                raise UserError("the video has no frames")
+        return Upload(secrets.token_urlsafe(12), content, kind, info)
+
+    def frames(self, upload: Upload) -> np.ndarray:
+        """All frames, uint8 ``[frames, height, width, 3]``.
+
+        Raises:
+            UserError: if one cannot be decoded.
+        """
+        with self._readable_file(upload.content) as path:
+            return np.concatenate(list(self._decoder.read(path, range(upload.info.num_frames))))
+
+    def close(self) -> None:
+        """End the child process."""
+        self._decoder.close()
+
+    @contextlib.contextmanager
+    def _readable_file(self, content: bytes) -> Iterator[str]:
+        with self._lock, tempfile.TemporaryDirectory(prefix="loomvideo-upload-") as folder:
+            path = Path(folder) / "upload"
+            path.write_bytes(content)
+            try:
+                yield str(path)
+            except DecodeError as error:
+                raise UserError(_readable(error, str(path))) from error
+
+
+class UploadStore:
+    """The uploads of the last hour or so, oldest forgotten first when memory runs short; not thread-safe."""
+
+    def __init__(self, limits: UploadLimits):
+        self.limits = limits
+        self._uploads: OrderedDict[str, Upload] = OrderedDict()
+
+    def add(self, upload: Upload) -> None:
+        """Keep an upload."""
+        self._uploads[upload.id] = upload
+        self._forget_old()
+
+    def get(self, upload_id: str) -> Upload:
+        """An upload by its id.
+
+        Raises:
+            UserError: if it was never there or is forgotten.
+        """
+        self._forget_old()
+        if upload_id not in self._uploads:
+            raise UserError("that upload is gone: upload the file again")
+        return self._uploads[upload_id]
+
+    def _forget_old(self) -> None:
+        oldest = time.monotonic() - self.limits.kept_s
+        kept = sum(len(upload.content) for upload in self._uploads.values())
+        while self._uploads:
+            first = next(iter(self._uploads.values()))
+            if first.created_s >= oldest and (kept <= self.limits.kept_bytes or len(self._uploads) == 1):
+                return
+            kept -= len(first.content)
+            del self._uploads[first.id]
+
+
+def _check_info(info: MediaInfo, limits: UploadLimits) -> None:
+    if max(info.width, info.height) > limits.max_side or info.width * info.height > limits.max_pixels:
+        raise UserError(
+            f"{info.width}x{info.height} pixels are too many: at most {limits.max_side} a side "
+            f"and {limits.max_pixels / 1e6:.1f} megapixels"
+        )
+    if info.num_frames < 1:
+        raise UserError("the video has no frames")
+    if info.kind == "video":
+        if info.fps and info.num_frames / info.fps > limits.max_duration_s:
+            raise UserError(
+                f"the video lasts {info.num_frames / info.fps:.1f} s: at most {limits.max_duration_s:g} s; cut it"
+            )
+        if info.num_frames > limits.max_frames:
+            raise UserError(f"the video has {info.num_frames} frames: at most {limits.max_frames}; cut it")
+
+
+def _readable(error: DecodeError, path: str) -> str:
+    """A decoder's message without the path on the server."""
+    hints = {
+        "no_video_stream": "the file has no video stream (only sound?)",
+        "timeout": "the file takes too long to decode",
+        "decoder_crash": "the file cannot be decoded",
+        "too_large": "the picture has too many pixels",
+    }
+    message = str(error).replace(path, "").lstrip(": ").strip() or "the file cannot be decoded"
+    return hints.get(error.reason, f"the file cannot be read: {message}")

@@ -1,0 +1,347 @@
+"""The page's interface over a small fake generator: uploads, the queue, limits, the token, and a real browser."""
+
+import asyncio
+import contextlib
+import io
+import socket
+import tempfile
+import threading
+import time
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+import uvicorn
+from fixtures.browser import browser_page, requires_browser
+from PIL import Image
+from starlette.testclient import TestClient
+
+from loomvideo.pipelines.evaluation.media import write_video
+from loomvideo.pipelines.serving.app import PageConfig, create_app
+from loomvideo.pipelines.serving.jobs import GenerationRequest, Progress, RequestLimits, Result
+from loomvideo.pipelines.serving.uploads import UploadLimits, UploadReader, UploadStore
+from loomvideo.platform.errors import UserError
+
+RANDOM = np.random.default_rng(0)
+
+
+def png(width: int = 60, height: int = 80) -> bytes:
+    buffer = io.BytesIO()
+    pixels = RANDOM.integers(0, 256, (height, width, 3), np.uint8) if height * width < 1e5 else None
+    image = Image.new("RGB", (width, height)) if pixels is None else Image.fromarray(pixels)
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def mp4(tmp_path_factory) -> bytes:
+    file = tmp_path_factory.mktemp("video") / "clip.mp4"
+    write_video(file, RANDOM.integers(0, 256, (9, 64, 96, 3), np.uint8))
+    return file.read_bytes()
+
+
+def wav() -> bytes:
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(8000)
+        sound.writeframes(bytes(1600))
+    return buffer.getvalue()
+
+
+def sound_only_mp4(file: Path) -> bytes:
+    import av
+
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 44100), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 44100
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            container.mux(packet)
+    return file.read_bytes()
+
+
+async def generate(request: GenerationRequest):
+    """Two steps, then a picture of the prompt's length; ``fail …`` fails."""
+    if request.prompt == "fail: user":
+        raise UserError("width 33 is no multiple of 32")
+    if request.prompt == "fail: memory":
+        raise MemoryError("tried to allocate 80 GiB at /secret/path")
+    if request.prompt == "fail: bug":
+        raise KeyError("secret")
+    for step in (1, 2):
+        yield Progress(step, 2)
+        await asyncio.sleep(0.02)
+    yield Result(png(len(request.prompt), 8), "image/png")
+
+
+async def wait_for_ever(request: GenerationRequest):
+    await asyncio.sleep(3600)
+    yield Progress(0, 1)
+
+
+@pytest.fixture(scope="module")
+def client():
+    with TestClient(create_app(generate, PageConfig())) as client:
+        yield client
+
+
+@pytest.fixture
+def reader():
+    reader = UploadReader(UploadLimits())
+    yield reader
+    reader.close()
+
+
+def upload(client: TestClient, content: bytes) -> dict:
+    answer = client.post("/api/uploads", content=content)
+    assert answer.status_code == 201, answer.text
+    return answer.json()
+
+
+def submit(client: TestClient, **body) -> dict:
+    answer = client.post("/api/jobs", json={"task": "t2i", "prompt": "a coat"} | body)
+    assert answer.status_code == 202, answer.text
+    return answer.json()
+
+
+def finish(client: TestClient, job: dict) -> dict:
+    end = time.monotonic() + 20
+    while job["status"] in ("queued", "running"):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+        job = client.get(f"/api/jobs/{job['id']}").json()
+    return job
+
+
+def refusal(answer, status: int) -> str:
+    assert answer.status_code == status, answer.text
+    message = answer.json()["error"]
+    assert "\n" not in message
+    assert "/tmp" not in message
+    return message
+
+
+def test_a_picture_from_words(client):
+    job = finish(client, submit(client))
+    assert (job["status"], job["step"], job["steps"], job["error"]) == ("done", 2, 2, "")
+    answer = client.get(f"/api/jobs/{job['id']}/result")
+    assert answer.headers["content-type"] == "image/png"
+    assert Image.open(io.BytesIO(answer.content)).size == (6, 8)
+
+
+def test_an_edit_with_references_keeps_its_source(client, mp4):
+    source, reference = upload(client, mp4), upload(client, png())
+    assert (source["kind"], source["frames"], source["width"], source["height"]) == ("video", 9, 96, 64)
+    parts = {"source": source["id"], "references": [reference["id"]]}
+    job = finish(client, submit(client, task="ref_edit", prompt="wear @Image 1", **parts))
+    assert job["status"] == "done"
+    assert job["references"][0]["kind"] == "image"
+    assert client.get(f"/api/jobs/{job['id']}/source").content == mp4
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("fail: user", "width 33 is no multiple of 32"),
+        ("fail: memory", "out of memory: choose a smaller size or fewer frames"),
+        ("fail: bug", "the generation failed (KeyError); the server's log says why"),
+    ],
+)
+def test_failures_are_one_line_without_details(client, prompt, message):
+    job = finish(client, submit(client, prompt=prompt))
+    assert (job["status"], job["error"]) == ("failed", message)
+    assert "failed" in refusal(client.get(f"/api/jobs/{job['id']}/result"), 409)
+
+
+def test_refused_requests(client, mp4):
+    picture, video = upload(client, png())["id"], upload(client, mp4)["id"]
+    cases = [
+        ({"task": "edit", "prompt": "x"}, "needs a source"),
+        ({"task": "t2v", "prompt": "x", "source": video}, "takes no source"),
+        ({"task": "mi2v", "prompt": "x"}, "at least one reference"),
+        ({"task": "mi2v", "prompt": "x", "references": [picture] * 7}, "7 reference pictures: at most 6"),
+        ({"task": "mi2v", "prompt": "x", "references": [video]}, "references are pictures"),
+        ({"task": "mi2v", "prompt": "wear @Image 2", "references": [picture]}, "@Image 2"),
+        ({"task": "t2v", "prompt": "x" * 100_000}, "100000 characters: at most 2000"),
+        ({"task": "t2v", "prompt": "  "}, "prompt is empty"),
+        ({"task": "paint", "prompt": "x"}, "choose one of t2v"),
+        ({"task": "t2v", "prompt": "x", "steps": 1000}, "choose 1 to 100"),
+        ({"task": "edit", "prompt": "x", "source": "../../etc/passwd"}, "upload the file again"),
+        ({"task": "t2v"}, "prompt: Field required"),
+        ({"task": "t2v", "prompt": "x", "path": "/etc"}, "path: Extra inputs"),
+    ]
+    for body, message in cases:
+        assert message in refusal(client.post("/api/jobs", json=body), 422)
+    assert "request" in refusal(client.post("/api/jobs", content=b"not json"), 422)
+    assert "no such generation" in refusal(client.get("/api/jobs/nothing"), 404)
+
+
+def test_refused_uploads(client, mp4, tmp_path):
+    cases = [
+        (b"", "empty"),
+        (b"GIF89a", "unknown file type"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "unknown file type"),
+        (wav(), "unknown file type"),
+        (sound_only_mp4(tmp_path / "sound.mp4"), "no video stream"),
+        (png(7680, 4320), "7680x4320 pixels are too many"),
+        (png()[:200], "cannot be read"),
+        (mp4[: len(mp4) // 2], "cannot be"),
+        (b"\0\0\0\x18ftypisom" + bytes(64), "cannot be"),
+    ]
+    for content, message in cases:
+        assert message in refusal(client.post("/api/uploads", content=content), 422), content[:20]
+
+
+def test_decompression_bomb_is_refused_by_its_header(client):
+    import struct
+    import zlib
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+    bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1 << 20))) + chunk(b"IEND", b"")
+    assert "too many pixels" in refusal(client.post("/api/uploads", content=bomb), 422)
+
+
+def test_limits_of_duration_frames_and_bytes(mp4, reader):
+    reader.limits = UploadLimits(max_duration_s=0.2)
+    with pytest.raises(UserError, match=r"lasts 0\.4 s: at most 0\.2 s"):
+        reader.check(mp4)
+    reader.limits = UploadLimits(max_frames=5)
+    with pytest.raises(UserError, match="9 frames: at most 5"):
+        reader.check(mp4)
+    with TestClient(create_app(generate, PageConfig(uploads=UploadLimits(max_bytes=100)))) as client:
+        assert "too large" in refusal(client.post("/api/uploads", content=bytes(101)), 413)
+        pieces = iter([bytes(60), bytes(60)])  # chunked: no length is declared
+        assert "too large" in refusal(client.post("/api/uploads", content=pieces), 413)
+
+
+def test_no_temporary_files_stay(client, mp4, reader):
+    before = set(Path(tempfile.gettempdir()).glob("loomvideo-upload-*"))
+    upload(client, mp4)
+    client.post("/api/uploads", content=png()[:100])
+    assert reader.frames(reader.check(mp4)).shape == (9, 64, 96, 3)
+    assert set(Path(tempfile.gettempdir()).glob("loomvideo-upload-*")) == before
+
+
+def test_store_forgets_the_oldest(reader):
+    limits = UploadLimits(kept_bytes=2 * len(png()) + 100)
+    store = UploadStore(limits)
+    kept = [reader.check(png()) for _ in range(3)]
+    for one in kept:
+        store.add(one)
+    assert store.get(kept[2].id) is kept[2]
+    with pytest.raises(UserError, match="upload the file again"):
+        store.get(kept[0].id)
+    limits.kept_s = 0
+    with pytest.raises(UserError, match="gone"):
+        store.get(kept[2].id)
+
+
+def test_queue_positions_cancel_and_limit():
+    config = PageConfig(requests=RequestLimits(max_waiting=2))
+    with TestClient(create_app(wait_for_ever, config)) as client:
+        first, second = submit(client), submit(client)
+        assert (first["position"], second["position"]) == (0, 1)
+        assert "too many" in refusal(client.post("/api/jobs", json={"task": "t2i", "prompt": "x"}), 429)
+        assert client.get("/health").json() == {"status": "ok", "waiting": 2, "running": 0}
+        assert client.delete(f"/api/jobs/{first['id']}").status_code == 204
+        assert client.get(f"/api/jobs/{second['id']}").json()["position"] == 0
+        assert client.get(f"/api/jobs/{first['id']}").status_code == 404
+        client.delete(f"/api/jobs/{second['id']}")
+
+
+def test_token():
+    with TestClient(create_app(generate, PageConfig(token="secret"))) as client:
+        for path in ("/api/options", "/api/jobs/x", "/api/jobs/x/result"):
+            assert "token" in refusal(client.get(path), 401)
+        assert client.post("/api/uploads", content=png()).status_code == 401
+        assert client.get("/api/options", headers={"authorization": "Bearer wrong"}).status_code == 401
+        assert client.get("/api/options", headers={"authorization": "Bearer secret"}).status_code == 200
+        assert client.get("/").status_code == client.get("/health").status_code == 200
+
+
+def test_metrics_and_headers():
+    with TestClient(create_app(generate, PageConfig())) as client:
+        check_metrics_and_headers(client)
+
+
+def check_metrics_and_headers(client):
+    finish(client, submit(client))
+    client.get("/api/jobs/none")
+    text = client.get("/metrics").text
+    assert 'loomvideo_serve_jobs_total{status="done",task="t2i"} 1.0' in text
+    assert 'loomvideo_serve_rejected_requests_total{status="404"} 1.0' in text
+    assert "loomvideo_serve_jobs_waiting 0.0" in text
+    page = client.get("/")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert "http://" not in page.text
+    assert "https://" not in page.text
+
+
+@contextlib.contextmanager
+def served(app):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@requires_browser
+@pytest.mark.slow
+def test_page_in_a_browser(tmp_path, mp4):
+    clip, picture, large = (tmp_path / name for name in ("clip.mp4", "picture.png", "large.png"))
+    clip.write_bytes(mp4)
+    picture.write_bytes(png())
+    large.write_bytes(png(4200, 16))
+    app = create_app(generate, PageConfig(token="secret", defaults={"steps": 50}))
+    with served(app) as url, browser_page(tmp_path / "profile") as page:
+        page.open(url)
+        page.wait_for("document.querySelector('#ask').open")
+        page.evaluate("document.querySelector('#token').value = 'secret'")
+        page.evaluate("document.querySelector('#ask button').click()")
+        page.wait_for("document.querySelectorAll('#tasks label').length === 5")
+        assert page.evaluate("document.querySelector('#steps').placeholder") == "50"
+
+        page.evaluate("document.querySelector('#task-ref_edit').click()")
+        page.choose_files("#source-file", clip)
+        page.wait_for("document.querySelector('#source-media video')")
+        page.choose_files("#reference-file", picture, picture)
+        page.wait_for("document.querySelectorAll('#reference-media img').length === 2")
+        page.evaluate("document.querySelector('#prompt').value = 'Dress her in'")
+        page.evaluate("document.querySelectorAll('#reference-media button')[3].click()")
+        assert page.evaluate("document.querySelector('#prompt').value").strip() == "Dress her in @Image 2"
+        page.evaluate("document.querySelector('#submit').click()")
+        page.wait_for("!document.querySelector('#player').hidden")
+        page.wait_for("document.querySelector('#player img').naturalHeight === 8")
+        page.wait_for("document.querySelector('#player video').videoWidth === 96")
+        assert "done" in page.evaluate("document.querySelector('#history').innerText")
+
+        page.choose_files("#source-file", large)
+        page.wait_for("document.querySelector('#error').textContent.includes('4200x16 pixels are too many')")
+        page.evaluate("document.querySelector('#task-t2v').click()")
+        page.evaluate("document.querySelector('#prompt').value = '<img src=x onerror=alert(1)> @Image 9'")
+        page.evaluate("document.querySelector('#submit').click()")
+        page.wait_for("document.querySelector('#error').textContent.includes('@Image 9')")
+        page.evaluate("document.querySelector('#prompt').value = 'fail: user'")
+        page.evaluate("document.querySelector('#submit').click()")
+        page.wait_for("document.querySelector('#state').textContent.includes('no multiple of 32')")
+
+        page.open(url)
+        page.wait_for("document.querySelectorAll('#history button').length === 2")
+        page.evaluate("document.querySelectorAll('#history button')[1].click()")
+        page.wait_for("!document.querySelector('#player').hidden")
+        page.evaluate("document.querySelector('#again').click()")
+        assert page.evaluate("document.querySelector('#prompt').value").strip() == "Dress her in @Image 2"
+        assert page.errors == []
