@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from loomvideo.jobs import cluster_commands, data_commands, weights_commands
+from loomvideo.jobs import cluster_commands, data_commands, evaluate_commands, weights_commands
 from loomvideo.platform.errors import UserError
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
 app.add_typer(data_commands.app)
 app.add_typer(cluster_commands.app)
 app.add_typer(weights_commands.app)
+app.add_typer(evaluate_commands.app)
 
 
 @app.callback()

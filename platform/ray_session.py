@@ -44,6 +44,8 @@ def ray_session(num_cpus: int | None = None, env_vars: dict[str, str] | None = N
         # A local cluster listens on loopback only and dies with the job; no token is needed to talk to oneself.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         ray.init(
+            # Without it Ray would join whatever other cluster this machine runs.
+            address="local",
             num_cpus=num_cpus,
             include_dashboard=False,
             runtime_env=runtime_env,

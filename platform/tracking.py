@@ -39,6 +39,7 @@ class Tracker:
         uri: Tracking URI; the default is :func:`default_tracking_uri`.
         tags: Tags set on the run.
         parent_run_id: Makes this a child run.
+        experiment: Experiment name; the default is ``loomvideo/<job>``.
     """
 
     def __init__(
@@ -47,11 +48,12 @@ class Tracker:
         uri: str | None = None,
         tags: dict[str, str] | None = None,
         parent_run_id: str | None = None,
+        experiment: str | None = None,
     ):
         self.folder = folder
         self.uri = uri or default_tracking_uri(folder.root)
         self._client = MlflowClient(tracking_uri=self.uri)
-        self.experiment_id = self._open_experiment(f"loomvideo/{folder.job}")
+        self.experiment_id = self._open_experiment(experiment or f"loomvideo/{folder.job}")
         self.run_id = self._open_run(tags or {}, parent_run_id)
         self._queue: queue.Queue[list[Metric] | None] = queue.Queue()
         self._warned = False

@@ -13,7 +13,7 @@ def ray_cluster(tmp_path_factory):
     """A local two-CPU Ray cluster, started once a session."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="warning")
     yield ray
     ray.shutdown()
 

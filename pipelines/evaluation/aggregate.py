@@ -59,7 +59,7 @@ class SuiteResult:
         suite: Benchmark.
         figures: Means of the model's results.
         identity: The same of the source copied.
-        official: The benchmark's own figures in the judge's mode.
+        official: The benchmark's own figures, in the official and loomvideo modes or from its outside scorer.
         coverage: Share of samples with everything they should have.
         failures: Samples without a result or a judgement, by reason.
         defects: Results with a plain fault, by fault.
@@ -127,9 +127,8 @@ def aggregate_suite(name: str, rows: Sequence[Row], mode: str = "strict", judged
                 failures[f"judge: {reasons[0]}"] += 1
     judgements = [j for row in own for j in row.get("judgements", ())]
     official = {}
-    if judged and judgements:
-        protocol = find_suite(name).protocols.get(mode) or find_suite(name).protocol("strict")
-        official = protocol.aggregate([_judged(row) for row in own])
+    if judged and judgements and mode != "strict" and mode in find_suite(name).protocols:
+        official = find_suite(name).protocol(mode).aggregate([_judged(row) for row in own])
     violations = [_violates_cap(p["scores"]) for j in judgements if len((p := j["parsed"])["scores"]) > 1]
     return SuiteResult(
         suite=name,

@@ -1,0 +1,116 @@
+"""The configuration of ``loomvideo evaluate``."""
+
+from dataclasses import dataclass
+
+from loomvideo.platform.config import option
+from loomvideo.platform.errors import UserError
+
+
+@dataclass
+class InputsConfig:
+    """What the model is given and asked for."""
+
+    bucket_classes: list[int] = option([128], "area classes of results; 640 for the published model")
+    reference_classes: list[int] = option([128], "area classes of reference pictures")
+    num_frames: int = option(9, "frames of a video, 4k+1")
+    fps: float = option(24.0, "frames a second of sources after resampling, and of results")
+    text_width: int = option(128, "width where there is no source or reference")
+    text_height: int = option(128, "height where there is no source or reference")
+
+
+@dataclass
+class GenerationConfig:
+    """How results are sampled."""
+
+    steps: int = option(20, "denoising steps")
+    edit_scale: float = option(2.5, "guidance scale of edits")
+    generate_scale: float = option(5.0, "guidance scale of generation")
+    visual_scale: float = option(1.5, "guidance scale of sources and references")
+    actors: int = option(1, "copies of the model that generate at once")
+    gpus: float = option(0.0, "GPUs of each copy")
+    cpus: float = option(1.0, "CPUs of each copy")
+    preset: str = option("", "model preset; empty takes the training run's")
+    codec_folder: str = option("", "weights of the codec, for presets that need them")
+    mllm_folder: str = option("", "weights of the MLLM, for presets that need them")
+    blend_skill: float = option(0.7, "generator=blend: 1 gives the target, 0 the source")
+    blend_noise: float = option(8.0, "generator=blend: noise in grey levels")
+
+
+@dataclass
+class JudgeConfig:
+    """Who judges, what it is shown, and what it may cost."""
+
+    kind: str = option("none", "none, fake (pixel statistics), openai (any compatible server), gemini, transformers")
+    model: str = option("", "model name, or folder for transformers")
+    base_url: str = option("", "root of the server, such as http://localhost:8000/v1; empty for the Gemini API's own")
+    api_key_env: str = option("", "environment variable with the key; empty takes OPENAI_API_KEY or GEMINI_API_KEY")
+    mode: str = option("strict", "strict (our rubrics), official or loomvideo (the benchmark's form and totals)")
+    rubrics: str = option("", "our rubrics in another file")
+    official_rubrics: dict[str, str] = option({}, "suite to the rubric file of your copy of the benchmark")
+    repeats: int = option(1, "independent judgements a sample; 3 or more give test-retest reliability")
+    temperature: float = option(0.0, "sampling temperature; the official protocols use 0.7")
+    max_tokens: int = option(2048, "most output tokens")
+    structured: str = option("json_schema", "openai: json_schema, json_object or none, as far as the server goes")
+    num_frames: int = option(8, "frames of a video shown to every judge alike")
+    max_side: int = option(768, "longest side of a frame shown, in pixels")
+    as_video: bool = option(False, "send the frames as a film at one a second instead of pictures")
+    threads: int = option(8, "calls at once")
+    calls_per_minute: float = option(0.0, "pace of calls; 0 for none")
+    timeout_s: float = option(120.0, "seconds before a call is given up")
+    max_attempts: int = option(5, "calls before a retryable failure counts")
+    budget_usd: float = option(0.0, "most this run may pay; 0 for no cap")
+    input_usd: float = option(0.0, "price of a million input tokens")
+    output_usd: float = option(0.0, "price of a million output tokens")
+    tokens_per_frame: int = option(258, "input tokens a frame, for the estimate")
+    judge_identity: bool = option(False, "judge the copied source too, as a control of the judge")
+
+    def check(self) -> None:
+        """Check values that types cannot."""
+        if self.kind not in ("none", "fake", "openai", "gemini", "transformers"):
+            raise UserError(f"judge.kind={self.kind}: use none, fake, openai, gemini or transformers")
+        if self.kind in ("openai", "gemini", "transformers") and not self.model:
+            raise UserError(f"judge.kind={self.kind}: set judge.model")
+        if self.kind == "openai" and not self.base_url:
+            raise UserError("judge.kind=openai: set judge.base_url")
+        if self.mode not in ("strict", "official", "loomvideo"):
+            raise UserError(f"judge.mode={self.mode}: use strict, official or loomvideo")
+
+
+@dataclass
+class EvaluateConfig:
+    """One evaluation of one checkpoint on some suites."""
+
+    run: str = option("", "run name; the same name continues the run; empty makes a new one from the time")
+    runs: str = option("runs", "folder of all runs; on a cluster, shared storage")
+    checkpoint: str = option("", "training run as JOB/NAME, or a weights path; empty takes the newest training run")
+    generator: str = option("model", "model, identity (the source copied) or blend (target and source, for trying out)")
+    suites: list[str] = option(["sample"], "what to run: sample, fashion, openve, refvie, imgedit, geneval, …")
+    data: dict[str, str] = option({}, "suite to the folder of its download (data.openve=…)")
+    limit: int = option(0, "most samples a suite, taken from its categories in turn; 0 for all")
+    allow_missing: bool = option(False, "go on when input files of a suite are not on disk; they count as failed")
+    seed: int = option(0, "base of the samples' seeds")
+    identity: bool = option(True, "also measure the source copied, as a baseline")
+    learned: list[str] = option([], "metrics with weights: lpips, clip, dino (needs the eval extra)")
+    store: str = option("", "where results are kept by content; empty for evaluation-store in the runs folder")
+    compare_with: str = option("", "evaluation run shown beside this one on the review page")
+    step: int = option(0, "training step of a probe; its metrics are logged at it")
+    max_films: int = option(100, "samples a suite whose films are uploaded to MLflow; 0 for all")
+    external: dict[str, str] = option({}, "suite to the result file of its outside scorer (external.vbench=…)")
+    tracking_uri: str = option("", "MLflow; empty takes MLFLOW_TRACKING_URI, else a sqlite store in the runs folder")
+    inputs: InputsConfig = option(InputsConfig, "")
+    generation: GenerationConfig = option(GenerationConfig, "")
+    judge: JudgeConfig = option(JudgeConfig, "")
+
+    def check(self) -> None:
+        """Check values that types cannot.
+
+        Raises:
+            UserError: naming the key and the fix.
+        """
+        if not self.suites:
+            raise UserError("suites: name at least one, such as suites=[sample]")
+        if self.generator not in ("model", "identity", "blend"):
+            raise UserError(f"generator={self.generator}: use model, identity or blend")
+        if self.inputs.num_frames % 4 != 1:
+            raise UserError(f"inputs.num_frames={self.inputs.num_frames}: must be 4k+1")
+        self.judge.check()

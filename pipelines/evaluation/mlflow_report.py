@@ -1,0 +1,222 @@
+"""Evaluations in MLflow: a parent run a checkpoint, a child a suite, figures, tables with pictures, review pages.
+
+Only the driver logs. Per-sample values are table rows, never metrics.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from PIL import Image
+
+from loomvideo.pipelines.evaluation.aggregate import Figure, SuiteResult, sample_values
+from loomvideo.pipelines.evaluation.published import published_scores
+from loomvideo.pipelines.evaluation.stages import MODEL, STRIP, Row
+from loomvideo.pipelines.evaluation.store import Store
+from loomvideo.platform.tracking import Tracker
+
+TABLE_ROWS = 60
+"""Rows a table with pictures holds; larger ones freeze the browser, so suites are split by category."""
+
+_FILE_SAFE = str.maketrans({"/": "-", " ": "_"})
+
+
+def metric_values(result: SuiteResult) -> dict[str, float]:
+    """Every figure of a suite under its stable name, with interval and counts for whole-suite figures."""
+    values: dict[str, float] = {}
+    for f in result.figures:
+        _put(values, f.name, f.value)
+        if not f.category:
+            for suffix, value in (("ci95_low", f.low), ("ci95_high", f.high)):
+                _put(values, f"{f.name}/{suffix}", value)
+            values[f"{f.name}/n_valid"] = f.num_valid
+            values[f"{f.name}/n_failed"] = f.num_failed
+    for f in result.identity:
+        if not f.category:
+            _put(values, f"{result.suite}/identity/{f.metric}", f.value)
+    for name, value in result.official.items():
+        _put(values, f"{result.suite}/official/{_metric_safe(name)}", value)
+    values[f"{result.suite}/coverage"] = result.coverage
+    for reason, count in result.failures.items():
+        values[f"{result.suite}/failures/{_metric_safe(reason)}"] = count
+    for fault, count in result.defects.items():
+        values[f"{result.suite}/defects/{_metric_safe(fault)}"] = count
+    if result.reliability is not None:
+        for name in ("icc", "icc_mean", "changed", "deviation"):
+            _put(values, f"{result.suite}/retest/{name}", getattr(result.reliability, name))
+    _put(values, f"{result.suite}/cap_violations", result.cap_violations)
+    values["cost/usd"] = result.cost_usd
+    values["cost/judge_calls"] = result.calls
+    return values
+
+
+def log_suite(
+    tracker: Tracker,
+    folder: Path,
+    store: Store,
+    result: SuiteResult,
+    rows: Sequence[Row],
+    manifest: Mapping[str, str],
+    model_id: str | None,
+    step: int,
+    max_films: int,
+) -> None:
+    """Log one suite into its child run.
+
+    Args:
+        tracker: The child run.
+        folder: The suite's folder with review page, charts and ``media/``.
+        store: Where filmstrips are.
+        result: The suite's figures.
+        rows: Finished rows.
+        manifest: Name, digest and source of the benchmark's manifest.
+        model_id: The LoggedModel the metrics belong to.
+        step: Training step of a probe, else 0.
+        max_films: Samples whose films are uploaded.
+    """
+    client = MlflowClient(tracking_uri=tracker.uri)
+    log_metrics(client, tracker.run_id, metric_values(result), step, model_id, manifest)
+    source = Dataset(manifest["name"], manifest["digest"], "local", manifest["source"])
+    client.log_inputs(tracker.run_id, [DatasetInput(source, [InputTag("mlflow.data.context", "evaluation")])])
+    for name in ("review.html", "figures.json", "rows.jsonl", "published.json"):
+        if (folder / name).is_file():
+            client.log_artifact(tracker.run_id, str(folder / name))
+    if (folder / "charts").is_dir():
+        client.log_artifacts(tracker.run_id, str(folder / "charts"), "charts")
+    for row in films_to_upload(rows, max_films):
+        client.log_artifacts(tracker.run_id, str(folder / "media" / row["key"]), f"media/{row['key']}")
+    _log_tables(client, tracker.run_id, store, rows)
+    published = published_scores(result.suite)
+    if published:
+        columns = ("model", "metric", "value", "source", "caveat")
+        table = {name: [p.as_dict()[name] for p in published] for name in columns}
+        client.log_table(tracker.run_id, table, "published.json")
+    if step:
+        log_probe_pictures(client, tracker.run_id, store, rows, step)
+
+
+def log_metrics(
+    client: MlflowClient,
+    run_id: str,
+    values: Mapping[str, float],
+    step: int = 0,
+    model_id: str | None = None,
+    dataset: Mapping[str, str] | None = None,
+) -> None:
+    """Log values in batches, tied to a LoggedModel and a dataset where given."""
+    now_ms = int(time.time() * 1000)
+    names = {"dataset_name": dataset["name"], "dataset_digest": dataset["digest"]} if dataset else {}
+    batch = [Metric(k, float(v), now_ms, step, model_id=model_id, run_id=run_id, **names) for k, v in values.items()]
+    for start in range(0, len(batch), 500):
+        client.log_batch(run_id, metrics=batch[start : start + 500])
+
+
+def log_probe_pictures(client: MlflowClient, run_id: str, store: Store, rows: Sequence[Row], step: int) -> None:
+    """Log filmstrips under ``sample/<key>`` with the training step, for MLflow's step slider."""
+    for row in rows:
+        if row["series"] == MODEL and not row["failure"]:
+            picture = Image.open(store.entry("media", row["media"]) / STRIP)
+            client.log_image(run_id, np.asarray(picture.convert("RGB")), key=f"sample/{row['key']}", step=step)
+
+
+def films_to_upload(rows: Sequence[Row], limit: int) -> list[Row]:
+    """The samples whose films go to MLflow: of every category in turn the worst, then the best, then the rest."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["series"] == MODEL and not row["failure"]:
+            groups.setdefault(row["item"]["category"], []).append(row)
+    turns = []
+    for members in groups.values():
+        ranked = sorted(members, key=_worth)
+        alternating = [ranked[i // 2] if i % 2 == 0 else ranked[-1 - i // 2] for i in range(len(ranked))]
+        turns += list(enumerate(alternating))
+    return [row for _, row in sorted(turns, key=lambda turn: turn[0])][: limit or None]
+
+
+def register_model(
+    client: MlflowClient, experiment_id: str, run_id: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str]
+) -> str:
+    """The LoggedModel of a checkpoint that is kept outside MLflow; found again by its fingerprint."""
+    fingerprint = tags["loomvideo.fingerprint"]
+    found = client.search_logged_models(
+        [experiment_id], filter_string=f"tags.`loomvideo.fingerprint` = '{fingerprint}'", max_results=1
+    )
+    if found:
+        return found[0].model_id
+    values = {key: str(value)[:250] for key, value in params.items()}
+    model = client.create_logged_model(experiment_id, name, run_id, dict(tags), values, "loomvideo")
+    client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+    return model.model_id
+
+
+def move_alias(client: MlflowClient, model: str, alias: str, checkpoint: str, run_id: str, tags: dict[str, str]) -> str:
+    """Register a checkpoint as a new version of a registered model and point the alias at it; returns the version."""
+    try:
+        client.create_registered_model(model)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    version = client.create_model_version(model, source=checkpoint, run_id=run_id, tags=tags)
+    client.set_registered_model_alias(model, alias, version.version)
+    return version.version
+
+
+def _log_tables(client: MlflowClient, run_id: str, store: Store, rows: Sequence[Row]) -> None:
+    own = sorted((r for r in rows if r["series"] == MODEL and not r["failure"]), key=lambda r: r["key"])
+    groups = {"samples": own}
+    if len(own) > TABLE_ROWS:
+        groups = {}
+        for row in own:
+            name = f"samples-{row['item']['category']}".translate(_FILE_SAFE)
+            groups.setdefault(name, []).append(row)
+    for name, members in groups.items():
+        members = members[:TABLE_ROWS]
+        if not members:
+            continue
+        values = [sample_values(row) for row in members]
+        strips = [Image.open(store.entry("media", row["media"]) / STRIP).convert("RGB") for row in members]
+        columns: dict[str, list[Any]] = {
+            "sample_id": [row["key"] for row in members],
+            "category": [row["item"]["category"] for row in members],
+            "text": [row["item"]["text"] for row in members],
+            "edited": [mlflow.Image(strip) for strip in strips],
+        }
+        for metric in ("judge", "gain_psnr_db", "edit_psnr_db", "edit_strength", "outside_psnr_db", "warp_error"):
+            scores = [v.get(metric, float("nan")) for v in values]
+            if not np.isnan(scores).all():
+                columns[metric] = [None if np.isnan(score) else round(score, 3) for score in scores]
+        client.log_table(run_id, columns, f"{name}.json")
+
+
+def headline(figures: Sequence[Figure]) -> dict[str, float]:
+    """The figures shown in the parent run: whole-suite means with their intervals."""
+    values: dict[str, float] = {}
+    for f in figures:
+        if not f.category:
+            _put(values, f.name, f.value)
+            _put(values, f"{f.name}/ci95_low", f.low)
+            _put(values, f"{f.name}/ci95_high", f.high)
+    return values
+
+
+def _worth(row: Row) -> float:
+    values = sample_values(row)
+    for name in ("judge", "gain_psnr_db", "edit_psnr_db", "sharpness"):
+        if name in values and not np.isnan(values[name]):
+            return values[name]
+    return 0.0
+
+
+def _put(values: dict[str, float], name: str, value: float) -> None:
+    if not np.isnan(value):
+        values[_metric_safe(name)] = value
+
+
+def _metric_safe(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "_-./ " else " " for c in name).strip()
