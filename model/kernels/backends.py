@@ -153,13 +153,21 @@ def _replace(state: _State, what: str, reason: str) -> None:
     state.replaced[what] = reason
 
 
-@lru_cache(maxsize=4)
 def load_operations(backend: str) -> SimpleNamespace:
     """The operations of ``cpp`` or ``triton``, building or fetching what they need."""
     if backend == "cpp":
         from loomvideo.model.kernels import cpp
 
         cpp.library()
+    return _registered_operations(backend)
+
+
+@lru_cache(maxsize=2)
+def _registered_operations(backend: str) -> SimpleNamespace:
+    # Once a process: an operator's name can be registered only once.
+    if backend == "cpp":
+        from loomvideo.model.kernels import cpp
+
         return fused_operations(cpp)
     from loomvideo.model.kernels import triton_backend
 

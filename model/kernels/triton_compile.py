@@ -1,11 +1,11 @@
 """Compiling the Triton kernels for a GPU architecture on any machine, with or without a GPU.
 
-Used to prove that every kernel compiles for every supported architecture, and to fill an image's Triton cache.
+Proves that every kernel compiles for every supported architecture, and fills a node's Triton cache before its ranks
+start: the launches of one forward and backward go through Triton's own specialisation, so that ranks find the results.
 """
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from loomvideo.model.kernels import triton_backend
@@ -15,7 +15,22 @@ from loomvideo.model.kernels.selfcheck import results_and_gradients, training_ca
 ARCHITECTURES = (80, 90, 100, 120)
 """A100, H100/H200, B200, RTX PRO 6000/5090."""
 
-_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
+
+class _NoDevice:
+    """A Triton driver that knows an architecture and has no device; enough to compile, not to launch."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        # Triton keeps one table of compiled kernels a device; the architecture's number keeps them apart.
+        return self.architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
 
 
 def compile_kernels(architecture: int, dim: int, num_heads: int, dtype: torch.dtype = torch.bfloat16) -> list:
@@ -28,40 +43,22 @@ def compile_kernels(architecture: int, dim: int, num_heads: int, dtype: torch.dt
         dtype: Of its activations.
 
     Returns:
-        The compiled kernels; ``.asm["cubin"]`` holds the machine code.
+        The distinct compiled kernels; ``.asm["cubin"]`` holds the machine code.
     """
-    return [
-        triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-        for source, options in _launches(dim, num_heads, dtype)
-    ]
+    compiled = {}
 
+    def compile_launch(kernel, grid, on, *arguments, **options) -> None:
+        result = kernel.warmup(*arguments, grid=grid, enable_fp_fusion=True, **options)
+        compiled[result.hash] = result
 
-def _launches(dim: int, num_heads: int, dtype: torch.dtype) -> list:
-    """Source and options of each distinct launch of one forward and backward of every operation."""
-    launches = {}
-
-    def record(kernel, grid, on, *arguments, **options) -> None:
-        names = kernel.arg_names
-        values = dict(zip(names, arguments, strict=False)) | {k: v for k, v in options.items() if k in names}
-        signature, constants, attributes = {}, {}, {}
-        for index, (name, parameter) in enumerate(zip(names, kernel.params, strict=True)):
-            value = values[name]
-            if parameter.is_constexpr or (isinstance(value, int) and value == 1):
-                signature[name], constants[(index,)] = "constexpr", value
-                continue
-            if isinstance(value, Tensor):
-                signature[name] = _TYPES[value.dtype]
-            else:
-                signature[name] = "fp32" if isinstance(value, float) else "i32"
-            # Torch allocates at multiples of 16 bytes; the launcher promises the same of multiples of 16.
-            if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        compiler_options = {k: v for k, v in options.items() if k not in names} | {"enable_fp_fusion": True}
-        source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
-        launches[source.hash(), tuple(sorted(compiler_options.items()))] = source, compiler_options
-
-    with triton_backend.recorded_launches(record):
-        operations = load_operations("triton")
-        for name, arguments, keywords in training_calls(dim, num_heads, dtype, "cpu"):
-            results_and_gradients(getattr(operations, name), arguments, keywords)
-    return list(launches.values())
+    driver = triton.runtime.driver
+    previous = driver._active  # None until something asks for a GPU
+    driver.set_active(_NoDevice(architecture))
+    try:
+        with triton_backend.recorded_launches(compile_launch):
+            operations = load_operations("triton")
+            for name, arguments, keywords in training_calls(dim, num_heads, dtype, "cpu"):
+                results_and_gradients(getattr(operations, name), arguments, keywords)
+    finally:
+        driver.set_active(previous)
+    return list(compiled.values())

@@ -1,7 +1,8 @@
 """Triton kernels of the fused operations: one token's row a program forward, a span of tokens a program backward.
 
 A row is kept in registers, read once and written once. Sums are float32. The kernels use no autotuning, so that a
-first step never looks like a hang, and only what Triton 3.6 and later have in common.
+first step never looks like a hang, do not specialise on counts that change from step to step, so that no later step
+compiles, and use only what Triton 3.6 and later have in common.
 
 Row gradients (modulation, gates) are reduced without races: a program walks over a contiguous span of tokens and
 keeps the running sum of the current row in registers. Its first and last rows, which its neighbours may share, go
@@ -117,7 +118,7 @@ def _norm_rope_backward_span(
     tl.store(partial + tl.program_id(0) * HEADS * HEAD_DIM + columns, weight_grad, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "span"])
 def norm_rope_backward(
     x0, x1, grad0, grad1, weight0, weight1, rstd0, rstd1, out0, out1, partial0, partial1, positions, tables,
     x_stride0, x_stride1, grad_stride0, grad_stride1, tokens, span,
@@ -187,7 +188,7 @@ def _flush(
             tl.atomic_add(atomics + row.to(tl.int64) * DIM + columns, sums, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "span"])
 def layer_norm_backward(
     grad_hidden, grad_out, x, y, gate, scale, gate_ids, norm_ids, mean, rstd,
     grad_x, grad_y, grad_shift, grad_scale, grad_gate, slots, slot_norm_rows, slot_gate_rows,
@@ -281,7 +282,7 @@ def residual_forward(x, y, gate, ids, out, x_stride, y_stride, DIM: tl.constexpr
     tl.store(out + token * DIM + columns, (value + added * factor).to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "span"])
 def residual_backward(
     grad, y, gate, ids, grad_y, grad_gate, slots, slot_rows, grad_stride, y_stride, tokens, span,
     DIM: tl.constexpr, BLOCK: tl.constexpr,
@@ -314,7 +315,7 @@ def residual_backward(
     tl.store(slot_rows + program * 2 + 1, row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def reduce_slots(
     slots, slot_rows, out, num_slots, stride, DIM: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -332,7 +333,7 @@ def reduce_slots(
     tl.store(to, tl.load(to, mask=columns < DIM) + sums, mask=columns < DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "samples"])
 def join_patches(
     patches, source, scale, ids, out, tokens, patches_stride, source_stride, samples,
     PATCH: tl.constexpr, WIDTH: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr,

@@ -33,6 +33,7 @@ MANIFEST = "artifact.json"
 CACHE_VARIABLE = "LOOMVIDEO_KERNEL_CACHE"
 PREBUILT_VARIABLE = "LOOMVIDEO_KERNEL_PREBUILT"
 SHARED_VARIABLE = "LOOMVIDEO_KERNEL_SHARED"
+LOCK_TIMEOUT_VARIABLE = "LOOMVIDEO_KERNEL_LOCK_TIMEOUT_S"
 
 
 def _digest(parts: object) -> str:
@@ -102,12 +103,13 @@ class ArtifactStore:
 
     @classmethod
     def from_environment(cls) -> "ArtifactStore":
-        """The store that ``LOOMVIDEO_KERNEL_{CACHE,SHARED,PREBUILT}`` describe; by default a folder in ``/tmp``."""
+        """The store that the ``LOOMVIDEO_KERNEL_*`` variables describe; by default a folder in ``/tmp``."""
         prebuilt = os.environ.get(PREBUILT_VARIABLE, "")
         return cls(
             cache_dir=Path(os.environ.get(CACHE_VARIABLE) or default_cache_dir()),
             shared_url=os.environ.get(SHARED_VARIABLE) or None,
             prebuilt_dirs=[Path(p) for p in prebuilt.split(os.pathsep) if p],
+            lock_timeout_s=float(os.environ.get(LOCK_TIMEOUT_VARIABLE) or 600),
         )
 
     def get(

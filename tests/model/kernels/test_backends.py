@@ -72,7 +72,6 @@ def no_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("LOOMVIDEO_KERNEL_CACHE", str(tmp_path / "cache"))
     cpp.library.cache_clear()
-    backends.load_operations.cache_clear()
     yield
     cpp.library.cache_clear()
 

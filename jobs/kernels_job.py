@@ -1,0 +1,147 @@
+"""Kernels of a job: built once on every node before its workers start, then only loaded."""
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from loomvideo.platform.errors import UserError
+from loomvideo.platform.nodes.artifacts import CACHE_VARIABLE, Artifact, ArtifactStore, default_cache_dir
+from loomvideo.platform.nodes.config import KernelConfig
+from loomvideo.platform.nodes.jit_caches import point_jit_caches
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_this_node(config: KernelConfig) -> dict[str, Any]:
+    """Build or fetch what this node needs for ``config``, and describe it.
+
+    Returns:
+        Host, seconds, one row an artefact (origin, seconds, target) and, with ``required=false``, what could not be
+        had and why.
+
+    Raises:
+        UserError: if a required artefact cannot be had.
+    """
+    start = time.monotonic()
+    os.environ.update(config.environment())
+    caches = point_jit_caches(_jit_root())
+    store = ArtifactStore.from_environment()
+    artifacts, missing = {}, {}
+    for name, prepare in _wanted(config).items():
+        try:
+            artifacts[name] = _describe(prepare(store))
+        except UserError as error:
+            if config.required:
+                raise
+            missing[name] = str(error)
+            logger.warning("kernels: %s", error)
+    return {
+        "host": os.uname().nodename,
+        "seconds": round(time.monotonic() - start, 3),
+        "artifacts": artifacts,
+        "missing": missing,
+        "jit_caches": caches,
+    }
+
+
+@contextlib.contextmanager
+def kernels_on_every_node(config: KernelConfig) -> Iterator[dict[str, Any]]:
+    """Prepare every alive node, and while the body runs every node that joins.
+
+    Call it in the driver, with Ray initialised, around the training run.
+
+    Yields:
+        A record for the run: ``{node address: result of prepare_this_node}``; nodes that join later are added to it.
+
+    Raises:
+        UserError: with ``kernels.required=true``, naming the first node that failed and why.
+    """
+    from loomvideo.platform.nodes.every_node import NodeResult, prepared_nodes
+
+    record: dict[str, Any] = {}
+
+    def add(result: NodeResult) -> None:
+        name = f"{result.address}-{result.node_id[:6]}"
+        record[name] = result.value if result.error is None else {"error": result.error, "seconds": result.seconds}
+        if result.error is not None:
+            logger.warning("kernels on node %s: %s", name, result.error)
+
+    def prepare() -> dict[str, Any]:
+        return prepare_this_node(config)
+
+    with prepared_nodes(prepare, add, config.watch_interval_s) as results:
+        for result in results:
+            add(result)
+            if result.error is not None and config.required:
+                raise UserError(f"kernels on node {result.address}: {result.error}")
+        yield record
+
+
+def use_kernels(config: KernelConfig, device: str = "cpu") -> dict[str, Any]:
+    """Load the prepared kernels in this process and choose the back end: what every rank calls before its first step.
+
+    Args:
+        config: The job's.
+        device: ``cpu`` or ``cuda``, what the rank trains on.
+
+    Returns:
+        The back ends' report (:func:`loomvideo.model.kernels.report`).
+    """
+    os.environ.update(config.environment())
+    point_jit_caches(_jit_root())
+    if config.deepspeed and device == "cpu":
+        from loomvideo.platform.nodes import deepspeed_ops
+
+        try:
+            deepspeed_ops.preload()
+        except UserError:
+            if config.required:
+                raise
+            logger.warning("DeepSpeed will build its shared-memory op itself")
+    from loomvideo.model import kernels
+
+    return kernels.set_backend(config.backend, config.required)
+
+
+def summary(record: dict[str, Any]) -> dict[str, float]:
+    """Numbers of a record of :func:`kernels_on_every_node` for experiment tracking."""
+    rows = [row for row in record.values() if "artifacts" in row]
+    origins = [artifact["origin"] for row in rows for artifact in row["artifacts"].values()]
+    return {
+        "kernels/nodes": float(len(record)),
+        "kernels/slowest_node_s": max((row["seconds"] for row in record.values()), default=0.0),
+        "kernels/built": float(origins.count("built")),
+        "kernels/from_shared": float(origins.count("shared")),
+        "kernels/cached": float(origins.count("cache") + origins.count("prebuilt")),
+        "kernels/missing": float(sum(len(row["missing"]) for row in rows) + len(record) - len(rows)),
+    }
+
+
+def _wanted(config: KernelConfig) -> dict[str, Callable[[ArtifactStore], Artifact]]:
+    wanted = {}
+    if config.backend in ("auto", "cpp"):
+        from loomvideo.model.kernels import cpp
+
+        wanted["cpp"] = cpp.prepare
+    if config.deepspeed:
+        from loomvideo.platform.nodes import deepspeed_ops
+
+        wanted[deepspeed_ops.SHARED_MEMORY_OP] = deepspeed_ops.prepare
+    return wanted
+
+
+def _describe(artifact: Artifact) -> dict[str, Any]:
+    return {
+        "origin": artifact.origin,
+        "seconds": round(artifact.seconds, 3),
+        "path": str(artifact.path),
+        "notes": list(artifact.notes),
+    }
+
+
+def _jit_root() -> Path:
+    return Path(os.environ.get(CACHE_VARIABLE) or default_cache_dir()) / "jit"
