@@ -1,0 +1,37 @@
+"""What the caption stage can be told."""
+
+from dataclasses import dataclass
+
+from loomvideo.platform.config import option
+from loomvideo.platform.errors import UserError
+
+BACKENDS = ("existing", "openai", "transformers")
+MODES = ("caption", "fashion", "instruction")
+
+
+@dataclass
+class CaptionOptions:
+    """How texts of samples are made."""
+
+    backend: str = option("existing", "existing: keep what there is; openai: an OpenAI-compatible server; transformers")
+    mode: str = option("fashion", "caption: a sentence; fashion: attributes and a sentence; instruction: of an edit")
+    model: str = option("Qwen/Qwen3-VL-8B-Instruct", "model name on the server, or folder for transformers")
+    base_url: str = option("http://localhost:8000/v1", "the server's address, for example vLLM's")
+    api_key_env: str = option("OPENAI_API_KEY", "environment variable with the server's key")
+    overwrite: bool = option(False, "make texts for samples that have one")
+    cache: str = option("data/captions", "folder of answers already paid for")
+    concurrency: int = option(8, "requests at a time")
+    per_minute: float = option(0.0, "requests started a minute at most; 0: no limit")
+    max_attempts: int = option(5, "calls before a failure counts")
+    timeout_s: float = option(120.0, "seconds before a call is given up")
+    max_tokens: int = option(1024, "tokens of an answer at most")
+    num_frames: int = option(8, "frames of a video that are shown")
+    max_side: int = option(768, "longer side of the frames shown")
+
+    def check(self) -> None:
+        """Raise UserError for values that mean nothing."""
+        for key, value, valid in (("backend", self.backend, BACKENDS), ("mode", self.mode, MODES)):
+            if value not in valid:
+                raise UserError(f"captions.{key}={value}: choose one of {', '.join(valid)}")
+        if min(self.concurrency, self.max_attempts, self.num_frames) < 1:
+            raise UserError("captions: concurrency, max_attempts and num_frames must be at least 1")

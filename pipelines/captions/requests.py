@@ -1,0 +1,90 @@
+"""Questions to a vision-language model about a sample, and the proof of which sample they are about."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from loomvideo.pipelines.captions import schema
+from loomvideo.pipelines.evaluation.judges.requests import FrameSampling, JudgeRequest, Media, encode_media
+from loomvideo.pipelines.samples import EDIT_TASKS, Sample
+
+# Part of every request's digest: raise it when a wording below changes.
+PROMPT_VERSION = 1
+
+_TASKS = {
+    "caption": "Describe what is shown in one or two plain sentences: who or what, clothes, place, motion of the subject "
+    "and of the camera. Say only what can be seen.",
+    "fashion": "List the garments that are worn or shown, the main one first, with the closest words of the vocabulary, "
+    "then the background and the motion, then one fluent sentence that says all of it. Say only what can be seen.",
+    "instruction": "The first pictures show a video or picture before editing, the second after. Write the instruction "
+    "that a person would give to get from the first to the second: one imperative sentence, as specific as what can be "
+    "seen, without naming the pictures.",
+}
+
+
+@dataclass(frozen=True)
+class CaptionRequest(JudgeRequest):
+    """One question about one sample, in the form that judges' clients send.
+
+    Attributes:
+        sample_key: The sample.
+        mode: ``caption``, ``fashion`` or ``instruction``.
+        digest: Hash of the mode, the wording and the pictures: of all that the answer depends on.
+    """
+
+    sample_key: str = ""
+    mode: str = "caption"
+    digest: str = field(default="")
+
+    @property
+    def code(self) -> str:
+        """What the model has to send back; differs between samples even if they show the same."""
+        return request_code(self.sample_key, self.digest)
+
+    def schema(self) -> dict[str, Any]:
+        """JSON schema of the answer."""
+        return schema.answer_schema(self.mode, self.code)
+
+
+def request_code(sample_key: str, digest: str) -> str:
+    """Eight characters that tie an answer to a sample and its pictures."""
+    return hashlib.sha256(f"{sample_key}/{digest}".encode()).hexdigest()[:8]
+
+
+def caption_request(
+    sample: Sample,
+    mode: str,
+    target: np.ndarray,
+    source: np.ndarray | None,
+    sampling: FrameSampling,
+    structured: bool = True,
+) -> CaptionRequest:
+    """Ask about a sample.
+
+    Args:
+        sample: Whose text is asked for.
+        mode: What is asked.
+        target: uint8 [frames, height, width, 3].
+        source: Of an edit; needed for instructions.
+        sampling: Which frames are shown, how large.
+        structured: Whether the server takes a JSON schema; the wording asks for JSON in any case.
+
+    Raises:
+        ValueError: for an instruction of a sample that is no edit.
+    """
+    media: tuple[Media, ...] = ()
+    if mode == "instruction":
+        if source is None or sample.task not in EDIT_TASKS:
+            raise ValueError(f"{sample.key}: an instruction needs source and target")
+        media += (encode_media("Before editing", source, sampling),)
+    media += (encode_media("After editing" if media else "Shown", target, sampling),)
+    hashed = [PROMPT_VERSION, mode, [(m.label, m.digest) for m in media]]
+    digest = hashlib.sha256(json.dumps(hashed).encode()).hexdigest()
+    form = schema.answer_schema(mode, request_code(sample.key, digest))
+    text = f"{_TASKS[mode]}\nAnswer with nothing but JSON of this schema: {json.dumps(form)}"
+    return CaptionRequest(
+        text, media, tuple(form["properties"]), structured, sample_key=sample.key, mode=mode, digest=digest
+    )

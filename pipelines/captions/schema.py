@@ -1,0 +1,90 @@
+"""Structured captions: JSON schemas with vocabularies, and their check."""
+
+import json
+import re
+from typing import Any
+
+import jsonschema
+
+CATEGORIES = (
+    "dress", "coat", "jacket", "blazer", "vest", "shirt", "blouse", "t-shirt", "top", "sweater", "hoodie", "cardigan",
+    "trousers", "jeans", "shorts", "skirt", "jumpsuit", "suit", "swimwear", "underwear", "shoes", "bag", "hat", "scarf",
+    "jewellery", "other",
+)  # fmt: skip
+COLOURS = (
+    "black", "white", "grey", "beige", "brown", "red", "pink", "orange", "yellow", "green", "blue", "navy", "purple",
+    "gold", "silver", "multicoloured",
+)  # fmt: skip
+PATTERNS = ("plain", "striped", "checked", "dotted", "floral", "animal", "graphic", "logo", "lace", "other")
+FABRICS = (
+    "cotton", "denim", "wool", "knit", "silk", "satin", "linen", "leather", "fur", "chiffon", "lace", "synthetic",
+    "unknown",
+)  # fmt: skip
+FITS = ("slim", "regular", "loose", "oversized", "flared", "unknown")
+NECKLINES = ("round", "v-neck", "collar", "turtleneck", "off-shoulder", "halter", "square", "hood", "none", "unknown")
+MOTIONS = ("still", "standing", "walking", "turning", "posing", "sitting", "dancing", "running", "other")
+
+GARMENT_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "category": {"enum": list(CATEGORIES)},
+        "colour": {"enum": list(COLOURS)},
+        "pattern": {"enum": list(PATTERNS)},
+        "fabric": {"enum": list(FABRICS)},
+        "fit": {"enum": list(FITS)},
+        "neckline": {"enum": list(NECKLINES)},
+    },
+    "required": ["category", "colour", "pattern", "fabric", "fit", "neckline"],
+    "additionalProperties": False,
+}
+
+
+def answer_schema(mode: str, code: str) -> dict[str, Any]:
+    """The schema of an answer; ``id`` must come back as it was sent.
+
+    Args:
+        mode: ``caption``, ``fashion`` or ``instruction``.
+        code: Of the request, see :func:`~loomvideo.pipelines.captions.requests.CaptionRequest.code`.
+    """
+    sentence = {"type": "string", "minLength": 8, "maxLength": 2000}
+    properties: dict[str, Any] = {"id": {"enum": [code]}}
+    if mode == "fashion":
+        properties |= {
+            "garments": {"type": "array", "items": GARMENT_SCHEMA, "minItems": 1, "maxItems": 8},
+            "background": {"type": "string", "minLength": 2, "maxLength": 200},
+            "motion": {"enum": list(MOTIONS)},
+        }
+    properties["instruction" if mode == "instruction" else "sentence"] = sentence
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
+class InvalidAnswerError(Exception):
+    """An answer that is no caption; ``mixed_up`` when it belongs to another request."""
+
+    def __init__(self, message: str, mixed_up: bool = False):
+        super().__init__(message)
+        self.mixed_up = mixed_up
+
+
+def parse_answer(text: str, mode: str, code: str) -> dict[str, Any]:
+    """The answer's fields without the id.
+
+    Raises:
+        InvalidAnswerError: naming the field that breaks the schema.
+    """
+    # Models without guided decoding wrap JSON in a fence or a sentence.
+    braces = re.search(r"\{.*\}", text, re.DOTALL)
+    try:
+        answer = json.loads(braces.group(0)) if braces else None
+    except json.JSONDecodeError as error:
+        raise InvalidAnswerError(f"no JSON: {error}") from error
+    if not isinstance(answer, dict):
+        raise InvalidAnswerError("no JSON object")
+    if answer.get("id") != code:
+        raise InvalidAnswerError(f"answers {answer.get('id')!r}, asked {code!r}", mixed_up="id" in answer)
+    try:
+        jsonschema.validate(answer, answer_schema(mode, code))
+    except jsonschema.ValidationError as error:
+        where = "/".join(map(str, error.absolute_path)) or "answer"
+        raise InvalidAnswerError(f"{where}: {error.message[:200]}") from error
+    return {name: value for name, value in answer.items() if name != "id"}
