@@ -15,10 +15,11 @@ from loomvideo.pipelines.samples import EDIT_TASKS, Sample
 PROMPT_VERSION = 1
 
 _TASKS = {
-    "caption": "Describe what is shown in one or two plain sentences: who or what, clothes, place, motion of the subject "
-    "and of the camera. Say only what can be seen.",
-    "fashion": "List the garments that are worn or shown, the main one first, with the closest words of the vocabulary, "
-    "then the background and the motion, then one fluent sentence that says all of it. Say only what can be seen.",
+    "caption": "Describe what is shown in one or two plain sentences: who or what, clothes, place, motion of the "
+    "subject and of the camera. Say only what can be seen.",
+    "fashion": "List the garments that are worn or shown, the main one first, with the closest words of the "
+    "vocabulary, then the background and the motion, then one fluent sentence that says all of it. Say only what can "
+    "be seen.",
     "instruction": "The first pictures show a video or picture before editing, the second after. Write the instruction "
     "that a person would give to get from the first to the second: one imperative sentence, as specific as what can be "
     "seen, without naming the pictures.",
