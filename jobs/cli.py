@@ -4,7 +4,13 @@ import sys
 
 import typer
 
-from loomvideo.jobs import cluster_commands, data_commands, evaluate_commands, weights_commands
+from loomvideo.jobs import (
+    cluster_commands,
+    data_commands,
+    evaluate_commands,
+    training_commands,
+    weights_commands,
+)
 from loomvideo.platform.errors import UserError
 
 app = typer.Typer(
@@ -18,6 +24,7 @@ app.add_typer(data_commands.app)
 app.add_typer(cluster_commands.app)
 app.add_typer(weights_commands.app)
 app.add_typer(evaluate_commands.app)
+training_commands.register(app)
 
 
 @app.callback()
@@ -32,6 +39,8 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

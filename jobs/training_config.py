@@ -1,0 +1,79 @@
+"""The configuration of ``loomvideo pretrain`` and ``loomvideo finetune-edit``."""
+
+from dataclasses import dataclass
+
+from loomvideo.platform.config import option
+from loomvideo.platform.errors import UserError
+from loomvideo.platform.training.config import TrainingConfig
+
+
+@dataclass
+class DataConfig:
+    """What is trained on."""
+
+    shards: list[str] = option([], "dataset folders or URLs made by `loomvideo data prepare`")
+
+
+@dataclass
+class ObjectiveConfig:
+    """What is learned from a sample."""
+
+    use_source_embedding: bool = option(True, "Scale-and-Add is on; off in stage 1")
+    shift_scale: float = option(0.5, "timestep shift added per doubling of tokens over 64; 0.65 in stage 1")
+    drop_all: float = option(0.1, "share of visits trained without any conditioning, for guidance")
+    drop_text: float = option(0.1, "share of visits trained without text, pictures kept, for guidance")
+
+    def check(self) -> None:
+        """Raise UserError for shares that are none."""
+        if min(self.drop_all, self.drop_text) < 0 or self.drop_all + self.drop_text > 1:
+            raise UserError("objective.drop_all and objective.drop_text: shares that add up to at most 1")
+
+
+@dataclass
+class HeldoutConfig:
+    """The evaluation on held-out samples at the end of the job."""
+
+    samples: str = option("", "samples.jsonl with held-out samples; empty skips the evaluation")
+    num_edits: int = option(24, "held-out editing samples to edit and measure")
+    num_generated: int = option(6, "held-out generation samples to show")
+    num_films: int = option(6, "videos kept as mp4")
+    num_frames: int = option(17, "frames of a clip, 4k+1")
+    buckets: list[int] = option([128], "resolution classes, as in `data prepare`")
+    steps: int = option(20, "denoising steps")
+    scale: float = option(2.5, "guidance scale of edits; 1 for no guidance")
+    visual_scale: float = option(1.5, "guidance scale of the source and references")
+    generate_scale: float = option(5.0, "guidance scale of generation without a source")
+    seed: int = option(0, "seed of the noise")
+
+
+@dataclass
+class TrainingJobConfig:
+    """One training job."""
+
+    run: str = option("", "run name; the same name continues the run; empty makes a new one from the time")
+    runs: str = option("runs", "folder of all runs; on a cluster, shared storage")
+    model: str = option("tiny", "model preset: tiny, small or 5b")
+    from_run: str = option("", "start from this run, NAME of the same runs folder or JOB/NAME")
+    from_weights: str = option("", "start from weights: a folder, gen_model.pth, or a Wan2.2 diffusers folder")
+    codec_folder: str = option("", "folder of the codec's weights, for presets that need one")
+    mllm_folder: str = option("", "folder of the MLLM, for presets that need one")
+    tracking_uri: str = option("", "MLflow; empty takes MLFLOW_TRACKING_URI, else a sqlite store in the runs folder")
+    data: DataConfig = option(DataConfig, "")
+    objective: ObjectiveConfig = option(ObjectiveConfig, "")
+    training: TrainingConfig = option(TrainingConfig, "")
+    evaluation: HeldoutConfig = option(HeldoutConfig, "")
+
+    def check(self) -> None:
+        """Check values that types cannot.
+
+        Raises:
+            UserError: naming the key and the fix.
+        """
+        if not self.data.shards:
+            raise UserError("data.shards: name at least one folder made by `loomvideo data prepare`")
+        if self.from_run and self.from_weights:
+            raise UserError("from_run and from_weights: give one of them")
+        if self.evaluation.num_frames % 4 != 1:
+            raise UserError(f"evaluation.num_frames={self.evaluation.num_frames}: must be 4k+1")
+        self.objective.check()
+        self.training.check()

@@ -1,0 +1,192 @@
+"""``loomvideo pretrain`` and ``loomvideo finetune-edit``: train, export, evaluate, record."""
+
+import dataclasses
+import logging
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from rich.console import Console
+
+from loomvideo.jobs.heldout import HeldoutResult, evaluate_heldout
+from loomvideo.jobs.recipe import LoomVideoRecipe
+from loomvideo.jobs.training_config import TrainingJobConfig
+from loomvideo.model.pipeline import LoomVideoPipeline
+from loomvideo.model.presets import ModelPreset, preset
+from loomvideo.pipelines.encode import with_folders
+from loomvideo.platform.config import flatten, to_yaml
+from loomvideo.platform.errors import UserError
+from loomvideo.platform.ray_session import ray_session
+from loomvideo.platform.runs import RunFolder
+from loomvideo.platform.shards.reader import ShardDataset
+from loomvideo.platform.tracking import Tracker
+from loomvideo.platform.training.checkpoint import CheckpointFolder
+from loomvideo.platform.training.driver import train
+
+logger = logging.getLogger(__name__)
+console = Console()
+
+
+def run_training(job: str, config: TrainingJobConfig, default_parent: str | None = None) -> None:
+    """Run or continue one training job.
+
+    Args:
+        job: ``pretrain`` or ``finetune-edit``.
+        config: The resolved configuration.
+        default_parent: The job whose newest finished run is continued when the configuration names no start.
+
+    Raises:
+        UserError: for a mistake in configuration or data.
+        KeyboardInterrupt: when interrupted, after a checkpoint.
+    """
+    config.check()
+    model = with_folders(preset(config.model), config.codec_folder, config.mllm_folder)
+    datasets = [ShardDataset.open(url) for url in config.data.shards]
+    for url, dataset in zip(config.data.shards, datasets, strict=True):
+        check_fits(url, dataset, datasets[0], model)
+    parent = _parent_run(config, default_parent)
+    initial_weights = config.from_weights or (str(parent.path / "weights") if parent else None)
+    if initial_weights is not None and not Path(initial_weights).exists():
+        raise UserError(f"{initial_weights}: no such weights; did that run finish?")
+    folder = RunFolder.open(config.runs, job, config.run or None)
+    folder.write_text("config.yaml", to_yaml(config))
+    tracker = Tracker(folder, config.tracking_uri or None, tags=_lineage(config, datasets, parent))
+    console.print(f"{job} {folder.name}: {folder.path}", soft_wrap=True)
+    status = "FAILED"
+    try:
+        tracker.log_params(flatten(config))
+        tracker.log_artifact(folder.path / "config.yaml")
+        result = _train_and_evaluate(config, model, datasets, initial_weights, folder, tracker)
+        tracker.log_artifact(folder.path / "result.json")
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        console.print(f"interrupted; run={folder.name} continues it")
+        raise
+    finally:
+        tracker.finish(status)
+    folder.finish(result)
+
+
+def check_fits(url: str, dataset: ShardDataset, first: ShardDataset, model: ModelPreset) -> None:
+    """Refuse shards that were encoded for another model, or otherwise than the first dataset.
+
+    Raises:
+        UserError: naming the dataset and the fix.
+    """
+    stated = dataset.manifest.config.get("model")
+    if stated != model.name:
+        raise UserError(
+            f"data.shards {url}: encoded for model={stated}, this run is model={model.name}; prepare it again"
+        )
+    if dataset.manifest.encoders != first.manifest.encoders:
+        raise UserError(
+            f"data.shards {url}: encoded by other encoders than the first dataset; prepare one of them again"
+        )
+
+
+def _parent_run(config: TrainingJobConfig, default_parent: str | None) -> RunFolder | None:
+    if config.from_weights:
+        return None
+    if config.from_run:
+        job, _, name = config.from_run.rpartition("/")
+        parent = RunFolder(Path(config.runs).absolute(), job or default_parent or "pretrain", name)
+        if not parent.path.is_dir():
+            raise UserError(f"from_run={config.from_run}: {parent.path} does not exist")
+        return parent
+    if default_parent is None:
+        return None
+    newest = RunFolder.newest(config.runs, default_parent)
+    if newest is None:
+        raise UserError(
+            f"no finished {default_parent} run in {config.runs}; run it first, or set from_run or from_weights"
+        )
+    return newest
+
+
+def _lineage(config: TrainingJobConfig, datasets: list[ShardDataset], parent: RunFolder | None) -> dict[str, str]:
+    tags = {"loomvideo.model": config.model}
+    for number, (url, dataset) in enumerate(zip(config.data.shards, datasets, strict=True)):
+        tags[f"loomvideo.dataset.{number}"] = f"{url} {dataset.digest}"
+    if parent is not None:
+        tags["loomvideo.parent_run"] = f"{parent.job}/{parent.name}"
+        known = parent.read_json("mlflow.json")
+        if known:
+            tags["loomvideo.parent_mlflow_run"] = known["run_id"]
+    return tags
+
+
+def _train_and_evaluate(
+    config: TrainingJobConfig,
+    model: ModelPreset,
+    datasets: list[ShardDataset],
+    initial_weights: str | None,
+    folder: RunFolder,
+    tracker: Tracker,
+) -> dict[str, Any]:
+    recipe_factory = partial(
+        LoomVideoRecipe,
+        config.model,
+        config.objective,
+        [dataset.shared()["null"] for dataset in datasets],
+        initial_weights,
+        config.training.seed,
+    )
+    with ray_session(num_cpus=_local_cpus(config)):
+        result = train(config.training, recipe_factory, config.data.shards, folder, tracker)
+        weights = export_weights(config, recipe_factory(), folder)
+        result["weights"] = str(weights)
+        if config.evaluation.samples:
+            workers = config.training.workers
+            task = ray.remote(evaluate_weights).options(
+                num_gpus=min(workers.gpus, 1), num_cpus=max(1, workers.num * workers.cpus if not workers.gpus else 1)
+            )
+            console.print("evaluating on held-out samples")
+            tasks = set(datasets[0].index.column("task").to_pylist()) - {
+                task for task, weight in config.training.mixture.tasks.items() if weight == 0
+            }
+            heldout = ray.get(task.remote(config, str(weights), tasks, str(folder.path / "heldout")))
+            _record(heldout, folder, tracker, result["steps"])
+            result |= heldout.figures
+    folder.write_json("result.json", result)
+    return result
+
+
+def export_weights(config: TrainingJobConfig, recipe: LoomVideoRecipe, folder: RunFolder) -> Path:
+    """Write the averaged weights (the raw ones without an average) of the newest checkpoint to ``weights/``."""
+    checkpoint = CheckpointFolder(folder.path / "checkpoints").open()
+    kind = "ema" if config.training.ema.decay else "master"
+    target, staged = folder.path / "weights", folder.path / "weights.partial"
+    shutil.rmtree(staged, ignore_errors=True)
+    recipe.export(checkpoint.weights(kind), staged)
+    note = {"model": config.model, "step": checkpoint.step, "weights": kind, "run": f"{folder.job}/{folder.name}"}
+    folder.write_json("weights.json", note)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(staged, target)
+    return target
+
+
+def evaluate_weights(config: TrainingJobConfig, weights: str, tasks: set[str], folder: str) -> HeldoutResult:
+    """Load exported weights and evaluate them; runs as a Ray task."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        torch.set_num_threads(max(1, config.training.workers.num * config.training.workers.cpus))
+    model = with_folders(preset(config.model), config.codec_folder, config.mllm_folder)
+    pipeline = LoomVideoPipeline.from_parts(model, weights, device)
+    return evaluate_heldout(pipeline, config.evaluation, tasks, Path(folder))
+
+
+def _record(heldout: HeldoutResult, folder: RunFolder, tracker: Tracker, step: int) -> None:
+    folder.write_json("heldout.json", dataclasses.asdict(heldout))
+    tracker.log_metrics({f"heldout/{name}": value for name, value in heldout.figures.items()}, step)
+    tracker.log_artifact(folder.path / "heldout", "heldout")
+
+
+def _local_cpus(config: TrainingJobConfig) -> int:
+    # A laptop with fewer cores than workers still runs them, more slowly.
+    workers = config.training.workers
+    return max(os.cpu_count() or 1, workers.num * workers.cpus)
