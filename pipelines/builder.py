@@ -86,21 +86,24 @@ class ShardBuilder:
             )
             return self._report(SHARED_TASK, 0, 0, 0, 0.0, 0.0, started)
         self._wait_s = self._encode_s = 0.0
+        self.encoder.start_measuring()
+        facts: dict[str, Any] = {"encoders": self.encoder.fingerprints}
         planned = read_plan(self.storage, row["shard"])
         outcomes: list[dict[str, Any]] = []
         record = write_shard(
             self.storage,
             row["shard"],
             row["split"],
-            self._samples(row, planned, outcomes),
+            self._samples(row, planned, outcomes, facts),
             row["recipe"],
             outcomes,
-            {"encoders": self.encoder.fingerprints},
+            facts,
         )
         lost = len(planned) - len(record.rows)
-        return self._report(
+        report = self._report(
             row["shard"], len(record.rows), lost, record.num_bytes, self._wait_s, self._encode_s, started
         )
+        return report | {"feature_error": max(record.facts["feature_error"]["layers"], default=0.0)}
 
     def _report(
         self, shard: str, written: int, lost: int, num_bytes: int, wait_s: float, encode_s: float, started: float
@@ -112,11 +115,16 @@ class ShardBuilder:
             "num_bytes": num_bytes,
             "wait_s": wait_s,
             "encode_s": encode_s,
+            "feature_error": 0.0,
             "wall_s": time.perf_counter() - started,
         }
 
     def _samples(
-        self, row: dict[str, Any], planned: list[tuple[int, Sample]], outcomes: list[dict[str, Any]]
+        self,
+        row: dict[str, Any],
+        planned: list[tuple[int, Sample]],
+        outcomes: list[dict[str, Any]],
+        facts: dict[str, Any],
     ) -> Iterator[tuple[int, ShardSample]]:
         previous = self._previous(row["shard"])
         for (slot, sample), loaded in zip(planned, self._loaded(planned, previous), strict=True):
@@ -132,6 +140,7 @@ class ShardBuilder:
                 raise RuntimeError(f"encoded {loaded.key} where {sample.key} was planned")
             outcomes.append({**outcome, "outcome": "written"})
             yield slot, loaded
+        facts["feature_error"] = self.encoder.error.summary()
 
     def _encoded(self, loaded: LoadedSample, split: str) -> ShardSample | Failure:
         try:
@@ -191,7 +200,7 @@ class ShardBuilder:
         if place is None:
             return None
         try:
-            return read_placed(self.storage, shard_path(place["shard"]), place)
+            return read_placed(self.storage, shard_path(place["shard"]), place, raw=True)
         except UserError as error:
             logger.warning("%s; %s is encoded again", error, place["key"])
             return None

@@ -21,11 +21,13 @@ from loomvideo.model.conditioning.inputs import MLLMInputs, build_inputs
 from loomvideo.model.conditioning.mllm import FrozenMLLM
 from loomvideo.model.presets import ModelPreset
 from loomvideo.pipelines.decode_process import IsolatedDecoder
+from loomvideo.pipelines.features import FeatureError, keeps_states, stored_members, streamed_members
 from loomvideo.pipelines.geometry import Clips, pixel_fingerprints, plan_clips
 from loomvideo.pipelines.media_files import content_hash, local_copies, resolve
 from loomvideo.pipelines.prepare_config import FeatureOptions, PrepareConfig
 from loomvideo.pipelines.samples import Sample
 from loomvideo.platform.shards.plan import digest
+from loomvideo.platform.shards.quantize import SCALE_SUFFIX
 from loomvideo.platform.shards.sample import ShardSample
 
 # Raise when the same pixels, words and encoders give other tensors than before.
@@ -179,11 +181,16 @@ class SampleEncoder:
         self.mllm = FrozenMLLM.from_preset(preset, self.device, dtype)
         self.dtype = dtype
         self.patch_size = tuple(preset.dit.patch_size)
+        self.start_measuring()
 
     @property
     def fingerprints(self) -> dict[str, str]:
         """Of the codec and the MLLM."""
         return {"codec": self.codec.fingerprint, "mllm": self.mllm.fingerprint}
+
+    def start_measuring(self) -> None:
+        """Count the error of eight-bit features from here on, in ``error``."""
+        self.error = FeatureError(self.mllm.hidden_size)
 
     def null_features(self) -> dict[str, Tensor]:
         """The dataset-wide tensors: features of the empty message, ``null`` [layers, tokens, dim]."""
@@ -264,13 +271,20 @@ class SampleEncoder:
             for i, source in enumerate(sources)
             for variant in variants
         }
-        states = self.mllm.encode(list(inputs.values()))
+        keep = keeps_states(self.features.mode, has_media)
         metadata = {
             "mllm_index": list(range(len(sources))) if loaded.source else [0] * len(loaded.clips.starts),
             "mllm_tokens": max(entry.num_tokens for entry in inputs.values()),
-            "features": "stored",
+            "features": "stored" if keep else "streamed",
         }
-        return {n: s.to("cpu", torch.bfloat16) for n, s in zip(inputs, states, strict=True)}, metadata
+        if not keep:
+            return streamed_members(inputs, self.mllm.processor), metadata
+        states = dict(zip(inputs, self.mllm.encode(list(inputs.values())), strict=True))
+        members = stored_members(states, self.features.dtype)
+        if self.features.dtype != "bf16":
+            for name, state in states.items():
+                self.error.add(state, members[name], members[name + SCALE_SUFFIX])
+        return members, metadata
 
     def _inputs(
         self, sample: Sample, source: Tensor | None, references: list[Tensor], variant: prompts.Variant

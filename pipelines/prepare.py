@@ -23,6 +23,7 @@ from loomvideo.model.presets import preset
 from loomvideo.pipelines.builder import PLAN_FILE, RETRIABLE, SHARED_RECORD, SHARED_TASK, ShardBuilder
 from loomvideo.pipelines.encode import TENSORS_VERSION, encoder_identity, with_folders
 from loomvideo.pipelines.estimate import estimated_bytes
+from loomvideo.pipelines.features import combined_error
 from loomvideo.pipelines.geometry import PIXELS_VERSION
 from loomvideo.pipelines.media_files import base_folder, media_stamp, resolve
 from loomvideo.pipelines.prepare_config import PrepareConfig
@@ -57,7 +58,7 @@ QUARANTINE_SCHEMA = pa.schema(
     + [(name, pa.string()) for name in ("message", "sample")]
 )
 # What changes where or how fast the work is done, not what is written.
-NOT_IN_RECIPE = ("input", "output", "workers.", "limits.", "codec_folder", "mllm_folder")
+NOT_IN_RECIPE = ("input", "output", "workers.", "limits.", "codec_folder", "mllm_folder", "features.max_error")
 
 
 @dataclasses.dataclass
@@ -223,6 +224,7 @@ def prepare(
         work = ([] if shared_sha256 else [shared_row]) + todo
         with session() if session else contextlib.nullcontext():
             for report in run_builders(config, work):
+                _check_error(report, config)
                 if on_progress is not None:
                     on_progress(report, len(work))
     _remove_unplanned(storage, plan)
@@ -232,6 +234,14 @@ def prepare(
         raise RuntimeError(f"{len(missing)} shards were not committed, first {missing[0]}")
     manifest = _finish(storage, config, inputs, recipe, records, _shared_sha256(storage, shared_row))
     return PrepareResult(manifest, len(todo), len(rows) - len(todo), time.perf_counter() - started, reason)
+
+
+def _check_error(report: dict[str, Any], config: PrepareConfig) -> None:
+    if report["feature_error"] > config.features.max_error:
+        raise UserError(
+            f"features.dtype={config.features.dtype}: relative error {report['feature_error']:.4f} in a layer of shard "
+            f"{report['shard']}, features.max_error={config.features.max_error:g}; use features.dtype=bf16"
+        )
 
 
 def run_builders(config: PrepareConfig, work: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -366,7 +376,11 @@ def _finish(
         records,
         config={k: v for k, v in flatten(config).items() if not k.startswith(NOT_IN_RECIPE)},
         encoders=_encoders(records),
-        features={"mode": config.features.mode, "dtype": config.features.dtype},
+        features={
+            "mode": config.features.mode,
+            "dtype": config.features.dtype,
+            "error": combined_error([record.facts.get("feature_error") for record in records]),
+        },
         counts=counts,
         inputs={"digest": inputs.digest, "samples": len(inputs.samples), "rejected": len(inputs.rejected)},
         recipe=recipe,

@@ -15,6 +15,7 @@ from torch import Tensor
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards import tensors as safetensors
 from loomvideo.platform.shards.manifest import INDEX_FILE, MANIFEST_FILE, SHARED_FILE, Manifest, shard_path
+from loomvideo.platform.shards.quantize import SCALE_SUFFIX, restore
 from loomvideo.platform.shards.sample import METADATA, ShardSample
 from loomvideo.platform.shards.storage import Storage
 
@@ -63,7 +64,7 @@ class ShardDataset:
         return {key: row for row, key in enumerate(self.index.column("key").to_pylist())}
 
     def read(self, row: int, select: Selection | None = None) -> ShardSample:
-        """Read one sample without scanning its tar.
+        """Read one sample without scanning its tar; eight-bit features come back as bfloat16.
 
         Args:
             row: Row of the index.
@@ -89,7 +90,9 @@ class ShardDataset:
         return safetensors.parse(data)
 
 
-def read_placed(storage: Storage, path: str, place: Mapping[str, Any], select: Selection | None = None) -> ShardSample:
+def read_placed(
+    storage: Storage, path: str, place: Mapping[str, Any], select: Selection | None = None, raw: bool = False
+) -> ShardSample:
     """Read the sample that an index row describes from a tar.
 
     Args:
@@ -97,6 +100,7 @@ def read_placed(storage: Storage, path: str, place: Mapping[str, Any], select: S
         path: Of the tar in it.
         place: The columns :data:`PLACE_COLUMNS` of the row.
         select: Which tensors to read; by default all.
+        raw: Leave eight-bit features as stored, with their scales.
 
     Raises:
         UserError: if the tar is missing, shorter than the row says, or holds another sample there.
@@ -116,6 +120,8 @@ def read_placed(storage: Storage, path: str, place: Mapping[str, Any], select: S
             f"{storage.url}/{path}: holds {metadata['key']} where the index has {place['key']}; "
             "run `loomvideo data verify`"
         )
+    if not raw:
+        tensors = {name: restore(part) for name, part in tensors.items()}
     return ShardSample(place["key"], metadata, tensors)
 
 
@@ -134,7 +140,7 @@ def _read_selected(
     for name, length, header in zip(wanted, lengths, headers, strict=True):
         base = members[name][0] + head_size + length
         for tensor, entry in safetensors.parse_header(header).items():
-            if select(name, tensor):
+            if select(name, tensor.removesuffix(SCALE_SUFFIX)):
                 begin, end = entry["data_offsets"]
                 entries.append((name, tensor, entry))
                 ranges.append((base + begin, end - begin))

@@ -1,0 +1,131 @@
+"""MLLM features of a sample in the form they are kept: the states themselves, or the MLLM's inputs.
+
+``stored`` members hold ``full.{i}`` and ``visual.{i}`` [layers, tokens, dim], in bf16 or in eight bits with
+``full.{i}.scale`` [layers, tokens]. ``streamed`` members hold what the MLLM reads: ``input_ids.{i}``,
+``visual_input_ids.{i}`` and the pictures both share, as uint8 patches ``pixel_values.{i}`` or
+``pixel_values_videos.{i}`` with their grids; :func:`streamed_inputs` gives the MLLM's inputs back exactly.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loomvideo.model.conditioning.inputs import MLLMInputs, ProcessorConfig
+from loomvideo.platform.shards.quantize import SCALE_SUFFIX, dequantize, quantize
+
+_PIXELS = ("pixel_values", "pixel_values_videos")
+_GRIDS = ("image_grid_thw", "video_grid_thw")
+
+
+def stored_members(states: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """Store form of ``{"full.0": states [layers, tokens, dim], ...}``."""
+    tensors = {}
+    for name, state in states.items():
+        values, scale = quantize(state.cpu(), dtype)
+        tensors[name] = values
+        if scale is not None:
+            tensors[name + SCALE_SUFFIX] = scale
+    return tensors
+
+
+def streamed_members(inputs: Mapping[str, MLLMInputs], processor: ProcessorConfig) -> dict[str, Tensor]:
+    """Store form of ``{"full.0": inputs, "visual.0": inputs, ...}``; the variants of an entry share their pictures."""
+    tensors: dict[str, Tensor] = {}
+    for name, entry in inputs.items():
+        variant, i = name.split(".")
+        tensors[f"input_ids.{i}" if variant == "full" else f"{variant}_input_ids.{i}"] = entry.input_ids
+        for kind, value in entry.tensors().items():
+            if kind in _PIXELS and variant == "full":
+                tensors[f"{kind}.{i}"] = _to_uint8(value, processor)
+            elif kind in _GRIDS:
+                tensors[f"{kind}.{i}"] = value
+    return tensors
+
+
+def streamed_inputs(tensors: Mapping[str, Tensor], i: int, variant: str, processor: ProcessorConfig) -> MLLMInputs:
+    """The MLLM's inputs of entry ``i``, ``full`` or ``visual``, from a streamed member."""
+    ids = tensors[f"input_ids.{i}" if variant == "full" else f"{variant}_input_ids.{i}"]
+    values = {"input_ids": ids}
+    values |= {kind: _to_float(tensors[f"{kind}.{i}"], processor) for kind in _PIXELS if f"{kind}.{i}" in tensors}
+    values |= {kind: tensors[f"{kind}.{i}"] for kind in _GRIDS if f"{kind}.{i}" in tensors}
+    return MLLMInputs.from_tensors(values)
+
+
+def _statistics(patches: Tensor, processor: ProcessorConfig) -> tuple[Tensor, Tensor]:
+    # Patches lie channel first: [patches, 3 * pair * side * side].
+    repeats = patches.shape[-1] // 3
+    return (torch.tensor(values).repeat_interleave(repeats) for values in (processor.mean, processor.std))
+
+
+def _to_uint8(patches: Tensor, processor: ProcessorConfig) -> Tensor:
+    mean, std = _statistics(patches, processor)
+    return ((patches.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _to_float(patches: Tensor, processor: ProcessorConfig) -> Tensor:
+    mean, std = _statistics(patches, processor)
+    return (patches / 255 - mean) / std
+
+
+class FeatureError:
+    """Mean relative error that eight-bit storage adds, per layer and behind the embedder.
+
+    The embedder that will read the features is not trained yet; one of its form (RMSNorm, linear, GELU, linear) with
+    seeded random weights and a narrow middle stands for it.
+    """
+
+    def __init__(self, dim: int, hidden: int = 256):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self._embedder = nn.Sequential(
+                nn.RMSNorm(dim, eps=1e-6), nn.Linear(dim, hidden), nn.GELU("tanh"), nn.Linear(hidden, hidden)
+            ).requires_grad_(False)
+        self._layers: Tensor | None = None
+        self._embedded = 0.0
+        self._tokens = 0
+
+    def add(self, states: Tensor, values: Tensor, scale: Tensor | None) -> None:
+        """Count the error of one tensor [layers, tokens, dim] and its store form."""
+        exact = states.float().cpu()
+        kept = dequantize(values, scale, torch.float32)
+        error = (kept - exact).norm(dim=-1) / exact.norm(dim=-1).clamp_min(1e-12)
+        layers = error.double().sum(1)
+        self._layers = layers if self._layers is None else self._layers + layers
+        # The embedder reads every layer; the first and the last stand for all.
+        ends = [0, -1]
+        after, before = self._embedder(kept[ends]), self._embedder(exact[ends])
+        relative = (after - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-12)
+        self._embedded += float(relative.double().mean(0).sum())
+        self._tokens += exact.shape[1]
+
+    def summary(self) -> dict[str, Any]:
+        """``{"layers": [...], "embedder": ..., "tokens": ...}``; tokens 0 when nothing was counted."""
+        if self._layers is None:
+            return {"layers": [], "embedder": 0.0, "tokens": 0}
+        return {
+            "layers": [round(float(value), 6) for value in self._layers / self._tokens],
+            "embedder": round(self._embedded / self._tokens, 6),
+            "tokens": self._tokens,
+        }
+
+
+def combined_error(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The summaries of several shards as one, weighted by tokens."""
+    parts = [part for part in parts if part and part["tokens"]]
+    tokens = sum(part["tokens"] for part in parts)
+    if not tokens:
+        return {"layers": [], "embedder": 0.0, "tokens": 0}
+    layers = zip(*(part["layers"] for part in parts), strict=True)
+    weights = [part["tokens"] / tokens for part in parts]
+    return {
+        "layers": [round(sum(w * v for w, v in zip(weights, values, strict=True)), 6) for values in layers],
+        "embedder": round(sum(w * part["embedder"] for w, part in zip(weights, parts, strict=True)), 6),
+        "tokens": tokens,
+    }
+
+
+def keeps_states(mode: str, has_media: bool) -> bool:
+    """Whether a sample's states are stored in this mode."""
+    return mode == "stored" or (mode == "text" and not has_media)
