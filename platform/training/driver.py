@@ -12,6 +12,9 @@ import ray
 import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.util.state import list_actors
+from ray.util.state.exception import RayStateApiException
 
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.runs import RunFolder
@@ -128,12 +131,28 @@ def _worker_environment(config: TrainingConfig) -> dict[str, str]:
     return environment
 
 
+def _has_state_api() -> bool:
+    try:
+        list_actors(limit=1, timeout=5)
+    except (RayStateApiException, ConnectionError):
+        return False
+    return True
+
+
 class _Trainer(TorchTrainer):
     """A trainer that asks the workers for a checkpoint before it ends on a signal."""
 
     mailbox: Any
     interrupted = False
     _controller: Any = None
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        if _has_state_api():
+            return callbacks
+        # Without a dashboard the cleaner cannot watch the controller and warns every second; a local cluster, the
+        # only kind without one, takes its placement groups along when it ends.
+        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         # Ray would abort the workers at once; catch_signals() gives them time for a checkpoint.

@@ -1,0 +1,176 @@
+"""The training loop against a plain PyTorch loop with the same model, packs and optimiser.
+
+Run ``python benchmarks/training_loop.py [--preset tiny] [--steps 60] [--workers 2]`` on an idle machine. The plain loop
+is one process with as many threads as there are workers; the loop is Ray Train with ZeRO-3 on that many one-thread
+workers. Samples are random latents of the sizes that the sample dataset has.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+import time
+
+import pyarrow as pa
+import ray
+import torch
+
+from loomvideo.model.dit import LoomVideoDiT
+from loomvideo.model.flow import noised_and_target
+from loomvideo.model.packing import DiTSample, pack
+from loomvideo.model.presets import preset
+from loomvideo.platform.ray_session import ray_session
+from loomvideo.platform.runs import RunFolder
+from loomvideo.platform.training.config import TrainingConfig
+from loomvideo.platform.training.driver import train
+from loomvideo.platform.training.loader import load_draw
+from loomvideo.platform.training.order import SampleOrder, build_sources
+from loomvideo.platform.training.packing import PackPlanner
+from loomvideo.platform.training.recipe import BaseRecipe, LossOutput
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+NUM_SAMPLES = 256
+FRAMES = {"t2i": 1, "image_edit": 1, "t2v": 5, "video_edit": 5, "ref_edit": 5, "mi2v": 5}
+
+
+class RandomDataset:
+    """``random://<latent side>``: latents by shape only."""
+
+    digest = "random"
+
+    def __init__(self, url):
+        self.side = int(url.removeprefix("random://"))
+        tasks = [list(FRAMES)[number % len(FRAMES)] for number in range(NUM_SAMPLES)]
+        self.index = pa.table(
+            {
+                "key": [f"s{number}" for number in range(NUM_SAMPLES)],
+                "task": tasks,
+                "dataset": ["random"] * NUM_SAMPLES,
+                "split": ["train"] * NUM_SAMPLES,
+                "dit_tokens": [FRAMES[task] * (self.side // 2) ** 2 for task in tasks],
+            }
+        )
+
+    def read(self, row):
+        """The row's number: examples are drawn by the recipe."""
+        return row
+
+
+@dataclasses.dataclass
+class RandomPack:
+    """A packed batch and its targets."""
+
+    keys: list
+    batch: object
+    target: torch.Tensor
+
+    num_tokens = property(lambda self: self.batch.num_tokens)
+    num_loss_elements = property(lambda self: self.batch.num_loss_elements)
+
+    def to(self, device, dtype):
+        """On a device."""
+        return dataclasses.replace(self, batch=self.batch.to(device, dtype), target=self.target.to(device))
+
+
+class RandomRecipe(BaseRecipe):
+    """Flow matching on random latents."""
+
+    def __init__(self, name, side, num_mllm_tokens=48):
+        self.config, self.side, self.num_mllm_tokens = preset(name).dit, side, num_mllm_tokens
+
+    def build_model(self):
+        """Seeded weights."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return LoomVideoDiT(self.config)
+
+    def load_example(self, dataset_index, row, sample, random):
+        """Random latents, source and MLLM states."""
+        config = self.config
+        shape = (config.in_channels, FRAMES[row["task"]], self.side, self.side)
+        t = random.uniform("t")
+        noised, velocity = noised_and_target(random.normal("x", shape), random.normal("noise", shape), t)
+        states = random.normal("mllm", (config.num_layers, self.num_mllm_tokens, config.mllm_dim))
+        source = random.normal("source", shape) if "edit" in row["task"] else None
+        return row["key"], DiTSample(noised, 1000 * t, states, source, t), velocity
+
+    def collate(self, examples):
+        """One sequence."""
+        batch = pack([example[1] for example in examples], self.config.patch_size)
+        return RandomPack([e[0] for e in examples], batch, batch.pack_targets([e[2] for e in examples]))
+
+    def loss(self, model, pack):
+        """Squared error."""
+        error = (model(pack.batch).float() - pack.target).square()
+        sums = pack.batch.sum_per_sample(error.detach())
+        return LossOutput(error.sum(), sums, pack.batch.sum_per_sample(torch.ones_like(error)))
+
+
+def configuration(arguments):
+    """A short run of the size that the tiny preset trains."""
+    config = TrainingConfig(steps=arguments.steps, precision="fp32", log_every=10)
+    config.pack.tokens, config.pack.per_step = arguments.tokens, arguments.workers
+    config.workers.num, config.ema.decay = arguments.workers, 0.99
+    config.checkpoint.every_steps = 10**6
+    return config
+
+
+def plain_step_s(arguments, recipe, dataset):
+    """Seconds of a step of the plain loop, the first ten left out."""
+    torch.set_num_threads(arguments.workers)
+    config = configuration(arguments)
+    sources = build_sources([dataset.index], [recipe.sample_tokens(dataset.index)], "train", config.mixture)
+    planner = PackPlanner(SampleOrder(sources, config.seed), config.pack, config.pack.per_step)
+    model = recipe.build_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    average = [p.detach().clone() for p in model.parameters()]
+    plan = [planner.next_step() for _ in range(config.steps)]
+    packs = [
+        [recipe.collate([load_draw(recipe, [dataset], draw, 0) for draw in draws]) for draws in step] for step in plan
+    ]
+    times = []
+    for step in packs:
+        start = time.perf_counter()
+        elements = sum(pack.num_loss_elements for pack in step)
+        for part in step:
+            (recipe.loss(model, part).sum / elements).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_lerp_(average, list(model.parameters()), 0.01)
+        times.append(time.perf_counter() - start)
+    return sum(times[10:]) / len(times[10:])
+
+
+def main():
+    """Print both and the loop's breakdown as JSON."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=768)
+    parser.add_argument("--side", type=int, default=8)
+    arguments = parser.parse_args()
+    recipe = RandomRecipe(arguments.preset, arguments.side)
+    url = f"random://{arguments.side}"
+    figures = {
+        "parameters": sum(p.numel() for p in recipe.build_model().parameters()),
+        "plain_ms": 1e3 * plain_step_s(arguments, recipe, RandomDataset(url)),
+    }
+    with tempfile.TemporaryDirectory() as root, ray_session(num_cpus=max(os.cpu_count(), arguments.workers)):
+        folder = RunFolder.open(root, "bench", "loop")
+        result = train(configuration(arguments), lambda: recipe, [url], folder, open_dataset=RandomDataset)
+        records = [json.loads(line) for line in (folder.path / "steps.jsonl").read_text().splitlines()][10:]
+    for name in ("step_s", "compute_s", "update_s", "data_wait_s"):
+        figures[f"loop_{name.removesuffix('_s')}_ms"] = 1e3 * sum(record[name] for record in records) / len(records)
+    figures["start_s"] = result["start_s"]
+    figures["fill"] = sum(record["fill"] for record in records) / len(records)
+    print(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
