@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from loomvideo.jobs.recipe import LoomVideoRecipe
 from loomvideo.jobs.training_config import ObjectiveConfig
 from loomvideo.model.flow import EPS
@@ -56,7 +57,8 @@ def test_source_and_target_come_from_the_same_window(recipe):
     windows = set()
     for visit in range(12):
         one = recipe.load_example(0, {}, shard_sample, SampleRandom(0, "a", visit))
-        w = next(w for w in range(2) if torch.equal(one.sample.source, shard_sample.tensors["source"][f"mean.{w}"].float()))
+        sources = shard_sample.tensors["source"]
+        w = next(w for w in range(2) if torch.equal(one.sample.source, sources[f"mean.{w}"].float()))
         windows.add(w)
         assert torch.equal(one.sample.mllm_states, shard_sample.tensors["mllm"][f"full.{w}"].float())
         t = one.sample.source_scale
