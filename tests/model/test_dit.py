@@ -225,9 +225,10 @@ def test_unknown_preset_is_named():
         preset("huge")
 
 
-def test_fresh_model_starts_with_wans_function():
-    """Neither the conditioning nor the source changes anything before training."""
+def test_what_a_wan_checkpoint_lacks_starts_without_effect():
+    """Neither the conditioning nor the source changes Wan's function before training."""
     model = LoomVideoDiT(CONFIG)
+    model.init_weights([name for name, _ in model.named_parameters() if name.startswith(("source_", "mllm_"))])
     torch.nn.init.normal_(model.proj_out.weight)
     sample = mixed_samples()[1]
     with torch.no_grad():
