@@ -16,6 +16,7 @@ from loomvideo.platform.errors import UserError
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
+    from loomvideo.platform.cluster.node_checks import Check
     from loomvideo.platform.cluster.profile import ClusterProfile
     from loomvideo.platform.cluster.submission import Plan
 
@@ -269,3 +270,63 @@ def _find(client: "JobSubmissionClient", name: str) -> str:
         known = ", ".join(details.submission_id for details in jobs[-5:]) or "(none)"
         raise UserError(f"{name}: no such job or run on the cluster; newest: {known}")
     return matching[-1]
+
+
+@app.command()
+def doctor(
+    cluster: Annotated[bool, typer.Option("--cluster", help="check every node of the Ray cluster")] = False,
+    storage: Annotated[
+        str | None, typer.Option("--storage", envvar="LOOMVIDEO_RUNS", help="folder or URL that jobs write to")
+    ] = None,
+    tracking: Annotated[
+        str | None, typer.Option("--tracking", envvar="MLFLOW_TRACKING_URI", help="MLflow server")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="also write the findings as JSON")] = None,
+    timeout: Annotated[float, typer.Option("--timeout", help="seconds a node may take to answer")] = 60.0,
+) -> None:
+    """Check this machine, or all nodes of a cluster, before a job runs; exit code 1 when something would break it.
+
+    From outside: loomvideo submit doctor --cluster PROFILE --run NAME.
+    """
+    import json
+
+    from loomvideo.platform.cluster.doctor import examine_cluster, examine_machine
+
+    if cluster:
+        from loomvideo.platform.ray_session import in_cluster, ray_session
+
+        if not in_cluster():
+            raise UserError(
+                "doctor --cluster: not on a cluster; use loomvideo submit doctor --cluster PROFILE --run NAME"
+            )
+        with ray_session():
+            diagnosis = examine_cluster(storage, tracking, extra=(kernels,), timeout_s=timeout)
+    else:
+        diagnosis = examine_machine(storage, tracking, extra=(kernels,))
+    Console().print(diagnosis.table())
+    if output:
+        output.write_text(json.dumps(diagnosis.as_dict(), indent=2) + "\n")
+    if diagnosis.failed:
+        raise typer.Exit(1)
+
+
+def kernels() -> "Check":
+    """Build or load this machine's kernels and compare one operation of each kind with its definition."""
+    import torch
+
+    from loomvideo.model import kernels as operations
+    from loomvideo.model.kernels.selfcheck import disagreement
+    from loomvideo.platform.cluster.node_checks import Check
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with operations.use_backend("auto", required=False):
+        for name in ("qk_norm_rope", "layer_norm_modulate", "gated_residual", "scale_and_add"):
+            difference = disagreement(getattr(operations, name), name, torch.float32, device, 96)
+            if difference:
+                return Check("kernels", "fail", f"{name}: {difference}")
+        report = operations.report()
+    used = report["backend"].get(device, "eager")
+    if report["replaced"]:
+        reason = "; ".join(f"{name}: {why}" for name, why in report["replaced"].items())
+        return Check("kernels", "warn", f"eager stands in: {reason}")
+    return Check("kernels", "ok", f"{used} agrees with the definition on {device}")

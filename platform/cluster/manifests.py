@@ -75,7 +75,7 @@ def ray_job(
 
 def command_of(job: str) -> list[str]:
     """The command line of a job, without its ``key=value`` arguments."""
-    return ["loomvideo", *(["data", "prepare"] if job == "data" else [job])]
+    return ["loomvideo", *{"data": ["data", "prepare"], "doctor": ["doctor", "--cluster"]}.get(job, [job])]
 
 
 def job_object_name(job: str, run: str) -> str:
