@@ -16,7 +16,6 @@ from loomvideo.platform.errors import UserError
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-    from loomvideo.platform.cluster.node_checks import Check
     from loomvideo.platform.cluster.profile import ClusterProfile
     from loomvideo.platform.cluster.submission import Plan
 
@@ -95,8 +94,6 @@ def validate(
 
 
 SUBMIT_FOLDER = Path("build/submit")
-# Commands that keep what they do under a run name; the others are told where to write by their own arguments.
-NAMED_JOBS = ("pretrain", "finetune-edit", "evaluate")
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -146,7 +143,7 @@ def _planner(
 ) -> "Callable[[str], Plan]":
     """Build what is shipped, once, and return the plan for an address."""
     from loomvideo.platform.cluster import submission
-    from loomvideo.platform.cluster.manifests import command_of
+    from loomvideo.platform.cluster.manifests import command_of, named_arguments
     from loomvideo.platform.cluster.upload import MIB
     from loomvideo.platform.cluster.wheel import build_wheel
     from loomvideo.platform.runs import RUN_NAME
@@ -168,7 +165,7 @@ def _planner(
     # A shipped wheel has no script on the nodes' PATH; its module is found through PYTHONPATH.
     command = command_of(job)
     command = ["python", "-m", "loomvideo.jobs.cli", *command[1:]] if wheel else command
-    named = [f"run={run}"] if job in NAMED_JOBS else []
+    named = named_arguments(profile, job, run, arguments)
     environment = {"MLFLOW_TRACKING_URI": profile.tracking.uri, **profile.environment}
     metadata = {"loomvideo.code": wheel.digest if wheel else "image", **_source_state()}
 
@@ -290,6 +287,7 @@ def doctor(
     """
     import json
 
+    from loomvideo.jobs.doctor_probes import kernels
     from loomvideo.platform.cluster.doctor import examine_cluster, examine_machine
 
     if cluster:
@@ -308,25 +306,3 @@ def doctor(
         output.write_text(json.dumps(diagnosis.as_dict(), indent=2) + "\n")
     if diagnosis.failed:
         raise typer.Exit(1)
-
-
-def kernels() -> "Check":
-    """Build or load this machine's kernels and compare one operation of each kind with its definition."""
-    import torch
-
-    from loomvideo.model import kernels as operations
-    from loomvideo.model.kernels.selfcheck import disagreement
-    from loomvideo.platform.cluster.node_checks import Check
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with operations.use_backend("auto", required=False):
-        for name in ("qk_norm_rope", "layer_norm_modulate", "gated_residual", "scale_and_add"):
-            difference = disagreement(getattr(operations, name), name, torch.float32, device, 96)
-            if difference:
-                return Check("kernels", "fail", f"{name}: {difference}")
-        report = operations.report()
-    used = report["backend"].get(device, "eager")
-    if report["replaced"]:
-        reason = "; ".join(f"{name}: {why}" for name, why in report["replaced"].items())
-        return Check("kernels", "warn", f"eager stands in: {reason}")
-    return Check("kernels", "ok", f"{used} agrees with the definition on {device}")

@@ -59,6 +59,7 @@ class TrainingJobConfig:
     codec_folder: str = option("", "folder of the codec's weights, for presets that need one")
     mllm_folder: str = option("", "folder of the MLLM, for presets that need one")
     tracking_uri: str = option("", "MLflow; empty takes MLFLOW_TRACKING_URI, else a sqlite store in the runs folder")
+    doctor: bool = option(True, "on a cluster, check every node before training")
     data: DataConfig = option(DataConfig, "")
     objective: ObjectiveConfig = option(ObjectiveConfig, "")
     training: TrainingConfig = option(TrainingConfig, "")
