@@ -20,7 +20,7 @@ from loomvideo.pipelines.decode_process import IsolatedDecoder
 from loomvideo.pipelines.media_files import base_folder, content_hash, local_copies, media_stamp, resolve
 from loomvideo.pipelines.prepare_config import PrepareConfig
 from loomvideo.pipelines.samples import EDIT_TASKS, Sample, parse_sample
-from loomvideo.pipelines.stages.assess import Assessor, Clip
+from loomvideo.pipelines.stages.assess import Assessor, Clip, drops, reasons_of
 from loomvideo.pipelines.stages.duplicates import exact_duplicates, near_duplicates
 from loomvideo.pipelines.stages.shots import build_detector, shot_samples, shot_thumbnails, shots
 from loomvideo.platform.errors import UserError
@@ -116,22 +116,23 @@ class SampleJudge:
                 target = self._clip(local[sample.target], fps)
                 source = self._clip(local[sample.source], fps) if sample.source else None
                 hashes = [content_hash(name) for name in local.values()]
-            found = self.assessor.assess(sample.task, target, source, str(sample.extra.get("use", "")))
+            scores = self.assessor.score(sample.task, target, source, str(sample.extra.get("use", "")))
         except DecodeError as error:
             return Judgement(text, "quarantined", "probe", error.reason, str(error))
         except Exception:
             return Judgement(text, "quarantined", "judge", "judge_error", traceback.format_exc(limit=-4))
-        dropped = [reason for reason in found.reasons if reason not in self.options.keep_reasons]
+        reasons = reasons_of(scores.values, self.options)
+        dropping = [reason for reason in reasons if drops([reason], self.options)]
         return Judgement(
             sample=text,
-            outcome="filtered" if found.dropped else "kept",
-            stage="judge" if found.dropped else "",
-            reason=dropped[0] if found.dropped else "",
-            message=", ".join(found.reasons),
-            reasons=found.reasons,
-            scores=found.scores,
+            outcome="filtered" if dropping else "kept",
+            stage="judge" if dropping else "",
+            reason=dropping[0] if dropping else "",
+            message=", ".join(reasons),
+            reasons=tuple(reasons),
+            scores=scores.values,
             identity=digest(sample.task, sample.text, *hashes),
-            signature=tuple(int(value) for value in found.signature),
+            signature=tuple(int(value) for value in scores.signature),
         )
 
     def _shots(self, sample: Sample) -> list[Sample]:
