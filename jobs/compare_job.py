@@ -10,7 +10,7 @@ from mlflow.tracking import MlflowClient
 from rich.console import Console
 from rich.table import Table
 
-from loomvideo.jobs.evaluate_setup import JOB
+from loomvideo.jobs.evaluate_setup import JOB, wide_console
 from loomvideo.pipelines.evaluation import mlflow_report
 from loomvideo.pipelines.evaluation.compare import GateRule, check_gate, compare_runs, differing_headers
 from loomvideo.pipelines.evaluation.results import SavedSuite, clean, load_suites
@@ -24,7 +24,7 @@ from loomvideo.platform.tracking import default_tracking_uri
 def run_compare(a: str, b: str, metrics: list[str], runs: Path, everything: bool, tracking_uri: str) -> None:
     """Print and log the comparison of two runs."""
     left, right = _load(runs, a), _load(runs, b)
-    console = Console()
+    console = wide_console()
     for line in differing_headers(left, right):
         console.print(f"not comparable: {line}", style="yellow", highlight=False)
     found = compare_runs(left, right, metrics)
@@ -96,7 +96,7 @@ def run_agreement(run: str, labels: Path, runs: Path, items: int, tracking_uri: 
     suites = {name: saved for name, saved in _load(runs, run).items() if saved.header["judge"] != "none"}
     if not suites:
         raise UserError(f"{run}: no judged suite in this run; evaluate with judge.kind set")
-    console = Console()
+    console = wide_console()
     if not labels.exists():
         count = _write_sheet(suites, labels, items)
         console.print(f"{labels}: {count} samples to label; fill in score (1 to 5) and run again", highlight=False)

@@ -23,6 +23,7 @@ from loomvideo.jobs.evaluate_setup import (
     judge_client,
     load_manifest,
     store_folder,
+    wide_console,
 )
 from loomvideo.pipelines.evaluation import mlflow_report, review
 from loomvideo.pipelines.evaluation.aggregate import SuiteResult, aggregate_suite
@@ -76,6 +77,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     try:
         tracker.log_params(flatten(config))
         client = MlflowClient(tracking_uri=tracker.uri)
+        # MLflow then opens the experiment with run tables and charts instead of traces.
+        client.set_experiment_tag(tracker.experiment_id, "mlflow.experimentKind", "custom_model_development")
         tags = {"loomvideo.fingerprint": checkpoint.fingerprint, "loomvideo.weights": checkpoint.weights}
         # MLflow's names take none of / : . % and quotes.
         name = re.sub(r"[^0-9A-Za-z_-]+", "-", checkpoint.name)
@@ -165,7 +168,7 @@ def _finish_suite(
     review.publish_media(store, rows, place)
     _draw_charts(result, place)
     child_folder = RunFolder(folder.path, "suites", suite.name)
-    tags = {"suite": suite.name, "status": result.status, "mlflow.experimentKind": "custom_model_development", **header}
+    tags = {"suite": suite.name, "status": result.status, **header}
     child = Tracker(child_folder, parent.uri, tags, parent.run_id, experiment=f"loomvideo/{JOB}")
     status = "FAILED"
     try:
@@ -233,7 +236,6 @@ def _tags(config: EvaluateConfig, checkpoint: Checkpoint, manifests: list[Manife
         "eval_key": content_key(settings, dataclasses.asdict(config.inputs))[:16],
         "judge": f"{config.judge.kind} {config.judge.model}".strip(),
         "status": "running",
-        "mlflow.experimentKind": "custom_model_development",
     }
     if checkpoint.training_run:
         tags["training_run"] = checkpoint.training_run
@@ -263,7 +265,7 @@ def _print_suite(result: SuiteResult) -> None:
         interval = f"{f.low:.3f} … {f.high:.3f}" if f.low == f.low else "–"
         copied = f"{identity[metric]:.3f}" if metric in identity else "–"
         table.add_row(metric, f"{f.value:.3f}", interval, copied, str(f.num_valid), str(f.num_failed))
-    console = Console()
+    console = wide_console()
     console.print(table)
     for reason, count in {**result.failures, **result.defects}.items():
         console.print(f"  {count} × {reason}", highlight=False)

@@ -173,6 +173,12 @@ def judge_client(config: EvaluateConfig) -> JudgeClient:
     return client
 
 
+def wide_console() -> Console:
+    """A console whose tables do not wrap when the output goes to a file or a log."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
 def store_folder(config: EvaluateConfig) -> Path:
     """Where results are kept by content."""
     return Path(config.store or Path(config.runs) / "evaluation-store").absolute()

@@ -43,15 +43,6 @@ RETRIABLE = ("missing_file", "timeout", "download_failed", "decoder_crash", "enc
 
 
 @dataclasses.dataclass(frozen=True)
-class PlannedSample:
-    """A sample, its slot in the shard, and what curation found."""
-
-    slot: int
-    sample: Sample
-    judged: dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
 class Failure:
     """Why a planned sample is not written."""
 
@@ -131,17 +122,16 @@ class ShardBuilder:
     def _samples(
         self,
         row: dict[str, Any],
-        planned: list[PlannedSample],
+        planned: list[tuple[int, Sample]],
         outcomes: list[dict[str, Any]],
         facts: dict[str, Any],
     ) -> Iterator[tuple[int, ShardSample]]:
         previous = self._previous(row["shard"])
-        for plan, loaded in zip(planned, self._loaded(planned, previous), strict=True):
-            sample = plan.sample
+        for (slot, sample), loaded in zip(planned, self._loaded(planned, previous), strict=True):
             outcome = {"key": sample.key, "dataset": sample.dataset, "media": self._stamps(sample)}
             if isinstance(loaded, LoadedSample):
                 began = time.perf_counter()
-                loaded = self._encoded(loaded, row["split"], plan.judged)
+                loaded = self._encoded(loaded, row["split"])
                 self._encode_s += time.perf_counter() - began
             if isinstance(loaded, Failure):
                 outcomes.append({**outcome, **dataclasses.asdict(loaded)})
@@ -149,12 +139,12 @@ class ShardBuilder:
             if loaded.key != sample.key:
                 raise RuntimeError(f"encoded {loaded.key} where {sample.key} was planned")
             outcomes.append({**outcome, "outcome": "written"})
-            yield plan.slot, loaded
+            yield slot, loaded
         facts["feature_error"] = self.encoder.error.summary()
 
-    def _encoded(self, loaded: LoadedSample, split: str, judged: dict[str, Any]) -> ShardSample | Failure:
+    def _encoded(self, loaded: LoadedSample, split: str) -> ShardSample | Failure:
         try:
-            return self.encoder.encode(loaded, split, judged)
+            return self.encoder.encode(loaded, split)
         except UserError as error:
             return Failure("quarantined", "encode", "invalid_sample", str(error))
         except Exception:
@@ -162,7 +152,7 @@ class ShardBuilder:
             return Failure("quarantined", "encode", "encode_error", traceback.format_exc(limit=-4))
 
     def _loaded(
-        self, planned: list[PlannedSample], previous: dict[str, dict[str, Any]]
+        self, planned: list[tuple[int, Sample]], previous: dict[str, dict[str, Any]]
     ) -> Iterator[LoadedSample | Failure]:
         ready: queue.Queue = queue.Queue(self.config.workers.prefetch)
         stopped = threading.Event()
@@ -175,10 +165,10 @@ class ShardBuilder:
 
         def work() -> None:
             try:
-                for plan in planned:
+                for _, sample in planned:
                     if stopped.is_set():
                         return
-                    put(self._load(plan.sample, previous.get(plan.sample.key)))
+                    put(self._load(sample, previous.get(sample.key)))
             except BaseException as error:
                 put(error)
 
@@ -225,11 +215,8 @@ class ShardBuilder:
         return {path: media_stamp(resolve(path, self.base)) for path in paths}
 
 
-def read_plan(storage: Storage, shard: str) -> list[PlannedSample]:
-    """The samples of one planned shard."""
+def read_plan(storage: Storage, shard: str) -> list[tuple[int, Sample]]:
+    """``(slot, sample)`` of one planned shard."""
     with storage.fs.open(storage.full_path(PLAN_FILE), "rb") as opened:
         table = pq.read_table(opened, filters=[("shard", "=", shard)])
-    return [
-        PlannedSample(row["slot"], parse_sample(row["sample"], f"{PLAN_FILE}:{row['key']}"), json.loads(row["judged"]))
-        for row in table.to_pylist()
-    ]
+    return [(row["slot"], parse_sample(row["sample"], f"{PLAN_FILE}:{row['key']}")) for row in table.to_pylist()]

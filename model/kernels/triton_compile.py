@@ -33,9 +33,7 @@ class _NoDevice:
         return 0
 
 
-def compile_kernels(
-    architecture: int, dim: int, num_heads: int, dtype: torch.dtype = torch.bfloat16, patch: int = 192
-) -> list:
+def compile_kernels(architecture: int, dim: int, num_heads: int, dtype: torch.dtype = torch.bfloat16) -> list:
     """Compile every kernel that training a model of this width launches; the results land in Triton's cache.
 
     Args:
@@ -43,7 +41,6 @@ def compile_kernels(
         dim: Model width.
         num_heads: Of its attention.
         dtype: Of its activations.
-        patch: Values in a latent patch.
 
     Returns:
         The distinct compiled kernels; ``.asm["cubin"]`` holds the machine code.
@@ -60,7 +57,7 @@ def compile_kernels(
     try:
         with triton_backend.recorded_launches(compile_launch):
             operations = load_operations("triton")
-            for name, arguments, keywords in training_calls(dim, num_heads, dtype, "cpu", patch=patch):
+            for name, arguments, keywords in training_calls(dim, num_heads, dtype, "cpu"):
                 results_and_gradients(getattr(operations, name), arguments, keywords)
     finally:
         driver.set_active(previous)

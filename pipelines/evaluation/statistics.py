@@ -12,6 +12,7 @@ from scipy import stats
 
 DEFAULT_RESAMPLES = 2000
 _EXACT_CLUSTERS = 14
+_BOOTSTRAP_CLUSTERS = 12
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def bootstrap_mean(
 
     The interval is the expanded percentile one (Hesterberg 2015, "What teachers should know about the bootstrap"):
     percentiles are widened to Student's t with clusters - 1 degrees of freedom and for the bootstrap's bias of the
-    variance, without which intervals of a few dozen clusters cover too little.
+    variance, without which intervals of a few dozen clusters cover too little. Under a dozen it is a t interval.
 
     Args:
         scores: ``[samples]`` with NaN for invalid.
@@ -81,6 +82,12 @@ def bootstrap_mean(
     value = float((sums.sum(0) / counts.sum(0)).mean())
     if num_clusters == 1:
         return Estimate(value, float("nan"), float("nan"), len(kept), 1)
+    if num_clusters < _BOOTSTRAP_CLUSTERS:
+        # Percentiles of so few clusters cannot reach beyond the data: Student's t on the linearised ratio instead.
+        influence = ((sums - counts * (sums.sum(0) / counts.sum(0))) / counts.sum(0)).mean(1)
+        error = np.sqrt(num_clusters / (num_clusters - 1) * np.sum(influence**2))
+        reach = float(stats.t.ppf(0.5 + confidence / 2, num_clusters - 1) * error)
+        return Estimate(value, value - reach, value + reach, len(kept), int(num_clusters))
     rng = np.random.default_rng(seed)
     weights = rng.multinomial(num_clusters, np.full(num_clusters, 1 / num_clusters), size=resamples)
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -17,7 +17,7 @@ def judge_scores(rng, num_clusters, per_cluster, mean=3.2, between=0.7, within=0
 TRUTH = judge_scores(np.random.default_rng(99), 200_000, 1)[0].mean()
 
 
-@pytest.mark.parametrize(("num_clusters", "per_cluster"), [(120, 1), (30, 4)])
+@pytest.mark.parametrize(("num_clusters", "per_cluster"), [(120, 1), (30, 4), (8, 5)])
 def test_interval_covers_the_truth_in_93_to_97_percent(num_clusters, per_cluster):
     rng = np.random.default_rng(5)
     trials, covered = 800, 0
