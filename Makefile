@@ -76,3 +76,12 @@ validate: $(VENV)/.setup-dev ## check all profiles' manifests, images and script
 
 image: ## build the container image: IMAGE=cpu or cuda
 	docker build --file infra/images/Dockerfile.$(IMAGE) --tag loomvideo/$(IMAGE):$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) .
+
+kernels: $(VENV)/.setup ## compile the kernels for this machine (or an image: ARGS="architectures=[80,90,100,120]")
+	$(BIN)/loomvideo kernels build $(ARGS)
+
+bench-kernels: $(VENV)/.setup ## time every kernel against eager and torch.compile: ARGS=--no-compile
+	$(BIN)/python benchmarks/kernels_cpu.py $(ARGS)
+
+bench-model: $(VENV)/.setup-dev ## a mixed pack through the transformer against a dense implementation: time, peak memory
+	$(BIN)/python benchmarks/model_pack.py $(ARGS)

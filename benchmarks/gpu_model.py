@@ -149,6 +149,19 @@ def usable_kernels(report: Report) -> list[str]:
     return usable
 
 
+def runs_without_synchronisation(step: Callable[[], None]) -> bool | str:
+    """Whether the host never waits for the device in a step; else the message of the first wait."""
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return True
+
+
 def train(report: Report, model, samples_by_name, kernel_backends) -> None:
     """Forward and backward."""
     from fixtures.dense_dit import dense_velocity
@@ -173,6 +186,8 @@ def train(report: Report, model, samples_by_name, kernel_backends) -> None:
             model(batch).float().square().mean().backward()
             model.zero_grad(set_to_none=True)
 
+        model.set_activation_checkpointing("full")
+        report.content.setdefault("step_without_synchronisation", {})[workload] = runs_without_synchronisation(step)
         for backend, compiled, checkpointing, attention in modes:
             if backend not in kernel_backends:
                 continue

@@ -53,10 +53,11 @@ def token_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dt
         Two tensors ``[L, head_dim // 2]``.
     """
     cos, sin = rope_tables(head_dim, theta, positions.device, dtype)
-    pair_counts = torch.tensor([size // 2 for size in axis_sizes(head_dim)], device=positions.device)
-    axis = torch.repeat_interleave(torch.arange(3, device=positions.device), pair_counts, output_size=head_dim // 2)
-    by_pair = positions.long()[:, axis]
+    # Filled on the device: a tensor made from a list would make the host wait for its copy.
     pair = torch.arange(head_dim // 2, device=positions.device)
+    t_pairs, h_pairs, _ = (size // 2 for size in axis_sizes(head_dim))
+    axis = (pair >= t_pairs).long() + (pair >= t_pairs + h_pairs).long()
+    by_pair = positions.long()[:, axis]
     index = by_pair.abs()
     return cos[index, pair], sin[index, pair] * by_pair.sign()
 

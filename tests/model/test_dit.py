@@ -193,6 +193,59 @@ def test_parameters_are_used_inside_their_own_module(use_source_embedding):
         assert torch.equal(model(batch), expected)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a")
+def test_blocks_compile_to_one_graph():
+    """Blocks and the embedder: compiled once, and once more with dynamic lengths; never again, without a break."""
+    model, num_compiled = random_model(dataclasses.replace(CONFIG, num_layers=10)), 0
+
+    def count(graph, _):
+        nonlocal num_compiled
+        num_compiled += 1
+        return graph
+
+    batches = [
+        pack([random_sample(model.config, (1 + n, 4, 6), 5 + n), random_sample(model.config, (1, 4, 4 + 2 * n), 2)])
+        for n in range(3)
+    ]
+    expected = [model(batch) for batch in batches]
+    model.set_activation_checkpointing("full")
+    torch._dynamo.reset()
+    model.compile_blocks(backend=count, fullgraph=True)
+    for batch, velocity in zip(batches, expected, strict=True):
+        torch.testing.assert_close(model(batch), velocity)
+    assert num_compiled == 4
+    model.run_blocks_eagerly()
+    torch.testing.assert_close(model(batches[0]), expected[0])
+    assert num_compiled == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", CHECKPOINTING)
+def test_step_never_waits_for_the_device(mode):
+    model = random_model(CONFIG).to("cuda", torch.bfloat16)
+    model.set_activation_checkpointing(mode)
+    batch = pack(mixed_samples()).to("cuda", torch.bfloat16)
+    model(batch).square().sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(batch).square().sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_attention_backends_agree():
+    model = random_model(dataclasses.replace(CONFIG, attention_head_dim=32)).to("cuda", torch.bfloat16)
+    batch = pack(mixed_samples(model.config)).to("cuda", torch.bfloat16)
+    gradients = []
+    for backend in ("sdpa", "varlen"):
+        model.attention_backend = backend
+        model.zero_grad()
+        model(batch).float().square().sum().backward()
+        gradients.append(torch.cat([parameter.grad.flatten().float() for parameter in model.parameters()]))
+    assert (gradients[0] - gradients[1]).norm() / gradients[0].norm() < 2e-2
+
+
 def test_hoisted_conditioning_changes_nothing():
     model, batch = random_model(CONFIG), pack(mixed_samples())
     with torch.no_grad():
