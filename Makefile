@@ -9,7 +9,7 @@ DATA ?= data/sample
 SHARDS ?= data/shards-$(PRESET)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev lint format test test-fast sample-data shards pretrain finetune-edit evaluate mlflow bench clean render submit validate image
+.PHONY: help setup setup-dev lint format test test-fast sample-data shards pretrain finetune-edit evaluate mlflow bench clean render submit validate image kernels bench-kernels
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -8,6 +8,7 @@ from loomvideo.jobs import (
     cluster_commands,
     data_commands,
     evaluate_commands,
+    kernels_commands,
     training_commands,
     weights_commands,
 )
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.add_typer(data_commands.app)
 app.add_typer(cluster_commands.app)
 app.add_typer(weights_commands.app)
+app.add_typer(kernels_commands.app)
 app.add_typer(evaluate_commands.app)
 training_commands.register(app)
 

@@ -94,8 +94,6 @@ def validate(
 
 
 SUBMIT_FOLDER = Path("build/submit")
-# Commands that keep what they do under a run name; the others are told where to write by their own arguments.
-NAMED_JOBS = ("pretrain", "finetune-edit", "evaluate")
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -145,7 +143,7 @@ def _planner(
 ) -> "Callable[[str], Plan]":
     """Build what is shipped, once, and return the plan for an address."""
     from loomvideo.platform.cluster import submission
-    from loomvideo.platform.cluster.manifests import command_of
+    from loomvideo.platform.cluster.manifests import command_of, named_arguments
     from loomvideo.platform.cluster.upload import MIB
     from loomvideo.platform.cluster.wheel import build_wheel
     from loomvideo.platform.runs import RUN_NAME
@@ -167,7 +165,7 @@ def _planner(
     # A shipped wheel has no script on the nodes' PATH; its module is found through PYTHONPATH.
     command = command_of(job)
     command = ["python", "-m", "loomvideo.jobs.cli", *command[1:]] if wheel else command
-    named = [f"run={run}"] if job in NAMED_JOBS else []
+    named = named_arguments(profile, job, run, arguments)
     environment = {"MLFLOW_TRACKING_URI": profile.tracking.uri, **profile.environment}
     metadata = {"loomvideo.code": wheel.digest if wheel else "image", **_source_state()}
 
@@ -269,3 +267,42 @@ def _find(client: "JobSubmissionClient", name: str) -> str:
         known = ", ".join(details.submission_id for details in jobs[-5:]) or "(none)"
         raise UserError(f"{name}: no such job or run on the cluster; newest: {known}")
     return matching[-1]
+
+
+@app.command()
+def doctor(
+    cluster: Annotated[bool, typer.Option("--cluster", help="check every node of the Ray cluster")] = False,
+    storage: Annotated[
+        str | None, typer.Option("--storage", envvar="LOOMVIDEO_RUNS", help="folder or URL that jobs write to")
+    ] = None,
+    tracking: Annotated[
+        str | None, typer.Option("--tracking", envvar="MLFLOW_TRACKING_URI", help="MLflow server")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="also write the findings as JSON")] = None,
+    timeout: Annotated[float, typer.Option("--timeout", help="seconds a node may take to answer")] = 60.0,
+) -> None:
+    """Check this machine, or all nodes of a cluster, before a job runs; exit code 1 when something would break it.
+
+    From outside: loomvideo submit doctor --cluster PROFILE --run NAME.
+    """
+    import json
+
+    from loomvideo.jobs.doctor_probes import kernels
+    from loomvideo.platform.cluster.doctor import examine_cluster, examine_machine
+
+    if cluster:
+        from loomvideo.platform.ray_session import in_cluster, ray_session
+
+        if not in_cluster():
+            raise UserError(
+                "doctor --cluster: not on a cluster; use loomvideo submit doctor --cluster PROFILE --run NAME"
+            )
+        with ray_session():
+            diagnosis = examine_cluster(storage, tracking, extra=(kernels,), timeout_s=timeout)
+    else:
+        diagnosis = examine_machine(storage, tracking, extra=(kernels,))
+    Console().print(diagnosis.table())
+    if output:
+        output.write_text(json.dumps(diagnosis.as_dict(), indent=2) + "\n")
+    if diagnosis.failed:
+        raise typer.Exit(1)

@@ -3,8 +3,10 @@
 import contextlib
 import logging
 import os
+import shutil
+import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,19 @@ from loomvideo.platform.nodes.jit_caches import point_jit_caches
 
 logger = logging.getLogger(__name__)
 
+Shape = tuple[int, int, int]
 
-def prepare_this_node(config: KernelConfig) -> dict[str, Any]:
+
+def prepare_this_node(
+    config: KernelConfig, shape: Shape | None = None, architectures: Sequence[int] = ()
+) -> dict[str, Any]:
     """Build or fetch what this node needs for ``config``, and describe it.
+
+    Args:
+        config: The job's.
+        shape: Width, heads and values in a latent patch of the model; with it the Triton kernels are compiled into
+            the node's Triton cache.
+        architectures: GPU architectures to compile them for; by default those of the node's GPUs.
 
     Returns:
         Host, seconds, one row an artefact (origin, seconds, target) and, with ``required=false``, what could not be
@@ -39,6 +51,9 @@ def prepare_this_node(config: KernelConfig) -> dict[str, Any]:
                 raise
             missing[name] = str(error)
             logger.warning("kernels: %s", error)
+    if config.backend in ("auto", "triton") and shape is not None:
+        for architecture in architectures or gpu_architectures():
+            artifacts[f"triton sm_{architecture}"] = _compile_triton(architecture, shape)
     return {
         "host": os.uname().nodename,
         "seconds": round(time.monotonic() - start, 3),
@@ -49,10 +64,10 @@ def prepare_this_node(config: KernelConfig) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def kernels_on_every_node(config: KernelConfig) -> Iterator[dict[str, Any]]:
+def kernels_on_every_node(config: KernelConfig, shape: Shape | None = None) -> Iterator[dict[str, Any]]:
     """Prepare every alive node, and while the body runs every node that joins.
 
-    Call it in the driver, with Ray initialised, around the training run.
+    Call it in the driver, with Ray initialised, around the training run; ``shape`` as in :func:`prepare_this_node`.
 
     Yields:
         A record for the run: ``{node address: result of prepare_this_node}``; nodes that join later are added to it.
@@ -71,7 +86,7 @@ def kernels_on_every_node(config: KernelConfig) -> Iterator[dict[str, Any]]:
             logger.warning("kernels on node %s: %s", name, result.error)
 
     def prepare() -> dict[str, Any]:
-        return prepare_this_node(config)
+        return prepare_this_node(config, shape)
 
     with prepared_nodes(prepare, add, config.watch_interval_s) as results:
         for result in results:
@@ -119,6 +134,29 @@ def summary(record: dict[str, Any]) -> dict[str, float]:
         "kernels/cached": float(origins.count("cache") + origins.count("prebuilt")),
         "kernels/missing": float(sum(len(row["missing"]) for row in rows) + len(record) - len(rows)),
     }
+
+
+def gpu_architectures() -> list[int]:
+    """Compute capabilities of this node's GPUs, as 90 for sm_90; asks the driver without opening a CUDA context."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    command = [tool, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    output = subprocess.run(command, capture_output=True, text=True)
+    if output.returncode:
+        logger.warning("nvidia-smi failed (%s); no Triton kernels are compiled ahead", output.stdout.strip())
+        return []
+    return sorted({int(line.strip().replace(".", "")) for line in output.stdout.splitlines() if line.strip()})
+
+
+def _compile_triton(architecture: int, shape: Shape) -> dict[str, Any]:
+    from loomvideo.model.kernels.triton_compile import compile_kernels
+
+    start = time.monotonic()
+    dim, num_heads, patch = shape
+    count = len(compile_kernels(architecture, dim, num_heads, patch=patch))
+    seconds = round(time.monotonic() - start, 3)
+    return {"origin": "compiled", "seconds": seconds, "path": f"{count} kernels in {os.environ['TRITON_CACHE_DIR']}"}
 
 
 def _wanted(config: KernelConfig) -> dict[str, Callable[[ArtifactStore], Artifact]]:

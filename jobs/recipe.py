@@ -130,8 +130,11 @@ class LoomVideoRecipe(BaseRecipe):
             states = self.null_states[dataset_index] if visual is None else visual
         _, frames, height, width = clean.shape
         num_tokens = frames * (height // self.config.patch_size[1]) * (width // self.config.patch_size[2])
-        generator = random.generator("timestep")
-        t = sample_timestep(generator, num_tokens, self.objective.shift_scale) if level is None else level
+        objective = self.objective
+        t = level
+        if t is None:
+            generator = random.generator("timestep")
+            t = sample_timestep(generator, num_tokens, objective.shift_scale, objective.shift_base_tokens)
         noise = random.normal("noise", clean.shape)
         noised, velocity = noised_and_target(clean, noise, t)
         dit_sample = DiTSample(

@@ -19,7 +19,8 @@ class ObjectiveConfig:
     """What is learned from a sample."""
 
     use_source_embedding: bool = option(True, "Scale-and-Add is on; off in stage 1")
-    shift_scale: float = option(0.5, "timestep shift added per doubling of tokens over 64; 0.65 in stage 1")
+    shift_scale: float = option(0.5, "timestep shift added per doubling of tokens over the base; 0.65 in stage 1")
+    shift_base_tokens: int = option(64, "tokens up to which timesteps are not shifted; small videos need fewer")
     drop_all: float = option(0.1, "share of visits trained without any conditioning, for guidance")
     drop_text: float = option(0.1, "share of visits trained without text, pictures kept, for guidance")
 
@@ -58,6 +59,7 @@ class TrainingJobConfig:
     codec_folder: str = option("", "folder of the codec's weights, for presets that need one")
     mllm_folder: str = option("", "folder of the MLLM, for presets that need one")
     tracking_uri: str = option("", "MLflow; empty takes MLFLOW_TRACKING_URI, else a sqlite store in the runs folder")
+    doctor: bool = option(True, "on a cluster, check every node before training")
     data: DataConfig = option(DataConfig, "")
     objective: ObjectiveConfig = option(ObjectiveConfig, "")
     training: TrainingConfig = option(TrainingConfig, "")

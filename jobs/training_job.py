@@ -18,9 +18,11 @@ from loomvideo.jobs.training_config import TrainingJobConfig
 from loomvideo.model.pipeline import LoomVideoPipeline
 from loomvideo.model.presets import ModelPreset, preset
 from loomvideo.pipelines.encode import with_folders
+from loomvideo.platform.cluster.doctor import Diagnosis, examine_cluster, preflight
+from loomvideo.platform.cluster.metrics import ExportingTracker
 from loomvideo.platform.config import flatten, to_yaml
 from loomvideo.platform.errors import UserError
-from loomvideo.platform.ray_session import ray_session
+from loomvideo.platform.ray_session import in_cluster, ray_session
 from loomvideo.platform.runs import RunFolder
 from loomvideo.platform.shards.reader import ShardDataset
 from loomvideo.platform.tracking import Tracker
@@ -137,7 +139,10 @@ def _train_and_evaluate(
         config.training.seed,
     )
     with ray_session(num_cpus=_local_cpus(config)):
-        result = train(config.training, recipe_factory, config.data.shards, folder, tracker)
+        if config.doctor and in_cluster():
+            _check_cluster(config, folder, tracker)
+        exporting = ExportingTracker(tracker, folder.job, folder.name)
+        result = train(config.training, recipe_factory, config.data.shards, folder, exporting)
         weights = export_weights(config, recipe_factory(), folder)
         result["weights"] = str(weights)
         if config.evaluation.samples:
@@ -154,6 +159,18 @@ def _train_and_evaluate(
             result |= heldout.figures
     folder.write_json("result.json", result)
     return result
+
+
+def _check_cluster(config: TrainingJobConfig, folder: RunFolder, tracker: Tracker) -> None:
+    """Refuse to train on a cluster with a sick node; the findings are kept with the run either way."""
+    from loomvideo.jobs.doctor_probes import kernels
+
+    def examine() -> Diagnosis:
+        diagnosis = examine_cluster(str(Path(config.runs).absolute()), tracker.uri, extra=(kernels,))
+        tracker.log_artifact(folder.write_json("doctor.json", diagnosis.as_dict()))
+        return diagnosis
+
+    preflight(examine)
 
 
 def export_weights(config: TrainingJobConfig, recipe: LoomVideoRecipe, folder: RunFolder) -> Path:

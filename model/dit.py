@@ -35,6 +35,10 @@ Context = Tensor | tuple[Tensor, Tensor]
 """What a block attends to: embedded MLLM states [tokens, dim], or their keys and values [tokens, heads, head dim]."""
 
 
+STARTS_AT_ZERO = ("source_patch_embedding.", "mllm_embedder.linear_2.")
+"""Parameters that are zero beside pretrained Wan weights."""
+
+
 class Lent(nn.Module):
     """A weight (and bias) that a fused operation borrows while this module's ``forward`` runs."""
 
@@ -252,12 +256,13 @@ class LoomVideoDiT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, names: Collection[str] | None = None, generator: torch.Generator | None = None) -> None:
-        """Start from scratch: Wan's initialisation, and zeros where LoomVideo starts from Wan's function.
+        """Initialise as Wan does.
 
-        The embedder's last layer and the source embedding are zero, so that neither changes a pretrained Wan.
+        Beside pretrained Wan weights the MLLM embedder's last layer and the source embedding start at zero, as
+        published, so that neither changes Wan's function; from scratch they start like their neighbours.
 
         Args:
-            names: Parameters to initialise; None for all.
+            names: Parameters that the loaded weights lack; None for all, from scratch.
             generator: Of the random values.
         """
         for name, parameter in self.named_parameters():
@@ -265,7 +270,7 @@ class LoomVideoDiT(nn.Module):
                 continue
             if name.endswith("scale_shift_table"):
                 nn.init.normal_(parameter, std=self.config.inner_dim**-0.5, generator=generator)
-            elif name.startswith(("source_patch_embedding", "mllm_embedder.linear_2", "proj_out")):
+            elif name.startswith("proj_out") or (names is not None and name.startswith(STARTS_AT_ZERO)):
                 nn.init.zeros_(parameter)
             elif parameter.ndim == 1:
                 nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)

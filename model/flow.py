@@ -8,6 +8,7 @@ from torch import Tensor
 EPS = 1e-3
 """Share of noise left at t = 0, so that the velocity stays bounded there."""
 NUM_TRAIN_TIMESTEPS = 1000
+SHIFT_BASE_TOKENS = 64
 
 
 def noised_and_target(latents: Tensor, noise: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -24,9 +25,9 @@ def noised_and_target(latents: Tensor, noise: Tensor, t: Tensor | float) -> tupl
     return noised, (1 - EPS) * noise - latents
 
 
-def dynamic_shift(num_tokens: int, scale: float) -> float:
-    """Shift that grows with the sequence: ``clamp(1 + scale * log2(tokens / 64), 1, 8)``."""
-    return min(max(1 + scale * math.log2(num_tokens / 64), 1.0), 8.0)
+def dynamic_shift(num_tokens: int, scale: float, base_tokens: int = SHIFT_BASE_TOKENS) -> float:
+    """Shift that grows with the sequence: ``clamp(1 + scale * log2(tokens / base_tokens), 1, 8)``."""
+    return min(max(1 + scale * math.log2(num_tokens / base_tokens), 1.0), 8.0)
 
 
 def shift_time(t: Tensor | float, shift: float) -> Tensor | float:
@@ -34,10 +35,12 @@ def shift_time(t: Tensor | float, shift: float) -> Tensor | float:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def sample_timestep(generator: torch.Generator, num_tokens: int, scale: float) -> float:
+def sample_timestep(
+    generator: torch.Generator, num_tokens: int, scale: float, base_tokens: int = SHIFT_BASE_TOKENS
+) -> float:
     """Draw t in (0, 1): logit-normal, shifted for a video of ``num_tokens`` tokens.
 
     The transformer is fed ``NUM_TRAIN_TIMESTEPS * t``.
     """
     normal = torch.randn((), generator=generator, dtype=torch.float64).item()
-    return shift_time(1 / (1 + math.exp(-normal)), dynamic_shift(num_tokens, scale))
+    return shift_time(1 / (1 + math.exp(-normal)), dynamic_shift(num_tokens, scale, base_tokens))

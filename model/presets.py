@@ -47,9 +47,9 @@ def _tiny() -> ModelPreset:
     dit = DiTConfig(
         num_layers=4,
         num_attention_heads=4,
-        attention_head_dim=64,
-        ffn_dim=1024,
-        in_channels=24,
+        attention_head_dim=48,
+        ffn_dim=576,
+        in_channels=16,
         mllm_dim=mllm.hidden_size,
     )
     return ModelPreset("tiny", dit, CodecConfig(latent_channels=dit.in_channels), mllm)

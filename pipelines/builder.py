@@ -43,6 +43,15 @@ RETRIABLE = ("missing_file", "timeout", "download_failed", "decoder_crash", "enc
 
 
 @dataclasses.dataclass(frozen=True)
+class PlannedSample:
+    """A sample, its slot in the shard, and what curation found."""
+
+    slot: int
+    sample: Sample
+    judged: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
 class Failure:
     """Why a planned sample is not written."""
 
@@ -122,16 +131,17 @@ class ShardBuilder:
     def _samples(
         self,
         row: dict[str, Any],
-        planned: list[tuple[int, Sample]],
+        planned: list[PlannedSample],
         outcomes: list[dict[str, Any]],
         facts: dict[str, Any],
     ) -> Iterator[tuple[int, ShardSample]]:
         previous = self._previous(row["shard"])
-        for (slot, sample), loaded in zip(planned, self._loaded(planned, previous), strict=True):
+        for plan, loaded in zip(planned, self._loaded(planned, previous), strict=True):
+            sample = plan.sample
             outcome = {"key": sample.key, "dataset": sample.dataset, "media": self._stamps(sample)}
             if isinstance(loaded, LoadedSample):
                 began = time.perf_counter()
-                loaded = self._encoded(loaded, row["split"])
+                loaded = self._encoded(loaded, row["split"], plan.judged)
                 self._encode_s += time.perf_counter() - began
             if isinstance(loaded, Failure):
                 outcomes.append({**outcome, **dataclasses.asdict(loaded)})
@@ -139,12 +149,12 @@ class ShardBuilder:
             if loaded.key != sample.key:
                 raise RuntimeError(f"encoded {loaded.key} where {sample.key} was planned")
             outcomes.append({**outcome, "outcome": "written"})
-            yield slot, loaded
+            yield plan.slot, loaded
         facts["feature_error"] = self.encoder.error.summary()
 
-    def _encoded(self, loaded: LoadedSample, split: str) -> ShardSample | Failure:
+    def _encoded(self, loaded: LoadedSample, split: str, judged: dict[str, Any]) -> ShardSample | Failure:
         try:
-            return self.encoder.encode(loaded, split)
+            return self.encoder.encode(loaded, split, judged)
         except UserError as error:
             return Failure("quarantined", "encode", "invalid_sample", str(error))
         except Exception:
@@ -152,7 +162,7 @@ class ShardBuilder:
             return Failure("quarantined", "encode", "encode_error", traceback.format_exc(limit=-4))
 
     def _loaded(
-        self, planned: list[tuple[int, Sample]], previous: dict[str, dict[str, Any]]
+        self, planned: list[PlannedSample], previous: dict[str, dict[str, Any]]
     ) -> Iterator[LoadedSample | Failure]:
         ready: queue.Queue = queue.Queue(self.config.workers.prefetch)
         stopped = threading.Event()
@@ -165,10 +175,10 @@ class ShardBuilder:
 
         def work() -> None:
             try:
-                for _, sample in planned:
+                for plan in planned:
                     if stopped.is_set():
                         return
-                    put(self._load(sample, previous.get(sample.key)))
+                    put(self._load(plan.sample, previous.get(plan.sample.key)))
             except BaseException as error:
                 put(error)
 
@@ -215,8 +225,11 @@ class ShardBuilder:
         return {path: media_stamp(resolve(path, self.base)) for path in paths}
 
 
-def read_plan(storage: Storage, shard: str) -> list[tuple[int, Sample]]:
-    """``(slot, sample)`` of one planned shard."""
+def read_plan(storage: Storage, shard: str) -> list[PlannedSample]:
+    """The samples of one planned shard."""
     with storage.fs.open(storage.full_path(PLAN_FILE), "rb") as opened:
         table = pq.read_table(opened, filters=[("shard", "=", shard)])
-    return [(row["slot"], parse_sample(row["sample"], f"{PLAN_FILE}:{row['key']}")) for row in table.to_pylist()]
+    return [
+        PlannedSample(row["slot"], parse_sample(row["sample"], f"{PLAN_FILE}:{row['key']}"), json.loads(row["judged"]))
+        for row in table.to_pylist()
+    ]

@@ -198,8 +198,13 @@ class SampleEncoder:
         return {"null": self.mllm.encode([inputs])[0].to("cpu", torch.bfloat16)}
 
     @torch.no_grad()
-    def encode(self, loaded: LoadedSample, split: str) -> ShardSample:
+    def encode(self, loaded: LoadedSample, split: str, judged: dict[str, Any] | None = None) -> ShardSample:
         """Encode what is not kept, and describe the sample.
+
+        Args:
+            loaded: The sample.
+            split: For its metadata.
+            judged: What curation found, ``{"scores": {...}, "reasons": [...]}``, for its metadata.
 
         Raises:
             UserError: if the MLLM cannot be told the sample.
@@ -242,6 +247,7 @@ class SampleEncoder:
                 if name.startswith("mean.")
             ),
             **mllm_metadata,
+            **(judged or {}),
             "fingerprints": loaded.fingerprints,
         }  # fmt: skip
         return ShardSample(sample.key, metadata, tensors)

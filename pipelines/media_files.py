@@ -23,11 +23,13 @@ def resolve(path: str, base: str) -> str:
     return f"{base.rstrip('/')}/{path}"
 
 
-def base_folder(sample_file: str) -> str:
-    """The folder of a sample file, as absolute path or URL."""
-    if "://" in sample_file:
-        return sample_file.rsplit("/", 1)[0]
-    return os.path.dirname(os.path.abspath(sample_file))
+def base_folder(source: str) -> str:
+    """The folder that an input's relative paths start at, as absolute path or URL: itself, or the file's folder."""
+    if "://" in source:
+        fs, path = fsspec.url_to_fs(source)
+        return source.rstrip("/") if fs.isdir(path) else source.rsplit("/", 1)[0]
+    path = os.path.abspath(os.path.expanduser(source))
+    return path if os.path.isdir(path) else os.path.dirname(path)
 
 
 def media_stamp(path: str) -> list | None:

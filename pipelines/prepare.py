@@ -15,19 +15,29 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from loomvideo.model.presets import preset
 from loomvideo.pipelines.builder import PLAN_FILE, RETRIABLE, SHARED_RECORD, SHARED_TASK, ShardBuilder
+from loomvideo.pipelines.curate import (
+    CURATION_FOLDER,
+    CURATION_PLAN,
+    SampleJudge,
+    chunk_rows,
+    decide,
+    judgements,
+    plan_chunks,
+    stale_chunks,
+)
 from loomvideo.pipelines.encode import TENSORS_VERSION, encoder_identity, with_folders
 from loomvideo.pipelines.estimate import estimated_bytes
 from loomvideo.pipelines.features import combined_error
 from loomvideo.pipelines.geometry import PIXELS_VERSION
 from loomvideo.pipelines.media_files import base_folder, media_stamp, resolve
 from loomvideo.pipelines.prepare_config import PrepareConfig
-from loomvideo.pipelines.samples import Sample, parse_sample
+from loomvideo.pipelines.samples import Sample
+from loomvideo.pipelines.sources import Rejected, open_source
 from loomvideo.platform.config import flatten
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.manifest import (
@@ -67,17 +77,23 @@ class Inputs:
 
     Attributes:
         samples: In input order, keys unique.
-        rejected: Outcomes ``{key, dataset, outcome, stage, reason, message}`` of lines left out.
+        rejected: Outcomes ``{key, dataset, outcome, stage, reason, message}`` of what is left out.
+        judged: What curation found of the samples, by key.
     """
 
     samples: list[Sample]
     rejected: list[dict[str, Any]]
+    judged: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def digest(self) -> str:
         """Names the input, whatever order its lines have."""
         lines = [sample.to_json() for sample in self.samples] + [json.dumps(r, sort_keys=True) for r in self.rejected]
         return digest_lines(sorted(lines))
+
+    def judged_json(self, key: str) -> str:
+        """What curation found of a sample."""
+        return json.dumps(self.judged.get(key, {}), sort_keys=True)
 
 
 @dataclasses.dataclass
@@ -112,37 +128,38 @@ class PrepareResult:
 Progress = Callable[[dict[str, Any], int], None]
 
 
-def read_inputs(url: str) -> Inputs:
-    """Read a sample file; invalid lines and repeated keys are set aside with their reason.
+def read_inputs(config: PrepareConfig) -> Inputs:
+    """Read the input; what is no sample, and repeated keys, are set aside with their reason.
 
     Raises:
-        UserError: if the file does not exist or holds no sample.
+        UserError: if there is no such input or it holds no sample.
     """
-    fs, path = fsspec.url_to_fs(url)
-    if not fs.exists(path) or fs.isdir(path):
-        raise UserError(f"input={url}: no such sample file; make one with `loomvideo data sample`")
+    base = base_folder(config.input) + "/"
     samples: dict[str, Sample] = {}
     rejected = []
-    with fs.open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{url.rsplit('/', 1)[-1]}:{number}"
-            try:
-                sample = parse_sample(line.decode("utf-8"), where)
-            except (UserError, UnicodeDecodeError, TypeError) as error:
-                rejected.append(
-                    _rejected(f"line-{number}", "unknown", "quarantined", "invalid_line", f"{where}: {error}")
-                )
-                continue
-            if sample.key in samples:
-                same = samples[sample.key] == sample
-                outcome = ("duplicates", "repeated_line") if same else ("quarantined", "repeated_key")
-                rejected.append(_rejected(sample.key, sample.dataset, *outcome, f"{where}: key {sample.key} again"))
-                continue
-            samples[sample.key] = sample
+    for item in open_source(config.input, config.format, **config.source_options):
+        if isinstance(item, Rejected):
+            where = item.where.removeprefix(base)
+            rejected.append(
+                _rejected(where, item.dataset or "unknown", "quarantined", item.reason, f"{where}: {item.detail}")
+            )
+            continue
+        # Paths as they stand in the input: equal input makes equal shards wherever it lies.
+        sample = dataclasses.replace(
+            item,
+            target=item.target.removeprefix(base),
+            source=item.source and item.source.removeprefix(base),
+            references=[path.removeprefix(base) for path in item.references],
+        )
+        if sample.key in samples:
+            same = samples[sample.key] == sample
+            outcome = ("duplicates", "repeated_line") if same else ("quarantined", "repeated_key")
+            rejected.append(_rejected(sample.key, sample.dataset, *outcome, f"key {sample.key} again"))
+            continue
+        samples[sample.key] = sample
     if not samples:
-        raise UserError(f"input={url}: no valid sample in it" + (f"; {rejected[0]['message']}" if rejected else ""))
+        first = f"; first: {rejected[0]['message']}" if rejected else ""
+        raise UserError(f"input={config.input}: no valid sample in it{first}")
     return Inputs(list(samples.values()), rejected)
 
 
@@ -194,35 +211,43 @@ def prepare(
     """
     config.check()
     started = time.perf_counter()
-    inputs = read_inputs(config.input)
+    inputs = read_inputs(config)
     storage = Storage(config.output)
-    for folder in (SHARD_FOLDER, RECORD_FOLDER, "work", ""):
+    for folder in (SHARD_FOLDER, RECORD_FOLDER, CURATION_FOLDER, "work", ""):
         storage.remove_temporaries(folder)
     recipe = recipe_parts(inputs, config)
-    plan = make_plan(inputs, config)
-    by_key = {sample.key: sample for sample in inputs.samples}
-    rows = [
-        {"shard": shard.name, "split": shard.split, "recipe": _shard_recipe(shard, by_key, recipe)} for shard in plan
-    ]
-    shared_row = {
-        "shard": SHARED_TASK,
-        "split": "",
-        "recipe": digest(recipe["config"], recipe["encoders"], recipe["code"]),
-    }
     stamps = _Stamps(base_folder(config.input))
-    todo = [row for row in rows if not _is_current(storage, row, stamps)]
-    shared_sha256 = _shared_sha256(storage, shared_row)
-    before = _manifest(storage)
-    if not todo and shared_sha256 and before is not None and before.recipe == recipe:
-        return PrepareResult(before, 0, len(rows), time.perf_counter() - started, "up to date")
-    reason = _why(before, recipe, todo, config)
-    if todo or not shared_sha256:
-        # Without its manifest the folder is no finished dataset while its shards change.
-        storage.delete(MANIFEST_FILE)
-        storage.delete(INDEX_FILE)
-        _write_plan(storage, plan, by_key)
-        work = ([] if shared_sha256 else [shared_row]) + todo
-        with session() if session else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+
+        def connect() -> None:
+            if session is not None and not stack_entered:
+                stack.enter_context(session())
+                stack_entered.append(True)
+
+        stack_entered: list[bool] = []
+        if config.curate:
+            inputs = _curated(storage, inputs, config, stamps, connect, on_progress)
+        plan = make_plan(inputs, config)
+        by_key = {sample.key: sample for sample in inputs.samples}
+        rows = [
+            {"shard": shard.name, "split": shard.split, "recipe": _shard_recipe(shard, by_key, inputs, recipe)}
+            for shard in plan
+        ]
+        shared_recipe = digest(recipe["config"], recipe["encoders"], recipe["code"])
+        shared_row = {"shard": SHARED_TASK, "split": "", "recipe": shared_recipe}
+        todo = [row for row in rows if not _is_current(storage, row, stamps)]
+        shared_sha256 = _shared_sha256(storage, shared_row)
+        before = _manifest(storage)
+        if not todo and shared_sha256 and before is not None and before.recipe == recipe:
+            return PrepareResult(before, 0, len(rows), time.perf_counter() - started, "up to date")
+        reason = _why(before, recipe, todo, config)
+        if todo or not shared_sha256:
+            # Without its manifest the folder is no finished dataset while its shards change.
+            storage.delete(MANIFEST_FILE)
+            storage.delete(INDEX_FILE)
+            _write_plan(storage, PLAN_FILE, plan, inputs, by_key)
+            work = ([] if shared_sha256 else [shared_row]) + todo
+            connect()
             for report in run_builders(config, work):
                 _check_error(report, config)
                 if on_progress is not None:
@@ -236,6 +261,29 @@ def prepare(
     return PrepareResult(manifest, len(todo), len(rows) - len(todo), time.perf_counter() - started, reason)
 
 
+def _curated(
+    storage: Storage,
+    inputs: Inputs,
+    config: PrepareConfig,
+    stamps: "_Stamps",
+    connect: Callable[[], None],
+    on_progress: Progress | None,
+) -> Inputs:
+    """The inputs without what curation drops, with what it found of the others."""
+    chunks = plan_chunks(inputs.samples)
+    by_key = {sample.key: sample for sample in inputs.samples}
+    stale = stale_chunks(storage, chunk_rows(chunks, by_key, config), stamps.same)
+    if stale:
+        _write_plan(storage, CURATION_PLAN, chunks, inputs, by_key)
+        connect()
+        for report in run_judges(config, stale):
+            if on_progress is not None:
+                on_progress(report, len(stale))
+    kept, outcomes = decide(list(judgements(storage, chunks)), config)
+    judged = {sample.key: {"scores": j.scores, "reasons": list(j.reasons)} for sample, j in kept}
+    return Inputs([sample for sample, _ in kept], [*inputs.rejected, *outcomes], judged)
+
+
 def _check_error(report: dict[str, Any], config: PrepareConfig) -> None:
     if report["feature_error"] > config.features.max_error:
         raise UserError(
@@ -246,30 +294,41 @@ def _check_error(report: dict[str, Any], config: PrepareConfig) -> None:
 
 def run_builders(config: PrepareConfig, work: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Build shards on the Ray cluster; yields a report a shard."""
+    yield from _map_on_actors(ShardBuilder, config, work, num_gpus=config.workers.gpus)
+
+
+def _map_on_actors(
+    worker: type, config: PrepareConfig, work: list[dict[str, Any]], num_gpus: float
+) -> Iterator[dict[str, Any]]:
     import ray
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    count = config.workers.count or _builders_that_fit(config, ray.cluster_resources())
+    count = config.workers.count or _workers_that_fit(config, num_gpus, ray.cluster_resources())
     dataset = ray.data.from_items(work, override_num_blocks=len(work)).map(
-        ShardBuilder,
+        worker,
         fn_constructor_args=(config,),
         num_cpus=config.workers.cpus,
-        num_gpus=config.workers.gpus,
-        # One shard at a time: queueing several behind one builder would leave others idle at the end.
+        num_gpus=num_gpus,
+        # One row at a time: queueing several behind one worker would leave others idle at the end.
         compute=ray.data.ActorPoolStrategy(size=max(min(count, len(work)), 1), max_tasks_in_flight_per_actor=1),
     )
     yield from dataset.iter_rows()
 
 
-def _builders_that_fit(config: PrepareConfig, resources: dict[str, float]) -> int:
+def run_judges(config: PrepareConfig, work: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Judge chunks on the Ray cluster; yields a report a chunk."""
+    yield from _map_on_actors(SampleJudge, config, work, num_gpus=0.0)
+
+
+def _workers_that_fit(config: PrepareConfig, num_gpus: float, resources: dict[str, float]) -> int:
     count = int(resources.get("CPU", 1) / config.workers.cpus) if config.workers.cpus else 1
-    if config.workers.gpus:
-        count = min(count, int(resources.get("GPU", 0) / config.workers.gpus))
+    if num_gpus:
+        count = min(count, int(resources.get("GPU", 0) / num_gpus))
         if count < 1:
-            raise UserError(f"workers.gpus={config.workers.gpus:g}: the cluster has {resources.get('GPU', 0):g} GPUs")
+            raise UserError(f"workers.gpus={num_gpus:g}: the cluster has {resources.get('GPU', 0):g} GPUs")
     return max(count, 1)
 
 
@@ -296,8 +355,8 @@ def _is_current(storage: Storage, row: dict[str, Any], stamps: _Stamps) -> bool:
     return all(stamps.same(outcome["media"]) for outcome in record.outcomes)
 
 
-def _shard_recipe(shard: PlannedShard, by_key: dict[str, Sample], recipe: dict[str, str]) -> str:
-    lines = [by_key[key].to_json() for key in shard.keys]
+def _shard_recipe(shard: PlannedShard, by_key: dict[str, Sample], inputs: Inputs, recipe: dict[str, str]) -> str:
+    lines = [by_key[key].to_json() + inputs.judged_json(key) for key in shard.keys]
     return digest(recipe["config"], recipe["encoders"], recipe["code"], shard.name, *lines)
 
 
@@ -336,12 +395,21 @@ def _why(before: Manifest | None, recipe: dict[str, str], todo: list[dict[str, A
     return "rebuilt: changed " + ", ".join(details)
 
 
-def _write_plan(storage: Storage, plan: list[PlannedShard], by_key: dict[str, Sample]) -> None:
-    schema = pa.schema([("shard", pa.string()), ("slot", pa.int32()), ("key", pa.string()), ("sample", pa.string())])
-    with storage.staged(PLAN_FILE) as path, pq.ParquetWriter(path, schema, compression="zstd") as writer:
+def _write_plan(
+    storage: Storage, file: str, plan: list[PlannedShard], inputs: Inputs, by_key: dict[str, Sample]
+) -> None:
+    columns = [("shard", pa.string()), ("slot", pa.int32()), ("key", pa.string())]
+    schema = pa.schema([*columns, ("sample", pa.string()), ("judged", pa.string())])
+    with storage.staged(file) as path, pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for shard in plan:
             rows = [
-                {"shard": shard.name, "slot": slot, "key": key, "sample": by_key[key].to_json()}
+                {
+                    "shard": shard.name,
+                    "slot": slot,
+                    "key": key,
+                    "sample": by_key[key].to_json(),
+                    "judged": inputs.judged_json(key),
+                }
                 for slot, key in enumerate(shard.keys)
             ]
             # A row group a shard: a builder reads its own part only.
@@ -410,7 +478,7 @@ def _quarantine_table(losses: list[dict[str, Any]], samples: dict[str, Sample]) 
         {
             **{name: loss[name] for name in ("key", "dataset", "outcome", "stage", "reason", "message")},
             "retriable": loss["reason"] in RETRIABLE,
-            "sample": samples[loss["key"]].to_json() if loss["key"] in samples else None,
+            "sample": loss.get("sample") or (samples[loss["key"]].to_json() if loss["key"] in samples else None),
         }
         for loss in losses
     ]

@@ -1,8 +1,10 @@
 """The configuration of ``loomvideo data prepare``."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from loomvideo.model.presets import PRESETS
+from loomvideo.pipelines.stages.options import StageOptions
 from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
 
@@ -63,7 +65,9 @@ class LimitOptions:
 class PrepareConfig:
     """Raw samples to shards."""
 
-    input: str = option("???", "samples.jsonl, a local path or URL")
+    input: str = option("???", "samples.jsonl or a dataset in a known layout; a local path or URL")
+    format: str = option("auto", "layout of the input; `auto` recognises it, see docs/sources.md")
+    source_options: dict[str, Any] = option({}, "options of the layout, for example {columns: {target: video}}")
     output: str = option("???", "dataset folder, a local path or URL")
     model: str = option("tiny", "model preset whose codec and MLLM encode: " + ", ".join(PRESETS))
     codec_folder: str = option("", "folder of the codec's weights, for presets that need one")
@@ -76,6 +80,8 @@ class PrepareConfig:
     shards: ShardOptions = option(ShardOptions, "")
     workers: WorkerOptions = option(WorkerOptions, "")
     limits: LimitOptions = option(LimitOptions, "")
+    curate: bool = option(False, "judge samples before encoding: shots, quality, text, pairs, duplicates (stages.*)")
+    stages: StageOptions = option(StageOptions, "")
 
     def check(self) -> None:
         """Check values that types cannot.
@@ -103,5 +109,6 @@ class PrepareConfig:
         }.items():
             if value < 1:
                 raise UserError(f"{key}={value}: must be at least 1")
+        self.stages.check()
         if not 0 <= self.heldout_fraction < 1:
             raise UserError(f"heldout_fraction={self.heldout_fraction}: must be in [0, 1)")

@@ -281,8 +281,9 @@ def _residual_norm_op(raw: ModuleType):
         ctx.mark_non_differentiable(mean, rstd)
 
     def autograd(ctx, grad_hidden, grad_out, *_):
-        gated = ctx.saved_tensors[2] is not None
-        grads = backward(grad_hidden, grad_out, *ctx.saved_tensors, ctx.affine, ctx.scale_offset)
+        saved = ctx.saved_tensors  # once: activation checkpointing recomputes them for one reading
+        gated = saved[2] is not None
+        grads = backward(grad_hidden, grad_out, *saved, ctx.affine, ctx.scale_offset)
         grad_x, grad_y, grad_gate, grad_shift, grad_scale = grads if gated else (grads[0], grads[0], None, *grads[1:])
         return grad_x, grad_y, grad_gate, grad_shift, grad_scale, None, None, None, None
 

@@ -1,6 +1,7 @@
 """A back end against the definition on small made-up inputs, forward and backward."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -108,7 +109,23 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
 
 
 def disagreement(function: Callable, name: str, dtype: torch.dtype, device: str, width: int) -> str | None:
-    """How a back end's operation differs from the definition by more than :data:`TOLERANCE`, or None."""
+    """How a back end's operation differs from the definition by more than :data:`TOLERANCE`, or None.
+
+    The comparison has a thread of its own: the caller's saved-tensor hooks, dispatch modes and inference mode, which
+    are thread-local, must not touch its tensors (activation checkpointing would take them for the model's).
+    """
+    cuda_device = torch.cuda.current_device() if device == "cuda" else None
+
+    def compare() -> str | None:
+        if cuda_device is not None:
+            torch.cuda.set_device(cuda_device)
+        return _disagreement(function, name, dtype, device, width)
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(compare).result()
+
+
+def _disagreement(function: Callable, name: str, dtype: torch.dtype, device: str, width: int) -> str | None:
     arguments, keywords = example_arguments(name, width, dtype, device)
     values = results_and_gradients(function, arguments, keywords)
     references = results_and_gradients(getattr(eager, name), arguments, keywords)

@@ -33,7 +33,9 @@ class _NoDevice:
         return 0
 
 
-def compile_kernels(architecture: int, dim: int, num_heads: int, dtype: torch.dtype = torch.bfloat16) -> list:
+def compile_kernels(
+    architecture: int, dim: int, num_heads: int, dtype: torch.dtype = torch.bfloat16, patch: int = 192
+) -> list:
     """Compile every kernel that training a model of this width launches; the results land in Triton's cache.
 
     Args:
@@ -41,6 +43,7 @@ def compile_kernels(architecture: int, dim: int, num_heads: int, dtype: torch.dt
         dim: Model width.
         num_heads: Of its attention.
         dtype: Of its activations.
+        patch: Values in a latent patch.
 
     Returns:
         The distinct compiled kernels; ``.asm["cubin"]`` holds the machine code.
@@ -57,7 +60,7 @@ def compile_kernels(architecture: int, dim: int, num_heads: int, dtype: torch.dt
     try:
         with triton_backend.recorded_launches(compile_launch):
             operations = load_operations("triton")
-            for name, arguments, keywords in training_calls(dim, num_heads, dtype, "cpu"):
+            for name, arguments, keywords in training_calls(dim, num_heads, dtype, "cpu", patch=patch):
                 results_and_gradients(getattr(operations, name), arguments, keywords)
     finally:
         driver.set_active(previous)

@@ -1,4 +1,7 @@
-"""All judgements of one sample in one call."""
+"""All judgements of one sample: scores from frames, reasons from scores.
+
+The two are apart so that limits can change, or be tried, without decoding anything again.
+"""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +10,7 @@ import numpy as np
 from loomvideo.pipelines.samples import EDIT_TASKS
 from loomvideo.pipelines.stages.duplicates import signature
 from loomvideo.pipelines.stages.options import StageOptions
-from loomvideo.pipelines.stages.pair_audit import audit_pair
+from loomvideo.pipelines.stages.pair_audit import pair_reasons, pair_scores
 from loomvideo.pipelines.stages.quality import clip_scores, quality_reasons
 from loomvideo.pipelines.stages.text_overlay import TextDetector
 
@@ -17,33 +20,38 @@ UNALIGNED_USES = ("wear", "flat_lay")
 
 @dataclass(frozen=True)
 class Clip:
-    """Decoded frames of a file, or some of them at a constant rate.
+    """Decoded frames of a file, or of a part of it.
 
     Attributes:
         frames: uint8 [frames, height, width, 3]; may be reduced in size.
         fps: Frames a second of ``frames``; any number for a picture.
         width: Of the file.
         height: Of the file.
+        duration_s: Of the file; default: of the frames.
     """
 
     frames: np.ndarray
     fps: float
     width: int
     height: int
+    duration_s: float = 0.0
+
+    @property
+    def length_s(self) -> float:
+        """Seconds of the file."""
+        return self.duration_s or len(self.frames) / self.fps
 
 
 @dataclass(frozen=True)
-class Assessment:
-    """Scores for the index, reason codes, and whether they drop the sample."""
+class Scores:
+    """What frames say: numbers for the index, and hashes of key frames for the search of duplicates."""
 
-    scores: dict[str, float]
-    reasons: tuple[str, ...]
-    dropped: bool
+    values: dict[str, float]
     signature: np.ndarray = field(compare=False)
 
 
 class Assessor:
-    """Judges samples; holds the text detector, so build one a worker."""
+    """Scores samples; holds the text detector, so build one a worker."""
 
     def __init__(self, options: StageOptions):
         """Load what the options ask for."""
@@ -51,8 +59,8 @@ class Assessor:
         self.options = options
         self._text = TextDetector(options.text) if options.text.enabled else None
 
-    def assess(self, task: str, target: Clip, source: Clip | None = None, use: str = "") -> Assessment:
-        """Judge a sample's target, and its source with it.
+    def score(self, task: str, target: Clip, source: Clip | None = None, use: str = "") -> Scores:
+        """Score a sample's target, and its source with it.
 
         Args:
             task: The sample's task.
@@ -60,20 +68,31 @@ class Assessor:
             source: Decoded source of an edit.
             use: The sample's ``extra.use``, for pairs that are not aligned by design.
         """
-        scores: dict[str, float] = {}
-        reasons: list[str] = []
-        options = self.options
-        if options.quality.enabled:
-            scores |= clip_scores(target.frames, target.fps)
-            reasons += quality_reasons(scores, target.width, target.height, options.quality)
+        values: dict[str, float] = {"file_width": target.width, "file_height": target.height}
+        if self.options.quality.enabled:
+            values |= clip_scores(target.frames, target.fps)
+            if len(target.frames) > 1:
+                values["duration_s"] = target.length_s
         if self._text is not None:
-            scores["text_share"] = self._text.share(target.frames)
-            if scores["text_share"] > options.text.max_share:
-                reasons.append("text_overlay")
-        if options.pairs.enabled and source is not None and task in EDIT_TASKS and use not in UNALIGNED_USES:
-            report = audit_pair(source.frames, target.frames, source.fps, target.fps, options.pairs)
-            scores |= report.scores
-            reasons += report.reasons
-        dropped = not options.score_only and any(reason not in options.keep_reasons for reason in reasons)
-        rounded = {name: round(float(value), 4) for name, value in scores.items()}
-        return Assessment(rounded, tuple(reasons), dropped, signature(target.frames))
+            values["text_share"] = self._text.share(target.frames)
+        if self.options.pairs.enabled and source is not None and task in EDIT_TASKS and use not in UNALIGNED_USES:
+            lengths = (source.length_s, target.length_s)
+            values |= pair_scores(source.frames, target.frames, source.fps, target.fps, lengths)
+        return Scores({name: round(float(value), 4) for name, value in values.items()}, signature(target.frames))
+
+
+def reasons_of(values: dict[str, float], options: StageOptions) -> list[str]:
+    """Reason codes of all limits that the scores break, those of stages that are off left out."""
+    reasons = []
+    if options.quality.enabled:
+        reasons += quality_reasons(values, values["file_width"], values["file_height"], options.quality)
+    if options.text.enabled and values.get("text_share", 0.0) > options.text.max_share:
+        reasons.append("text_overlay")
+    if options.pairs.enabled:
+        reasons += pair_reasons(values, options.pairs)
+    return reasons
+
+
+def drops(reasons: list[str], options: StageOptions) -> bool:
+    """Whether the reasons leave a sample out."""
+    return not options.score_only and any(reason not in options.keep_reasons for reason in reasons)

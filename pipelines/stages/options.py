@@ -45,7 +45,7 @@ class PairLimits:
     max_fps_difference: float = option(0.5, "frames a second")
     max_length_difference: float = option(0.1, "difference of durations as a share of the longer one")
     max_offset_frames: int = option(1, "shift in time that is accepted")
-    min_offset_gain: float = option(0.15, "motion correlation a shift must gain to be believed")
+    max_one_sided_cuts: float = option(0.5, "cuts without a counterpart; below 1 accepts none")
     min_change: float = option(2.0, "largest change of any part of the frame, in levels; less is no edit")
     min_relation: float = option(0.3, "agreement of edges in the parts that agree best; less is another video")
     min_motion_ratio: float = option(0.1, "target's motion over the source's; less is a still target")

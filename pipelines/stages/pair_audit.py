@@ -5,8 +5,6 @@ length. What is compared survives an edit: where and when things move, and where
 change.
 """
 
-from dataclasses import dataclass
-
 import cv2
 import numpy as np
 
@@ -20,74 +18,89 @@ MAX_LAG_S = 1.0
 # A cut changes the picture by this many levels, and this many times more than the frames around it do.
 CUT_LEVELS = 12.0
 CUT_RATIO = 4.0
+# What correlation of movement a shift in time must gain to be believed.
+CLEAR_GAIN = 0.15
+# Below a hundredth of a frame height a second nothing in the source moves that could stop.
+MOVES = 0.01
 
 
-@dataclass(frozen=True)
-class PairReport:
-    """What the audit found.
+def pair_scores(
+    source: np.ndarray,
+    target: np.ndarray,
+    source_fps: float,
+    target_fps: float,
+    durations_s: tuple[float, float] | None = None,
+) -> dict[str, float]:
+    """Compare two clips, or two pictures (one frame each).
 
-    Attributes:
-        scores: For the index: ``pair_offset_frames`` (positive: the target is late), ``pair_offset_gain``,
-            ``pair_mirrored``,
-            ``pair_change`` (levels, in the part that changes most), ``pair_change_share`` (of the frame),
-            ``pair_relation``, ``pair_motion_ratio``, ``pair_cuts_source``, ``pair_cuts_target``.
-        reasons: Codes of the limits that are broken.
+    Args:
+        source: Frames, or the frames of a part of the file.
+        target: Frames of the same part.
+        source_fps: Frames a second.
+        target_fps: Frames a second.
+        durations_s: Of the files, when the frames are a part of them.
+
+    Returns:
+        Of clips: ``pair_fps_difference``; ``pair_length_difference`` (share of the longer); ``pair_offset_frames``
+        (positive: the target is late; 0 unless it is clear); ``pair_offset_gain``; ``pair_cuts_source``,
+        ``pair_cuts_target``, ``pair_one_sided_cuts``; ``pair_motion_source``, ``pair_motion_ratio``. Of both:
+        ``pair_mirrored``, ``pair_change`` (levels, in the part that changes most), ``pair_change_share`` (of the
+        frame), ``pair_relation``.
     """
-
-    scores: dict[str, float]
-    reasons: tuple[str, ...]
-
-    @property
-    def offset_frames(self) -> int:
-        """How many frames the target is late."""
-        return int(self.scores.get("pair_offset_frames", 0))
-
-
-def audit_pair(
-    source: np.ndarray, target: np.ndarray, source_fps: float, target_fps: float, limits: PairLimits
-) -> PairReport:
-    """Audit a pair of clips, or of pictures (one frame each)."""
     colours_a, colours_b = _square(source), _square(target)
+    scores: dict[str, float] = {}
+    clips = len(source) > 1 and len(target) > 1
+    if clips:
+        lengths = durations_s or (len(source) / source_fps, len(target) / target_fps)
+        scores["pair_fps_difference"] = abs(source_fps - target_fps)
+        scores["pair_length_difference"] = abs(lengths[0] - lengths[1]) / max(lengths)
+        colours_b = _at_rate(colours_b, target_fps, source_fps)
     a, b = _luma(colours_a), _luma(colours_b)
     # To mirror a video is an edit too: it is undone before anything is compared by place.
-    mirrored = relation(*_in_step(a, b[:, :, ::-1], 0)) > relation(*_in_step(a, b, 0)) + 0.1
-    if mirrored:
+    scores["pair_mirrored"] = float(relation(*_in_step(a, b[:, :, ::-1], 0)) > relation(*_in_step(a, b, 0)) + 0.1)
+    if scores["pair_mirrored"]:
         b = np.ascontiguousarray(b[:, :, ::-1])
-    scores: dict[str, float] = {"pair_mirrored": float(mirrored)}
-    reasons = []
     lag = 0
-    if len(a) > 1 and len(b) > 1:
-        reasons += _timing(len(a) / source_fps, len(b) / target_fps, source_fps, target_fps, limits)
-        if abs(source_fps - target_fps) > limits.max_fps_difference:
-            colours_b = _at_rate(colours_b, target_fps, source_fps)
-            b = _at_rate(b, target_fps, source_fps)
+    if clips:
         lag, gain = temporal_offset(a, b, round(MAX_LAG_S * source_fps))
-        believed = gain >= limits.min_offset_gain
-        scores |= {"pair_offset_frames": float(lag if believed else 0), "pair_offset_gain": gain}
-        lag = lag if believed else 0
-        if abs(lag) > limits.max_offset_frames:
-            reasons.append("temporal_offset")
+        lag = lag if gain >= CLEAR_GAIN else 0
         cuts_a, cuts_b = cuts(a), cuts(b)
-        scores |= {"pair_cuts_source": float(len(cuts_a)), "pair_cuts_target": float(len(cuts_b))}
-        if _one_sided(cuts_a, cuts_b, lag):
-            reasons.append("one_sided_cut")
-        moves_a, moves_b = motion(a, source_fps), motion(b, source_fps)
-        scores["pair_motion_ratio"] = min(moves_b / max(moves_a, 1e-4), 100.0)
-        # Below a hundredth of a height a second nothing in the source moves that could stop.
-        if moves_a > 0.01 and scores["pair_motion_ratio"] < limits.min_motion_ratio:
-            reasons.append("static_target")
-    a, b = _in_step(a, b, lag)
+        moves = motion(a, source_fps)
+        scores |= {
+            "pair_offset_frames": float(lag),
+            "pair_offset_gain": gain,
+            "pair_cuts_source": float(len(cuts_a)),
+            "pair_cuts_target": float(len(cuts_b)),
+            "pair_one_sided_cuts": float(_one_sided(cuts_a, [cut - lag for cut in cuts_b])),
+            "pair_motion_source": moves,
+            "pair_motion_ratio": min(motion(b, source_fps) / max(moves, 1e-4), 100.0),
+        }
     # In colour: a garment may change its hue and keep its luma.
     pairs = zip(*_in_step(colours_a, colours_b, lag), strict=True)
     change = np.stack([_change(x, y) for x, y in pairs]).mean(0)
     scores |= {"pair_change": float(change.max()), "pair_change_share": float(np.mean(change > 4.0))}
-    if limits.min_change and scores["pair_change"] < limits.min_change:
-        reasons.append("no_op")
-    # A mirrored video is an edit too.
-    scores["pair_relation"] = max(relation(a, b), relation(a, b[:, :, ::-1]))
-    if scores["pair_relation"] < limits.min_relation:
-        reasons.append("unrelated")
-    return PairReport({name: round(value, 4) for name, value in scores.items()}, tuple(reasons))
+    scores["pair_relation"] = relation(*_in_step(a, b, lag))
+    return {name: round(value, 4) for name, value in scores.items()}
+
+
+def pair_reasons(scores: dict[str, float], limits: PairLimits) -> list[str]:
+    """Reason codes of the limits that a pair breaks; a limit of 0 is none."""
+    reasons = []
+
+    def check(reason: str, score: str, low: float = 0.0, high: float = 0.0) -> None:
+        value = abs(scores.get(score, low))
+        if (low and value < low) or (high and value > high):
+            reasons.append(reason)
+
+    check("fps_mismatch", "pair_fps_difference", high=limits.max_fps_difference)
+    check("length_mismatch", "pair_length_difference", high=limits.max_length_difference)
+    check("temporal_offset", "pair_offset_frames", high=limits.max_offset_frames)
+    check("one_sided_cut", "pair_one_sided_cuts", high=limits.max_one_sided_cuts)
+    if scores.get("pair_motion_source", 0.0) > MOVES:
+        check("static_target", "pair_motion_ratio", low=limits.min_motion_ratio)
+    check("no_op", "pair_change", low=limits.min_change)
+    check("unrelated", "pair_relation", low=limits.min_relation)
+    return reasons
 
 
 def _square(frames: np.ndarray) -> np.ndarray:
@@ -105,17 +118,9 @@ def _luma(frames: np.ndarray) -> np.ndarray:
     return np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames])
 
 
-def _timing(length_a: float, length_b: float, fps_a: float, fps_b: float, limits: PairLimits) -> list[str]:
-    reasons = []
-    if limits.max_fps_difference and abs(fps_a - fps_b) > limits.max_fps_difference:
-        reasons.append("fps_mismatch")
-    longer = max(length_a, length_b)
-    if limits.max_length_difference and abs(length_a - length_b) > limits.max_length_difference * longer:
-        reasons.append("length_mismatch")
-    return reasons
-
-
 def _at_rate(frames: np.ndarray, fps: float, wanted: float) -> np.ndarray:
+    if abs(fps - wanted) < 1e-3:
+        return frames
     count = max(2, int(len(frames) / fps * wanted))
     return frames[np.minimum((np.arange(count) * fps / wanted).round().astype(int), len(frames) - 1)]
 
@@ -171,14 +176,13 @@ def cuts(luma: np.ndarray) -> list[int]:
     return found
 
 
-def _one_sided(cuts_a: list[int], cuts_b: list[int], lag: int) -> bool:
-    """Whether a cut has no counterpart within two frames."""
-    moved = [cut - lag for cut in cuts_b]
+def _one_sided(cuts_a: list[int], cuts_b: list[int]) -> int:
+    """Number of cuts that have no counterpart within two frames."""
 
-    def alone(cut: int, others: list[int]) -> bool:
-        return all(abs(cut - other) > 2 for other in others)
+    def alone(some: list[int], others: list[int]) -> int:
+        return sum(all(abs(cut - other) > 2 for other in others) for cut in some)
 
-    return any(alone(cut, moved) for cut in cuts_a) or any(alone(cut, cuts_a) for cut in moved)
+    return alone(cuts_a, cuts_b) + alone(cuts_b, cuts_a)
 
 
 def relation(source: np.ndarray, target: np.ndarray) -> float:
@@ -212,9 +216,9 @@ def _edges(luma: np.ndarray) -> np.ndarray:
     return np.stack(strength)
 
 
-def in_step_paths(source: str, target: str, report: PairReport) -> tuple[str, str]:
+def in_step_paths(source: str, target: str, scores: dict[str, float]) -> tuple[str, str]:
     """Paths that leave out the start of whichever side is early, so that a shifted pair is in step."""
-    lag = report.offset_frames
+    lag = int(scores.get("pair_offset_frames", 0))
     if lag > 0:
         return source, with_fragment(target, Fragment(frames=(lag, None)))
     if lag < 0:

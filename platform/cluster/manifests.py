@@ -13,6 +13,8 @@ from loomvideo.platform.errors import UserError
 
 API_VERSION = "ray.io/v1"
 IDLE_TIMEOUT_S = 300
+# The other commands are told where to write by their own arguments.
+NAMED_JOBS = ("pretrain", "finetune-edit", "evaluate")
 
 
 def ray_cluster(profile: ClusterProfile) -> dict[str, Any]:
@@ -47,7 +49,7 @@ def ray_job(
     groups = profile.groups_of(job)
     runtime_env = {"py_modules": [wheel_uri]} if wheel_uri else {}
     spec: dict[str, Any] = {
-        "entrypoint": shlex.join([*command_of(job), *arguments, f"run={run}"]),
+        "entrypoint": shlex.join([*command_of(job), *arguments, *named_arguments(profile, job, run, arguments)]),
         "metadata": {"loomvideo.job": job, "loomvideo.run": run},
         "runtimeEnvYAML": yaml.safe_dump(runtime_env, sort_keys=True) if runtime_env else "",
         "submissionMode": "K8sJobMode",
@@ -75,7 +77,16 @@ def ray_job(
 
 def command_of(job: str) -> list[str]:
     """The command line of a job, without its ``key=value`` arguments."""
-    return ["loomvideo", *(["data", "prepare"] if job == "data" else [job])]
+    return ["loomvideo", *{"data": ["data", "prepare"], "doctor": ["doctor", "--cluster"]}.get(job, [job])]
+
+
+def named_arguments(profile: ClusterProfile, job: str, run: str, arguments: Sequence[str]) -> list[str]:
+    """The run name, and the runs folder on shared storage, for jobs that keep what they do under a run name."""
+    if job not in NAMED_JOBS:
+        return []
+    named = {"run": run, "runs": f"{profile.storage.mount}/runs"}
+    given = {argument.partition("=")[0] for argument in arguments}
+    return [f"{key}={value}" for key, value in named.items() if key not in given]
 
 
 def job_object_name(job: str, run: str) -> str:

@@ -10,6 +10,7 @@ from fixtures.dit_samples import random_model, random_sample
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from loomvideo.model import kernels
 from loomvideo.model.config import DiTConfig
 from loomvideo.model.dit import CHECKPOINTING, LoomVideoDiT
 from loomvideo.model.flops import pack_flops, sequence_flops
@@ -130,6 +131,28 @@ def test_activation_checkpointing_keeps_gradients(mode):
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     for expected, gradient in zip(*gradients, strict=True):
         assert torch.equal(expected, gradient)
+
+
+@pytest.mark.parametrize("mode", CHECKPOINTING)
+def test_fused_kernels_are_checked_outside_activation_checkpointing(mode):
+    """Their first call compares them with the definition, whose tensors are not the model's."""
+    model, batch = random_model(CONFIG), pack(mixed_samples())
+    model(batch).square().sum().backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model.set_activation_checkpointing(mode)
+    with kernels.use_backend("cpp"):
+        model(batch).square().sum().backward()
+    for gradient, parameter in zip(expected, model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-4)
+
+
+def test_fused_kernels_start_in_inference_mode():
+    model, batch = random_model(CONFIG), pack(mixed_samples())
+    with torch.inference_mode():
+        expected = model(batch)
+        with kernels.use_backend("cpp"):
+            torch.testing.assert_close(model(batch), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_activation_checkpointing_orders_work():
@@ -278,9 +301,10 @@ def test_unknown_preset_is_named():
         preset("huge")
 
 
-def test_fresh_model_starts_with_wans_function():
-    """Neither the conditioning nor the source changes anything before training."""
+def test_what_a_wan_checkpoint_lacks_starts_without_effect():
+    """Neither the conditioning nor the source changes Wan's function before training."""
     model = LoomVideoDiT(CONFIG)
+    model.init_weights([name for name, _ in model.named_parameters() if name.startswith(("source_", "mllm_"))])
     torch.nn.init.normal_(model.proj_out.weight)
     sample = mixed_samples()[1]
     with torch.no_grad():

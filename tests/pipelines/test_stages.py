@@ -11,7 +11,7 @@ from loomvideo.pipelines.sample_data.figures import Look, Renderer, random_figur
 from loomvideo.pipelines.sample_data.garments import OUTFITS, Garment
 from loomvideo.pipelines.samples import Sample
 from loomvideo.pipelines.stages import duplicates, pair_audit, shots
-from loomvideo.pipelines.stages.assess import Assessor, Clip
+from loomvideo.pipelines.stages.assess import Assessor, Clip, drops, reasons_of
 from loomvideo.pipelines.stages.options import (
     REASONS,
     DuplicateLimits,
@@ -111,8 +111,15 @@ def test_pictures_have_no_motion(clip):
     assert reasons(clip[:1], min_motion=1.0, min_duration_s=9.0) == []
 
 
-def audit(source, target, source_fps=FPS, target_fps=FPS, **limits) -> pair_audit.PairReport:
-    return pair_audit.audit_pair(source, target, source_fps, target_fps, PairLimits(**limits))
+@dataclasses.dataclass
+class Report:
+    scores: dict[str, float]
+    reasons: tuple[str, ...]
+
+
+def audit(source, target, source_fps=FPS, target_fps=FPS, **limits) -> Report:
+    scores = pair_audit.pair_scores(source, target, source_fps, target_fps)
+    return Report(scores, tuple(pair_audit.pair_reasons(scores, PairLimits(**limits))))
 
 
 @pytest.mark.parametrize(
@@ -141,8 +148,8 @@ def test_a_shift_in_time_is_found_and_undone(clip, recoloured, lag):
     source, target = (clip[:-lag], recoloured[lag:]) if lag > 0 else (clip[-lag:], recoloured[:lag])
     report = audit(source, noise(target, 2))
     assert report.reasons == ("temporal_offset",)
-    assert report.offset_frames == -lag
-    paths = pair_audit.in_step_paths("s.mp4", "t.mp4", report)
+    assert report.scores["pair_offset_frames"] == -lag
+    paths = pair_audit.in_step_paths("s.mp4", "t.mp4", report.scores)
     cut = {name: split_fragment(path)[1] for name, path in zip("st", paths, strict=True)}
     starts = {name: fragment.frames[0] if fragment else 0 for name, fragment in cut.items()}
     assert starts == {"s": max(lag, 0), "t": max(-lag, 0)}
@@ -189,23 +196,34 @@ def test_reason_codes_are_documented(clip):
         assert REASONS[name]
 
 
+def judged(options: StageOptions, target: Clip, source: Clip | None = None, task="t2v", use="") -> tuple[list, bool]:
+    found = reasons_of(Assessor(options).score(task, target, source, use).values, options)
+    return found, drops(found, options)
+
+
 def test_scoring_without_dropping(clip):
-    still = np.repeat(clip[:1], 24, 0)
-    target = Clip(still, FPS, 96, 96)
-    assert Assessor(StageOptions()).assess("t2v", target).dropped
-    kept = Assessor(StageOptions(keep_reasons=["frozen"])).assess("t2v", target)
-    assert kept.reasons == ("frozen",)
-    assert not kept.dropped
-    assert not Assessor(StageOptions(score_only=True)).assess("t2v", target).dropped
+    target = Clip(np.repeat(clip[:1], 24, 0), FPS, 96, 96)
+    assert judged(StageOptions(), target) == (["frozen"], True)
+    assert judged(StageOptions(keep_reasons=["frozen"]), target) == (["frozen"], False)
+    assert judged(StageOptions(score_only=True), target) == (["frozen"], False)
+    assert judged(StageOptions(quality=QualityLimits(enabled=False)), target) == ([], False)
     with pytest.raises(UserError, match="'freezing' is none of"):
         Assessor(StageOptions(keep_reasons=["freezing"]))
+
+
+def test_limits_can_be_tried_on_stored_scores(clip):
+    options = StageOptions()
+    values = Assessor(options).score("t2v", Clip(clip, FPS, 96, 96, duration_s=9.0)).values
+    assert values["duration_s"] == 9.0
+    assert reasons_of(values, options) == []
+    assert reasons_of(values, StageOptions(quality=QualityLimits(max_duration_s=5.0))) == ["too_long"]
 
 
 def test_pairs_that_are_not_aligned_by_design_are_not_audited(clip):
     target, source = (Clip(frames[:1], FPS, 96, 96) for frames in (clip, fashion_clip(3, "forest")))
     assessor = Assessor(StageOptions())
-    assert "pair_relation" in assessor.assess("image_edit", target, source).scores
-    assert "pair_relation" not in assessor.assess("image_edit", target, source, use="wear").scores
+    assert "pair_relation" in assessor.score("image_edit", target, source).values
+    assert "pair_relation" not in assessor.score("image_edit", target, source, use="wear").values
 
 
 def test_text_overlay(clip):
@@ -214,9 +232,8 @@ def test_text_overlay(clip):
     for frame in titled:
         cv2.putText(frame, "SALE", (6, 60), cv2.FONT_HERSHEY_SIMPLEX, 1.1, (255, 255, 255), 3)
     options = StageOptions(text=TextLimits(enabled=True, num_frames=1, side=96))
-    assessor = Assessor(options)
-    assert assessor.assess("t2v", Clip(titled, FPS, 96, 96)).reasons == ("text_overlay",)
-    assert assessor.assess("t2v", Clip(clip, FPS, 96, 96)).scores["text_share"] < 0.02
+    assert judged(options, Clip(titled, FPS, 96, 96))[0] == ["text_overlay"]
+    assert judged(options, Clip(clip, FPS, 96, 96))[0] == []
 
 
 def test_near_duplicates_survive_resizing_noise_and_cutting(clip):

@@ -8,9 +8,11 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import ray
 import requests
 
 
@@ -35,6 +37,11 @@ class LocalCluster:
     def address(self) -> str:
         return f"http://127.0.0.1:{self.dashboard_port}"
 
+    @property
+    def gcs_address(self) -> str:
+        # Ray puts the machine's own address in the place of a loopback one, and then listens only there.
+        return f"{ray.util.get_node_ip_address()}:{self.gcs_port}"
+
     def variables(self) -> dict[str, str]:
         tools = self.folder / "bin"
         tools.mkdir(parents=True, exist_ok=True)
@@ -47,6 +54,8 @@ class LocalCluster:
         inherited = {key: value for key, value in os.environ.items() if key not in drop}
         mine = {"PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token, "RAY_DISABLE_IMPORT_WARNING": "1"}
         quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_memory_monitor_refresh_ms": "0", "OMP_NUM_THREADS": "1"}
+        # Ray makes its workers nice, which starves them on a busy machine.
+        quiet["RAY_worker_niceness"] = "0"
         return inherited | mine | quiet | self.environment
 
     def start_head(self, num_cpus: int = 1) -> None:
@@ -60,18 +69,31 @@ class LocalCluster:
             ),
             *(f"--temp-dir={self.folder}/t", "--object-store-memory=100000000"),
         )
-        deadline = time.monotonic() + 90
-        while time.monotonic() < deadline and self.processes["head"].poll() is None:
-            with contextlib.suppress(requests.ConnectionError):
-                headers = {"Authorization": f"Bearer {self.token}"}
-                if requests.get(f"{self.address}/api/jobs/", headers=headers, timeout=5).status_code == 200:
-                    return
-            time.sleep(0.5)
-        raise TimeoutError((self.folder / "head.log").read_text()[-3000:])
+        self._wait("head", "/api/jobs/", lambda _: self.num_alive() == 1)
 
     def start_worker(self, name: str, num_cpus: int = 1) -> None:
-        options = (f"--address=127.0.0.1:{self.gcs_port}", f"--num-cpus={num_cpus}", "--object-store-memory=100000000")
+        options = (f"--address={self.gcs_address}", f"--num-cpus={num_cpus}", "--object-store-memory=100000000")
+        alive = self.num_alive()
         self._start(name, *options)
+        self._wait(name, "/api/v0/nodes", lambda _: self.num_alive() > alive)
+
+    def num_alive(self) -> int:
+        """Nodes that the head counts as alive."""
+        nodes = self._get("/api/v0/nodes").json()["data"]["result"]["result"]
+        return sum(node["state"] == "ALIVE" for node in nodes)
+
+    def _get(self, page: str) -> requests.Response:
+        return requests.get(self.address + page, headers={"Authorization": f"Bearer {self.token}"}, timeout=30)
+
+    def _wait(self, name: str, page: str, ready: Callable[[requests.Response], bool], timeout_s: float = 120) -> None:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline and self.processes[name].poll() is None:
+            with contextlib.suppress(requests.ConnectionError):
+                answer = self._get(page)
+                if answer.status_code == 200 and ready(answer):
+                    return
+            time.sleep(0.5)
+        raise TimeoutError((self.folder / f"{name}.log").read_text()[-3000:])
 
     def kill(self, name: str) -> None:
         """Kill a node and everything on it, as a machine that loses power does."""
@@ -86,7 +108,15 @@ class LocalCluster:
                 self.kill(name)
 
     def _start(self, name: str, *options: str) -> None:
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options]
+        command = [
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "start",
+            "--block",
+            "--node-ip-address=127.0.0.1",
+            *options,
+        ]
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 command, env=self.variables(), stdout=log, stderr=log, start_new_session=True

@@ -20,9 +20,6 @@ from loomvideo.platform.cluster.validate import secrets_in
 from loomvideo.platform.cluster.wheel import build_wheel
 from loomvideo.platform.errors import UserError
 
-sys.path.insert(0, str(Path(__file__).parent))
-from local_cluster import LocalCluster
-
 REPO = Path(__file__).parents[2]
 PLAN = Plan("http://h:8265", "pretrain", "first", ("loomvideo", "pretrain", "run=first"))
 
@@ -269,40 +266,29 @@ def test_address_variable_wins(kubectl, monkeypatch):
         assert address == "http://elsewhere:1"
 
 
-@pytest.fixture(scope="module")
-def head(tmp_path_factory):
-    import tempfile
-
-    # Ray's sockets need a short path.
-    with tempfile.TemporaryDirectory(prefix="lv") as folder:
-        cluster = LocalCluster(Path(folder))
-        try:
-            cluster.start_head()
-            yield cluster
-        finally:
-            cluster.stop()
-
-
 @pytest.mark.slow
-def test_dashboard_refuses_without_the_token(head, monkeypatch):
+def test_dashboard_refuses_without_the_token(token_cluster, monkeypatch):
     for headers, refusal in (({}, 401), ({"Authorization": "Bearer wrong"}, 403)):
         for page in ("/api/jobs/", "/api/version", "/nodes?view=summary", "/api/cluster_status"):
-            assert requests.get(head.address + page, headers=headers, timeout=10).status_code == refusal
+            assert requests.get(token_cluster.address + page, headers=headers, timeout=10).status_code == refusal
         stolen = {"entrypoint": "id"}
         assert (
-            requests.post(f"{head.address}/api/jobs/", json=stolen, headers=headers, timeout=10).status_code == refusal
+            requests.post(f"{token_cluster.address}/api/jobs/", json=stolen, headers=headers, timeout=10).status_code
+            == refusal
         )
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
     with pytest.raises(UserError, match="refuses the token"):
-        submission.connect(head.address)
+        submission.connect(token_cluster.address)
 
 
 @pytest.mark.slow
-def test_shipped_code_runs_and_its_exit_code_comes_back(head, wheel, tmp_path):
+def test_shipped_code_runs_and_its_exit_code_comes_back(token_cluster, wheel, tmp_path):
     (tmp_path / "note.txt").write_text("along")
     code = "import loomvideo.platform.errors as e, sys; print(e.__file__, open('note.txt').read()); sys.exit(7)"
-    plan = Plan(head.address, "pretrain", "shipped", ("python", "-c", code), wheel.path, tmp_path, {"MARK": "1"})
+    plan = Plan(
+        token_cluster.address, "pretrain", "shipped", ("python", "-c", code), wheel.path, tmp_path, {"MARK": "1"}
+    )
     script = (
         "import json, sys\n"
         "from pathlib import Path\n"
@@ -318,24 +304,30 @@ def test_shipped_code_runs_and_its_exit_code_comes_back(head, wheel, tmp_path):
     values |= {"wheel": str(wheel.path), "working_dir": str(tmp_path)}
     # A process of its own: Ray reads the token once and keeps it.
     result = subprocess.run(
-        [sys.executable, "-c", script], input=json.dumps(values), env=head.variables(), capture_output=True, text=True
+        [sys.executable, "-c", script],
+        input=json.dumps(values),
+        env=token_cluster.variables(),
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 7, result.stdout + result.stderr
     assert "py_modules_files" in result.stdout
     assert "errors.py along" in result.stdout
-    assert head.token not in result.stdout + result.stderr + plan.command_line("x")
+    assert token_cluster.token not in result.stdout + result.stderr + plan.command_line("x")
 
 
 @pytest.mark.slow
-def test_printed_ray_job_submit_line_works_as_printed(head, tmp_path):
+def test_printed_ray_job_submit_line_works_as_printed(token_cluster, tmp_path):
     profile = tmp_path / "local.yaml"
     profile.write_text(
-        f"name: local\nimage: i\naccess: {{address: '{head.address}'}}\ngroups: [{{name: w, jobs: [pretrain]}}]\n"
+        f"name: local\nimage: i\naccess: {{address: '{token_cluster.address}'}}\ngroups: [{{name: w}}]\n"
     )
     command = [sys.executable, "-m", "loomvideo.jobs.cli", "submit", "--cluster", str(profile), "--run", "line"]
     command += ["render", "--dry-run", "--code", "image", "--", "--help"]
-    printed = subprocess.run(command, cwd=tmp_path, env=head.variables(), capture_output=True, text=True, check=True)
+    printed = subprocess.run(
+        command, cwd=tmp_path, env=token_cluster.variables(), capture_output=True, text=True, check=True
+    )
     result = subprocess.run(
-        ["bash", "-c", printed.stdout], cwd=tmp_path, env=head.variables(), capture_output=True, text=True
+        ["bash", "-c", printed.stdout], cwd=tmp_path, env=token_cluster.variables(), capture_output=True, text=True
     )
     assert "Running entrypoint for job render-line-1: loomvideo render --help" in result.stdout

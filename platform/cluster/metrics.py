@@ -1,0 +1,109 @@
+"""Figures of a running job as Prometheus metrics, through Ray's own exporter on the driver's node.
+
+The registry below is the one list of what we export; dashboards and alerts are tested against it. Ray prefixes every
+name with ``ray_`` and its exporter adds node and cluster labels.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+PREFIX = "loomvideo_"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One exported gauge.
+
+    Attributes:
+        name: Without prefixes.
+        help: For Prometheus.
+        label: Name of the label that a family's last part becomes; empty for a single figure.
+    """
+
+    name: str
+    help: str
+    label: str = ""
+
+
+# The tracker's names and what they are exported as.
+SINGLE = {
+    "train/loss": Metric("train_loss", "Mean loss of the steps since the last report"),
+    "train/gradient_norm": Metric("train_gradient_norm", "Largest gradient norm since the last report"),
+    "train/learning_rate": Metric("train_learning_rate", "Learning rate"),
+    "train/skipped_steps": Metric("train_skipped_steps", "Steps without update since the last report"),
+    "speed/tokens_per_s": Metric("tokens_per_second", "Trained tokens a second, all workers"),
+    "speed/samples_per_s": Metric("samples_per_second", "Trained samples a second, all workers"),
+    "speed/step_s": Metric("step_seconds", "Duration of a step"),
+    "speed/data_wait_share": Metric("data_wait_share", "Share of a step spent waiting for data"),
+    "speed/tflops_per_worker": Metric("tflops_per_worker", "Model TFLOP/s a worker, without recomputation"),
+    "packs/fill": Metric("pack_fill", "Used share of the token budget"),
+    "packs/imbalance": Metric("pack_imbalance", "Largest pack over the mean one"),
+    "memory/peak_gib": Metric("memory_peak_gib", "Peak accelerator memory of a worker"),
+    "run/starts": Metric("run_starts", "Times the workers were started in this attempt"),
+    "run/workers": Metric("run_workers", "Workers in the process group"),
+}
+FAMILIES = {
+    "loss_by_task": Metric("loss_by_task", "Mean loss by task", "task"),
+    "loss_by_noise": Metric("loss_by_noise", "Mean loss by quarter of the timesteps, 0 the least noise", "noise"),
+}
+STEP = Metric("train_step", "Last reported step")
+REPORTED_AT = Metric("reported_at_seconds", "Unix time of the last report")
+RUN_LABELS = ("job", "run")
+
+
+def registry() -> dict[str, Metric]:
+    """All exported metrics by their Prometheus name."""
+    metrics = [*SINGLE.values(), *FAMILIES.values(), STEP, REPORTED_AT]
+    return {f"ray_{PREFIX}{metric.name}": metric for metric in metrics}
+
+
+def exported(name: str) -> tuple[Metric, dict[str, str]] | None:
+    """The exported metric of a tracker's name with its own label, or None when it is not exported."""
+    if name in SINGLE:
+        return SINGLE[name], {}
+    family, _, value = name.rpartition("/")
+    if family in FAMILIES:
+        return FAMILIES[family], {FAMILIES[family].label: value}
+    return None
+
+
+class MetricsLog(Protocol):
+    """What takes a run's figures; ``platform.tracking.Tracker`` is one."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int = 0) -> None:
+        """Log numbers of a step."""
+        ...
+
+
+class ExportingTracker:
+    """Passes a run's figures on to its tracker and shows the newest to Prometheus.
+
+    Args:
+        tracker: Gets every figure, exported or not.
+        job: Value of the label ``job``.
+        run: Value of the label ``run``.
+    """
+
+    def __init__(self, tracker: MetricsLog, job: str, run: str):
+        self.tracker = tracker
+        self._labels = {"job": job, "run": run}
+        self._gauges: dict[str, Any] = {}
+
+    def log_metrics(self, metrics: dict[str, float], step: int = 0) -> None:
+        """Log numbers of a step."""
+        self.tracker.log_metrics(metrics, step)
+        for name, value in metrics.items():
+            found = exported(name)
+            if found:
+                self._set(found[0], value, found[1])
+        self._set(STEP, step, {})
+        self._set(REPORTED_AT, time.time(), {})
+
+    def _set(self, metric: Metric, value: float, labels: dict[str, str]) -> None:
+        from ray.util.metrics import Gauge
+
+        if metric.name not in self._gauges:
+            keys = RUN_LABELS + ((metric.label,) if metric.label else ())
+            self._gauges[metric.name] = Gauge(PREFIX + metric.name, metric.help, tag_keys=keys)
+        self._gauges[metric.name].set(float(value), tags=self._labels | labels)

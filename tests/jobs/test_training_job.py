@@ -1,0 +1,104 @@
+"""From rendered clips to a finetuned, measured model, through the commands."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+SMALL = [
+    "training.pack.tokens=96",
+    "training.log_every=1",
+    "training.optimizer.warmup_steps=1",
+    "evaluation.num_edits=2",
+    "evaluation.num_generated=1",
+    "evaluation.num_films=1",
+    "evaluation.steps=2",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("job")
+
+
+def loomvideo(folder, *arguments, code=0):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    done = subprocess.run(
+        [sys.executable, "-m", "loomvideo.jobs.cli", *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == code, done.stdout[-4000:] + done.stderr[-4000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def shards(folder):
+    loomvideo(
+        folder, "data", "sample", "num_train=12", "num_heldout=6", "width=64", "height=64", "real=false", "workers=1"
+    )
+    loomvideo(folder, "data", "prepare", "input=data/sample/samples.jsonl", "output=data/shards")
+    return folder / "data" / "shards"
+
+
+def result_of(folder, job, name):
+    return json.loads((folder / "runs" / job / name / "result.json").read_text())
+
+
+def test_pretrain_then_finetune_then_continue(folder, shards):
+    data = f"data.shards=[{shards}]"
+    loomvideo(folder, "pretrain", data, "run=a", "training.steps=3", *SMALL)
+    first = result_of(folder, "pretrain", "a")
+    assert first["steps"] == 3
+    assert {"edit_psnr_db", "copy_psnr_db", "wrong_instruction_psnr_db", "no_source_psnr_db"} <= set(first)
+
+    # A longer run of the same name goes on from the last checkpoint, in the same MLflow run.
+    run_id = json.loads((folder / "runs/pretrain/a/mlflow.json").read_text())["run_id"]
+    loomvideo(folder, "pretrain", data, "run=a", "training.steps=5", *SMALL)
+    again = result_of(folder, "pretrain", "a")
+    assert (again["first_step"], again["steps"]) == (3, 5)
+    assert json.loads((folder / "runs/pretrain/a/mlflow.json").read_text())["run_id"] == run_id
+
+    loomvideo(folder, "finetune-edit", data, "run=b", "training.steps=2", *SMALL)
+    assert result_of(folder, "finetune-edit", "b")["steps"] == 2
+    heldout = folder / "runs/finetune-edit/b/heldout"
+    assert (heldout / "edits.png").stat().st_size > 1000
+    assert len(list(heldout.glob("films/*.mp4"))) == 1
+
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder}/runs/mlflow.db")
+    run = client.get_run(json.loads((folder / "runs/finetune-edit/b/mlflow.json").read_text())["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["loomvideo.parent_run"] == "pretrain/a"
+    assert run.data.metrics["heldout/edit_psnr_db"] == pytest.approx(
+        result_of(folder, "finetune-edit", "b")["edit_psnr_db"]
+    )
+    assert {a.path for a in client.list_artifacts(run.info.run_id)} >= {"config.yaml", "result.json", "heldout"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrain"], "data.shards: name at least one folder"),
+        (["pretrain", "data.shards=[nowhere]"], "nowhere: no manifest.json"),
+        (["pretrain", "trainin.steps=3"], "did you mean training.steps?"),
+        (["pretrain", "training.steps=many"], "training.steps='many' has the wrong type, expected int"),
+        (["pretrain", "preset=huge"], "preset=huge: not found for pretrain; use one of"),
+        (["finetune-edit", "data.shards=[data/shards]", "from_run=absent"], "from_run=absent"),
+        (["finetune-edit", "data.shards=[data/shards]", "runs=empty"], "no finished pretrain run in empty"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(folder, shards, arguments, message):
+    done = loomvideo(folder, *arguments, code=2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
