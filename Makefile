@@ -9,7 +9,7 @@ DATA ?= data/sample
 SHARDS ?= data/shards-$(PRESET)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev lint format test test-fast sample-data shards pretrain finetune-edit evaluate mlflow bench clean render submit validate image kernels bench-kernels
+.PHONY: help setup setup-dev lint format test test-fast sample-data shards pretrain finetune-edit evaluate mlflow bench clean render submit validate doctor mlflow-server image kernels bench-kernels
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,13 @@ submit: $(VENV)/.setup ## run JOB= on a cluster: CLUSTER= RUN= ARGS="section.key
 
 validate: $(VENV)/.setup-dev ## check all profiles' manifests, images and scripts without a cluster
 	$(BIN)/loomvideo validate $(if $(CLUSTER),--cluster $(CLUSTER))
+
+doctor: $(VENV)/.setup ## check this machine, or every node of a cluster: CLUSTER= RUN=
+	$(BIN)/loomvideo $(if $(CLUSTER),submit doctor --cluster $(CLUSTER) --run $(or $(RUN),check) --again,doctor)
+
+mlflow-server: $(VENV)/.setup ## an MLflow server with a user: PORT= ARGS=, Postgres by MLFLOW_BACKEND_STORE_URI
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server]'
+	$(BIN)/loomvideo mlflow-server --port $(or $(PORT),5000) $(ARGS)
 
 image: ## build the container image: IMAGE=cpu or cuda
 	docker build --file infra/images/Dockerfile.$(IMAGE) --tag loomvideo/$(IMAGE):$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) .

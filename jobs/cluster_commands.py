@@ -306,3 +306,23 @@ def doctor(
         output.write_text(json.dumps(diagnosis.as_dict(), indent=2) + "\n")
     if diagnosis.failed:
         raise typer.Exit(1)
+
+
+@app.command("mlflow-server")
+def mlflow_server(
+    folder: Annotated[Path, typer.Option("--folder", help="its users, password, database")] = Path(
+        "runs/mlflow-server"
+    ),
+    host: Annotated[str, typer.Option("--host", help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="port to listen on")] = 5000,
+    artifacts: Annotated[str, typer.Option("--artifacts", help="folder or bucket; in FOLDER when unset")] = "",
+    allowed_hosts: Annotated[str, typer.Option("--allowed-hosts", help="Host headers that are answered")] = "",
+) -> None:
+    """Run an MLflow server with a user; the database is MLFLOW_BACKEND_STORE_URI (Postgres) or sqlite in FOLDER."""
+    import os
+
+    from loomvideo.platform.cluster.mlflow_server import prepare_server
+
+    server = prepare_server(folder, host, port, artifacts, allowed_hosts)
+    print(server.how_to_log_in(), flush=True)
+    os.execvpe(server.command[0], server.command, os.environ | server.environment)
