@@ -8,6 +8,7 @@ from loomvideo.jobs import (
     cluster_commands,
     data_commands,
     evaluate_commands,
+    generate_commands,
     kernels_commands,
     training_commands,
     weights_commands,
@@ -27,6 +28,7 @@ app.add_typer(weights_commands.app)
 app.add_typer(kernels_commands.app)
 app.add_typer(evaluate_commands.app)
 training_commands.register(app)
+generate_commands.register(app)
 
 
 @app.callback()

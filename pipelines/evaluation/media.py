@@ -22,7 +22,9 @@ RULE = (222, 224, 228)
 ACCENT = (24, 92, 168)
 
 
-def write_video(path: Path, video: np.ndarray, fps: float = 24.0, crf: int = 16) -> None:
+def write_video(
+    path: Path, video: np.ndarray, fps: float = 24.0, crf: int = 16, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write an mp4 (H.264, yuv420p, faststart) that MLflow and every browser play, through a temporary name.
 
     Odd sides, which yuv420p cannot hold, are padded by repeating the last row or column.
@@ -32,6 +34,7 @@ def write_video(path: Path, video: np.ndarray, fps: float = 24.0, crf: int = 16)
         video: ``[frames, height, width, 3]`` uint8.
         fps: Frames a second.
         crf: x264 constant rate factor; 16 is visually lossless, so that codec loss is no part of a judgement.
+        metadata: Tags of the container, such as ``{"comment": …}``.
     """
     check_video(video)
     _, height, width, _ = video.shape
@@ -39,6 +42,7 @@ def write_video(path: Path, video: np.ndarray, fps: float = 24.0, crf: int = 16)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.tmp.mp4")
     with av.open(str(partial), "w", options={"movflags": "+faststart"}) as container:
+        container.metadata.update(metadata or {})
         options = {"crf": str(crf), "preset": "medium", "threads": "1", "x264-params": "colormatrix=bt709"}
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.width, stream.height, stream.pix_fmt = video.shape[2], video.shape[1], "yuv420p"
