@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from loomvideo.jobs import dataset_tools
 from loomvideo.jobs.command import config_command
 from loomvideo.pipelines.sample_data.config import SampleDataConfig
 from loomvideo.platform.config import option
@@ -63,3 +64,6 @@ def inspect(folder: Annotated[str, typer.Argument(metavar="DIR", help="dataset f
     from loomvideo.jobs.inspect_dataset import inspect_dataset
 
     inspect_dataset(folder, Console())
+
+
+dataset_tools.register(app)

@@ -2,26 +2,41 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
+from loomvideo.jobs.dataset_tools import report_codec
 from loomvideo.pipelines.builder import SHARED_TASK
-from loomvideo.pipelines.prepare import prepare
+from loomvideo.pipelines.prepare import PrepareResult, prepare
 from loomvideo.pipelines.prepare_config import PrepareConfig
+from loomvideo.pipelines.report import write_report
+from loomvideo.platform.config import flatten
+from loomvideo.platform.runs import RunFolder
 from loomvideo.platform.shards.manifest import SHARD_FOLDER
+from loomvideo.platform.shards.reader import ShardDataset
 from loomvideo.platform.shards.storage import Storage
+from loomvideo.platform.tracking import Tracker
 
 
 class PrepareProgress:
-    """A bar of shards with throughput and the limiting stage."""
+    """Bars of chunks judged and shards built, with throughput and the limiting stage; the same to a tracker."""
 
-    def __init__(self, console: Console):
+    def __init__(self, console: Console, track: Callable[[dict[str, float], int], None]):
         self._bar = Progress(
-            TextColumn("shards"),
+            TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
@@ -29,12 +44,13 @@ class PrepareProgress:
             TimeRemainingColumn(),
             console=console,
         )
-        self._task = None
-        self._written = self._bytes = 0
-        self._wait_s = self._encode_s = 0.0
+        self._track = track
+        self._tasks: dict[str, TaskID] = {}
+        self._started: dict[str, float] = {}
+        self._total: Counter[str] = Counter()
 
     def __enter__(self) -> "PrepareProgress":
-        self._started = time.perf_counter()
+        self._begun = time.perf_counter()
         self._bar.start()
         return self
 
@@ -42,21 +58,80 @@ class PrepareProgress:
         self._bar.stop()
 
     def __call__(self, report: dict[str, Any], total: int) -> None:
-        """Count one finished shard."""
-        if self._task is None:
-            self._task = self._bar.add_task("shards", total=total, rate="")
-        self._written += report["written"]
-        self._bytes += report["num_bytes"]
-        self._wait_s += report["wait_s"]
-        self._encode_s += report["encode_s"]
-        seconds = time.perf_counter() - self._started
-        limit = "decoding" if self._wait_s > self._encode_s else "encoding"
-        rate = f"{self._written / seconds:.1f} samples/s, {self._bytes / 1e6:.0f} MB, {limit} limits"
-        self._bar.update(self._task, advance=1, rate="" if report["shard"] == SHARED_TASK else rate)
+        """Count one finished shard or chunk."""
+        kind = "judge" if "judged" in report else "build"
+        if kind not in self._tasks:
+            self._tasks[kind] = self._bar.add_task(kind, total=total, rate="")
+            self._started[kind] = self._begun
+            self._begun = time.perf_counter()
+        self._total.update({k: v for k, v in report.items() if isinstance(v, (int, float))})
+        seconds = time.perf_counter() - self._started[kind]
+        if kind == "judge":
+            rate = f"{self._total['judged'] / seconds:.1f} samples/s"
+            self._track({"judged": self._total["judged"]}, self._total["judged"])
+        else:
+            rate = self._build_rate(report, seconds)
+        self._bar.update(self._tasks[kind], advance=1, rate=rate)
+
+    def _build_rate(self, report: dict[str, Any], seconds: float) -> str:
+        total = self._total
+        if report["shard"] == SHARED_TASK:
+            return ""
+        figures = {
+            "written": total["written"],
+            "lost": total["lost"],
+            "megabytes": total["num_bytes"] / 1e6,
+            "samples_per_s": total["written"] / seconds,
+            "decode_wait_share": total["wait_s"] / max(total["wait_s"] + total["encode_s"], 1e-9),
+        }
+        self._track(figures, total["written"] + total["lost"])
+        limit = "decoding" if total["wait_s"] > total["encode_s"] else "encoding"
+        return f"{figures['samples_per_s']:.1f} samples/s, {figures['megabytes']:.0f} MB, {limit} limits"
 
 
-def run(config: PrepareConfig) -> None:
-    """Prepare, and print what was done."""
+class PrepareRun:
+    """The job as an MLflow run in the folder ``config.runs``, opened at the first figures: only when work is done."""
+
+    def __init__(self, config: PrepareConfig):
+        self.config = config
+        self._tracker: Tracker | None = None
+
+    def log(self, figures: dict[str, float], step: int) -> None:
+        """Log progress."""
+        if not self.config.runs:
+            return
+        if self._tracker is None:
+            folder = RunFolder.open(self.config.runs, "data-prepare", self.config.run or None)
+            self._tracker = Tracker(folder, tags={"loomvideo.output": self.config.output})
+            self._tracker.log_params(flatten(self.config))
+        self._tracker.log_metrics(figures, step)
+
+    def complete(self, result: PrepareResult) -> None:
+        """Log what came out."""
+        if self._tracker is None:
+            return
+        summary = result.summary()
+        self._tracker.set_tags({"dataset.digest": result.manifest.digest, "state": result.reason})
+        self._tracker.log_metrics({k: v for k, v in summary.items() if isinstance(v, (int, float))})
+        self._tracker.log_text(result.manifest.to_json(), "manifest.json")
+        self._tracker.folder.write_json("result.json", summary)
+
+    def __enter__(self) -> "PrepareRun":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if self._tracker is not None:
+            killed = kind is not None and issubclass(kind, KeyboardInterrupt)
+            self._tracker.finish("KILLED" if killed else "FAILED" if kind else "FINISHED")
+
+
+def run(config: PrepareConfig, again: Collection[str] = ()) -> None:
+    """Prepare, and print what was done.
+
+    Args:
+        config: The job.
+        again: Shards to build again though they are up to date.
+    """
     console = Console()
 
     @contextlib.contextmanager
@@ -70,8 +145,13 @@ def run(config: PrepareConfig) -> None:
             # Builders that were stopped midway leave their temporaries.
             Storage(config.output).remove_temporaries(SHARD_FOLDER)
 
-    with PrepareProgress(console) as progress:
-        result = prepare(config, session, progress)
+    with PrepareRun(config) as tracked:
+        with PrepareProgress(console, tracked.log) as progress:
+            result = prepare(config, session, progress, again)
+        if result.reason != "up to date":
+            dataset = ShardDataset.open(config.output)
+            write_report(dataset, lambda: report_codec(dataset))
+        tracked.complete(result)
     summary = result.summary()
     if not result.built_shards and result.reason == "up to date":
         console.print(f"{config.output}: up to date, nothing to do ({summary['written']} samples)", soft_wrap=True)

@@ -24,6 +24,11 @@ def mllm_tokens(sample: Sample, pixels: int) -> tuple[int, int]:
     return text, pictures * pixels // _PIXELS_PER_TOKEN
 
 
+def estimated_tokens(sample: Sample, config: PrepareConfig) -> tuple[int, int]:
+    """Estimated tokens of text and media at the largest bucket class."""
+    return mllm_tokens(sample, max(config.clips.buckets) ** 2)
+
+
 def estimated_bytes(sample: Sample, config: PrepareConfig, model: ModelPreset) -> int:
     """Bytes of a sample in a shard; the largest bucket class is assumed."""
     pixels = max(config.clips.buckets) ** 2

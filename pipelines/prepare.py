@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -27,6 +27,7 @@ from loomvideo.pipelines.curate import (
     chunk_rows,
     decide,
     judgements,
+    media_paths,
     plan_chunks,
     stale_chunks,
 )
@@ -38,7 +39,7 @@ from loomvideo.pipelines.media_files import base_folder, media_stamp, resolve
 from loomvideo.pipelines.prepare_config import PrepareConfig
 from loomvideo.pipelines.samples import Sample
 from loomvideo.pipelines.sources import Rejected, open_source
-from loomvideo.platform.config import flatten
+from loomvideo.platform.config import flatten, to_yaml
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.manifest import (
     INDEX_FILE,
@@ -51,6 +52,7 @@ from loomvideo.platform.shards.manifest import (
 )
 from loomvideo.platform.shards.plan import PlanItem, PlannedShard, digest, digest_lines, plan_shards
 from loomvideo.platform.shards.storage import Storage
+from loomvideo.platform.shards.takedown import identities, tombstones
 from loomvideo.platform.shards.writer import (
     RECORD_FOLDER,
     ShardRecord,
@@ -62,13 +64,14 @@ from loomvideo.platform.shards.writer import (
 
 logger = logging.getLogger(__name__)
 
+CONFIG_FILE = "work/config.yaml"
 QUARANTINE_SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("key", "dataset", "outcome", "stage", "reason")]
     + [("retriable", pa.bool_())]
     + [(name, pa.string()) for name in ("message", "sample")]
 )
 # What changes where or how fast the work is done, not what is written.
-NOT_IN_RECIPE = ("input", "output", "workers.", "limits.", "codec_folder", "mllm_folder", "features.max_error")
+NOT_IN_RECIPE = ("input", "output", "run", "workers.", "limits.", "codec_folder", "mllm_folder", "features.max_error")
 
 
 @dataclasses.dataclass
@@ -197,22 +200,26 @@ def recipe_parts(inputs: Inputs, config: PrepareConfig) -> dict[str, str]:
 
 
 def prepare(
-    config: PrepareConfig, session: Callable[[], Any] | None = None, on_progress: Progress | None = None
+    config: PrepareConfig,
+    session: Callable[[], Any] | None = None,
+    on_progress: Progress | None = None,
+    again: Collection[str] = (),
 ) -> PrepareResult:
     """Bring the output folder up to date with input and configuration.
 
     Args:
         config: The job.
         session: Makes a context in which Ray is up; entered only when there is work. By default the caller's session.
-        on_progress: Called with a builder's report and the number of shards to build.
+        on_progress: Called with a worker's report and the number of its rows.
+        again: Names of shards to build again though nothing they depend on has changed.
 
     Raises:
         UserError: for bad input or configuration, or when more is lost than ``limits.max_loss`` allows.
     """
     config.check()
     started = time.perf_counter()
-    inputs = read_inputs(config)
     storage = Storage(config.output)
+    inputs = _without_removed(read_inputs(config), tombstones(storage))
     for folder in (SHARD_FOLDER, RECORD_FOLDER, CURATION_FOLDER, "work", ""):
         storage.remove_temporaries(folder)
     recipe = recipe_parts(inputs, config)
@@ -235,12 +242,13 @@ def prepare(
         ]
         shared_recipe = digest(recipe["config"], recipe["encoders"], recipe["code"])
         shared_row = {"shard": SHARED_TASK, "split": "", "recipe": shared_recipe}
-        todo = [row for row in rows if not _is_current(storage, row, stamps)]
+        todo = [row for row in rows if row["shard"] in again or not _is_current(storage, row, stamps)]
         shared_sha256 = _shared_sha256(storage, shared_row)
-        before = _manifest(storage)
+        before = stored_manifest(storage)
         if not todo and shared_sha256 and before is not None and before.recipe == recipe:
             return PrepareResult(before, 0, len(rows), time.perf_counter() - started, "up to date")
         reason = _why(before, recipe, todo, config)
+        storage.write_bytes(CONFIG_FILE, to_yaml(config).encode())
         if todo or not shared_sha256:
             # Without its manifest the folder is no finished dataset while its shards change.
             storage.delete(MANIFEST_FILE)
@@ -259,6 +267,19 @@ def prepare(
         raise RuntimeError(f"{len(missing)} shards were not committed, first {missing[0]}")
     manifest = _finish(storage, config, inputs, recipe, records, _shared_sha256(storage, shared_row))
     return PrepareResult(manifest, len(todo), len(rows) - len(todo), time.perf_counter() - started, reason)
+
+
+def _without_removed(inputs: Inputs, ids: set[str]) -> Inputs:
+    """The inputs without samples that were asked to be removed."""
+    if not ids:
+        return inputs
+    kept, rejected = [], list(inputs.rejected)
+    for sample in inputs.samples:
+        if ids & identities(sample.key, sample.group, media_paths(sample), sample.extra):
+            rejected.append(_rejected(sample.key, sample.dataset, "removed", "tombstone", "removed by request"))
+        else:
+            kept.append(sample)
+    return Inputs(kept, rejected)
 
 
 def _curated(
@@ -367,7 +388,8 @@ def _shared_sha256(storage: Storage, row: dict[str, Any]) -> str:
     return known["sha256"] if known["recipe"] == row["recipe"] else ""
 
 
-def _manifest(storage: Storage) -> Manifest | None:
+def stored_manifest(storage: Storage) -> Manifest | None:
+    """The manifest of a finished dataset; None without one, or with one of another format version."""
     if not storage.exists(MANIFEST_FILE):
         return None
     try:
@@ -469,7 +491,8 @@ def _counts(inputs: Inputs, outcomes: Iterable[dict[str, Any]]) -> dict[str, dic
     for entry in [*({"dataset": s.dataset} for s in inputs.samples), *inputs.rejected]:
         counts.setdefault(entry["dataset"], dict(empty))["inputs"] += 1
     for outcome in outcomes:
-        counts[outcome["dataset"]][outcome["outcome"]] += 1
+        count = counts[outcome["dataset"]]
+        count[outcome["outcome"]] = count.get(outcome["outcome"], 0) + 1
     return counts
 
 

@@ -80,6 +80,8 @@ class PrepareConfig:
     shards: ShardOptions = option(ShardOptions, "")
     workers: WorkerOptions = option(WorkerOptions, "")
     limits: LimitOptions = option(LimitOptions, "")
+    runs: str = option("", "folder of runs: the job becomes an MLflow run there; empty tracks nothing")
+    run: str = option("", "name of that run; by default the time")
     curate: bool = option(False, "judge samples before encoding: shots, quality, text, pairs, duplicates (stages.*)")
     stages: StageOptions = option(StageOptions, "")
 

@@ -45,6 +45,7 @@ class Manifest:
         inputs: Digest and number of the input samples.
         recipe: Digest over input, configuration, encoders and code version: equal means up to date.
         shared_sha256: Checksum of the dataset-wide tensors, empty without any.
+        removed: ``[shard, key]`` of samples that are hidden and still lie in their tar.
     """
 
     shards: list[ShardEntry]
@@ -55,13 +56,23 @@ class Manifest:
     inputs: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, str] = field(default_factory=dict)
     shared_sha256: str = ""
+    removed: list[list[str]] = field(default_factory=list)
     format_version: int = FORMAT_VERSION
 
     @property
     def digest(self) -> str:
         """Names the dataset's content: a hash over the checksums of all shards and shared tensors."""
         lines = [f"{shard.name} {shard.sha256}" for shard in sorted(self.shards, key=lambda s: s.name)]
-        return hashlib.sha256("\n".join([*lines, self.shared_sha256]).encode()).hexdigest()
+        gone = [f"removed {shard} {key}" for shard, key in self.removed]
+        return hashlib.sha256("\n".join([*lines, self.shared_sha256, *gone]).encode()).hexdigest()
+
+    @property
+    def removed_by_shard(self) -> dict[str, list[str]]:
+        """Keys of hidden samples, by shard."""
+        found: dict[str, list[str]] = {}
+        for shard, key in self.removed:
+            found.setdefault(shard, []).append(key)
+        return found
 
     @property
     def num_samples(self) -> int:

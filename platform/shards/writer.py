@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loomvideo.platform.shards import tensors as safetensors
 from loomvideo.platform.shards.index import index_row, index_table
+from loomvideo.platform.shards.interop import write_interop
 from loomvideo.platform.shards.manifest import (
     INDEX_FILE,
     MANIFEST_FILE,
@@ -142,5 +143,6 @@ def finish_dataset(storage: Storage, records: Sequence[ShardRecord], **manifest_
     manifest = Manifest([record.entry for record in records if record.rows], **manifest_fields)
     check_counts(manifest.counts)
     write_table(storage, INDEX_FILE, index_table([row for record in records for row in record.rows]))
+    write_interop(storage, manifest)
     storage.write_bytes(MANIFEST_FILE, manifest.to_json().encode())
     return manifest

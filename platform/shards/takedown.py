@@ -1,0 +1,118 @@
+"""Removing samples from a finished dataset: hidden at once, gone from the tars after compaction.
+
+The identities asked for are kept in ``tombstones.json``: a later prepare leaves the same samples out again.
+"""
+
+import dataclasses
+import json
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from loomvideo.platform.errors import UserError
+from loomvideo.platform.shards.interop import write_interop
+from loomvideo.platform.shards.manifest import INDEX_FILE, MANIFEST_FILE, Manifest, shard_path
+from loomvideo.platform.shards.reader import ShardDataset, read_placed
+from loomvideo.platform.shards.sample import ShardSample
+from loomvideo.platform.shards.storage import Storage
+from loomvideo.platform.shards.writer import read_record, write_shard, write_table
+
+TOMBSTONES_FILE = "tombstones.json"
+
+
+def tombstones(storage: Storage) -> set[str]:
+    """Identities that were asked to be removed."""
+    if not storage.exists(TOMBSTONES_FILE):
+        return set()
+    return set(json.loads(storage.read_bytes(TOMBSTONES_FILE))["ids"])
+
+
+def identities(key: str, group: str, media: Collection[str | None], extra: Mapping[str, Any]) -> set[str]:
+    """What a sample can be asked for by: key, group, media paths, and its ``extra.source_id`` or ``extra.sku``."""
+    named = {str(extra[name]) for name in ("source_id", "sku") if extra.get(name)}
+    return {key, *named, *(path for path in media if path)} | ({group} if group else set())
+
+
+def remove(url: str, ids: Collection[str]) -> list[str]:
+    """Hide every sample that one of the identities names; returns their keys.
+
+    Raises:
+        UserError: if an identity names no sample.
+    """
+    dataset = ShardDataset.open(url)
+    storage, wanted = dataset.storage, set(ids)
+    found: dict[str, str] = {}
+    matched: set[str] = set()
+    for row in range(len(dataset)):
+        metadata = dataset.read(row, select=lambda member, name: False).metadata
+        media = metadata.get("media", {})
+        paths = [media.get("target"), media.get("source"), *media.get("references", [])]
+        hits = wanted & identities(metadata["key"], metadata.get("group", ""), paths, metadata.get("extra", {}))
+        if hits:
+            matched |= hits
+            found[metadata["key"]] = dataset.index.column("shard")[row].as_py()
+    unknown = sorted(wanted - matched)
+    if unknown:
+        raise UserError(f"{url}: no sample has key, group, media path, source_id or sku {unknown[0]!r}")
+    known = json.dumps({"ids": sorted(tombstones(storage) | wanted)}, indent=1) + "\n"
+    storage.write_bytes(TOMBSTONES_FILE, known.encode())
+    index = dataset.index.filter(pc.invert(pc.is_in(dataset.index.column("key"), pa.array(sorted(found)))))
+    _publish(storage, _without(dataset, found), index)
+    return sorted(found)
+
+
+def _without(dataset: ShardDataset, found: Mapping[str, str]) -> Manifest:
+    manifest = dataset.manifest
+    lost: dict[str, int] = {}
+    counts = {name: dict(count) for name, count in manifest.counts.items()}
+    for key, shard in found.items():
+        lost[shard] = lost.get(shard, 0) + 1
+        name = dataset.index.column("dataset")[dataset.rows_by_key[key]].as_py()
+        counts[name]["written"] -= 1
+        counts[name]["removed"] = counts[name].get("removed", 0) + 1
+    shards = [dataclasses.replace(s, num_samples=s.num_samples - lost.get(s.name, 0)) for s in manifest.shards]
+    removed = sorted([*manifest.removed, *([shard, key] for key, shard in found.items())])
+    return dataclasses.replace(manifest, shards=shards, counts=counts, removed=removed)
+
+
+def compact(url: str) -> list[str]:
+    """Rewrite the tars that hold removed samples; returns the names of those shards."""
+    dataset = ShardDataset.open(url)
+    storage, manifest = dataset.storage, dataset.manifest
+    if not manifest.removed:
+        return []
+    affected = manifest.removed_by_shard
+    records = {}
+    # Without its manifest the folder is no finished dataset while its shards change.
+    storage.delete(MANIFEST_FILE)
+    for name, keys in affected.items():
+        record = read_record(storage, name)
+        if record is None:
+            raise UserError(f"{url}: shard {name} has no commit record; run `loomvideo data prepare` to rebuild it")
+        kept = [row for row in record.rows if row["key"] not in keys]
+        outcomes = [outcome for outcome in record.outcomes if outcome["key"] not in keys]
+        records[name] = write_shard(
+            storage, name, record.split, _stored(storage, name, kept), record.recipe, outcomes, record.facts
+        )
+    shards = [records[shard.name].entry if shard.name in records else shard for shard in manifest.shards]
+    rows = dataset.index.filter(pc.invert(pc.is_in(dataset.index.column("shard"), pa.array(sorted(affected)))))
+    new = [{**dict.fromkeys(rows.column_names), **row} for record in records.values() for row in record.rows]
+    table = pa.concat_tables([rows, pa.Table.from_pylist(new, schema=rows.schema)])
+    table = table.take(pc.sort_indices(table, [("shard", "ascending"), ("slot", "ascending")]))
+    shards = [shard for shard in shards if shard.num_samples]
+    _publish(storage, dataclasses.replace(manifest, shards=shards, removed=[]), table)
+    return sorted(affected)
+
+
+def _stored(storage: Storage, name: str, rows: list[dict[str, Any]]) -> Iterator[tuple[int, ShardSample]]:
+    for row in rows:
+        yield row["slot"], read_placed(storage, shard_path(name), row, raw=True)
+
+
+def _publish(storage: Storage, manifest: Manifest, index: pa.Table) -> None:
+    storage.delete(MANIFEST_FILE)
+    write_table(storage, INDEX_FILE, index)
+    write_interop(storage, manifest)
+    storage.write_bytes(MANIFEST_FILE, manifest.to_json().encode())
