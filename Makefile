@@ -18,7 +18,7 @@ $(VENV)/.setup: pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import sys; assert sys.version_info >= (3, 11)' 2>/dev/null || { echo "error: Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11"; exit 2; }
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "error: the venv module is missing; install it with: apt-get install python3-venv"; exit 2; }
 	@rm -f $@ $(VENV)/.setup-dev
-	"$(PYTHON)" -m venv --clear $(VENV)
+	"$(PYTHON)" -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
 
@@ -50,10 +50,10 @@ shards: sample-data ## encode the sample dataset into shards (kept if they are f
 	$(BIN)/loomvideo data prepare preset=$(PRESET) input=$(DATA)/samples.jsonl output=$(SHARDS)
 
 pretrain: shards ## train on all tasks: PRESET= RUN= ARGS="section.key=value …"
-	$(BIN)/loomvideo pretrain preset=$(PRESET) data.shards=[$(SHARDS)] $(if $(RUN),run=$(RUN)) $(ARGS)
+	$(BIN)/loomvideo pretrain preset=$(PRESET) data.shards=[$(SHARDS)] evaluation.samples=$(DATA)/samples.jsonl $(if $(RUN),run=$(RUN)) $(ARGS)
 
 finetune-edit: shards ## continue the newest (or ARGS="from_run=…") pretrain run on the editing tasks
-	$(BIN)/loomvideo finetune-edit preset=$(PRESET) data.shards=[$(SHARDS)] $(if $(RUN),run=$(RUN)) $(ARGS)
+	$(BIN)/loomvideo finetune-edit preset=$(PRESET) data.shards=[$(SHARDS)] evaluation.samples=$(DATA)/samples.jsonl $(if $(RUN),run=$(RUN)) $(ARGS)
 
 mlflow: $(VENV)/.setup ## open the MLflow pages of the local runs on http://localhost:5000
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --port 5000
