@@ -9,7 +9,7 @@ DATA ?= data/sample
 SHARDS ?= data/shards-$(PRESET)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev lint format test test-fast sample-data shards pretrain finetune-edit evaluate mlflow bench clean render submit validate doctor mlflow-server image kernels bench-kernels
+.PHONY: help setup setup-dev lint format test test-fast sample-data shards pretrain finetune-edit evaluate mlflow bench clean render submit validate doctor mlflow-server drill image kernels bench-kernels
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,6 +80,10 @@ doctor: $(VENV)/.setup ## check this machine, or every node of a cluster: CLUSTE
 mlflow-server: $(VENV)/.setup ## an MLflow server with a user: PORT= ARGS=, Postgres by MLFLOW_BACKEND_STORE_URI
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server]'
 	$(BIN)/loomvideo mlflow-server --port $(or $(PORT),5000) $(ARGS)
+
+drill: $(VENV)/.setup-dev shards ## rehearse failures on a cluster of several nodes on this machine: ARGS="--only head,worker"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server]'
+	$(BIN)/python infra/drills/drill.py --folder $(or $(DRILL),runs/drill-$$(date +%Y%m%d-%H%M%S)) --shards $(SHARDS) $(ARGS)
 
 image: ## build the container image: IMAGE=cpu or cuda
 	docker build --file infra/images/Dockerfile.$(IMAGE) --tag loomvideo/$(IMAGE):$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) .

@@ -34,13 +34,13 @@ else
     postgres_password=$(random)
     mlflow_password=$(random)
     printf '%s' "$postgres_password" | value loomvideo-postgres password
-    printf 'postgresql://mlflow:%s@mlflow-postgres:5432/mlflow' "$postgres_password" \
+    printf 'postgresql+psycopg2://mlflow:%s@mlflow-postgres:5432/mlflow' "$postgres_password" \
         | value loomvideo-mlflow-server backend-store-uri
     random | value loomvideo-mlflow-server flask-secret-key
     value loomvideo-mlflow-server basic_auth.ini << INI
 [mlflow]
 default_permission = EDIT
-database_uri = postgresql://mlflow:$postgres_password@mlflow-postgres:5432/mlflow_auth
+database_uri = postgresql+psycopg2://mlflow:$postgres_password@mlflow-postgres:5432/mlflow_auth
 admin_username = loomvideo
 admin_password = $mlflow_password
 authorization_function = mlflow.server.auth:authenticate_request_basic_auth

@@ -49,8 +49,8 @@ def prepare_server(
 ) -> Server:
     """Make what a server needs, once, and say how to start it.
 
-    The database is ``MLFLOW_BACKEND_STORE_URI`` (``postgresql://user:password@host/name``; kept out of the command
-    line, which every user of a machine can read) or sqlite in ``folder``; users are kept beside it.
+    The database is ``MLFLOW_BACKEND_STORE_URI`` (``postgresql+psycopg2://user:password@host/name``; kept out of the
+    command line, which every user of a machine can read) or sqlite in ``folder``; users are kept beside it.
 
     Args:
         folder: Kept between starts.

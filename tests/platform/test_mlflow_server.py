@@ -15,7 +15,7 @@ pytest.importorskip("flask_wtf")
 
 
 def test_secrets_are_private_stable_and_not_on_the_command_line(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "postgresql://mlflow:pw-in-uri@db/mlflow")
+    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "postgresql+psycopg2://mlflow:pw-in-uri@db/mlflow")
     server = prepare_server(tmp_path / "s")
     for name in (PASSWORD_FILE, SETTINGS_FILE, SECRET_FILE):
         assert stat.S_IMODE((tmp_path / "s" / name).stat().st_mode) == 0o600

@@ -1,4 +1,4 @@
-"""A Ray head for tests: dashboard, jobs API, token authentication; ends with the processes it started."""
+"""A Ray cluster of several nodes on one machine, with a dashboard and a token, for rehearsals and tests."""
 
 import contextlib
 import os
@@ -12,11 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import ray
 import requests
 
 
 def free_port() -> int:
+    """A port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -35,14 +37,17 @@ class LocalCluster:
 
     @property
     def address(self) -> str:
+        """URL of the dashboard."""
         return f"http://127.0.0.1:{self.dashboard_port}"
 
     @property
     def gcs_address(self) -> str:
+        """What workers and drivers on this machine join."""
         # Ray puts the machine's own address in the place of a loopback one, and then listens only there.
         return f"{ray.util.get_node_ip_address()}:{self.gcs_port}"
 
     def variables(self) -> dict[str, str]:
+        """Environment of every node, and of a client on this machine."""
         tools = self.folder / "bin"
         tools.mkdir(parents=True, exist_ok=True)
         # Ray installs shipped wheels with whatever `pip` is on a node's PATH.
@@ -59,6 +64,7 @@ class LocalCluster:
         return inherited | mine | quiet | self.environment
 
     def start_head(self, num_cpus: int = 1) -> None:
+        """Start the head and wait for it; a second call after a kill is a new head at the same address."""
         self._start(
             "head",
             *("--head", f"--port={self.gcs_port}", "--dashboard-host=127.0.0.1", f"--num-cpus={num_cpus}"),
@@ -72,6 +78,7 @@ class LocalCluster:
         self._wait("head", "/api/jobs/", lambda _: self.num_alive() == 1)
 
     def start_worker(self, name: str, num_cpus: int = 1) -> None:
+        """Start a worker node and wait until the head counts it."""
         options = (f"--address={self.gcs_address}", f"--num-cpus={num_cpus}", "--object-store-memory=100000000")
         alive = self.num_alive()
         self._start(name, *options)
@@ -97,12 +104,26 @@ class LocalCluster:
 
     def kill(self, name: str) -> None:
         """Kill a node and everything on it, as a machine that loses power does."""
-        process = self.processes.pop(name)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        # Workers and their children may have left the node's process group.
+        self._signal(name, signal.SIGKILL)
+        self.processes.pop(name).wait()
+
+    def pause(self, name: str) -> None:
+        """Stop a node and all on it without ending it: to the others, its network is gone."""
+        self._signal(name, signal.SIGSTOP)
+
+    def go_on(self, name: str) -> None:
+        """Let a paused node run again."""
+        self._signal(name, signal.SIGCONT)
+
+    def _signal(self, name: str, number: int) -> None:
+        leader = psutil.Process(self.processes[name].pid)
+        for process in [leader, *leader.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
 
     def stop(self) -> None:
+        """End all nodes, the head last."""
         for name in [name for name in self.processes if name != "head"] + ["head"]:
             if name in self.processes:
                 self.kill(name)
