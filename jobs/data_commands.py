@@ -14,6 +14,7 @@ from loomvideo.pipelines.sample_data.config import SampleDataConfig
 from loomvideo.platform.config import option
 
 if TYPE_CHECKING:
+    from loomvideo.pipelines.captions.dataset import CaptionDatasetConfig
     from loomvideo.pipelines.prepare_config import PrepareConfig
 
 app = typer.Typer(name="data", help="Make, prepare and look at datasets.", no_args_is_help=True)
@@ -24,6 +25,13 @@ def prepare_schema() -> type:
     from loomvideo.pipelines.prepare_config import PrepareConfig
 
     return PrepareConfig
+
+
+def caption_schema() -> type:
+    """The schema of ``data caption``, imported late as the above."""
+    from loomvideo.pipelines.captions.dataset import CaptionDatasetConfig
+
+    return CaptionDatasetConfig
 
 
 @dataclass
@@ -54,6 +62,14 @@ def sample(config: SampleCommandConfig) -> None:
 def prepare(config: "PrepareConfig") -> None:
     """Encode samples into shards: latents and MLLM features, up to date with input and configuration."""
     from loomvideo.jobs.prepare_job import run
+
+    run(config)
+
+
+@config_command(app, "caption", "data-caption", caption_schema)
+def caption(config: "CaptionDatasetConfig") -> None:
+    """Write captions or edit instructions for a dataset with a vision-language model: a sample file for `prepare`."""
+    from loomvideo.jobs.caption_job import run
 
     run(config)
 

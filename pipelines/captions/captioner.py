@@ -18,6 +18,7 @@ import numpy as np
 from loomvideo.pipelines.captions.options import CaptionOptions
 from loomvideo.pipelines.captions.requests import CaptionRequest, caption_request
 from loomvideo.pipelines.captions.schema import InvalidAnswerError, parse_answer
+from loomvideo.pipelines.decode import DecodeError
 from loomvideo.pipelines.evaluation.judges.clients import JudgeClient, JudgeError, OpenAIClient
 from loomvideo.pipelines.evaluation.judges.local import TransformersJudge
 from loomvideo.pipelines.evaluation.judges.requests import FrameSampling
@@ -128,7 +129,10 @@ class Captioner:
         if self.options.backend == "existing" or (has_text and not self.options.overwrite):
             status = "existing" if sample.text else "no_text"
             return CaptionResult(sample.key, "", status)
-        target, source = read_frames(sample)
+        try:
+            target, source = read_frames(sample)
+        except DecodeError as error:
+            return CaptionResult(sample.key, "", error.reason, detail=str(error))
         structured = self.options.backend != "transformers"
         request = caption_request(sample, self.options.mode, target, source, self._sampling, structured)
         identity = self._client.identity()

@@ -1,5 +1,6 @@
 """What every reader shares: where a dataset lies, rejected rows, keys, and the registry of formats."""
 
+import dataclasses
 import difflib
 import hashlib
 import inspect
@@ -28,14 +29,16 @@ class Rejected:
         where: File and line, row or item.
         dataset: Name of the dataset.
         reason: Code: ``invalid_json``, ``missing_field``, ``invalid_field``, ``missing_media``, ``unpaired``,
-            ``invalid_sample``.
+            ``invalid_sample``, ``no_text``.
         detail: One line for a person.
+        unfinished: A sample that lacks nothing but its text, which captioning can write.
     """
 
     where: str
     dataset: str
     reason: str
     detail: str
+    unfinished: Sample | None = None
 
 
 Outcome = Sample | Rejected
@@ -215,16 +218,21 @@ def build(where: str, dataset: str, **fields: Any) -> Outcome:
     if not values.get("target"):
         return Rejected(where, dataset, "missing_field", "no target")
     values.setdefault("task", infer_task(values["target"], values.get("source"), values.get("references", [])))
-    if not (values.get("instruction") or values.get("caption")):
-        return Rejected(where, dataset, "missing_field", "no instruction or caption")
     if "key" not in values:
         identity = [values.get(k) for k in ("task", "target", "source", "references", "instruction", "caption")]
         values["key"] = make_key(dataset, PurePosixPath(values["target"].partition("#")[0]).stem, *identity)
-    sample = Sample(dataset=dataset, **values)
+    return checked(Sample(dataset=dataset, **values), where)
+
+
+def checked(sample: Sample, where: str) -> Outcome:
+    """The sample if it is complete and consistent, else why not."""
     try:
-        sample.validate(where)
+        # A stand-in tells a missing text from other mistakes.
+        (sample if sample.text else dataclasses.replace(sample, caption="?")).validate(where)
     except UserError as error:
-        return Rejected(where, dataset, "invalid_sample", str(error).removeprefix(f"{where}: "))
+        return Rejected(where, sample.dataset, "invalid_sample", str(error).removeprefix(f"{where}: "))
+    if not sample.text:
+        return Rejected(where, sample.dataset, "no_text", "no instruction or caption", sample)
     return sample
 
 

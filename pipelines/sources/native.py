@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from loomvideo.pipelines.samples import Sample, parse_sample
-from loomvideo.pipelines.sources.base import Outcome, Place, Rejected, Root, build, register
+from loomvideo.pipelines.sources.base import Outcome, Place, Rejected, Root, build, checked, register
 from loomvideo.pipelines.sources.tables import rows
 from loomvideo.platform.errors import UserError
 
@@ -43,13 +43,25 @@ def read_samples(place: Place) -> Iterator[Outcome]:
             if not line.strip():
                 continue
             where = f"{place.root.path(file)}:{number}"
+            yield _parsed(line, where, place.root)
+
+
+def _parsed(line: str, where: str, root: Root) -> Outcome:
+    try:
+        return _located(parse_sample(line, where), root)
+    except (UserError, TypeError) as error:
+        problem = str(error).removeprefix(f"{where}: ")
+        if "invalid JSON" in problem:
+            return Rejected(where, "", "invalid_json", problem)
+        row = json.loads(line)
+        dataset = str(row.get("dataset") or "") if isinstance(row, dict) else ""
+        if isinstance(row, dict) and not (row.get("caption") or row.get("instruction")):
             try:
-                sample = parse_sample(line, where)
-            except (UserError, TypeError) as error:
-                reason = "invalid_json" if "invalid JSON" in str(error) else "invalid_sample"
-                yield Rejected(where, "", reason, str(error).removeprefix(f"{where}: "))
-            else:
-                yield _located(sample, place.root)
+                unfinished = dataclasses.replace(parse_sample(json.dumps(row | {"caption": "?"}), where), caption=None)
+            except (UserError, TypeError):
+                return Rejected(where, dataset, "invalid_sample", problem)
+            return checked(_located(unfinished, root), where)
+        return Rejected(where, dataset, "invalid_sample", problem)
 
 
 def _located(sample: Sample, root: Root) -> Sample:
@@ -85,13 +97,7 @@ def read_sample_parquet(place: Place) -> Iterator[Outcome]:
                 raise UserError(f"{where}: unknown column {unknown[0]!r}; use format=table with a column map")
             if isinstance(values.get("extra"), str):
                 values["extra"] = json.loads(values["extra"])
-            try:
-                sample = parse_sample(json.dumps(values), where)
-            except UserError as error:
-                dataset = str(row.get("dataset") or "")
-                yield Rejected(where, dataset, "invalid_sample", str(error).removeprefix(f"{where}: "))
-            else:
-                yield _located(sample, place.root)
+            yield _parsed(json.dumps(values), where, place.root)
 
 
 # Task by the fields that only its template has, most telling first.

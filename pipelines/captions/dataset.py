@@ -1,0 +1,158 @@
+"""Texts for a whole dataset: any known layout in, a sample file with texts out, every sample accounted for.
+
+A server is asked by threads of this process; a model that runs here is loaded by Ray actors, one a GPU. Answers are
+cached, so an interrupted or repeated run asks only what is new.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from loomvideo.pipelines.captions.captioner import Captioner, CaptionResult, with_text
+from loomvideo.pipelines.captions.frames import FrameReader
+from loomvideo.pipelines.captions.options import CaptionOptions
+from loomvideo.pipelines.samples import EDIT_TASKS, Sample
+from loomvideo.pipelines.sources import Rejected, open_source
+from loomvideo.platform.config import option
+from loomvideo.platform.errors import UserError
+
+
+@dataclasses.dataclass
+class CaptionWorkers:
+    """Ray actors that hold a model, for ``captions.backend=transformers``."""
+
+    count: int = option(1, "actors")
+    gpus: float = option(1.0, "GPUs an actor reserves")
+    cpus: float = option(1.0, "CPUs an actor reserves")
+
+
+@dataclasses.dataclass
+class CaptionDatasetConfig:
+    """A dataset and what its texts are made with."""
+
+    input: str = option("???", "dataset in any layout of docs/sources.md, a local path or URL")
+    output: str = option("???", "folder for samples.jsonl and captions.parquet, a local path or URL")
+    format: str = option("auto", "layout of the input")
+    format_options: dict[str, Any] = option({}, "options of the layout")
+    captions: CaptionOptions = option(CaptionOptions, "")
+    workers: CaptionWorkers = option(CaptionWorkers, "")
+
+
+@dataclasses.dataclass
+class CaptionedDataset:
+    """What captioning a dataset gives.
+
+    Attributes:
+        samples: That have a text, in input order.
+        ledger: A row an input: ``{key, dataset, status, model, digest, detail, written}``.
+    """
+
+    samples: list[Sample]
+    ledger: list[dict[str, Any]]
+
+
+Asked = Iterable[tuple[Sample, CaptionResult]]
+Progress = Callable[[int, int], None]
+
+
+def caption_dataset(
+    config: CaptionDatasetConfig, ask: Callable[[CaptionOptions, list[Sample]], Asked], progress: Progress | None = None
+) -> CaptionedDataset:
+    """Read a dataset and make its texts.
+
+    Args:
+        config: Of the job.
+        ask: :func:`ask_server`, or :func:`ask_actors` for a model that runs here.
+        progress: Called with the number of answers and of questions.
+
+    Raises:
+        UserError: for bad input, or when no sample has a text at the end.
+    """
+    config.captions.check()
+    entries = [_unfinished(e) for e in open_source(config.input, config.format, **config.format_options)]
+    samples = [entry for entry in entries if isinstance(entry, Sample)]
+    if len({sample.key for sample in samples}) != len(samples):
+        raise UserError(f"input={config.input}: two samples have the same key")
+    # The text of an edit is its instruction, of everything else its caption.
+    asked = [s for s in samples if (s.task in EDIT_TASKS) == (config.captions.mode == "instruction")]
+    answers: dict[str, tuple[Sample, CaptionResult]] = {}
+    for sample, result in ask(config.captions, asked):
+        answers[result.key] = (sample, result)
+        if progress is not None:
+            progress(len(answers), len(asked))
+    missing = [sample.key for sample in asked if sample.key not in answers]
+    if missing:
+        raise RuntimeError(f"{len(missing)} of {len(asked)} samples came back without a result, first {missing[0]}")
+    finished, ledger = [], []
+    for entry in entries:
+        if isinstance(entry, Rejected):
+            row = {"key": entry.where, "dataset": entry.dataset, "status": entry.reason, "detail": entry.detail}
+            ledger.append({"model": "", "digest": "", "written": False, **row})
+            continue
+        sample, result = answers.get(entry.key, (entry, CaptionResult(entry.key, "", "existing")))
+        row = {name: getattr(result, name) for name in ("key", "status", "model", "digest", "detail")}
+        ledger.append({**row, "dataset": entry.dataset, "written": bool(sample.text)})
+        if sample.text:
+            finished.append(sample)
+    if not finished:
+        first = next((row for row in ledger if row["detail"]), {"detail": "no sample in it"})
+        raise UserError(f"input={config.input}: no sample has a text at the end; first: {first['detail']}")
+    return CaptionedDataset(finished, ledger)
+
+
+def _unfinished(entry: Sample | Rejected) -> Sample | Rejected:
+    return entry.unfinished if isinstance(entry, Rejected) and entry.unfinished is not None else entry
+
+
+def ask_server(options: CaptionOptions, samples: list[Sample]) -> Iterator[tuple[Sample, CaptionResult]]:
+    """Ask from threads of this process."""
+    reader = FrameReader(options.num_frames, options.max_side)
+    try:
+        yield from Captioner(options).run(samples, reader)
+    finally:
+        reader.close()
+
+
+class CaptionActor:
+    """A model and a decoder; one a Ray actor."""
+
+    def __init__(self, options: CaptionOptions):
+        self.options = options
+        self.captioner = Captioner(options)
+        self.reader = FrameReader(options.num_frames, options.max_side)
+
+    def __call__(self, row: dict[str, str]) -> dict[str, str]:
+        """Make one sample's text."""
+        sample = Sample(**json.loads(row["sample"]))
+        result = self.captioner.caption(sample, self.reader)
+        return {"sample": row["sample"], "result": json.dumps(dataclasses.asdict(result))}
+
+
+def ask_actors(workers: CaptionWorkers) -> Callable[[CaptionOptions, list[Sample]], Asked]:
+    """Ask models in a pool of Ray actors; only rows of text travel."""
+
+    def ask(options: CaptionOptions, samples: list[Sample]) -> Iterator[tuple[Sample, CaptionResult]]:
+        import ray
+
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        rows = [{"sample": sample.to_json()} for sample in samples]
+        dataset = ray.data.from_items(rows, override_num_blocks=max(1, min(len(rows), workers.count * 16))).map(
+            CaptionActor,
+            fn_constructor_args=(options,),
+            num_cpus=workers.cpus,
+            num_gpus=workers.gpus,
+            compute=ray.data.ActorPoolStrategy(size=workers.count),
+        )
+        for row in dataset.iter_rows():
+            sample = Sample(**json.loads(row["sample"]))
+            result = CaptionResult(**json.loads(row["result"]))
+            if result.key != sample.key:
+                raise RuntimeError(f"text of {result.key} came back for {sample.key}")
+            yield with_text(sample, result, options.mode), result
+
+    return ask
