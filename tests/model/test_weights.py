@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 
 import diffusers
 import pytest
@@ -203,3 +205,45 @@ def test_5b_has_the_published_size_and_keys():
         "source_patch_embedding.bias": (3072,),
     }
     assert shapes == {name: shape for name, shape in wan.items() if name not in dead} | own
+
+
+@pytest.mark.parametrize("kind", ["loomvideo", "published"])
+def test_loading_holds_one_copy(tmp_path, kind):
+    """Anonymous memory grows by the model, not by the checkpoint as well."""
+    config = dataclasses.replace(CONFIG, num_layers=6, attention_head_dim=192, ffn_dim=1536)
+    model = LoomVideoDiT(config)
+    num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    assert num_bytes > 60e6
+    if kind == "loomvideo":
+        save_dit(model, config, tmp_path)
+    else:
+        torch.save(model.state_dict(), tmp_path / "gen_model.pth")
+    del model
+    program = f"""
+import threading, time, torch
+from pathlib import Path
+from loomvideo.model.config import DiTConfig
+from loomvideo.model.weights import load_dit
+config = DiTConfig.from_dict({config.to_dict()!r})
+torch.ones(8, 8) @ torch.ones(8, 8)  # what the library allocates once
+
+def anonymous():
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["RssAnon"].split()[0]) * 1024
+
+peak, done = 0, threading.Event()
+def watch():
+    global peak
+    while not done.is_set():
+        peak = max(peak, anonymous())
+        time.sleep(0.0005)
+before = anonymous()
+thread = threading.Thread(target=watch)
+thread.start()
+model = load_dit({str(tmp_path)!r}, config)
+done.set()
+thread.join()
+print(max(peak, anonymous()) - before)
+"""
+    output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    assert 0.9 * num_bytes < int(output) < 1.3 * num_bytes
