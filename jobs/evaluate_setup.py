@@ -7,7 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from loomvideo.jobs.checkpoints import find_weights
 from loomvideo.jobs.evaluate_config import EvaluateConfig
+from loomvideo.model.presets import stated_preset
 from loomvideo.pipelines.evaluation.generators import BlendGenerator, Generator, IdentityGenerator
 from loomvideo.pipelines.evaluation.judges.clients import GeminiClient, JudgeClient, OpenAIClient, api_key
 from loomvideo.pipelines.evaluation.judges.fake import PixelJudge
@@ -24,7 +26,6 @@ from loomvideo.platform.errors import UserError
 from loomvideo.platform.runs import RunFolder
 
 JOB = "evaluate"
-TRAINING_JOBS = ("finetune-edit", "pretrain")
 DEFAULT_DATA = {"sample": "data/sample", "fashion": "data/sample"}
 
 
@@ -61,9 +62,8 @@ def find_checkpoint(config: EvaluateConfig) -> Checkpoint:
     if config.generator == "blend":
         blend = BlendGenerator(g.blend_skill, g.blend_noise)
         return Checkpoint(blend.fingerprint, blend.fingerprint, lambda: blend)
-    run, weights = _training_run(config)
-    note = run.read_json("weights.json") if run else None
-    preset = g.preset or (note or {}).get("model", "")
+    run, weights = find_weights(config.checkpoint, config.runs)
+    preset = g.preset or stated_preset(weights)
     if not preset:
         raise UserError(f"checkpoint={config.checkpoint}: set generation.preset (5b for the published model)")
     options = ModelOptions(
@@ -182,23 +182,6 @@ def wide_console() -> Console:
 def store_folder(config: EvaluateConfig) -> Path:
     """Where results are kept by content."""
     return Path(config.store or Path(config.runs) / "evaluation-store").absolute()
-
-
-def _training_run(config: EvaluateConfig) -> tuple[RunFolder | None, Path]:
-    name = config.checkpoint
-    if name:
-        job, _, rest = name.partition("/")
-        if job in TRAINING_JOBS and rest and (Path(config.runs) / name / "weights").exists():
-            run = RunFolder(Path(config.runs).absolute(), job, rest)
-            return run, run.path / "weights"
-        if Path(name).exists():
-            return None, Path(name)
-        raise UserError(f"checkpoint={name}: neither a training run with weights under {config.runs} nor a path")
-    found = [run for job in TRAINING_JOBS if (run := RunFolder.newest(config.runs, job))]
-    if not found:
-        raise UserError(f"no finished training run in {config.runs}; run `loomvideo pretrain`, or set checkpoint=")
-    newest = max(found, key=lambda run: (run.path / "result.json").stat().st_mtime)
-    return newest, newest.path / "weights"
 
 
 def evaluation_folder(config: EvaluateConfig, name: str) -> RunFolder:

@@ -11,8 +11,7 @@ from loomvideo.jobs.checkpoints import find_weights
 from loomvideo.jobs.generate_config import GenerateConfig
 from loomvideo.model.fingerprints import folder_fingerprint
 from loomvideo.model.pipeline import LoomVideoPipeline
-from loomvideo.model.presets import preset
-from loomvideo.pipelines.encode import with_folders
+from loomvideo.model.presets import stated_preset
 from loomvideo.pipelines.generation import FileGenerator, Request, Settings, read_requests
 from loomvideo.platform.errors import UserError
 
@@ -51,13 +50,10 @@ def single_request(config: GenerateConfig) -> Request:
 
 def load_generator(config: GenerateConfig) -> FileGenerator:
     """Load the checkpoint onto the GPU, or the CPU where there is none."""
-    run_folder, weights = find_weights(config.checkpoint, config.runs)
-    note = run_folder.read_json("weights.json") if run_folder else None
-    name = note["model"] if note else config.model
-    model = with_folders(preset(name), config.codec_folder, config.mllm_folder)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    _, weights = find_weights(config.checkpoint, config.runs)
+    name = stated_preset(weights) or config.model
     try:
-        pipeline = LoomVideoPipeline.from_parts(model, weights, device)
+        pipeline = LoomVideoPipeline.from_pretrained(weights, name, config.codec_folder, config.mllm_folder)
     except torch.OutOfMemoryError as error:
         raise UserError(f"checkpoint={weights}: does not fit on this GPU ({error})") from error
     folder = weights if weights.is_dir() else weights.parent

@@ -1,6 +1,7 @@
 """``loomvideo pretrain`` and ``loomvideo finetune-edit``: train, export, evaluate, record."""
 
 import dataclasses
+import json
 import logging
 import os
 import shutil
@@ -16,8 +17,7 @@ from loomvideo.jobs.heldout import HeldoutResult, evaluate_heldout
 from loomvideo.jobs.recipe import LoomVideoRecipe
 from loomvideo.jobs.training_config import TrainingJobConfig
 from loomvideo.model.pipeline import LoomVideoPipeline
-from loomvideo.model.presets import ModelPreset, preset
-from loomvideo.pipelines.encode import with_folders
+from loomvideo.model.presets import PIPELINE_FILE, ModelPreset, preset, with_folders
 from loomvideo.platform.cluster.doctor import Diagnosis, examine_cluster, preflight
 from loomvideo.platform.cluster.metrics import ExportingTracker
 from loomvideo.platform.config import flatten, to_yaml
@@ -181,7 +181,7 @@ def export_weights(config: TrainingJobConfig, recipe: LoomVideoRecipe, folder: R
     shutil.rmtree(staged, ignore_errors=True)
     recipe.export(checkpoint.weights(kind), staged)
     note = {"model": config.model, "step": checkpoint.step, "weights": kind, "run": f"{folder.job}/{folder.name}"}
-    folder.write_json("weights.json", note)
+    (staged / PIPELINE_FILE).write_text(json.dumps(note, indent=2) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     os.replace(staged, target)
     return target

@@ -14,7 +14,7 @@ from loomvideo.model.conditioning.inputs import MLLMInputs, build_inputs, text_i
 from loomvideo.model.conditioning.mllm import FrozenMLLM
 from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.guidance import NUM_STEPS, Guidance
-from loomvideo.model.presets import ModelPreset
+from loomvideo.model.presets import PIPELINE_FILE, ModelPreset, preset, stated_preset, with_folders
 from loomvideo.model.sampler import Branch, SchedulerConfig, sample
 from loomvideo.model.weights import load_dit, open_checkpoint
 from loomvideo.platform.errors import UserError
@@ -52,6 +52,35 @@ class LoomVideoPipeline:
         self.codec = codec
         self.mllm = mllm
         self.scheduler = scheduler or SchedulerConfig()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        checkpoint: str | Path,
+        model: str | None = None,
+        codec_folder: str = "",
+        mllm_folder: str = "",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "LoomVideoPipeline":
+        """Load a checkpoint with its codec and MLLM.
+
+        Args:
+            checkpoint: The ``weights`` folder of a run, an exported folder, or the published ``gen_model.pth``.
+            model: Preset; None takes what the folder states.
+            codec_folder: The codec's weights (``Wan2.2-TI2V-5B-Diffusers/vae``), for presets that need them.
+            mllm_folder: The MLLM (``Qwen3-VL-8B-Instruct``), for presets that need one.
+            device: Where to run; None takes CUDA where there is one.
+            dtype: Of the transformer and the MLLM; None takes bf16 on CUDA, fp32 elsewhere.
+
+        Raises:
+            UserError: if the checkpoint cannot be read or does not say its preset.
+        """
+        model = model or stated_preset(checkpoint)
+        if model is None:
+            raise UserError(f"{checkpoint}: has no {PIPELINE_FILE}; name its preset with model=")
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls.from_parts(with_folders(preset(model), codec_folder, mllm_folder), checkpoint, device, dtype)
 
     @classmethod
     def from_parts(

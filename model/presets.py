@@ -1,6 +1,9 @@
 """Model sizes as data: ``tiny`` for CPUs, ``small`` for one GPU or a long CPU run, ``5b`` as published."""
 
+import dataclasses
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from loomvideo.model.codec import CodecConfig
 from loomvideo.model.conditioning.config import MLLMConfig, ProcessorConfig, VisionConfig
@@ -10,6 +13,10 @@ from loomvideo.platform.errors import UserError
 
 # The built-in vocabulary of 3,242 tokens, rounded up.
 BUILTIN_VOCAB_SIZE = 3_264
+
+
+PIPELINE_FILE = "pipeline.json"
+"""Beside exported weights: which preset's codec and MLLM they were trained with."""
 
 
 @dataclass(frozen=True)
@@ -130,3 +137,16 @@ def preset(name: str) -> ModelPreset:
     if name not in _PRESETS:
         raise UserError(f"preset={name}: unknown; choose one of {', '.join(PRESETS)}")
     return _PRESETS[name]()
+
+
+def with_folders(model: ModelPreset, codec_folder: str, mllm_folder: str) -> ModelPreset:
+    """The preset with the weights of its codec and MLLM looked for in the given folders; empty keeps its own."""
+    codec = dataclasses.replace(model.codec, folder=codec_folder or model.codec.folder)
+    mllm = dataclasses.replace(model.mllm, folder=mllm_folder or model.mllm.folder)
+    return dataclasses.replace(model, codec=codec, mllm=mllm)
+
+
+def stated_preset(weights: str | Path) -> str | None:
+    """The preset that an exported weights folder says it belongs to; None where it says nothing."""
+    note = Path(weights) / PIPELINE_FILE
+    return json.loads(note.read_text())["model"] if note.is_file() else None

@@ -19,9 +19,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
-from loomvideo.model.presets import preset
+from loomvideo.model.presets import preset, with_folders
 from loomvideo.pipelines.decode import DecodeError
-from loomvideo.pipelines.encode import LoadedSample, SampleEncoder, SampleLoader, with_folders
+from loomvideo.pipelines.encode import LoadedSample, SampleEncoder, SampleLoader
 from loomvideo.pipelines.geometry import Filtered
 from loomvideo.pipelines.media_files import base_folder, media_stamp, resolve
 from loomvideo.pipelines.prepare_config import PrepareConfig

@@ -5,9 +5,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from loomvideo.model.presets import ModelPreset, preset
+from loomvideo.model.presets import ModelPreset, preset, with_folders
 from loomvideo.pipelines.decode import DecodeError
-from loomvideo.pipelines.encode import SampleEncoder, SampleLoader, with_folders
+from loomvideo.pipelines.encode import SampleEncoder, SampleLoader
 from loomvideo.pipelines.estimate import estimated_bytes, estimated_tokens
 from loomvideo.pipelines.geometry import Filtered
 from loomvideo.pipelines.media_files import base_folder

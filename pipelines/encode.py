@@ -4,7 +4,6 @@ Loading (decode, resize, crop) needs CPUs and a decoder process; encoding needs 
 runs the two side by side.
 """
 
-import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from loomvideo.model.buckets import resize_and_crop, resize_frames
-from loomvideo.model.codec import CodecConfig, build_codec
+from loomvideo.model.codec import build_codec
 from loomvideo.model.conditioning import prompts
 from loomvideo.model.conditioning.inputs import MLLMInputs, build_inputs
 from loomvideo.model.conditioning.mllm import FrozenMLLM
@@ -307,13 +306,6 @@ def prompt_kind(sample: Sample) -> str:
 def encoder_identity(preset: ModelPreset) -> str:
     """A hash of which encoders a preset names, without loading them."""
     return hashlib.sha256(repr((preset.codec, preset.mllm, preset.dit.num_layers)).encode()).hexdigest()[:16]
-
-
-def with_folders(preset: ModelPreset, codec_folder: str, mllm_folder: str) -> ModelPreset:
-    """The preset with its weights looked for in the given folders."""
-    codec: CodecConfig = dataclasses.replace(preset.codec, folder=codec_folder or preset.codec.folder)
-    mllm = dataclasses.replace(preset.mllm, folder=mllm_folder or preset.mllm.folder)
-    return dataclasses.replace(preset, codec=codec, mllm=mllm)
 
 
 def _media(sample: Sample) -> list[str]:

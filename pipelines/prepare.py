@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from loomvideo.model.presets import preset
+from loomvideo.model.presets import preset, with_folders
 from loomvideo.pipelines.builder import PLAN_FILE, RETRIABLE, SHARED_RECORD, SHARED_TASK, ShardBuilder
 from loomvideo.pipelines.curate import (
     CURATION_FOLDER,
@@ -31,7 +31,7 @@ from loomvideo.pipelines.curate import (
     plan_chunks,
     stale_chunks,
 )
-from loomvideo.pipelines.encode import TENSORS_VERSION, encoder_identity, with_folders
+from loomvideo.pipelines.encode import TENSORS_VERSION, encoder_identity
 from loomvideo.pipelines.estimate import estimated_bytes
 from loomvideo.pipelines.features import combined_error
 from loomvideo.pipelines.geometry import PIXELS_VERSION

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from loomvideo.model.codec import SPATIAL_STRIDE, TEMPORAL_STRIDE
-from loomvideo.model.presets import preset
-from loomvideo.pipelines.encode import SampleEncoder, SampleLoader, with_folders
+from loomvideo.model.presets import preset, with_folders
+from loomvideo.pipelines.encode import SampleEncoder, SampleLoader
 from loomvideo.pipelines.media_files import base_folder
 from loomvideo.pipelines.prepare_config import PrepareConfig
 from loomvideo.pipelines.samples import Sample

@@ -71,8 +71,7 @@ class ModelGenerator:
         import torch
 
         from loomvideo.model.pipeline import LoomVideoPipeline
-        from loomvideo.model.presets import preset
-        from loomvideo.pipelines.encode import with_folders
+        from loomvideo.model.presets import preset, with_folders
 
         o = self.options
         model = with_folders(preset(o.preset), o.codec_folder, o.mllm_folder)
