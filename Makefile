@@ -7,6 +7,8 @@ RUN ?=
 ARGS ?=
 DATA ?= data/sample
 SHARDS ?= data/shards-$(PRESET)
+SUITES ?= sample
+CHECKPOINT ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev lint format test test-fast sample-data shards pretrain finetune-edit evaluate mlflow bench clean render submit validate doctor mlflow-server drill image kernels bench-kernels
@@ -54,6 +56,9 @@ pretrain: shards ## train on all tasks: PRESET= RUN= ARGS="section.key=value …
 
 finetune-edit: shards ## continue the newest (or ARGS="from_run=…") pretrain run on the editing tasks
 	$(BIN)/loomvideo finetune-edit preset=$(PRESET) data.shards=[$(SHARDS)] evaluation.samples=$(DATA)/samples.jsonl $(if $(RUN),run=$(RUN)) $(ARGS)
+
+evaluate: sample-data ## measure a checkpoint: CHECKPOINT= (newest run) SUITES=sample,fashion RUN= ARGS="judge.kind=…"
+	$(BIN)/loomvideo evaluate preset=$(PRESET) 'suites=[$(SUITES)]' $(if $(CHECKPOINT),checkpoint=$(CHECKPOINT)) data.sample=$(DATA) data.fashion=$(DATA) $(if $(RUN),run=$(RUN)) $(ARGS)
 
 mlflow: $(VENV)/.setup ## open the MLflow pages of the local runs on http://localhost:5000
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --port 5000

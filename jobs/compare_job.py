@@ -1,4 +1,4 @@
-"""``loomvideo compare``, ``gate`` and ``agreement``."""
+"""``loomvideo compare``, ``gate``, ``arena`` and ``agreement``."""
 
 import csv
 import dataclasses
@@ -10,12 +10,19 @@ from mlflow.tracking import MlflowClient
 from rich.console import Console
 from rich.table import Table
 
-from loomvideo.jobs.evaluate_setup import JOB, wide_console
+from loomvideo.jobs.command import job_config
+from loomvideo.jobs.evaluate_config import EvaluateConfig
+from loomvideo.jobs.evaluate_setup import JOB, judge_client, judge_session, store_folder, wide_console
 from loomvideo.pipelines.evaluation import mlflow_report
+from loomvideo.pipelines.evaluation.arena import bradley_terry, position_bias
 from loomvideo.pipelines.evaluation.compare import GateRule, check_gate, compare_runs, differing_headers
+from loomvideo.pipelines.evaluation.judges.pairwise import judge_pairs
+from loomvideo.pipelines.evaluation.judges.requests import FrameSampling
 from loomvideo.pipelines.evaluation.results import SavedSuite, clean, load_suites
+from loomvideo.pipelines.evaluation.stages import MODEL
 from loomvideo.pipelines.evaluation.statistics import Agreement
 from loomvideo.pipelines.evaluation.statistics import agreement as judge_agreement
+from loomvideo.pipelines.evaluation.store import Store
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.runs import RunFolder
 from loomvideo.platform.tracking import default_tracking_uri
@@ -117,6 +124,53 @@ def run_agreement(run: str, labels: Path, runs: Path, items: int, tracking_uri: 
         mlflow_report.log_metrics(client, run_id, logged)
     client.log_artifact(run_id, str(labels), "human")
     console.print(table)
+
+
+def run_arena(names: list[str], overrides: list[str], runs: Path) -> None:
+    """Judge every pair of runs on their shared samples; print and log the ratings."""
+    if len(set(names)) < 2:
+        raise UserError("arena: name two or more different evaluation runs")
+    config = job_config(EvaluateConfig, JOB, overrides)
+    config.judge.check()
+    if config.judge.kind == "none":
+        raise UserError("arena: set a judge, such as --set judge.kind=openai")
+    loaded = {name: _load(runs, name) for name in names}
+    shared = sorted(set.intersection(*(set(suites) for suites in loaded.values())))
+    if not shared:
+        raise UserError(f"arena: the runs {', '.join(names)} share no suite")
+    j = config.judge
+    session = judge_session(config, judge_client(config))
+    sampling = FrameSampling(j.num_frames, j.max_side, as_video=j.as_video)
+    console = wide_console()
+    for suite in shared:
+        rows = {
+            name: {row["key"]: row for row in suites[suite].rows if row["series"] == MODEL}
+            for name, suites in loaded.items()
+        }
+        found = judge_pairs(rows, Store(store_folder(config)), session, sampling, j.threads)
+        if not found.matches:
+            reasons = ", ".join(sorted(set(found.failures))) or "no sample is in both"
+            raise UserError(f"arena: no pair of suite {suite} could be judged ({reasons})")
+        strengths = bradley_terry(found.matches)
+        bias = position_bias(found.orders)
+        title = f"{suite}: {len(found.matches)} pairs, {bias:.0%} change with the order"
+        table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+        for header in ("run", "rating", "95 % interval", "pairs"):
+            table.add_column(header, justify="left" if header == "run" else "right")
+        for s in strengths:
+            table.add_row(s.model, f"{s.rating:.0f}", f"{s.low:.0f} … {s.high:.0f}", str(s.num_matches))
+        console.print(table)
+        if found.failures:
+            console.print(f"  {len(found.failures)} pairs failed: {', '.join(sorted(set(found.failures)))}")
+        content = {"ratings": [dataclasses.asdict(s) for s in strengths], "order_changes": bias, "judge": j.kind}
+        for s in strengths:
+            folder = RunFolder(runs.absolute(), JOB, s.model)
+            path = folder.write_text(f"arena-{suite}.json", json.dumps(clean(content), indent=1))
+            client, run_id = _mlflow(folder, config.tracking_uri)
+            client.log_artifact(run_id, str(path), "arena")
+            values = {f"{suite}/arena/rating": s.rating, f"{suite}/arena/rating/ci95_low": s.low}
+            values |= {f"{suite}/arena/rating/ci95_high": s.high, f"{suite}/arena/order_changes": bias}
+            mlflow_report.log_metrics(client, run_id, values)
 
 
 def _write_sheet(suites: dict[str, SavedSuite], path: Path, items: int) -> int:

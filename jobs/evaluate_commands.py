@@ -1,4 +1,4 @@
-"""``loomvideo evaluate``, ``compare``, ``gate`` and ``agreement``: measure checkpoints and decide between them."""
+"""``loomvideo evaluate``, ``compare``, ``gate``, ``arena``, ``agreement``: measure checkpoints and decide."""
 
 from pathlib import Path
 from typing import Annotated
@@ -52,6 +52,18 @@ def gate(
 
     passed = run_gate(baseline, candidate, metric, min_delta, max_regress, p, model, alias, runs, tracking_uri)
     raise typer.Exit(0 if passed else 1)
+
+
+@app.command("arena")
+def arena(
+    names: Annotated[list[str], typer.Argument(metavar="RUN RUN…", help="two or more evaluation runs")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of evaluate, as judge.kind=…")] = None,
+    runs: Annotated[Path, typer.Option(help="folder of all runs")] = Path("runs"),
+) -> None:
+    """Judge runs against each other pair by pair, in both orders: Bradley-Terry ratings with intervals."""
+    from loomvideo.jobs.compare_job import run_arena
+
+    run_arena(names, [*(overrides or []), f"runs={runs}"], runs)
 
 
 @app.command("agreement")

@@ -126,19 +126,10 @@ def judge_builder(
     check_budget(j.budget_usd, expected, calls)
     if expected:
         Console(stderr=True).print(f"judge: at most {calls} calls, about {expected:.2f} USD", highlight=False)
-    answers = store_folder(config) / "answers"
 
     def build() -> JudgeStage:
-        session = JudgeSession(
-            client,
-            AnswerCache(answers),
-            prices=prices,
-            budget=Budget(j.budget_usd),
-            pace=Pace(j.calls_per_minute),
-            max_attempts=j.max_attempts,
-        )
         return JudgeStage(
-            Store(store_folder(config)), session, sampling, rubrics, official,
+            Store(store_folder(config)), judge_session(config, client), sampling, rubrics, official,
             j.mode, j.repeats, j.threads, j.judge_identity,
         )  # fmt: skip
 
@@ -146,6 +137,19 @@ def judge_builder(
     for item in items:
         stage.question(item)
     return build
+
+
+def judge_session(config: EvaluateConfig, client: JudgeClient) -> JudgeSession:
+    """A judge with the configured cache, prices, budget and pace."""
+    j = config.judge
+    return JudgeSession(
+        client,
+        AnswerCache(store_folder(config) / "answers"),
+        prices=Prices(j.input_usd, j.output_usd, j.tokens_per_frame),
+        budget=Budget(j.budget_usd),
+        pace=Pace(j.calls_per_minute),
+        max_attempts=j.max_attempts,
+    )
 
 
 def judge_client(config: EvaluateConfig) -> JudgeClient:

@@ -1,6 +1,7 @@
 """The stages as a Ray Data graph: samples stream through, so the judge works while the model still generates."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,6 +87,7 @@ def run_graph(
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     dataset = ray.data.from_items([{"row": json.dumps(row)} for row in rows], override_num_blocks=max(1, len(rows)))
     dataset = dataset.map_batches(_mapped, batch_size=1, fn_args=(prepare,))
     dataset = dataset.map_batches(

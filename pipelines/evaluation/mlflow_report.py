@@ -18,7 +18,7 @@ from PIL import Image
 from loomvideo.pipelines.evaluation.aggregate import Figure, SuiteResult, sample_values
 from loomvideo.pipelines.evaluation.published import published_scores
 from loomvideo.pipelines.evaluation.stages import MODEL, STRIP, Row
-from loomvideo.pipelines.evaluation.store import Store
+from loomvideo.pipelines.evaluation.store import Store, content_key
 from loomvideo.platform.tracking import Tracker
 
 TABLE_ROWS = 60
@@ -91,12 +91,12 @@ def log_suite(
         client.log_artifacts(tracker.run_id, str(folder / "charts"), "charts")
     for row in films_to_upload(rows, max_films):
         client.log_artifacts(tracker.run_id, str(folder / "media" / row["key"]), f"media/{row['key']}")
-    _log_tables(client, tracker.run_id, store, rows)
+    _log_tables(client, tracker.run_id, store, rows, step)
     published = published_scores(result.suite)
     if published:
         columns = ("model", "metric", "value", "source", "caveat")
         table = {name: [p.as_dict()[name] for p in published] for name in columns}
-        client.log_table(tracker.run_id, table, "published.json")
+        _log_table_once(client, tracker.run_id, table, "published", [str(p) for p in published])
     if step:
         log_probe_pictures(client, tracker.run_id, store, rows, step)
 
@@ -167,7 +167,7 @@ def move_alias(client: MlflowClient, model: str, alias: str, checkpoint: str, ru
     return version.version
 
 
-def _log_tables(client: MlflowClient, run_id: str, store: Store, rows: Sequence[Row]) -> None:
+def _log_tables(client: MlflowClient, run_id: str, store: Store, rows: Sequence[Row], step: int) -> None:
     own = sorted((r for r in rows if r["series"] == MODEL and not r["failure"]), key=lambda r: r["key"])
     groups = {"samples": own}
     if len(own) > TABLE_ROWS:
@@ -191,7 +191,20 @@ def _log_tables(client: MlflowClient, run_id: str, store: Store, rows: Sequence[
             scores = [v.get(metric, float("nan")) for v in values]
             if not np.isnan(scores).all():
                 columns[metric] = [None if np.isnan(score) else round(score, 3) for score in scores]
-        client.log_table(run_id, columns, f"{name}.json")
+        name = f"{name}-step{step}" if step else name
+        _log_table_once(client, run_id, columns, name, [row["media"] for row in members] + values)
+
+
+def _log_table_once(client: MlflowClient, run_id: str, columns: Mapping[str, Any], name: str, content: Any) -> None:
+    """Log a table; MLflow appends to one that exists, so a rerun logs nothing new and changed content a new name."""
+    digest = content_key(content)[:8]
+    tags = client.get_run(run_id).data.tags
+    known = tags.get(f"table.{name}")
+    if known is None:
+        client.log_table(run_id, dict(columns), f"{name}.json")
+        client.set_tag(run_id, f"table.{name}", digest)
+    elif known != digest:
+        _log_table_once(client, run_id, columns, f"{name}-{digest}", content)
 
 
 def headline(figures: Sequence[Figure]) -> dict[str, float]:

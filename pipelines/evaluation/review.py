@@ -7,6 +7,7 @@ not: the page then finds its server in its own address.
 import base64
 import io
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,9 +59,19 @@ def publish_media(store: Store, rows: Sequence[Row], folder: Path) -> None:
         media, inputs = store.entry("media", row["media"]), store.entry("inputs", row["inputs"])
         files = [media / FILM, media / STRIP, media / THUMB, *inputs.glob("*.mp4"), *inputs.glob("*.png")]
         for source in files:
-            link = target / source.name.replace("video.mp4", "result.mp4")
-            if not link.exists():
-                link.hardlink_to(source)
+            _place(source, target / source.name.replace("video.mp4", "result.mp4"))
+
+
+def _place(source: Path, target: Path) -> None:
+    if target.exists():
+        if target.samefile(source):
+            return
+        # The run was continued with other results.
+        target.unlink()
+    if source.stat().st_dev == target.parent.stat().st_dev:
+        target.hardlink_to(source)
+    else:
+        shutil.copyfile(source, target)
 
 
 def write_review_page(

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,6 +113,13 @@ def test_two_checkpoints_from_figures_to_a_moved_alias(tmp_path, data, local, ca
     lines = [line for line in capsys.readouterr().out.splitlines() if "fashion/gain_psnr_db " in line]
     assert "no difference found" in lines[0]
 
+    compare_job.run_arena(["weak", "weak-again", "strong"], ["judge.kind=fake", f"runs={runs}"], runs)
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{3 * NUM_SOURCES} pairs" in lines[0]
+    ratings = [line.split()[0] for line in lines if line.startswith(("weak", "strong"))]
+    assert sorted(ratings) == ["strong", "weak", "weak-again"]
+    assert "fashion/arena/rating" in client.get_run(parent.info.run_id).data.metrics
+
     def gate(baseline, candidate, **changes):
         rule = {"metric": "fashion/gain_psnr_db", "min_delta": 0.5, "max_regress": 0.5, "p": 0.05} | changes
         return compare_job.run_gate(baseline, candidate, model="loom", alias="champion", runs=runs, tracking_uri="",
@@ -153,6 +161,10 @@ def test_a_rerun_asks_the_judge_nothing_new_and_keeps_its_mlflow_run(tmp_path, d
         evaluate_job.run(config(data, tmp_path, "a", *judge))
         assert len(server.calls) == NUM_SOURCES
         assert json.loads((tmp_path / "evaluate/a/mlflow.json").read_text())["run_id"] == run_id
+        client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+        child = json.loads((tmp_path / "evaluate/a/suites/fashion/mlflow.json").read_text())["run_id"]
+        table = json.loads(Path(client.download_artifacts(child, "samples.json", str(tmp_path))).read_text())
+        assert len(table["data"]) == NUM_SOURCES
 
 
 def test_training_probes_are_logged_at_their_step(tmp_path, data, local):
@@ -162,7 +174,13 @@ def test_training_probes_are_logged_at_their_step(tmp_path, data, local):
     run_id = json.loads((tmp_path / "evaluate/probe/mlflow.json").read_text())["run_id"]
     history = client.get_metric_history(run_id, "fashion/gain_psnr_db")
     assert [m.step for m in history] == [10, 20]
-    child = json.loads((tmp_path / "evaluate/probe/suites/fashion/mlflow.json").read_text())["run_id"]
+    folder = tmp_path / "evaluate/probe/suites/fashion"
+    newest = {row["key"]: row for row in map(json.loads, (folder / "rows.jsonl").open())}
+    stored = tmp_path / "evaluation-store/media"
+    for key, row in newest.items():
+        film = stored / row["media"][:2] / row["media"] / "video.mp4"
+        assert (folder / "media" / key / "result.mp4").samefile(film)
+    child = json.loads((folder / "mlflow.json").read_text())["run_id"]
     assert any(a.path == "images" for a in client.list_artifacts(child))
 
 

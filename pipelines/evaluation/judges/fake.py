@@ -33,10 +33,14 @@ class PixelJudge:
         return {"kind": "fake", "model": "pixel-judge-1", "noise": self.noise}
 
     def complete(self, request: JudgeRequest) -> Reply:
-        """Score the last medium, against the first one when it is a source."""
-        result = decode_frames(request.media[-1])
+        """Score the last medium, or the last two against each other, beside the first one when it is a source."""
         source = decode_frames(request.media[0]) if request.media[0].label == "Before editing" else None
-        done, kept, quality = _statistics(result, source)
+        if len(request.media) > 1 and request.media[-2].label == "Result A":
+            worth = [np.mean(_statistics(decode_frames(media), source)) for media in request.media[-2:]]
+            # 3 is no difference; a tenth of the scale is worth a step.
+            done = kept = quality = float(np.clip(0.5 + 2.5 * (worth[1] - worth[0]), 0, 1))
+        else:
+            done, kept, quality = _statistics(decode_frames(request.media[-1]), source)
         scores = {}
         for position, axis in enumerate(request.axes):
             name = axis.lower()
