@@ -23,6 +23,13 @@ CONFIG = DiTConfig(
 )
 
 
+@pytest.fixture(autouse=True)
+def eager_kernels():
+    """The definition, whatever back end a job's test has left chosen."""
+    with kernels.use_backend("eager"):
+        yield
+
+
 def mixed_samples(config=CONFIG, dtype=torch.float32):
     """Text to video, image edit, edit with references of other sizes, images to video."""
     return [
