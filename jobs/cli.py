@@ -5,11 +5,14 @@ import sys
 import typer
 
 from loomvideo.jobs import (
+    checkpoint_commands,
     cluster_commands,
     data_commands,
     evaluate_commands,
     generate_commands,
     kernels_commands,
+    plan_commands,
+    simulate_commands,
     training_commands,
     weights_commands,
 )
@@ -26,9 +29,12 @@ app.add_typer(data_commands.app)
 app.add_typer(cluster_commands.app)
 app.add_typer(weights_commands.app)
 app.add_typer(kernels_commands.app)
+app.add_typer(checkpoint_commands.app)
 app.add_typer(evaluate_commands.app)
 training_commands.register(app)
 generate_commands.register(app)
+plan_commands.register(app)
+simulate_commands.register(app, data_commands.app)
 
 
 @app.callback()

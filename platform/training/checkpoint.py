@@ -99,7 +99,7 @@ class Checkpoint:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every trained parameter."""
+        """Shape of every parameter."""
         return {name: tuple(shape) for name, shape in self.state["shapes"].items()}
 
     @property
@@ -181,6 +181,9 @@ class LazyWeights(Mapping[str, Tensor]):
         shape = self.checkpoint.shapes[name]
         num_elements = torch.Size(shape).numel()
         value = self.checkpoint.read(self.kind, name, 0, num_elements)
+        if value is None and self.kind == "ema":
+            # Parameters that are not trained have no average.
+            value = self.checkpoint.read("master", name, 0, num_elements)
         if value is None:
             raise DamagedCheckpoint(f"{self.checkpoint.path}: no {self.kind} of {name}")
         return value.reshape(shape)

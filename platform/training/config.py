@@ -57,8 +57,8 @@ class ZeroConfig:
     stage: int = option(3, "3 partitions weights, gradients and optimiser state; 2 keeps weights whole")
     hpz_partition_size: int = option(1, "ranks of one node that keep a second copy of the weights (ZeRO++ hpZ)")
     offload_optimizer: bool = option(False, "keep optimiser state and master weights in host memory")
-    persistence_elements: int = option(100000, "parameters up to this size stay gathered")
-    persistence_total: int = option(0, "gathered elements that may stay in all; 0 for no limit")
+    resident_elements: int = option(100_000_000, "a model up to this size stays gathered between steps (stage 3)")
+    persistence_elements: int = option(100_000, "in a larger model, parameters up to this size stay gathered")
     bucket_elements: int = option(0, "elements of a gradient reduction; 0 chooses from the model's size")
     overlap: bool = option(True, "overlap communication and backward (CUDA)")
 
@@ -81,6 +81,7 @@ class CheckpointConfig:
     every_steps: int = option(500, "write after so many steps; always at the end")
     every_s: float = option(600.0, "and after so many seconds; 0 for no clock")
     keep_last: int = option(2, "newest checkpoints kept")
+    keep_best: bool = option(False, "also write and keep the checkpoint with the best validation loss")
     keep_every: int = option(0, "also keep every checkpoint whose step is a multiple; 0 keeps none")
     background: bool = option(True, "write while training goes on")
     upload: str = option("", "fsspec URL that committed checkpoints are copied to in the background")

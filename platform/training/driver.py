@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 0.25
 STOP_GRACE_S = 60.0
+FATAL_GRACE_S = 5.0
 PROCESS_GROUP_TIMEOUT_S = 1800
 
 
@@ -47,6 +49,7 @@ def train(
     tracker: MetricsTracker | None = None,
     open_dataset: Callable[[str], TrainingDataset] | None = None,
     stop: threading.Event | None = None,
+    last_step: int = 0,
 ) -> dict[str, Any]:
     """Train, or continue the run of this folder from its newest whole checkpoint.
 
@@ -59,6 +62,7 @@ def train(
         run_folder: Holds ``checkpoints/`` and ``steps.jsonl``; on a cluster, shared storage.
         tracker: Gets the metrics; the driver owns it.
         open_dataset: Opens one URL; by default as a dataset folder of shards.
+        last_step: Stop after this step, learning rates still those of ``config.steps``; 0 for the end.
         stop: Set it from another thread to end the run as Ctrl-C would.
 
     Returns:
@@ -76,7 +80,7 @@ def train(
     checkpoints.mkdir(parents=True, exist_ok=True)
     mailbox = Mailbox.remote()
     progress = Progress(config, run_folder, tracker)
-    job = WorkerJob(config, recipe_factory, list(datasets), open_dataset, checkpoints, run_folder.path)
+    job = WorkerJob(config, recipe_factory, list(datasets), open_dataset, checkpoints, run_folder.path, last_step)
     workers = config.workers
     trainer = _Trainer(
         _run_worker,
@@ -96,7 +100,7 @@ def train(
         ),
     )
     trainer.mailbox = mailbox
-    follower = _Follower(mailbox, progress, stop)
+    follower = _Follower(mailbox, progress, stop, trainer.abort)
     error: BaseException | None = None
     restore = trainer.catch_signals()
     try:
@@ -172,26 +176,29 @@ class _Trainer(TorchTrainer):
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self.interrupted:
-            self._abort()
+            self.abort()
             return
         self.interrupted = True
         if self._controller is None:
             raise KeyboardInterrupt
         print("stopping: writing a checkpoint; once more to stop at once", file=sys.stderr, flush=True)
         self.mailbox.request_stop.remote("interrupted")
-        timer = threading.Timer(STOP_GRACE_S, self._abort)
+        timer = threading.Timer(STOP_GRACE_S, self.abort)
         timer.daemon = True
         timer.start()
 
-    def _abort(self) -> None:
-        self._controller.abort.remote()
+    def abort(self) -> None:
+        """End the workers at once."""
+        if self._controller is not None:
+            self._controller.abort.remote()
 
 
 class _Follower(threading.Thread):
     """Moves reports from the mailbox to the progress display and the tracker."""
 
-    def __init__(self, mailbox: Any, progress: Progress, stop: threading.Event | None):
+    def __init__(self, mailbox: Any, progress: Progress, stop: threading.Event | None, abort: Callable[[], None]):
         super().__init__(name="training-follower", daemon=True)
+        self._abort, self._fatal_at = abort, 0.0
         self._mailbox, self._progress, self._stop_run = mailbox, progress, stop
         self._finished = threading.Event()
         self._asked = False
@@ -199,6 +206,12 @@ class _Follower(threading.Thread):
     def run(self) -> None:
         while not self._finished.wait(POLL_INTERVAL_S):
             self._collect()
+            if self._progress.fatal and not self._fatal_at:
+                self._fatal_at = time.monotonic()
+            if self._fatal_at and time.monotonic() - self._fatal_at > FATAL_GRACE_S:
+                # The workers that made no mistake wait in a collective for the one that did.
+                self._abort()
+                return
             if self._stop_run is not None and self._stop_run.is_set() and not self._asked:
                 self._asked = True
                 self._mailbox.request_stop.remote("asked to stop")

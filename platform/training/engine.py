@@ -5,6 +5,7 @@ partitions as the float32 master weights; every parameter's slice of master weig
 written by name, which is what makes checkpoints independent of the world size.
 """
 
+import contextlib
 import fnmatch
 import logging
 import os
@@ -75,7 +76,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.dev
     return torch.optim.AdamW([group for group in groups if group["params"]], fused=True, **options)
 
 
-def deepspeed_config(config: TrainingConfig, num_elements: int, num_micro_steps: int, on_gpu: bool) -> dict[str, Any]:
+def deepspeed_config(
+    config: TrainingConfig, num_elements: int, num_micro_steps: int, on_gpu: bool, resident: bool
+) -> dict[str, Any]:
     """The DeepSpeed configuration of a run.
 
     Args:
@@ -83,6 +86,7 @@ def deepspeed_config(config: TrainingConfig, num_elements: int, num_micro_steps:
         num_elements: Trainable parameters of the model.
         num_micro_steps: Micro-steps of a rank in a step.
         on_gpu: Whether workers have GPUs.
+        resident: Whether the model stays gathered between steps.
     """
     zero = config.zero
     # One reduction a micro-step for small models; for large ones, buckets that bound the extra memory.
@@ -97,14 +101,12 @@ def deepspeed_config(config: TrainingConfig, num_elements: int, num_micro_steps:
     if zero.stage == 3:
         section |= {
             "stage3_prefetch_bucket_size": bucket,
-            "stage3_param_persistence_threshold": zero.persistence_elements,
+            "stage3_param_persistence_threshold": int(1e12) if resident else zero.persistence_elements,
             "stage3_max_live_parameters": int(1e9),
             "stage3_max_reuse_distance": int(1e9),
             "sub_group_size": int(1e12),
             "zero_hpz_partition_size": zero.hpz_partition_size,
         }
-        if zero.persistence_total:
-            section["stage3_model_persistence_threshold"] = zero.persistence_total
     if zero.offload_optimizer:
         section["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     return {
@@ -155,24 +157,32 @@ class ZeroEngine:
         self.world_size = torch.distributed.get_world_size()
         self.rank = torch.distributed.get_rank()
         select_trainable(model, config.optimizer.trainable)
-        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         on_gpu = device.type == "cuda"
+        self._resident = config.zero.stage == 3 and self.num_parameters <= config.zero.resident_elements
         prepare_layers(recipe.layers(model), config)
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=build_optimizer(model, config.optimizer, device),
-            config=deepspeed_config(config, self.num_trainable, num_micro_steps, on_gpu),
-            dist_init_required=False,
-        )
+        with _hooks_of_root_only(model) if self._resident else contextlib.nullcontext():
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=model,
+                optimizer=build_optimizer(model, config.optimizer, device),
+                config=deepspeed_config(config, self.num_trainable, num_micro_steps, on_gpu, self._resident),
+                dist_init_required=False,
+            )
         self.module = self.engine.module
+        if self._resident:
+            # Gathered below in one collective a group, where DeepSpeed would start one a parameter.
+            self.optimizer.persistent_parameters = []
         self._slices = list(self._partition())
         self.ema: list[Tensor] = []
         if config.ema.decay:
             self.ema = [master.detach().clone() for master in self.masters]
         self.grad_norm = 0.0
+        if self._resident:
+            self._gather()
 
     @property
     def masters(self) -> list[Tensor]:
@@ -215,6 +225,16 @@ class ZeroEngine:
                 name, start, stop, {kind: flat.narrow(0, offset, stop - start) for kind, flat in flats.items()}
             )
 
+    def frozen_slices(self) -> Iterator[ParameterSlice]:
+        """This rank's share of the parameters that are not trained, so that checkpoints hold the whole model."""
+        for name, parameter in self._frozen.items():
+            whole = torch.Size(self.shapes[name]).numel()
+            length = -(-whole // self.world_size)
+            start, stop = min(self.rank * length, whole), min((self.rank + 1) * length, whole)
+            if start < stop:
+                part = parameter.ds_tensor if self.config.zero.stage == 3 else parameter.detach().flatten()[start:stop]
+                yield ParameterSlice(name, start, stop, {"master": part[: stop - start]})
+
     @torch.no_grad()
     def load_slices(self, read: Callable[[str, str, int, int], Tensor | None], optimizer_step: int) -> None:
         """Fill this rank's partitions.
@@ -245,7 +265,9 @@ class ZeroEngine:
             self.optimizer._partition_all_parameters()
             for group in range(len(self.masters)):
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
-            if self.optimizer.persistent_parameters:
+            if self._resident:
+                self._gather()
+            elif self.optimizer.persistent_parameters:
                 self.optimizer.persistent_parameters[0].all_gather(self.optimizer.persistent_parameters)
             return
         for group, master in enumerate(self.masters):
@@ -254,6 +276,22 @@ class ZeroEngine:
             torch.distributed.all_gather_into_tensor(
                 self.optimizer.bit16_groups_flat[group], partitions[self.rank].clone()
             )
+
+    @torch.no_grad()
+    def _gather(self) -> None:
+        """Gather a resident model's working weights."""
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        gathered = []
+        for flat in self.optimizer.fp16_partitioned_groups_flat:
+            whole = flat.new_empty(self.world_size, flat.numel())
+            torch.distributed.all_gather_into_tensor(whole.view(-1), flat)
+            gathered.append(whole)
+        for parameter in self._parameters.values():
+            group, offset, length = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+            whole = gathered[group][:, offset : offset + length].reshape(-1)
+            parameter.data = whole[: parameter.ds_numel].view(parameter.ds_shape)
+            parameter.ds_status = ZeroParamStatus.AVAILABLE
 
     @torch.no_grad()
     def swap_ema(self) -> None:
@@ -301,6 +339,8 @@ class ZeroEngine:
             self._poison_gradients()
         skipped_before = self.engine.skipped_steps
         self.engine.step()
+        if self._resident:
+            self._gather()
         updated = self.engine.skipped_steps == skipped_before
         if skip and self.config.zero.stage == 3:
             # Reductions never overwrite the padding of the partitions.
@@ -316,6 +356,25 @@ class ZeroEngine:
         for gradients in self.optimizer.averaged_gradients.values():
             for gradient in gradients:
                 gradient.fill_(float("nan"))
+
+
+@contextlib.contextmanager
+def _hooks_of_root_only(model: nn.Module) -> Iterator[None]:
+    """Let ZeRO-3 watch the model as one module, gradients still reduced a parameter at a time.
+
+    For a resident model the per-module hooks gather nothing and cost a tenth of a small model's step.
+    """
+    from deepspeed.runtime.zero import stage3
+    from deepspeed.utils import set_z3_leaf_module
+
+    set_z3_leaf_module(model, True)
+    of_leaf = stage3.z3_leaf_parameter
+    # A leaf's gradients would be reduced when its inputs have theirs; the root's inputs need none.
+    stage3.z3_leaf_parameter = lambda parameter: False
+    try:
+        yield
+    finally:
+        stage3.z3_leaf_parameter = of_leaf
 
 
 def prepare_layers(layers: Any, config: TrainingConfig) -> None:

@@ -13,6 +13,7 @@ from loomvideo.platform.runs import RunFolder
 from loomvideo.platform.training.config import TrainingConfig
 
 STEPS_FILE = "steps.jsonl"
+VALIDATION_FILE = "validation.jsonl"
 LINE_INTERVAL_S = 10.0
 
 
@@ -146,6 +147,18 @@ class Progress:
         if not self._console.is_terminal and (now - self._last_line_at > LINE_INTERVAL_S or left_s == 0):
             self._last_line_at = now
             self._say(f"step {last['step']}/{self.config.steps}  {figures}")
+
+    def _on_validation(self, report: dict[str, Any]) -> None:
+        metrics = {
+            f"validation_{weights}/{name}": loss
+            for weights, losses in report["losses"].items()
+            for name, loss in losses.items()
+        }
+        with (self.folder.path / VALIDATION_FILE).open("a") as out:
+            out.write(json.dumps({"step": report["step"]} | report["losses"]) + "\n")
+        self._track(metrics, report["step"])
+        figures = ", ".join(f"{weights} {losses['loss']:.4f}" for weights, losses in report["losses"].items())
+        self._say(f"step {report['step']}: validation loss {figures} ({report['seconds']:.1f} s)")
 
     def _on_quarantine(self, report: dict[str, Any]) -> None:
         if report["rank"] == 0:

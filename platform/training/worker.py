@@ -6,6 +6,7 @@ on the loss, update or skip. All ranks take every decision from reduced values, 
 
 import dataclasses
 import hashlib
+import itertools
 import logging
 import math
 import time
@@ -27,6 +28,8 @@ from loomvideo.platform.training.order import SampleOrder, build_sources
 from loomvideo.platform.training.packing import PackPlanner, packs_of_rank
 from loomvideo.platform.training.recipe import Recipe, TrainingDataset
 from loomvideo.platform.training.schedule import learning_rate
+from loomvideo.platform.training.validation import Validator
+from loomvideo.platform.training.watchdog import Watchdog
 from loomvideo.platform.training.writer import CheckpointWriter
 
 logger = logging.getLogger(__name__)
@@ -46,6 +49,7 @@ class WorkerJob:
         open_dataset: Opens one URL.
         checkpoints: Folder of the run's checkpoints, shared by all workers.
         run_path: The run's folder.
+        last_step: Stop after this step, with the learning rates of the whole run; 0 for ``config.steps``.
     """
 
     config: TrainingConfig
@@ -54,6 +58,7 @@ class WorkerJob:
     open_dataset: Callable[[str], TrainingDataset]
     checkpoints: Path
     run_path: Path
+    last_step: int = 0
 
 
 class Worker:
@@ -84,6 +89,8 @@ class Worker:
         self._wants_stop = self._stop_reason = ""
         self._started = time.perf_counter()
         self._asked_at = time.monotonic()
+        # A preemption notice asks for a checkpoint, once.
+        self._urgent = self._noticed = False
         resumed = self._newest_checkpoint()
         self.packs_per_step = self.config.pack.per_step or self.world_size
         if resumed is not None and not self.config.pack.per_step:
@@ -92,6 +99,13 @@ class Worker:
         self.engine = ZeroEngine(self.config, self.recipe, self.recipe.build_model(), device, num_micro_steps)
         self.step = self.optimizer_step = 0
         self.guard = SpikeGuard(self.config.guard)
+        self.last_step = job.last_step or self.config.steps
+        validates = self.config.validation.every_steps > 0
+        self._validator = Validator(self.recipe, self.datasets, self.config.validation) if validates else None
+        if self._validator is not None and not self._validator.triples:
+            raise UserError(f"training.validation.split={self.config.validation.split}: the shards have no such sample")
+        self._best_loss = math.inf
+        self._watchdog = Watchdog(self.config.guard.hang_s, job.run_path / "logs" / f"hang-rank-{self.rank}.txt")
         self._writer = CheckpointWriter(self.folder, self.config.checkpoint, self.rank, self.world_size)
         self._planner_state: dict[str, Any] | None = None
         if resumed is not None:
@@ -156,7 +170,7 @@ class Worker:
         """Start to write a checkpoint of the current step, once the one before is finished."""
         self._settle_checkpoint()
         tensors, ranges = {}, {}
-        for part in self.engine.slices():
+        for part in itertools.chain(self.engine.slices(), self.engine.frozen_slices()):
             ranges[part.name] = [part.start, part.stop]
             for kind, view in part.views.items():
                 tensors[f"{kind}/{part.name}"] = view
@@ -182,6 +196,12 @@ class Worker:
         Raises:
             UserError: if training cannot go on, or the last checkpoint could not be written.
         """
+        try:
+            return self._run()
+        finally:
+            self._watchdog.close()
+
+    def _run(self) -> dict[str, Any]:
         first_step = self.step
         self._wants_stop = self._report(
             {
@@ -195,7 +215,8 @@ class Worker:
                 "world_size": self.world_size,
             }
         )
-        while self.step < self.config.steps and not self._stop_reason:
+        self._watchdog.beat()
+        while self.step < self.last_step and not self._stop_reason:
             loader = self._open_loader()
             try:
                 self._train(loader)
@@ -213,12 +234,38 @@ class Worker:
 
     def _train(self, loader: StepLoader) -> None:
         """Steps until the end, a stop, or too many skipped in a row."""
-        while self.step < self.config.steps:
+        while self.step < self.last_step:
             self._train_step(loader)
+            self._watchdog.beat()
             if self._stop_reason or self.guard.consecutive_skips > self.config.guard.max_skips:
                 return
-            if self._checkpoint_is_due():
+            if self._validator is not None and self.step % self.config.validation.every_steps == 0:
+                self._validate()
+            if self._checkpoint_is_due() or self._urgent:
                 self.save()
+            if self._urgent:
+                # Ray takes the workers away at the deadline; until then training goes on.
+                self._settle_checkpoint()
+                self._urgent = False
+
+    def _validate(self) -> None:
+        """Report the loss of raw and averaged weights on the fixed triples; remember the best checkpoint's step."""
+        started = time.perf_counter()
+        losses = {"raw": self._validator.losses(self.engine)}
+        if self.engine.ema:
+            self.engine.swap_ema()
+            losses["ema"] = self._validator.losses(self.engine)
+            self.engine.swap_ema()
+        self._watchdog.beat()
+        judged = losses.get("ema", losses["raw"])["loss"]
+        if judged < self._best_loss:
+            self._best_loss = judged
+            if self.config.checkpoint.keep_best and self._saved_at != self.step:
+                self.save()
+                self._writer.best_step = self.step
+        if self.rank == 0:
+            seconds = time.perf_counter() - started
+            self._report({"event": "validation", "step": self.step, "losses": losses, "seconds": seconds})
 
     def _roll_back(self) -> None:
         """Return to the last checkpoint's weights and go on with the samples after the bad ones."""
@@ -255,7 +302,7 @@ class Worker:
             self.config.seed,
             self.rank,
             self.world_size,
-            num_steps=self.config.steps - self.step,
+            num_steps=self.last_step - self.step,
             num_threads=self.config.data_threads,
             prefetch=self.config.prefetch_steps,
             excluded=self.guard.excluded,
@@ -288,7 +335,8 @@ class Worker:
         if asks:
             # A barrier, so it is rare and every rank comes here at the same step.
             self._asked_at = time.monotonic()
-            self._wants_stop = "preempted" if self._preempted() else self._wants_stop
+            self._urgent = self._preempted() and not self._noticed
+            self._noticed = self._noticed or self._urgent
         computing = time.perf_counter()
         loss_sum, bad_keys = self._forward_backward(packs, elements)
         total, num_bad = self._sum(loss_sum, float(len(bad_keys)))
@@ -324,8 +372,14 @@ class Worker:
         for number, (pack, counts) in enumerate(packs):
             if number:
                 self.engine.step_micro()
-            placed = pack.to(self.device, self.engine.dtype)
-            output = self.engine.forward_backward(self.recipe, placed, elements, counts)
+            try:
+                placed = pack.to(self.device, self.engine.dtype)
+                output = self.engine.forward_backward(self.recipe, placed, elements, counts)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"out of memory in a pack of {pack.num_tokens} tokens ({', '.join(pack.keys)}): lower "
+                    f"training.pack.tokens={self.config.pack.tokens}, or set training.activation_checkpointing=all"
+                ) from error
             if not counts:
                 continue
             loss_sum += float(output.sum.detach())
@@ -383,7 +437,7 @@ class Worker:
             by_clock = self._sum(float(by_clock))[0] > 0
         else:
             by_clock = False
-        return (by_step or by_clock) and self.step < self.config.steps
+        return (by_step or by_clock) and self.step < self.last_step
 
     # -- collectives ----------------------------------------------------------------------------------------------
 

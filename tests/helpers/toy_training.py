@@ -1,9 +1,11 @@
 """A tiny recipe for testing the training loop: regress a fixed random teacher from sequences of tokens."""
 
 import dataclasses
-import functools
+import os
+import signal
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -126,4 +128,19 @@ class ToyRecipe(BaseRecipe):
         return 6.0 * pack.num_tokens * self.num_blocks * 2 * WIDTH * self.hidden
 
 
-toy_recipe = functools.partial(ToyRecipe)
+class DeadlyRecipe(ToyRecipe):
+    """Kills its process once, when a certain sample is loaded for the second time."""
+
+    def __init__(self, marker):
+        super().__init__()
+        self.marker = Path(marker)
+
+    def load_example(self, dataset_index, row, sample, random):
+        if random.visit == 1 and row["key"] == "k3":
+            try:
+                self.marker.touch(exist_ok=False)
+            except FileExistsError:
+                pass
+            else:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().load_example(dataset_index, row, sample, random)

@@ -74,6 +74,8 @@ def two_ranks(tmp_path_factory):
     stage_2 = config(3)
     stage_2.zero.stage = 2
     recomputed = config(3, activation_checkpointing="every:2")
+    validated = config(3)
+    validated.validation = dataclasses.replace(validated.validation, every_steps=4, samples_per_task=2, levels=3)
     scenarios = {
         "whole": Scenario(str(root / "whole"), config(3)),
         "even": Scenario(str(root / "even"), config(2)),
@@ -81,6 +83,7 @@ def two_ranks(tmp_path_factory):
         "resumed": Scenario(str(root / "resumed"), config(3)),
         "stage_2": Scenario(str(root / "stage_2"), stage_2),
         "recomputed": Scenario(str(root / "recomputed"), recomputed),
+        "validated": Scenario(str(root / "validated"), validated),
         "nan": Scenario(str(root / "nan"), config(3, steps=30), url="toy://64/nan=5"),
         "nan_stage_2": Scenario(
             str(root / "nan_stage_2"), dataclasses.replace(stage_2, steps=30), url="toy://64/nan=5"
@@ -166,6 +169,25 @@ def test_a_sample_that_is_not_finite_is_skipped_and_quarantined(two_ranks, name)
     assert records[-1]["loss"] < records[0]["loss"]
     weights = CheckpointFolder(root / name / "checkpoints").open().weights()
     assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_validation_repeats_itself_and_leaves_training_alone(two_ranks):
+    _, outcomes = two_ranks
+    reports, _ = outcomes["validated"][0]
+    exact = ("step", "loss", "grad_norm", "keys_digest")
+    whole, validated = (
+        [[record[name] for name in exact] for record in steps_of(outcomes[name][0][0])]
+        for name in ("whole", "validated")
+    )
+    assert validated == whole
+    validations = [message for message in reports if message["event"] == "validation"]
+    assert [message["step"] for message in validations] == [4, 8, 12]
+    for message in validations:
+        assert set(message["losses"]) == {"raw", "ema"}
+        names = {"loss", "task/a", "task/b", "level/0.17", "level/0.50", "level/0.83"}
+        assert set(message["losses"]["raw"]) == names
+    raw = [message["losses"]["raw"]["loss"] for message in validations]
+    assert raw[2] < raw[0]
 
 
 def test_an_unreadable_sample_is_one_clear_error_on_all_ranks(two_ranks):

@@ -1,0 +1,110 @@
+"""Validation on fixed (sample, noise, level) triples, beside training's random numbers.
+
+The triples depend on the validation seed and the samples' keys alone, so losses of different steps, runs, world sizes
+and of averaged and raw weights are paired: their differences carry no sampling noise.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from loomvideo.platform.training.config import ValidationConfig
+from loomvideo.platform.training.engine import ZeroEngine
+from loomvideo.platform.training.loader import SampleError
+from loomvideo.platform.training.randomness import SampleRandom, stream
+from loomvideo.platform.training.recipe import Recipe, TrainingDataset
+
+VALIDATION_SEED = 20_240_601
+
+
+@dataclass(frozen=True)
+class Triple:
+    """One sample at one noise level."""
+
+    dataset: int
+    row: int
+    key: str
+    task: str
+    level: float
+
+
+def fixed_triples(datasets: Sequence[TrainingDataset], config: ValidationConfig) -> list[Triple]:
+    """Up to ``samples_per_task`` samples of every task at every level, samples chosen by the hash of their key."""
+    by_task: dict[str, list[tuple[float, int, int, str]]] = {}
+    for number, dataset in enumerate(datasets):
+        columns = (dataset.index.column(name).to_pylist() for name in ("key", "task", "split"))
+        for row, (key, task, split) in enumerate(zip(*columns, strict=True)):
+            if split == config.split:
+                by_task.setdefault(task, []).append((stream("validation", key).random(), number, row, key))
+    levels = [(number + 0.5) / config.levels for number in range(config.levels)]
+    return [
+        Triple(number, row, key, task, level)
+        for task in sorted(by_task)
+        for _, number, row, key in sorted(by_task[task])[: config.samples_per_task]
+        for level in levels
+    ]
+
+
+class Validator:
+    """Evaluates the fixed triples on all ranks together.
+
+    Args:
+        recipe: Loads and computes.
+        datasets: The run's datasets.
+        config: What to evaluate.
+    """
+
+    def __init__(self, recipe: Recipe, datasets: Sequence[TrainingDataset], config: ValidationConfig):
+        self.recipe, self.datasets, self.config = recipe, datasets, config
+        self.triples = fixed_triples(datasets, config)
+
+    def losses(self, engine: ZeroEngine) -> dict[str, float]:
+        """Mean loss by task, by level and in all: ``{"loss": ..., "task/t2v": ..., "level/0.05": ...}``.
+
+        Every rank makes the same number of forward passes, because ZeRO-3 gathers weights in them.
+        """
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        num_rounds = -(-len(self.triples) // world_size)
+        rows: list[tuple[str, float, float, float]] = []
+        engine.module.eval()
+        with torch.no_grad():
+            for number in range(num_rounds):
+                place = number * world_size + rank
+                triple = self.triples[min(place, len(self.triples) - 1)]
+                pack = self.recipe.collate([self._example(triple)]).to(engine.device, engine.dtype)
+                output = self.recipe.loss(engine.engine, pack)
+                if place < len(self.triples):
+                    elements = float(output.per_sample_elements.sum())
+                    rows.append((triple.task, triple.level, float(output.sum), elements))
+        engine.module.train()
+        gathered: list[Any] = [None] * world_size
+        dist.all_gather_object(gathered, rows)
+        return mean_losses([row for part in gathered for row in part])
+
+    def _example(self, triple: Triple) -> Any:
+        dataset = self.datasets[triple.dataset]
+        row = dataset.index.slice(triple.row, 1).to_pylist()[0]
+        random = SampleRandom(VALIDATION_SEED, triple.key, 0)
+        try:
+            sample = self.recipe.read(dataset, triple.row, row, random)
+        except Exception as error:
+            raise SampleError(f"validation sample {triple.key}: {type(error).__name__}: {error}") from error
+        return self.recipe.load_validation_example(triple.dataset, row, sample, random, triple.level)
+
+
+def mean_losses(rows: Sequence[tuple[str, float, float, float]]) -> dict[str, float]:
+    """Means of (task, level, loss sum, elements) rows: samples weigh equally, whatever their size."""
+
+    def mean(chosen: Callable[[tuple[str, float, float, float]], bool]) -> float:
+        values = [total / elements for task, level, total, elements in filter(chosen, rows)]
+        return sum(values) / len(values)
+
+    result = {"loss": mean(lambda row: True)}
+    for task in sorted({row[0] for row in rows}):
+        result[f"task/{task}"] = mean(lambda row, task=task: row[0] == task)
+    for level in sorted({row[1] for row in rows}):
+        result[f"level/{level:.2f}"] = mean(lambda row, level=level: row[1] == level)
+    return result

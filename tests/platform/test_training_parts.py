@@ -1,0 +1,137 @@
+"""Small parts of training: schedules, guard, validation triples, simulation, watchdog, loader."""
+
+import math
+import subprocess
+import sys
+
+import pyarrow as pa
+import pytest
+from helpers.toy_training import ToyDataset, ToyRecipe
+
+from loomvideo.platform.training.config import (
+    GuardConfig,
+    MixtureConfig,
+    OptimizerConfig,
+    PackConfig,
+    TrainingConfig,
+    ValidationConfig,
+)
+from loomvideo.platform.training.guard import SpikeGuard
+from loomvideo.platform.training.loader import SampleError, StepLoader
+from loomvideo.platform.training.order import SampleOrder, build_sources
+from loomvideo.platform.training.packing import PackPlanner
+from loomvideo.platform.training.schedule import ema_decay, learning_rate
+from loomvideo.platform.training.simulate import simulate, suggest_budget
+from loomvideo.platform.training.validation import fixed_triples, mean_losses
+
+
+def test_learning_rate_warms_up_and_ends_where_it_says():
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=4, schedule="cosine", final_ratio=0.1)
+    rates = [learning_rate(config, step, 20) for step in range(20)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    constant = OptimizerConfig(learning_rate=1.0, warmup_steps=0)
+    assert {learning_rate(constant, step, 20) for step in range(20)} == {1.0}
+
+
+def test_ema_decay_grows_to_its_value():
+    assert ema_decay(0.99, True, 0) == pytest.approx(0.1)
+    assert ema_decay(0.99, True, 10**6) == 0.99
+    assert ema_decay(0.99, False, 0) == 0.99
+
+
+def test_guard_skips_spikes_and_what_is_not_finite_and_continues_from_its_state():
+    guard = SpikeGuard(GuardConfig(sigmas=6.0, warmup_steps=20))
+    losses = [1.0 + 0.1 * math.sin(number) for number in range(60)]
+    assert not any(guard.is_bad(loss) for loss in losses)
+    assert guard.is_bad(float("nan"))
+    assert guard.is_bad(5.0)
+    assert guard.consecutive_skips == 2
+    resumed = SpikeGuard(guard.config)
+    resumed.load_state(guard.state())
+    assert resumed.is_bad(5.0)
+    assert not resumed.is_bad(1.0)
+    assert resumed.consecutive_skips == 0
+    guard.quarantine(["a"], from_step=10)
+    assert guard.excluded(9) == set()
+    assert guard.excluded(10) == {"a"}
+
+
+def test_validation_triples_are_fixed_and_held_out():
+    datasets, config = [ToyDataset("toy://64")], ValidationConfig(samples_per_task=3, levels=4)
+    triples = fixed_triples(datasets, config)
+    assert triples == fixed_triples(datasets, config)
+    assert len(triples) == 2 * 3 * 4
+    splits = datasets[0].index.column("split").to_pylist()
+    assert {splits[triple.row] for triple in triples} == {"validation"}
+    assert sorted({triple.level for triple in triples}) == [0.125, 0.375, 0.625, 0.875]
+
+
+def test_mean_losses_weigh_samples_equally():
+    rows = [("a", 0.5, 10.0, 10.0), ("a", 0.25, 600.0, 200.0), ("b", 0.5, 5.0, 1.0)]
+    assert mean_losses(rows) == {
+        "loss": 3.0, "task/a": 2.0, "task/b": 5.0, "level/0.25": 3.0, "level/0.50": 3.0,
+    }  # fmt: skip
+
+
+def sources(lengths):
+    names = ("key", "task", "dataset", "split")
+    columns = zip(*((f"k{n}", "t2v", "x", "train") for n in range(len(lengths))), strict=True)
+    return build_sources(
+        [pa.table(dict(zip(names, map(list, columns), strict=True)))], [lengths], "train", MixtureConfig()
+    )
+
+
+def test_simulation_counts_and_suggests_a_budget_that_lengths_add_up_to():
+    lengths = [600] * 40
+    result = simulate(sources(lengths), PackConfig(tokens=1000), num_packs=4, num_steps=10)
+    assert result.fill == pytest.approx(0.6)
+    assert result.imbalance == 0
+    assert result.draws == {"t2v/x": 40}
+    assert result.epochs == {"t2v/x": 1.0}
+    better = suggest_budget(sources(lengths), PackConfig(tokens=1000), 4)
+    assert simulate(sources(lengths), PackConfig(tokens=better), 4, 10).fill >= 0.97
+
+
+def loader(url, rank=0, world_size=1, num_steps=5):
+    dataset, recipe, config = ToyDataset(url), ToyRecipe(), TrainingConfig()
+    config.pack.tokens = 100
+    grouped = build_sources([dataset.index], [recipe.sample_tokens(dataset.index)], "train", config.mixture)
+    planner = PackPlanner(SampleOrder(grouped, 0), config.pack, 4)
+    return StepLoader(planner, recipe, [dataset], 0, rank, world_size, num_steps)
+
+
+def test_ranks_load_the_packs_of_one_plan():
+    whole, parts = loader("toy://64"), [loader("toy://64", rank, 3) for rank in range(3)]
+    for _ in range(5):
+        step, others = whole.next(), [part.next() for part in parts]
+        assert all(other.draws == step.draws and other.state == step.state for other in others)
+        keys = [pack.keys for pack, _ in step.packs]
+        counted = [[pack.keys for pack, counts in other.packs if counts] for other in others]
+        assert sorted(keys) == sorted(keys_of_pack for part in counted for keys_of_pack in part)
+    for one in (whole, *parts):
+        assert one.next() is None
+        one.close()
+
+
+def test_loader_names_the_sample_that_fails():
+    failing = loader("toy://64/missing=5", num_steps=50)
+    with pytest.raises(SampleError, match="sample k5 of toy: FileNotFoundError"):
+        list(iter(failing.next, None))
+    failing.close()
+
+
+def test_watchdog_writes_stacks_and_ends_a_hanging_process(tmp_path):
+    program = (
+        "import time, pathlib\n"
+        "from loomvideo.platform.training.watchdog import Watchdog\n"
+        f"watchdog = Watchdog(0.3, pathlib.Path({str(tmp_path / 'hang.txt')!r}))\n"
+        "for _ in range(6):\n    watchdog.beat()\n    time.sleep(0.1)\n"
+        "def stuck_here():\n    time.sleep(60)\n"
+        "stuck_here()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 75
+    assert "no progress for" in ended.stderr
+    assert "stuck_here" in (tmp_path / "hang.txt").read_text()
