@@ -31,6 +31,7 @@ POLL_INTERVAL_S = 0.25
 STOP_GRACE_S = 60.0
 FATAL_GRACE_S = 5.0
 PROCESS_GROUP_TIMEOUT_S = 1800
+WORKER_START_TIMEOUT_S = 300
 
 
 class MetricsTracker(Protocol):
@@ -73,6 +74,8 @@ def train(
         KeyboardInterrupt: after a checkpoint, when the run was interrupted.
     """
     config.check()
+    # A busy machine imports torch slowly; Ray gives a worker group one minute.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(WORKER_START_TIMEOUT_S))
     open_dataset = open_dataset or _open_shards
     for url in datasets:
         open_dataset(url)
