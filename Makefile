@@ -11,7 +11,7 @@ SUITES ?= sample
 CHECKPOINT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev lint format test test-fast sample-data shards pretrain finetune-edit evaluate mlflow bench clean render submit validate doctor mlflow-server drill image kernels bench-kernels
+.PHONY: help setup setup-dev lint format test test-fast sample-data shards pretrain finetune-edit evaluate mlflow bench clean render submit validate doctor mlflow-server drill image kernels bench-data bench-kernels
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -95,6 +95,9 @@ image: ## build the container image: IMAGE=cpu or cuda
 
 kernels: $(VENV)/.setup ## compile the kernels for this machine (or an image: ARGS="architectures=[80,90,100,120]")
 	$(BIN)/loomvideo kernels build $(ARGS)
+
+bench-data: sample-data ## the data path against plain loops and other writers: ARGS=--parts …
+	$(BIN)/python benchmarks/data_bench.py $(DATA)/samples.jsonl $(ARGS)
 
 bench-kernels: $(VENV)/.setup ## time every kernel against eager and torch.compile: ARGS=--no-compile
 	$(BIN)/python benchmarks/kernels_cpu.py $(ARGS)

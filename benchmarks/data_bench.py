@@ -1,0 +1,306 @@
+"""The data path against plain alternatives on the same cores: `make bench-data`.
+
+    python benchmarks/data_bench.py data/sample/samples.jsonl --samples 96 --builders 2
+
+encode   the prepare job (without Ray's start) against a plain single-process loop with the same decoder, codec and MLLM
+write    MB/s and peak memory of our shard writer, webdataset.ShardWriter and ray.data.Dataset.write_webdataset
+read     samples/s of random reads and of a sequential pass, against webdataset
+decode   frames/s of decord and PyAV, in process and isolated
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PARTS = ("encode", "write", "read", "decode")
+
+
+def config_for(samples: Path, output: Path, count: int):
+    """The tiny preset on the first samples of a file."""
+    from loomvideo.jobs.command import job_config
+    from loomvideo.pipelines.prepare_config import PrepareConfig
+
+    chosen = output.parent / f"bench-{count}.jsonl"
+    lines = samples.read_text().splitlines()
+    rows = [json.loads(line) for line in lines[:: max(len(lines) // count, 1)][:count]]
+    for row in rows:
+        for name in ("target", "source"):
+            if row.get(name):
+                row[name] = str((samples.parent / row[name]).absolute())
+        row["references"] = [str((samples.parent / path).absolute()) for path in row.get("references", [])]
+    chosen.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return job_config(PrepareConfig, "data-prepare", [f"input={chosen}", f"output={output}", "shards.max_samples=16"])
+
+
+def plain_loop(samples: Path, folder: Path, count: int) -> dict[str, float]:
+    """Decode, encode and write one sample after another in one process, with webdataset's writer."""
+    import safetensors.torch
+    import torch
+    import webdataset
+
+    from loomvideo.model.buckets import resize_and_crop
+    from loomvideo.model.presets import preset
+    from loomvideo.pipelines import encode
+    from loomvideo.pipelines.decode import open_media
+    from loomvideo.pipelines.geometry import plan_clips
+    from loomvideo.pipelines.prepare import read_inputs
+
+    torch.set_num_threads(1)
+    config = config_for(samples, folder / "plain", count)
+    encoder = encode.SampleEncoder(preset(config.model), config.features)
+    inputs = read_inputs(config).samples
+    began = time.perf_counter()
+    (folder / "plain").mkdir()
+    base = Path(config.input).parent
+    with webdataset.ShardWriter(str(folder / "plain" / "%06d.tar"), maxcount=16, verbose=0) as writer:
+        for sample in inputs:
+            opened = {path: open_media(str(base / path)) for path in (sample.target, sample.source, *sample.references)
+                      if path}  # fmt: skip
+            references = [opened[path].info for path in sample.references]
+            source = opened[sample.source].info if sample.source else None
+            clips = plan_clips(sample, opened[sample.target].info, source, references, config.clips, config.seed)
+            loaded = encode.LoadedSample(sample, clips, 24.0, 24.0, {})
+            loaded.target = [_clip(opened[sample.target], clips.target[0], clips.bucket, resize_and_crop)]
+            if sample.source:
+                loaded.source = [_clip(opened[sample.source], clips.source[0], clips.bucket, resize_and_crop)]
+            loaded.references = [
+                _clip(opened[path], (0,), bucket, resize_and_crop)[0]
+                for path, bucket in zip(sample.references, clips.reference_buckets, strict=True)
+            ]
+            encoded = encoder.encode(loaded, "train")
+            row = {f"{member}.safetensors": safetensors.torch.save(t) for member, t in encoded.tensors.items()}
+            writer.write({"__key__": sample.key, "json": encoded.metadata, **row})
+    seconds = time.perf_counter() - began
+    return {"samples_per_s": len(inputs) / seconds, "ms_per_sample": 1e3 * seconds / len(inputs)}
+
+
+def _clip(media, indices, bucket, resize_and_crop):
+    import numpy as np
+
+    return resize_and_crop(np.concatenate(list(media.read(indices))), bucket)
+
+
+def prepared(samples: Path, folder: Path, count: int, builders: int) -> dict[str, float]:
+    """The prepare job on Ray; timed from the first builder's start to the finished manifest, and as a whole."""
+    import ray
+
+    from loomvideo.pipelines.prepare import prepare
+
+    config = config_for(samples, folder / "prepared", count)
+    config.workers.count = builders
+    began = time.perf_counter()
+    ray.init(num_cpus=builders, include_dashboard=False, logging_level="error")
+    start_s = time.perf_counter() - began
+    marks: list[float] = []
+    result = prepare(config, on_progress=lambda report, total: marks.append(time.perf_counter()))
+    written, end = result.summary()["written"], time.perf_counter()
+    ray.shutdown()
+    # The first report is the shared tensors': builders are up, models loaded.
+    busy_s = end - marks[0]
+    return {
+        "samples_per_s": written / busy_s,
+        "ms_per_sample": 1e3 * busy_s / written,
+        "ray_start_s": start_s,
+        "builders_start_s": marks[0] - began - start_s,
+        "whole_s": end - began,
+    }
+
+
+def bench_encode(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
+    """Plain loop and prepare job."""
+    plain = plain_loop(arguments.input, folder, arguments.samples)
+    ours = prepared(arguments.input, folder, arguments.samples, arguments.builders)
+    ours["speed_up"] = ours["samples_per_s"] / plain["samples_per_s"]
+    ours["overhead_ms_per_sample"] = ours["ms_per_sample"] * arguments.builders - plain["ms_per_sample"]
+    return {"plain loop, 1 process": plain, f"prepare, {arguments.builders} builders": ours}
+
+
+WRITE_SAMPLES, WRITE_BYTES = 64, 4 * 2**20
+
+
+def write_ours(folder: Path) -> None:
+    """One shard of random latents through our writer."""
+    import torch
+
+    from loomvideo.platform.shards.sample import ShardSample
+    from loomvideo.platform.shards.storage import Storage
+    from loomvideo.platform.shards.writer import write_shard
+
+    metadata = {"task": "t2v", "dataset": "bench", "split": "train", "bucket": [64, 64], "num_frames": 1}
+    stream = (
+        (i, ShardSample(f"{i:06d}", dict(metadata), {"target": {"mean.0": torch.zeros(WRITE_BYTES // 2).bfloat16()}}))
+        for i in range(WRITE_SAMPLES)
+    )
+    write_shard(Storage(folder), "train-000000", "train", stream)
+
+
+def write_webdataset(folder: Path) -> None:
+    """The same through webdataset.ShardWriter."""
+    import safetensors.torch
+    import torch
+    import webdataset
+
+    folder.mkdir(parents=True)
+    with webdataset.ShardWriter(str(folder / "%06d.tar"), maxcount=WRITE_SAMPLES, maxsize=2**40, verbose=0) as writer:
+        for i in range(WRITE_SAMPLES):
+            tensors = {"mean.0": torch.zeros(WRITE_BYTES // 2).bfloat16()}
+            writer.write({"__key__": f"{i:06d}", "target.safetensors": safetensors.torch.save(tensors), "json": {}})
+
+
+def write_ray(folder: Path) -> None:
+    """The same through Ray Data's own write; its worker's memory is what is measured."""
+    import numpy as np
+    import ray
+
+    ray.init(num_cpus=1, include_dashboard=False, logging_level="error")
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+    def sample(row: dict) -> dict:
+        return {"__key__": f"{row['id']:06d}", "target.bin": np.zeros(WRITE_BYTES, np.uint8).tobytes()}
+
+    ray.data.range(WRITE_SAMPLES, override_num_blocks=4).map(sample).write_webdataset(
+        str(folder), min_rows_per_file=WRITE_SAMPLES
+    )
+    ray.shutdown()
+
+
+def bench_write(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
+    """Each writer in a process of its own, for its peak memory; children (Ray's workers) count too."""
+    rows = {}
+    for name in ("write_ours", "write_webdataset", "write_ray"):
+        code = (
+            f"import sys, time, resource; sys.path.insert(0, {str(Path(__file__).parent)!r}); import torch, pathlib\n"
+            f"import data_bench\n"
+            f"base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            f"t = time.perf_counter(); c = time.process_time()\n"
+            f"data_bench.{name}(pathlib.Path({str(folder / name)!r}))\n"
+            f"s = time.perf_counter() - t; c = time.process_time() - c\n"
+            f"me = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base\n"
+            f"child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss\n"
+            f"print(s, c, me / 1024, child / 1024)"
+        )
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+        seconds, cpu_s, own_mb, child_mb = map(float, out[-4:])
+        rows[name] = {"MB_per_s": WRITE_SAMPLES * WRITE_BYTES / 1e6 / seconds, "cpu_s": cpu_s, "added_peak_MB": own_mb}
+        if name == "write_ray":
+            rows[name] = {"MB_per_s": rows[name]["MB_per_s"], "largest_worker_peak_MB": child_mb}
+        shutil.rmtree(folder / name)
+    return rows
+
+
+def bench_read(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
+    """Random and sequential reads of the prepared dataset."""
+    import random
+
+    import safetensors.torch
+    import webdataset
+
+    from loomvideo.platform.shards.reader import ShardDataset
+
+    output = folder / "prepared"
+    if not output.exists():
+        prepared(arguments.input, folder, arguments.samples, arguments.builders)
+    dataset = ShardDataset.open(output)
+    order = random.Random(0).sample(range(len(dataset)), len(dataset))
+
+    def rate(work) -> float:
+        began, passes, count = time.perf_counter(), 0, 0
+        while time.perf_counter() - began < 3.0:
+            count += work()
+            passes += 1
+        return count / (time.perf_counter() - began)
+
+    def random_reads() -> int:
+        return sum(1 for row in order if dataset.read(row))
+
+    def latents_only() -> int:
+        return sum(1 for row in order if dataset.read(row, select=lambda member, name: member == "target"))
+
+    def sequential() -> int:
+        urls = [str(path) for path in sorted((output / "shards").glob("*.tar"))]
+        count = 0
+        for row in webdataset.WebDataset(urls, shardshuffle=False):
+            for name, value in row.items():
+                if name.endswith("safetensors"):
+                    safetensors.torch.load(value)
+            count += 1
+        return count
+
+    return {
+        "ours, random, everything": {"samples_per_s": rate(random_reads)},
+        "ours, random, target latents": {"samples_per_s": rate(latents_only)},
+        "webdataset, sequential": {"samples_per_s": rate(sequential)},
+    }
+
+
+def bench_decode(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
+    """Frames a second of the clips of the samples."""
+    from loomvideo.pipelines.decode import open_media
+    from loomvideo.pipelines.decode_process import IsolatedDecoder
+
+    rows = [json.loads(line) for line in arguments.input.read_text().splitlines()]
+    paths = [str(arguments.input.parent / row["target"]) for row in rows if row["target"].endswith(".mp4")]
+    paths = paths[: arguments.samples]
+    isolated = IsolatedDecoder()
+    isolated.start()
+
+    def in_process(backend: str):
+        def frames(path: str) -> int:
+            media = open_media(path, backend)
+            return sum(len(chunk) for chunk in media.read(range(media.info.num_frames)))
+
+        return frames
+
+    def in_child(path: str) -> int:
+        return sum(len(chunk) for chunk in isolated.read(path, range(isolated.probe(path).num_frames)))
+
+    ways = {"decord": in_process("decord"), "PyAV": in_process("pyav"), "decord, isolated": in_child}
+    found = {}
+    for name, frames in ways.items():
+        frames(paths[0])
+        began, cpu = time.perf_counter(), cpu_seconds(isolated)
+        count = sum(frames(path) for path in paths)
+        seconds, cpu_s = time.perf_counter() - began, cpu_seconds(isolated) - cpu
+        found[name] = {
+            "frames_per_s": count / seconds,
+            "ms_per_file": 1e3 * seconds / len(paths),
+            "cpu_ms_per_file": 1e3 * cpu_s / len(paths),
+        }
+    isolated.close()
+    return found
+
+
+def cpu_seconds(decoder) -> float:
+    """CPU time of this process and the decoder's, which a busy machine does not stretch."""
+    import psutil
+
+    child = psutil.Process(decoder._process.pid).cpu_times()
+    return time.process_time() + child.user + child.system
+
+
+def main() -> None:
+    """Run the parts and print a table each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", type=Path)
+    parser.add_argument("--samples", type=int, default=96)
+    parser.add_argument("--builders", type=int, default=2)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="data-bench-"))
+    for part in arguments.parts:
+        rows = globals()[f"bench_{part}"](arguments, folder)
+        print(f"\n{part}")
+        for name, values in rows.items():
+            print(f"  {name:32}" + "  ".join(f"{key} {value:.4g}" for key, value in values.items()), flush=True)
+    print(f"\npeak memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
