@@ -207,6 +207,7 @@ def test_5b_has_the_published_size_and_keys():
     assert shapes == {name: shape for name, shape in wan.items() if name not in dead} | own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["loomvideo", "published"])
 def test_loading_holds_one_copy(tmp_path, kind):
     """Anonymous memory grows by the model, not by the checkpoint as well."""
