@@ -12,6 +12,7 @@ from loomvideo.jobs import (
     generate_commands,
     kernels_commands,
     plan_commands,
+    serve_commands,
     simulate_commands,
     training_commands,
     weights_commands,
@@ -35,6 +36,7 @@ training_commands.register(app)
 generate_commands.register(app)
 plan_commands.register(app)
 simulate_commands.register(app, data_commands.app)
+serve_commands.register(app)
 
 
 @app.callback()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from loomvideo.pipelines.serving.uploads import Upload
+from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -30,13 +31,14 @@ MENTION = re.compile(r"@image\s*(\d+)", re.IGNORECASE)
 class RequestLimits:
     """What one request may ask for, and how many may wait."""
 
-    max_prompt_characters: int = 2000
-    max_references: int = 6
-    max_steps: int = 100
-    max_frames: int = 121
-    max_waiting: int = 32
-    kept_results: int = 200
-    kept_s: float = 3600.0
+    max_prompt_characters: int = option(2000, "characters of a prompt at most")
+    max_references: int = option(6, "reference pictures at most")
+    max_steps: int = option(100, "denoising steps at most")
+    max_frames: int = option(121, "frames at most")
+    max_waiting: int = option(32, "requests that may wait")
+    kept_results: int = option(200, "finished generations kept in memory")
+    kept_bytes: int = option(2**30, "bytes of finished generations kept in memory, sources counted")
+    kept_s: float = option(3600.0, "seconds that a finished generation is kept")
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,12 @@ class Job:
         """Whether nothing more will happen."""
         return self.status in ("done", "failed", "cancelled")
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of its files."""
+        files = [self.request.source, *self.request.references, self.result]
+        return sum(len(file.content) for file in files if file is not None)
+
 
 class JobQueue:
     """Hands every request to the backend at once and follows it; the backend's own queue decides the order.
@@ -219,11 +227,13 @@ class JobQueue:
             self._on_finished(job)
 
     def _forget_old(self) -> None:
-        oldest = time.time() - self.limits.kept_s
+        oldest, limits = time.time() - self.limits.kept_s, self.limits
         finished = [job for job in self._jobs.values() if job.finished]
-        surplus = len(finished) - self.limits.kept_results
+        kept_bytes = sum(job.num_bytes for job in finished)
         for index, job in enumerate(finished):
-            if index < surplus or job.finished_s < oldest:
+            surplus = len(finished) - index > limits.kept_results or kept_bytes > limits.kept_bytes
+            if surplus or job.finished_s < oldest:
+                kept_bytes -= job.num_bytes
                 del self._jobs[job.id]
 
 

@@ -6,7 +6,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from loomvideo.pipelines.decode import DecodeError, MediaInfo
 from loomvideo.pipelines.decode_process import IsolatedDecoder
+from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
 
 
@@ -21,14 +22,14 @@ from loomvideo.platform.errors import UserError
 class UploadLimits:
     """What is accepted; the defaults fit one GPU."""
 
-    max_bytes: int = 100 * 2**20
-    max_pixels: int = 4096 * 2304
-    max_side: int = 4096
-    max_duration_s: float = 20.0
-    max_frames: int = 1200
-    decode_timeout_s: float = 30.0
-    kept_bytes: int = 2**30
-    kept_s: float = 3600.0
+    max_bytes: int = option(100 * 2**20, "bytes of a file at most")
+    max_pixels: int = option(4096 * 2304, "pixels of a frame at most")
+    max_side: int = option(4096, "pixels of a side at most")
+    max_duration_s: float = option(20.0, "seconds of a video at most")
+    max_frames: int = option(1200, "frames of a video at most")
+    decode_timeout_s: float = option(30.0, "seconds that decoding may take")
+    kept_bytes: int = option(2**30, "bytes of uploads kept in memory")
+    kept_s: float = option(3600.0, "seconds that an upload is kept")
 
 
 @dataclass(frozen=True)
@@ -98,14 +99,14 @@ class UploadReader:
                 raise UserError("the video has no frames")
         return Upload(secrets.token_urlsafe(12), content, kind, info)
 
-    def frames(self, upload: Upload) -> np.ndarray:
-        """All frames, uint8 ``[frames, height, width, 3]``.
+    def frames(self, upload: Upload, indices: Sequence[int]) -> np.ndarray:
+        """Frames at ascending indices, uint8 ``[frames, height, width, 3]``.
 
         Raises:
             UserError: if one cannot be decoded.
         """
         with self._readable_file(upload.content) as path:
-            return np.concatenate(list(self._decoder.read(path, range(upload.info.num_frames))))
+            return np.concatenate(list(self._decoder.read(path, indices)))
 
     def close(self) -> None:
         """End the child process."""
