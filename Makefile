@@ -11,7 +11,7 @@ SUITES ?= sample
 CHECKPOINT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev lint format test test-fast sample-data shards pretrain finetune-edit evaluate mlflow bench clean render submit validate doctor mlflow-server drill image kernels bench-data bench-kernels
+.PHONY: help setup setup-dev lint format test test-fast sample-data shards pretrain finetune-edit evaluate serve mlflow bench clean render submit validate doctor mlflow-server drill image kernels bench-data bench-kernels
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ finetune-edit: shards ## continue the newest (or ARGS="from_run=…") pretrain r
 
 evaluate: sample-data ## measure a checkpoint: CHECKPOINT= (newest run) SUITES=sample,fashion RUN= ARGS="judge.kind=…"
 	$(BIN)/loomvideo evaluate preset=$(PRESET) 'suites=[$(SUITES)]' $(if $(CHECKPOINT),checkpoint=$(CHECKPOINT)) data.sample=$(DATA) data.fashion=$(DATA) $(if $(RUN),run=$(RUN)) $(ARGS)
+
+serve: $(VENV)/.setup ## open the newest checkpoint as a web page on http://localhost:8000 (ARGS="checkpoint=… port=…")
+	$(BIN)/loomvideo serve preset=$(PRESET) $(ARGS)
 
 mlflow: $(VENV)/.setup ## open the MLflow pages of the local runs on http://localhost:5000
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --port 5000

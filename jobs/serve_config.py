@@ -15,7 +15,7 @@ class ServeConfig:
 
     checkpoint: str = option("", "training run as JOB/NAME, or a weights path; empty takes the newest training run")
     runs: str = option("runs", "folder of training runs")
-    model: str = option("", "model preset; empty takes the training run's")
+    model: str = option("", "model preset; empty takes the one that the weights state")
     codec_folder: str = option("", "the codec's weights, for presets that need them")
     mllm_folder: str = option("", "the MLLM, for presets that need one")
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 for every network")

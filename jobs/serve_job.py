@@ -10,6 +10,7 @@ from rich.console import Console
 
 from loomvideo.jobs.checkpoints import find_weights
 from loomvideo.jobs.serve_config import ServeConfig
+from loomvideo.model.presets import stated_preset
 from loomvideo.pipelines.serving.app import PageConfig
 from loomvideo.pipelines.serving.deployment import APPLICATION, build_application
 from loomvideo.pipelines.serving.model_generator import ModelSource, PipelineGenerator
@@ -49,9 +50,8 @@ def run(config: ServeConfig) -> None:
 
 def model_source(config: ServeConfig) -> ModelSource:
     """The checkpoint to serve and its preset."""
-    run, weights = find_weights(config.checkpoint, config.runs)
-    note = run.read_json("weights.json") if run else None
-    model = config.model or (note or {}).get("model", "")
+    _, weights = find_weights(config.checkpoint, config.runs)
+    model = config.model or stated_preset(weights)
     if not model:
         raise UserError(f"checkpoint={config.checkpoint}: set model= (5b for the published model)")
     return ModelSource(str(weights), model, config.codec_folder, config.mllm_folder)
