@@ -109,6 +109,32 @@ def text_inputs(content: str, tokenizer: MLLMTokenizer) -> MLLMInputs:
     return MLLMInputs(torch.tensor(tokenizer.encode(prompts.chat(content)), dtype=torch.int64))
 
 
+def interleaved_inputs(
+    parts: list[str | torch.Tensor], tokenizer: MLLMTokenizer, processor_config: ProcessorConfig
+) -> MLLMInputs:
+    """A message of texts and pictures in any order, as a chat would send it.
+
+    Args:
+        parts: Text, or a picture uint8 ``[height, width, 3]``.
+        tokenizer: Of the MLLM.
+        processor_config: Of the MLLM.
+
+    Raises:
+        UserError: if a picture is too narrow.
+    """
+    content, images = "", []
+    for part in parts:
+        if isinstance(part, str):
+            content += part
+        else:
+            images.append(_patchify(part[None], "image", processor_config))
+            content += _span(prompts.IMAGE_PAD, images[-1][1], processor_config)
+    inputs = text_inputs(content, tokenizer)
+    if images:
+        inputs.pixel_values, inputs.image_grid_thw = _join(images)
+    return inputs
+
+
 def smart_resize(
     height: int, width: int, factor: int, min_pixels: int, max_pixels: int, num_frames: int = 1
 ) -> tuple[int, int]:

@@ -1,0 +1,82 @@
+"""Qwen3-VL in this process, from a local folder, with the pictures prepared by our own processor (no torchvision)."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loomvideo.pipelines.evaluation.judges.clients import Reply
+from loomvideo.pipelines.evaluation.judges.requests import JudgeRequest, decode_frames
+from loomvideo.platform.errors import UserError
+
+
+@dataclass
+class QwenVLClient:
+    """Answers greedily; loads the model at the first request.
+
+    Attributes:
+        folder: Of a Qwen3-VL: ``config.json``, safetensors, ``tokenizer.json``, ``preprocessor_config.json``.
+        max_tokens: Most output tokens.
+        device: Torch device; "" takes the GPU where there is one.
+        loaded: Model, vocabulary and picture sizes.
+    """
+
+    folder: str
+    max_tokens: int = 1024
+    device: str = ""
+    loaded: tuple[Any, Any, Any] | None = field(default=None, repr=False)
+
+    def identity(self) -> dict[str, Any]:
+        """See :class:`~loomvideo.pipelines.evaluation.judges.clients.JudgeClient`."""
+        return {"kind": "qwen3_vl", "model": self.folder, "max_tokens": self.max_tokens, "temperature": 0.0}
+
+    def complete(self, request: JudgeRequest) -> Reply:
+        """Answer; each frame is shown as a picture under its label."""
+        import torch
+
+        from loomvideo.model.conditioning.inputs import interleaved_inputs
+
+        model, tokenizer, processor = self._load()
+        parts: list[Any] = []
+        for media in request.media:
+            parts.append(f"{media.label}:")
+            parts += [torch.from_numpy(frame.copy()) for frame in decode_frames(media)]
+        inputs = interleaved_inputs([*parts, request.text], tokenizer, processor)
+        ids = inputs.input_ids[None]
+        started = time.monotonic()
+        with torch.inference_mode():
+            output = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=torch.ones_like(ids).to(model.device),
+                mm_token_type_ids=(ids == model.config.image_token_id).long().to(model.device),
+                pixel_values=inputs.pixel_values.to(model.device, model.dtype),
+                image_grid_thw=inputs.image_grid_thw.to(model.device),
+                max_new_tokens=self.max_tokens,
+                do_sample=False,
+                eos_token_id=tokenizer.token_id("<|im_end|>"),
+                pad_token_id=tokenizer.token_id("<|im_end|>"),
+            )
+        answer = output[0, ids.shape[1] :].tolist()
+        text = tokenizer.decode(answer).removesuffix("<|im_end|>")
+        return Reply(text, self.folder, ids.shape[1], len(answer), time.monotonic() - started)
+
+    def _load(self) -> tuple[Any, Any, Any]:
+        if self.loaded is None:
+            import torch
+            from transformers import Qwen3VLForConditionalGeneration
+
+            from loomvideo.model.conditioning.inputs import read_processor_config
+            from loomvideo.model.conditioning.tokenizer import MLLMTokenizer
+
+            if not (Path(self.folder) / "config.json").is_file():
+                raise UserError(f"captions.model={self.folder}: no config.json; give the folder of a Qwen3-VL model")
+            tokenizer, processor = MLLMTokenizer.from_pretrained(self.folder), read_processor_config(self.folder)
+            device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+            try:
+                model = Qwen3VLForConditionalGeneration.from_pretrained(
+                    self.folder, dtype="auto", device_map={"": device}, local_files_only=True, use_safetensors=True
+                )
+            except (OSError, RuntimeError) as error:
+                raise UserError(f"captions.model={self.folder}: {str(error).splitlines()[0]}") from error
+            self.loaded = model.eval(), tokenizer, processor
+        return self.loaded
