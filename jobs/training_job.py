@@ -46,6 +46,7 @@ def run_training(job: str, config: TrainingJobConfig, default_parent: str | None
         KeyboardInterrupt: when interrupted, after a checkpoint.
     """
     config.check()
+    config = with_absolute_paths(config)
     model = with_folders(preset(config.model), config.codec_folder, config.mllm_folder)
     datasets = [ShardDataset.open(url) for url in config.data.shards]
     for url, dataset in zip(config.data.shards, datasets, strict=True):
@@ -72,6 +73,22 @@ def run_training(job: str, config: TrainingJobConfig, default_parent: str | None
     finally:
         tracker.finish(status)
     folder.finish(result)
+
+
+def with_absolute_paths(config: TrainingJobConfig) -> TrainingJobConfig:
+    """The same configuration for workers, which run in other folders; URLs and empty values stay."""
+
+    def absolute(path: str) -> str:
+        return path if not path or "://" in path else os.path.abspath(path)
+
+    return dataclasses.replace(
+        config,
+        from_weights=absolute(config.from_weights),
+        codec_folder=absolute(config.codec_folder),
+        mllm_folder=absolute(config.mllm_folder),
+        data=dataclasses.replace(config.data, shards=[absolute(url) for url in config.data.shards]),
+        evaluation=dataclasses.replace(config.evaluation, samples=absolute(config.evaluation.samples)),
+    )
 
 
 def check_fits(url: str, dataset: ShardDataset, first: ShardDataset, model: ModelPreset) -> None:

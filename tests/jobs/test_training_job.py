@@ -10,6 +10,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 SMALL = [
+    "evaluation.samples=data/sample/samples.jsonl",
     "training.pack.tokens=96",
     "training.log_every=1",
     "training.optimizer.warmup_steps=1",
@@ -54,7 +55,7 @@ def result_of(folder, job, name):
 
 
 def test_pretrain_then_finetune_then_continue(folder, shards):
-    data = f"data.shards=[{shards}]"
+    data = "data.shards=[data/shards]"
     loomvideo(folder, "pretrain", data, "run=a", "training.steps=3", *SMALL)
     first = result_of(folder, "pretrain", "a")
     assert first["steps"] == 3
