@@ -245,6 +245,19 @@ def drill_mlflow(rehearsal: Rehearsal) -> str:
     return f"{during} steps meanwhile, all {arrived} losses arrived; {rehearsal.check_complete(run)}"
 
 
+def drill_secrets(rehearsal: Rehearsal) -> str:
+    """The token and MLflow's password are in no log, run folder or shipped file."""
+    secrets = [rehearsal.cluster.token.encode(), (rehearsal.mlflow.folder / PASSWORD_FILE).read_bytes()]
+    places = [rehearsal.folder, rehearsal.cluster.folder / "t" / "session_latest" / "logs", REPO / "build" / "submit"]
+    files = [path for place in places for path in place.rglob("*") if path.is_file() and not path.is_symlink()]
+    # The server's own folder is private and is where they are kept.
+    files = [path for path in files if rehearsal.mlflow.folder not in path.parents]
+    leaks = [str(path) for path in files if any(secret in path.read_bytes() for secret in secrets)]
+    if leaks:
+        raise DrillError(f"found in {', '.join(leaks[:5])}")
+    return f"{len(files)} files searched"
+
+
 def _expect(code: int, expected: int, rehearsal: Rehearsal, run: str) -> None:
     if code != expected:
         raise DrillError(f"{run}: exit code {code}, expected {expected}: {rehearsal.tail(run)}")
@@ -256,6 +269,7 @@ DRILLS = {
     "worker": drill_worker,
     "pause": drill_pause,
     "head": drill_head,
+    "secrets": drill_secrets,
 }
 
 
