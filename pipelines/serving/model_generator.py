@@ -6,12 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from loomvideo.model.fingerprints import folder_fingerprint
 from loomvideo.model.pipeline import LoomVideoPipeline
-from loomvideo.model.presets import preset
-from loomvideo.pipelines.encode import with_folders
 from loomvideo.pipelines.generation import FileGenerator, Request, Settings
 from loomvideo.pipelines.serving.jobs import MENTION, GenerationRequest, Result
 from loomvideo.pipelines.serving.uploads import Upload
@@ -63,9 +59,9 @@ class PipelineGenerator:
     @classmethod
     def load(cls, source: ModelSource, defaults: GenerationDefaults) -> "PipelineGenerator":
         """Load a checkpoint onto the GPU, or the CPU where there is none."""
-        model = with_folders(preset(source.preset), source.codec_folder, source.mllm_folder)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        pipeline = LoomVideoPipeline.from_parts(model, source.weights, device)
+        pipeline = LoomVideoPipeline.from_pretrained(
+            source.weights, source.preset, source.codec_folder, source.mllm_folder
+        )
         weights = Path(source.weights)
         fingerprint = folder_fingerprint(weights if weights.is_dir() else weights.parent)
         return cls(pipeline, defaults, {"name": weights.name, "fingerprint": fingerprint, "model": source.preset})
