@@ -1,6 +1,8 @@
 """Time the C++ kernels against eager, torch.compile and the published formulation, as a Markdown table.
 
-    python benchmarks/kernels_cpu.py [--tokens 4096] [--no-compile] [--dtype bfloat16]
+    python benchmarks/kernels_cpu.py [--no-compile] [--dtype bfloat16] [--cpu-time]
+
+With ``--cpu-time`` one thread is used and its processor time counts, so that other load on the machine does not.
 
 The published formulation is what the official code computes: two Conv3d and a scaled sum for Scale-and-Add, rotary
 embedding in float64, and modulation tables of one row a token.
@@ -8,6 +10,7 @@ embedding in float64, and modulation tables of one row a token.
 
 import argparse
 import os
+import time
 
 import torch
 import torch.nn.functional as F
@@ -72,16 +75,21 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], action="append")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time of one thread")
     parser.add_argument("--operation", choices=bench.TIMED, action="append")
     options = parser.parse_args()
     tokens = GRID[0] * GRID[1] * GRID[2]
     dtypes = [getattr(torch, name) for name in options.dtype or ("float32", "bfloat16")]
 
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    if options.cpu_time:
+        torch.set_num_threads(1)
     report = set_backend("cpp", required=True)
-    bandwidth = bench.copy_bandwidth()
+    bandwidth = bench.copy_bandwidth(clock=clock)
     print(
         f"L = {tokens}, D = {options.dim}, {torch.get_num_threads()} threads, {report['cpp']['isa']}, copy"
-        f" {bandwidth / 1e9:.1f} GB/s, load {os.getloadavg()[0]:.1f}; medians of {options.repeats} in ms\n"
+        f" {bandwidth / 1e9:.1f} GB/s, load {os.getloadavg()[0]:.1f}; "
+        f" medians of {options.repeats} in ms of {'processor' if options.cpu_time else 'wall'} time\n"
     )
     print("| operation | dtype | phase | published | eager | compile | cpp | vs eager | vs compile | MB | of copy |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
@@ -99,7 +107,7 @@ def main() -> None:
                 def measure(function, call=call, arguments=arguments, keywords=keywords):
                     if function is None:
                         return None
-                    return bench.median_ms(lambda: call(function, arguments, keywords), options.repeats)
+                    return bench.median_ms(lambda: call(function, arguments, keywords), options.repeats, clock)
 
                 times = [measure(f) for f in (PUBLISHED.get(name), definition, compiled, getattr(operations, name))]
                 published, plain, inductor, fused = times

@@ -140,10 +140,10 @@ def clear(config: StatusConfig) -> None:
 
 
 def _shape(model: str) -> tuple[int, int, int]:
+    from loomvideo.jobs.kernels_job import model_shape
     from loomvideo.model.presets import preset
 
-    dit = preset(model).dit
-    return dit.inner_dim, dit.num_attention_heads, 4 * dit.in_channels
+    return model_shape(preset(model).dit)
 
 
 def _print_node(node: str, row: dict[str, Any]) -> None:

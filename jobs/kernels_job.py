@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from loomvideo.model.config import DiTConfig
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.nodes.artifacts import CACHE_VARIABLE, Artifact, ArtifactStore, default_cache_dir
 from loomvideo.platform.nodes.config import KernelConfig
@@ -134,6 +136,11 @@ def summary(record: dict[str, Any]) -> dict[str, float]:
         "kernels/cached": float(origins.count("cache") + origins.count("prebuilt")),
         "kernels/missing": float(sum(len(row["missing"]) for row in rows) + len(record) - len(rows)),
     }
+
+
+def model_shape(dit: DiTConfig) -> Shape:
+    """Width, heads and values in a latent patch of a transformer."""
+    return dit.inner_dim, dit.num_attention_heads, dit.in_channels * math.prod(dit.patch_size)
 
 
 def gpu_architectures() -> list[int]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loomvideo.jobs.kernels_job import use_kernels
 from loomvideo.jobs.training_config import ObjectiveConfig
 from loomvideo.model import weights
 from loomvideo.model.dit import LoomVideoDiT
@@ -20,6 +21,7 @@ from loomvideo.model.flops import pack_flops
 from loomvideo.model.flow import noised_and_target, sample_timestep
 from loomvideo.model.packing import DiTSample, PackedBatch, pack
 from loomvideo.model.presets import preset
+from loomvideo.platform.nodes.config import KernelConfig
 from loomvideo.platform.shards.sample import ShardSample
 from loomvideo.platform.training.randomness import SampleRandom
 from loomvideo.platform.training.recipe import BaseRecipe, LossOutput
@@ -72,6 +74,7 @@ class LoomVideoRecipe(BaseRecipe):
         null_states: For each dataset, MLLM states of the empty message [layers, tokens, dim].
         initial_weights: A weights folder or file to start from; None starts from seeded random weights.
         seed: Seed of the random weights.
+        kernels: Which kernels a rank loads before it builds the model; None keeps what is in use.
     """
 
     def __init__(
@@ -81,15 +84,19 @@ class LoomVideoRecipe(BaseRecipe):
         null_states: Sequence[Tensor],
         initial_weights: str | None = None,
         seed: int = 0,
+        kernels: KernelConfig | None = None,
     ):
         self.config = dataclasses.replace(preset(model).dit, use_source_embedding=objective.use_source_embedding)
         self.objective = objective
         self.null_states = null_states
         self.initial_weights = initial_weights
         self.seed = seed
+        self.kernels = kernels
 
     def build_model(self) -> nn.Module:
         """The transformer in float32 with its starting weights."""
+        if self.kernels is not None:
+            use_kernels(self.kernels, "cuda" if torch.cuda.is_available() else "cpu")
         if self.initial_weights is not None:
             return weights.load_dit(self.initial_weights, config=self.config)
         with torch.random.fork_rng(devices=[]):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.nodes.config import KernelConfig
 from loomvideo.platform.training.config import TrainingConfig
 
 
@@ -64,6 +65,7 @@ class TrainingJobConfig:
     objective: ObjectiveConfig = option(ObjectiveConfig, "")
     training: TrainingConfig = option(TrainingConfig, "")
     evaluation: HeldoutConfig = option(HeldoutConfig, "")
+    kernels: KernelConfig = option(KernelConfig, "")
 
     def check(self) -> None:
         """Check values that types cannot.

@@ -13,6 +13,7 @@ import ray
 import torch
 from rich.console import Console
 
+from loomvideo.jobs import kernels_job
 from loomvideo.jobs.heldout import HeldoutResult, evaluate_heldout
 from loomvideo.jobs.recipe import LoomVideoRecipe
 from loomvideo.jobs.training_config import TrainingJobConfig
@@ -147,6 +148,9 @@ def _train_and_evaluate(
     folder: RunFolder,
     tracker: Tracker,
 ) -> dict[str, Any]:
+    kernels = dataclasses.replace(
+        config.kernels, deepspeed=config.kernels.deepspeed and not config.training.workers.gpus
+    )
     recipe_factory = partial(
         LoomVideoRecipe,
         config.model,
@@ -154,12 +158,18 @@ def _train_and_evaluate(
         [dataset.shared()["null"] for dataset in datasets],
         initial_weights,
         config.training.seed,
+        kernels,
     )
     with ray_session(num_cpus=_local_cpus(config)):
         if config.doctor and in_cluster():
             _check_cluster(config, folder, tracker)
         exporting = ExportingTracker(tracker, folder.job, folder.name)
-        result = train(config.training, recipe_factory, config.data.shards, folder, exporting)
+        with kernels_job.kernels_on_every_node(kernels, kernels_job.model_shape(model.dit)) as nodes:
+            tracker.log_metrics(kernels_job.summary(nodes))
+            tracker.log_artifact(folder.write_json("kernels.json", nodes))
+            result = train(config.training, recipe_factory, config.data.shards, folder, exporting)
+            # Again, with the nodes that joined on the way.
+            tracker.log_artifact(folder.write_json("kernels.json", nodes))
         weights = export_weights(config, recipe_factory(), folder)
         result["weights"] = str(weights)
         if config.evaluation.samples:
@@ -209,6 +219,7 @@ def evaluate_weights(config: TrainingJobConfig, weights: str, tasks: set[str], f
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         torch.set_num_threads(max(1, config.training.workers.num * config.training.workers.cpus))
+    kernels_job.use_kernels(dataclasses.replace(config.kernels, deepspeed=False), device)
     model = with_folders(preset(config.model), config.codec_folder, config.mllm_folder)
     pipeline = LoomVideoPipeline.from_parts(model, weights, device)
     return evaluate_heldout(pipeline, config.evaluation, tasks, Path(folder))
