@@ -22,13 +22,18 @@ def axis_sizes(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * side, side, side
 
 
-@lru_cache(maxsize=32)
+@torch.compiler.assume_constant_result
 def rope_tables(head_dim: int, theta: float, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Cosines and sines of every position and channel pair, computed in float64 and rounded once.
 
     Returns:
         ``[2, MAX_POSITION, head_dim // 2]`` of ``dtype``: cosines, then sines; the pairs of t, h and w side by side.
     """
+    return _tables(head_dim, theta, device, dtype)
+
+
+@lru_cache(maxsize=32)
+def _tables(head_dim: int, theta: float, device: torch.device, dtype: torch.dtype) -> Tensor:
     positions = torch.arange(MAX_POSITION, dtype=torch.float64)
     angles = torch.cat(
         [
