@@ -36,7 +36,7 @@ class NodeResult:
 
 
 def run_on_every_node(
-    function: Callable[[], Any], timeout_s: float = 900.0, node_ids: Sequence[str] | None = None
+    function: Callable[[], Any], timeout_s: float = 1800.0, node_ids: Sequence[str] | None = None
 ) -> list[NodeResult]:
     """Run ``function`` once on every alive node, all at the same time, and wait.
 
@@ -84,7 +84,7 @@ def prepared_nodes(
     function: Callable[[], Any],
     on_result: Callable[[NodeResult], None],
     interval_s: float = 5.0,
-    timeout_s: float = 900.0,
+    timeout_s: float = 1800.0,
 ) -> Iterator[list[NodeResult]]:
     """Run ``function`` on every node now, and while the body runs on every node that joins.
 
