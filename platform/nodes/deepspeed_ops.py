@@ -7,6 +7,7 @@ own; ranks import the finished library and hand it to DeepSpeed, which then neit
 
 import hashlib
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -30,7 +31,6 @@ ShareMemCommBuilder().load(verbose=False)
 
 def artifact_key() -> ArtifactKey:
     """The key of the shared-memory op: unlike our own kernels it links PyTorch and Python."""
-    import deepspeed
     import torch
 
     target = {
@@ -40,7 +40,7 @@ def artifact_key() -> ArtifactKey:
         "torch": torch.__version__,
         "cxx11_abi": str(torch.compiled_with_cxx11_abi()),
     }
-    source = hashlib.sha256(f"{deepspeed.__version__}{_BUILD}".encode()).hexdigest()
+    source = hashlib.sha256(f"{importlib.metadata.version('deepspeed')}{_BUILD}".encode()).hexdigest()
     return ArtifactKey(SHARED_MEMORY_OP, source, target, _compiler_identity())
 
 
