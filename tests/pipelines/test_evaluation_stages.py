@@ -12,7 +12,7 @@ from loomvideo.pipelines.evaluation.inputs import InputOptions
 from loomvideo.pipelines.evaluation.judges.clients import OpenAIClient
 from loomvideo.pipelines.evaluation.judges.fake import FakeJudgeServer, PixelJudge
 from loomvideo.pipelines.evaluation.judges.requests import FrameSampling
-from loomvideo.pipelines.evaluation.judges.rubrics import own_rubrics
+from loomvideo.pipelines.evaluation.judges.rubrics import official_rubrics, own_rubrics
 from loomvideo.pipelines.evaluation.judges.session import AnswerCache, JudgeSession
 from loomvideo.pipelines.evaluation.stages import (
     GenerateStage,
@@ -24,7 +24,7 @@ from loomvideo.pipelines.evaluation.stages import (
     initial_rows,
     run_local,
 )
-from loomvideo.pipelines.evaluation.suites import own
+from loomvideo.pipelines.evaluation.suites import official, own
 from loomvideo.pipelines.samples import Sample, write_jsonl
 from loomvideo.platform.errors import UserError
 
@@ -209,6 +209,36 @@ def test_aggregate_names_intervals_and_categories(tmp_path, dataset):
     assert result.official == {}
     values = sample_values(rows[0])
     assert values["judge"] == pytest.approx(np.mean([j["parsed"]["sample"] for j in rows[0]["judgements"]]))
+
+
+def test_official_and_loomvideo_modes_go_through_the_whole_path(tmp_path):
+    folder = tmp_path / "OpenVE-Bench"
+    header, lines = "edited_type,prompt,original_video", []
+    for n, kind in enumerate(("local_change", "local_change", "global_style")):
+        media.write_video(folder / f"videos/{n}.mp4", moving_square((200, 40 * n, 40)), 24)
+        lines.append(f"{kind},make it red,videos/{n}.mp4")
+    (folder / "benchmark_videos.csv").write_text("\n".join([header, *lines]))
+    rubric = "Grade the two videos from 1 to 5 on three axes. Instruction: <edit_prompt>. " * 2
+    (folder / "rubrics.py").write_text(f"Local_Change = {rubric!r}\nGlobal_Style = {rubric!r}\n")
+    texts = []
+
+    class Recording(PixelJudge):
+        def complete(self, request):
+            texts.append(request.text)
+            return super().complete(request)
+
+    judge = {"mode": "official", "official": {"openve": official_rubrics(folder / "rubrics.py")}}
+    made, _ = run(tmp_path, folder, BlendGenerator(), Recording(), suite=official.openve, **judge)
+    assert len(texts) == 3
+    assert all("Instruction: make it red." in text for text in texts)
+    result = aggregate_suite("openve", made, "official")
+    replies = [row["judgements"][0]["reply"] for row in made if row["series"] == "model"]
+    numbers = [[float(line.split(": ")[1]) for line in reply.splitlines()] for reply in replies]
+    samples = [round(sum(found) / 3, 2) for found in numbers]
+    assert result.official["overall_average"] == round(sum(samples) / 3, 2)
+    assert result.official["local_change"] == round(sum(samples[:2]) / 2, 2)
+    with pytest.raises(UserError, match=r"set judge\.official_rubrics\.openve"):
+        run(tmp_path, folder, BlendGenerator(), Recording(), suite=official.openve, mode="loomvideo")
 
 
 def test_fashion_suite_takes_categories_from_the_kind_of_edit(tmp_path, dataset):

@@ -42,14 +42,15 @@ class PixelJudge:
         else:
             done, kept, quality = _statistics(decode_frames(request.media[-1]), source)
         scores = {}
-        for position, axis in enumerate(request.axes):
+        # Official rubrics name their axes in the text alone.
+        for position, axis in enumerate(request.axes or ("Compliance", "Quality", "Preservation")):
             name = axis.lower()
             keeps = any(word in name for word in ("preserv", "consisten", "identity", "keep", "scene"))
             base = done if position == 0 else kept if keeps else quality
             seed = hashlib.sha256(f"{request.key(self.identity())}/{axis}".encode()).digest()
             noise = (int.from_bytes(seed[:4], "big") / 2**31 - 1) * self.noise
             scores[axis] = int(np.clip(round(1 + 4 * base + noise), 1, 5))
-        if request.structured:
+        if request.structured or "json" in request.text.lower():
             text = json.dumps({"reasoning": "scored from pixel statistics", **scores})
         else:
             text = "\n".join(f"{axis}: {value}" for axis, value in scores.items())
