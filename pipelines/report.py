@@ -202,9 +202,9 @@ _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 14px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #222; }}
 h1 {{ font-size: 1.3rem; overflow-wrap: anywhere; }} h2 {{ font-size: 1.1rem; border-bottom: 1px solid #ccc; }}
-h3 {{ font-size: .95rem; margin: 0; }} em {{ font-weight: normal; color: #777; }}
+h3 {{ font-size: .95rem; margin: 0; }} em {{ font-weight: normal; color: #777; }} th {{ white-space: nowrap; }}
 table {{ border-collapse: collapse; margin: .5rem 0; }} td, th {{ padding: .15rem .6rem; text-align: left;
-border-bottom: 1px solid #eee; overflow-wrap: anywhere; vertical-align: top; }}
+border-bottom: 1px solid #eee; vertical-align: top; }} td {{ overflow-wrap: break-word; }}
 .grid {{ display: flex; flex-wrap: wrap; gap: 1rem; }} figure {{ margin: 0; width: 200px; }}
 svg {{ width: 100%; background: #f6f6f6; }} rect {{ fill: #47a; }} small {{ color: #777; overflow-wrap: anywhere; }}
 .bar {{ position: relative; background: #f6f6f6; margin: 2px 0; padding: 2px 6px; }}
