@@ -186,6 +186,8 @@ def _finish_suite(
     finally:
         child.finish(status)
     client = MlflowClient(tracking_uri=parent.uri)
+    client.set_tag(child.run_id, "mlflow.runName", f"{folder.name} · {suite.name}")
+    mlflow_report.log_tables(client, parent.run_id, suite.name, store, rows, config.step)
     values = mlflow_report.headline(result.figures)
     values |= {f"{suite.name}/official/{k}": v for k, v in result.official.items() if v == v}
     mlflow_report.log_metrics(client, parent.run_id, values, config.step, model_id, source)

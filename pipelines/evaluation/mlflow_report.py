@@ -91,7 +91,6 @@ def log_suite(
         client.log_artifacts(tracker.run_id, str(folder / "charts"), "charts")
     for row in films_to_upload(rows, max_films):
         client.log_artifacts(tracker.run_id, str(folder / "media" / row["key"]), f"media/{row['key']}")
-    _log_tables(client, tracker.run_id, store, rows, step)
     published = published_scores(result.suite)
     if published:
         columns = ("model", "metric", "value", "source", "caveat")
@@ -167,13 +166,14 @@ def move_alias(client: MlflowClient, model: str, alias: str, checkpoint: str, ru
     return version.version
 
 
-def _log_tables(client: MlflowClient, run_id: str, store: Store, rows: Sequence[Row], step: int) -> None:
+def log_tables(client: MlflowClient, run_id: str, suite: str, store: Store, rows: Sequence[Row], step: int) -> None:
+    """Log tables with filmstrip cells into the parent run, where the artifact view lines checkpoints up."""
     own = sorted((r for r in rows if r["series"] == MODEL and not r["failure"]), key=lambda r: r["key"])
-    groups = {"samples": own}
+    groups = {f"samples-{suite}": own}
     if len(own) > TABLE_ROWS:
         groups = {}
         for row in own:
-            name = f"samples-{row['item']['category']}".translate(_FILE_SAFE)
+            name = f"samples-{suite}-{row['item']['category']}".translate(_FILE_SAFE)
             groups.setdefault(name, []).append(row)
     for name, members in groups.items():
         members = members[:TABLE_ROWS]
@@ -183,9 +183,10 @@ def _log_tables(client: MlflowClient, run_id: str, store: Store, rows: Sequence[
         strips = [Image.open(store.entry("media", row["media"]) / STRIP).convert("RGB") for row in members]
         columns: dict[str, list[Any]] = {
             "sample_id": [row["key"] for row in members],
+            # The second column is what MLflow's artifact view compares unless told otherwise.
+            "edited": [mlflow.Image(strip) for strip in strips],
             "category": [row["item"]["category"] for row in members],
             "text": [row["item"]["text"] for row in members],
-            "edited": [mlflow.Image(strip) for strip in strips],
         }
         for metric in ("judge", "gain_psnr_db", "edit_psnr_db", "edit_strength", "outside_psnr_db", "warp_error"):
             scores = [v.get(metric, float("nan")) for v in values]

@@ -82,7 +82,7 @@ def test_two_checkpoints_from_figures_to_a_moved_alias(tmp_path, data, local, ca
     parent = found["strong"]
     nested = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
     (child,) = client.search_runs([experiment.experiment_id], nested)
-    assert child.info.run_name == "fashion"
+    assert child.info.run_name == "strong · fashion"
     names = child.data.metrics.keys()
     for name in ("judge", "judge/ci95_low", "judge/n_failed", "gain_psnr_db/garment_text", "identity/gain_psnr_db"):
         assert f"fashion/{name}" in names
@@ -90,7 +90,8 @@ def test_two_checkpoints_from_figures_to_a_moved_alias(tmp_path, data, local, ca
     assert parent.data.metrics["fashion/gain_psnr_db"] == pytest.approx(second["fashion/gain_psnr_db"])
     assert child.inputs.dataset_inputs[0].dataset.name == "fashion"
     artifacts = {a.path for a in client.list_artifacts(child.info.run_id)}
-    assert {"review.html", "samples.json", "rows.jsonl", "media", "charts"} <= artifacts
+    assert {"review.html", "rows.jsonl", "media", "charts"} <= artifacts
+    assert "samples-fashion.json" in {a.path for a in client.list_artifacts(parent.info.run_id)}
     models = client.search_logged_models([experiment.experiment_id])
     assert len({m.tags["loomvideo.fingerprint"] for m in models}) == 2
     assert str(models[0].status) in ("READY", "LoggedModelStatus.READY")
@@ -162,8 +163,7 @@ def test_a_rerun_asks_the_judge_nothing_new_and_keeps_its_mlflow_run(tmp_path, d
         assert len(server.calls) == NUM_SOURCES
         assert json.loads((tmp_path / "evaluate/a/mlflow.json").read_text())["run_id"] == run_id
         client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
-        child = json.loads((tmp_path / "evaluate/a/suites/fashion/mlflow.json").read_text())["run_id"]
-        table = json.loads(Path(client.download_artifacts(child, "samples.json", str(tmp_path))).read_text())
+        table = json.loads(Path(client.download_artifacts(run_id, "samples-fashion.json", str(tmp_path))).read_text())
         assert len(table["data"]) == NUM_SOURCES
 
 

@@ -1,7 +1,7 @@
 """Judges without a model: one that looks at pixels, and an HTTP server that speaks both real protocols.
 
-The pixel judge makes tiny runs and tests go through the whole path with scores that mean something: copying the source
-scores low on doing the edit and high on keeping the rest, noise scores low on quality.
+The pixel judge lets tiny runs and tests go through the whole path: copying the source scores low on doing the edit and
+high on keeping the rest, noise scores low on quality. It knows nothing of what a picture shows, so it is no measure.
 """
 
 import base64
