@@ -176,6 +176,9 @@ class Progress:
     def _on_fatal(self, report: dict[str, Any]) -> None:
         self.fatal = self.fatal or report["message"]
 
+    def _on_alive(self, report: dict[str, Any]) -> None:
+        """Nothing to show."""
+
     def _on_finished(self, report: dict[str, Any]) -> None:
         self._finished = report
 

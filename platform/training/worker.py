@@ -35,6 +35,7 @@ from loomvideo.platform.training.writer import CheckpointWriter
 logger = logging.getLogger(__name__)
 
 PREEMPTION_INTERVAL_S = 5.0
+REPORT_INTERVAL_S = 1.0
 OTHER_WORKER = "another worker could not load its samples"
 
 
@@ -88,7 +89,7 @@ class Worker:
         # What this rank would like, and what all ranks agreed on.
         self._wants_stop = self._stop_reason = ""
         self._started = time.perf_counter()
-        self._asked_at = time.monotonic()
+        self._asked_at = self._reported_at = time.monotonic()
         # A preemption notice asks for a checkpoint, once.
         self._urgent = self._noticed = False
         resumed = self._newest_checkpoint()
@@ -415,6 +416,10 @@ class Worker:
             self._records.append(record)
         if self.step % self.config.log_every == 0 or self.step == 1:
             self._flush()
+        elif self.rank == 0 and time.monotonic() - self._reported_at > REPORT_INTERVAL_S:
+            # Asks whether to stop; the answer comes with a later report.
+            self._reported_at = time.monotonic()
+            self._wants_stop = self._report({"event": "alive"}) or self._wants_stop
 
     def _flush(self) -> None:
         """Send what was noted since the last time."""
@@ -426,6 +431,7 @@ class Worker:
         }
         if self.device.type == "cuda":
             report["memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        self._reported_at = time.monotonic()
         self._wants_stop = self._report(report) or self._wants_stop
         self._records, self._tags = [], {}
 
