@@ -11,11 +11,14 @@ import torch
 from fixtures.raw import prepare_config, raw_samples, without_ray
 
 from loomvideo.model.codec import DCTCodec
+from loomvideo.model.presets import preset
 from loomvideo.pipelines.prepare import prepare
 from loomvideo.pipelines.prepare_config import ClipOptions, LimitOptions
 from loomvideo.pipelines.samples import write_jsonl
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.reader import ShardDataset
+
+CHANNELS = preset("tiny").codec.latent_channels
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,7 @@ def test_every_task_is_complete(raw, finished):
     for sample in raw[1]:
         stored = finished.read(finished.rows_by_key[sample.key])
         video = sample.task not in ("t2i", "image_edit")
-        latents = (24, 3 if video else 1, 4, 4)
+        latents = (CHANNELS, 3 if video else 1, 4, 4)
         assert {name: tuple(t.shape) for name, t in stored.tensors["target"].items()} == {"mean.0": latents}
         assert ("source" in stored.tensors) == (sample.source is not None)
         assert ("refs" in stored.tensors) == bool(sample.references)
@@ -76,7 +79,7 @@ def test_latents_decode_to_the_target(raw, finished):
     from PIL import Image
 
     picture = torch.from_numpy(np.array(Image.open(raw[0] / sample.target).convert("RGB")))
-    shown = DCTCodec(24).decode(stored.tensors["target"]["mean.0"][None].float())[0, :, 0].permute(1, 2, 0)
+    shown = DCTCodec(CHANNELS).decode(stored.tensors["target"]["mean.0"][None].float())[0, :, 0].permute(1, 2, 0)
     error = (shown * 127.5 + 127.5 - picture).abs().mean()
     assert error < 25
 
@@ -84,7 +87,6 @@ def test_latents_decode_to_the_target(raw, finished):
 def test_features_are_those_of_the_mllm(raw, finished):
     from loomvideo.model.conditioning.inputs import build_inputs
     from loomvideo.model.conditioning.mllm import FrozenMLLM
-    from loomvideo.model.presets import preset
 
     mllm = FrozenMLLM.from_preset(preset("tiny"))
     sample = next(s for s in raw[1] if s.task == "t2v")
