@@ -4,6 +4,8 @@ import os
 
 import pytest
 
+# Small tensors: a second thread only waits for the first, and on a busy machine waits long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
