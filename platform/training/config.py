@@ -12,6 +12,7 @@ class MixtureConfig:
 
     tasks: dict[str, float] = option({}, "weight of each task; a task not listed weighs 1, weight 0 leaves it out")
     datasets: dict[str, float] = option({}, "weight of each dataset inside its task; not listed weighs 1")
+    by_size: bool = option(False, "weights multiply numbers of samples: without any, every sample is drawn alike")
 
 
 @dataclass

@@ -88,11 +88,15 @@ def build_sources(
                 have = ", ".join(sorted(present)) or f"nothing in split {split}"
                 raise UserError(f"training.mixture.{section}.{name}: the shards have {have}")
     of_task: dict[str, float] = {}
-    for task, dataset in groups:
-        of_task[task] = of_task.get(task, 0.0) + mixture.datasets.get(dataset, 1.0)
+    size_of_task: dict[str, int] = {}
     for (task, dataset), source in groups.items():
+        source.weight = mixture.datasets.get(dataset, 1.0) * (len(source.key) if mixture.by_size else 1)
+        of_task[task] = of_task.get(task, 0.0) + source.weight
+        size_of_task[task] = size_of_task.get(task, 0) + len(source.key)
+    for (task, _), source in groups.items():
         if of_task[task]:
-            source.weight = mixture.tasks.get(task, 1.0) * mixture.datasets.get(dataset, 1.0) / of_task[task]
+            size = size_of_task[task] if mixture.by_size else 1
+            source.weight *= mixture.tasks.get(task, 1.0) * size / of_task[task]
     sources = [groups[name] for name in sorted(groups) if groups[name].weight > 0]
     if not sources:
         raise UserError(f"no sample to train on: the shards have none of split {split!r}, or all mixture weights are 0")

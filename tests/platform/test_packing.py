@@ -55,6 +55,16 @@ def test_order_follows_the_mixture_and_visits_each_sample_once_an_epoch():
     assert "held-out" not in {draw.key for draw in draws}
 
 
+def test_by_size_draws_every_sample_alike():
+    rows = [(f"a{n}", "t2v", "x", "train", 10) for n in range(30)]
+    rows += [(f"b{n}", "t2i", "x", "train", 10) for n in range(8)] + [("c", "t2i", "y", "train", 10)] * 2
+    stream = order(rows, MixtureConfig(by_size=True))
+    count = collections.Counter(stream.sources[stream.next().source].name for _ in range(400))
+    assert count["t2v/x"] == pytest.approx(300, abs=3)
+    assert count["t2i/x"] == pytest.approx(80, abs=3)
+    assert count["t2i/y"] == pytest.approx(20, abs=3)
+
+
 def test_unknown_or_empty_mixtures_are_user_errors():
     rows = [("a", "t2v", "x", "train", 10)]
     with pytest.raises(UserError, match=r"training.mixture.tasks.t2x: the shards have t2v"):
