@@ -129,14 +129,14 @@ class ToyRecipe(BaseRecipe):
 
 
 class DeadlyRecipe(ToyRecipe):
-    """Kills its process once, when a certain sample is loaded for the fifth time."""
+    """Kills its process once, when a certain sample is loaded for the ninth time."""
 
     def __init__(self, marker):
         super().__init__()
         self.marker = Path(marker)
 
     def load_example(self, dataset_index, row, sample, random):
-        if random.visit == 4 and row["key"] == "k3":
+        if random.visit == 8 and row["key"] == "k3":
             try:
                 self.marker.touch(exist_ok=False)
             except FileExistsError:
