@@ -49,7 +49,7 @@ def prepare_server(
 ) -> Server:
     """Make what a server needs, once, and say how to start it.
 
-    The database is ``MLFLOW_BACKEND_STORE_URI`` (``postgresql+psycopg2://user:password@host/name``; kept out of the
+    The database is ``MLFLOW_BACKEND_STORE_URI`` (``postgresql+psycopg2://…``; kept out of the
     command line, which every user of a machine can read) or sqlite in ``folder``; users are kept beside it.
 
     Args:
