@@ -28,6 +28,9 @@ STOPPED_EXIT_CODE = 130
 LOST_EXIT_CODE = 3
 
 
+AGENT_TIMEOUT_S = 60.0
+
+
 @dataclass(frozen=True)
 class Plan:
     """One submission, ready to be sent or printed.
@@ -203,19 +206,25 @@ def submit(client: "JobSubmissionClient", plan: Plan, again: bool = False) -> Su
         return Submitted(attempts[-1].submission_id, started=False, finished=True)
     submission_id = next_submission_id(plan, attempts)
     runtime_env = plan.runtime_env | ({"working_dir": str(plan.working_dir)} if plan.working_dir else {})
-    try:
-        client.submit_job(
-            entrypoint=entrypoint,
-            submission_id=submission_id,
-            runtime_env=runtime_env,
-            metadata=plan.all_metadata,
-        )
-    except RuntimeError:
-        # Two people may submit the same run at once: the second follows the first's job.
-        if submission_id not in {details.submission_id for details in jobs_of(client, plan.job, plan.run)}:
-            raise
-        return Submitted(submission_id, started=False)
-    return Submitted(submission_id, started=True)
+    deadline = time.monotonic() + AGENT_TIMEOUT_S
+    while True:
+        try:
+            client.submit_job(
+                entrypoint=entrypoint,
+                submission_id=submission_id,
+                runtime_env=runtime_env,
+                metadata=plan.all_metadata,
+            )
+            return Submitted(submission_id, started=True)
+        except RuntimeError as error:
+            # A cluster that has just started takes jobs a moment after it answers.
+            if "No available agent" in str(error) and time.monotonic() < deadline:
+                time.sleep(2.0)
+                continue
+            # Two people may submit the same run at once: the second follows the first's job.
+            if submission_id not in {details.submission_id for details in jobs_of(client, plan.job, plan.run)}:
+                raise
+            return Submitted(submission_id, started=False)
 
 
 def follow(
