@@ -121,7 +121,6 @@ class TrainingConfig:
     data_threads: int = option(2, "threads that load samples in each worker")
     prefetch_steps: int = option(3, "steps loaded ahead")
     log_every: int = option(10, "steps between reports")
-    profile_steps: str = option("", "first:last steps to trace with torch.profiler into the run folder")
     split: str = option("train", "index split to train on")
     mixture: MixtureConfig = option(MixtureConfig, "")
     pack: PackConfig = option(PackConfig, "")
