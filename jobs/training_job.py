@@ -103,6 +103,9 @@ def check_fits(url: str, dataset: ShardDataset, first: ShardDataset, model: Mode
         raise UserError(
             f"data.shards {url}: encoded for model={stated}, this run is model={model.name}; prepare it again"
         )
+    mode = dataset.manifest.features.get("mode", "stored")
+    if mode != "stored":
+        raise UserError(f"data.shards {url}: features are {mode}, training reads stored ones; use features.mode=stored")
     if dataset.manifest.encoders != first.manifest.encoders:
         raise UserError(
             f"data.shards {url}: encoded by other encoders than the first dataset; prepare one of them again"
