@@ -148,6 +148,8 @@ class LocalCluster:
             "start",
             "--block",
             "--node-ip-address=127.0.0.1",
+            # The default port may be another cluster's on this machine, and an agent without it takes no job.
+            "--dashboard-agent-listen-port=0",
             *options,
         ]
         with (self.folder / f"{name}.log").open("ab") as log:
