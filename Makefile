@@ -99,6 +99,8 @@ image: ## build the container image: IMAGE=cpu or cuda
 kernels: $(VENV)/.setup ## compile the kernels for this machine (or an image: ARGS="architectures=[80,90,100,120]")
 	$(BIN)/loomvideo kernels build $(ARGS)
 
+bench: bench-model bench-kernels bench-data ## every benchmark, one after the other (use a quiet machine)
+
 bench-data: sample-data ## the data path against plain loops and other writers: ARGS=--parts …
 	$(BIN)/python benchmarks/data_bench.py $(DATA)/samples.jsonl $(ARGS)
 
