@@ -14,7 +14,7 @@ from loomvideo.platform.errors import UserError
 API_VERSION = "ray.io/v1"
 IDLE_TIMEOUT_S = 300
 # The other commands are told where to write by their own arguments.
-NAMED_JOBS = ("pretrain", "finetune-edit", "evaluate")
+NAMED_JOBS = ("data", "pretrain", "finetune-edit", "evaluate")
 
 
 def ray_cluster(profile: ClusterProfile) -> dict[str, Any]:
