@@ -146,6 +146,8 @@ def test_a_full_disk_delays_recorded_steps_and_loses_none(tmp_path, capsys):
     # What is written to this device is refused as by a full disk.
     (folder.path / STEPS_FILE).symlink_to("/dev/full")
     progress = Progress(TrainingConfig(), folder, None)
+    ready = {"rank": 0, "step": 0, "world_size": 1, "num_parameters": 1, "num_trainable": 1, "packs_per_step": 1}
+    progress.add(ready | {"event": "ready"})
     names = ("step_s", "data_wait_s", "compute_s", "update_s", "tokens", "flops", "samples", "fill", "imbalance")
     record = dict.fromkeys((*names, "loss", "elements", "grad_norm", "learning_rate"), 1.0) | {"updated": True}
     for step in (1, 2):
