@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,18 @@ from torch import Tensor
 
 BACKENDS = ("auto", "sdpa", "varlen")
 """``sdpa``: one call a segment; ``varlen``: one FlashAttention call a pack (CUDA, half precision)."""
+
+
+class Exchange(Protocol):
+    """Trades tokens for heads between ranks that share a sequence (:class:`loomvideo.model.parallel.HeadExchange`)."""
+
+    def heads_of_all_tokens(self, *tensors: Tensor) -> list[Tensor]:
+        """``[own tokens, heads, dim]`` each to ``[all tokens, heads / ranks, dim]`` each."""
+        ...
+
+    def tokens_of_all_heads(self, tensor: Tensor) -> Tensor:
+        """The way back."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -24,6 +37,8 @@ class AttentionPlan:
     """Cumulative query lengths, int32 [segments + 1]."""
     key_offsets: Tensor
     """Cumulative key lengths, int32 [segments + 1]."""
+    exchange: Exchange | None = None
+    """Set where each rank holds a stretch of the tokens; the plan is of all of them."""
 
     @classmethod
     def build(cls, query_lengths: Sequence[int], key_lengths: Sequence[int] | None = None) -> "AttentionPlan":
@@ -57,6 +72,9 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, plan: Attention
     Returns:
         [query tokens, heads, head dim]
     """
+    if plan.exchange is not None:
+        everyone = plan.exchange.heads_of_all_tokens(query, key, value)
+        return plan.exchange.tokens_of_all_heads(segment_attention(*everyone, replace(plan, exchange=None), backend))
     if backend == "auto":
         half_on_cuda = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
         backend = "varlen" if half_on_cuda and len(plan.query_lengths) > 1 else "sdpa"

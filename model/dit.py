@@ -26,6 +26,7 @@ from loomvideo.model.attention import AttentionPlan, segment_attention
 from loomvideo.model.config import DiTConfig
 from loomvideo.model.flops import pack_flops
 from loomvideo.model.packing import PackedBatch
+from loomvideo.model.shortcuts import BlockCache
 from loomvideo.platform.errors import UserError
 
 CHECKPOINTING = ("none", "selective", "full")
@@ -284,6 +285,7 @@ class LoomVideoDiT(nn.Module):
         batch: PackedBatch,
         contexts: Sequence[Context] | None = None,
         time: tuple[Tensor, Tensor] | None = None,
+        cache: BlockCache | None = None,
     ) -> Tensor:
         """Velocity of every video patch.
 
@@ -291,26 +293,15 @@ class LoomVideoDiT(nn.Module):
             batch: Packed samples, on the model's device and in its dtype.
             contexts: :meth:`keys_values` of ``batch.mllm_states``, where they are kept over denoising steps.
             time: :meth:`embed_time` of ``batch.timesteps``, likewise.
+            cache: May stand in for all blocks but the first (generation's approximate step caching).
 
         Returns:
             [video tokens, patch dim] in the order of ``batch.pack_targets``; see ``batch.unpack``.
         """
         x = self._embed_patches(batch)
         embedding, modulation = self.embed_time(batch.timesteps, x.dtype) if time is None else time
-        for index, block in enumerate(self.blocks):
-            states = batch.mllm_states[index] if contexts is None else None
-            context = contexts[index] if states is None else self._run(self.mllm_embedder, states)
-            x = self._run(
-                block,
-                x,
-                context,
-                modulation,
-                batch.row_ids,
-                batch.positions,
-                batch.self_plan,
-                batch.cross_plan,
-                self.attention_backend,
-            )
+        run = partial(self._run_blocks, batch=batch, contexts=contexts, modulation=modulation)
+        x = run(x, range(len(self.blocks))) if cache is None else self._run_cached(x, run, cache)
         if batch.video_index is not None:
             x = x.index_select(0, batch.video_index)
         shift, scale = (self.scale_shift_table.to(modulation.dtype) + embedding[:, None].to(modulation.dtype)).unbind(1)
@@ -356,6 +347,38 @@ class LoomVideoDiT(nn.Module):
         """Cross-attention keys and values of every block for [layers, tokens, mllm dim]."""
         pairs = zip(self.blocks, mllm_states, strict=True)
         return [block.attn2.keys_values(self.mllm_embedder(states)) for block, states in pairs]
+
+    def _run_blocks(
+        self,
+        x: Tensor,
+        indices: range,
+        batch: PackedBatch,
+        contexts: Sequence[Context] | None,
+        modulation: Tensor,
+    ) -> Tensor:
+        for index in indices:
+            states = batch.mllm_states[index] if contexts is None else None
+            context = contexts[index] if states is None else self._run(self.mllm_embedder, states)
+            x = self._run(
+                self.blocks[index],
+                x,
+                context,
+                modulation,
+                batch.row_ids,
+                batch.positions,
+                batch.self_plan,
+                batch.cross_plan,
+                self.attention_backend,
+            )
+        return x
+
+    def _run_cached(self, x: Tensor, run: Callable[[Tensor, range], Tensor], cache: BlockCache) -> Tensor:
+        first = run(x, range(1))
+        rest = cache.reuse(first - x)
+        if rest is None:
+            rest = run(first, range(1, len(self.blocks))) - first
+            cache.keep(rest)
+        return first + rest
 
     def _run(self, module: nn.Module, *inputs: Any) -> Tensor:
         mode = self.activation_checkpointing if torch.is_grad_enabled() else "none"

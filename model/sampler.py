@@ -16,8 +16,10 @@ from torch import Tensor
 
 from loomvideo.model.dit import Context, LoomVideoDiT
 from loomvideo.model.flow import NUM_TRAIN_TIMESTEPS
-from loomvideo.model.guidance import NUM_STEPS, Guidance
+from loomvideo.model.guidance import FULL, NUM_STEPS, Guidance
 from loomvideo.model.packing import DiTSample, PackedBatch, pack, to_patches
+from loomvideo.model.parallel import Ranks, Shard
+from loomvideo.model.shortcuts import BlockCache, Shortcuts
 
 if TYPE_CHECKING:
     from diffusers import UniPCMultistepScheduler
@@ -59,8 +61,18 @@ class Branch:
     """Reference latents [channels, 1, height, width]."""
 
 
+@dataclass
+class _Group:
+    """Branches that pass the model together."""
+
+    names: tuple[str, ...]
+    shard: Shard
+    contexts: list[Context]
+    cache: BlockCache | None
+
+
 class Denoiser:
-    """Velocities of every guidance branch, with what does not change over the steps computed once.
+    """Velocities of guidance branches, with what does not change over the steps computed once.
 
     Args:
         model: On the device and in the dtype to compute in.
@@ -68,6 +80,8 @@ class Denoiser:
         branches: Conditioning by branch name.
         timesteps: All timesteps, fp32 [steps].
         batch_branches: Pack the branches into one forward pass.
+        step_cache: Threshold of :class:`~loomvideo.model.shortcuts.BlockCache`; 0 for none.
+        ranks: Ranks that share this generation; None for this one alone.
     """
 
     def __init__(
@@ -77,42 +91,87 @@ class Denoiser:
         branches: Mapping[str, Branch],
         timesteps: Tensor,
         batch_branches: bool = False,
+        step_cache: float = 0.0,
+        ranks: Ranks | None = None,
     ) -> None:
         parameter = next(model.parameters())
         self.model, self.device, self.dtype = model, parameter.device, parameter.dtype
+        self._branches, self._batch_branches = branches, batch_branches
+        self._step_cache, self._ranks = step_cache, ranks or Ranks()
+        self._like = latents.to(self.device, torch.float32)
         self._timesteps = timesteps.to(self.device)
         self._embedding, self._modulation = model.embed_time(self._timesteps, self.dtype)
-        names = list(branches)
-        groups = [names] if batch_branches else [[name] for name in names]
-        self._groups = [(group, *self._prepare(latents, [branches[name] for name in group])) for group in groups]
+        self._groups: dict[tuple[str, ...], _Group] = {}
+        for names in self._groups_of(list(branches)):
+            self._group(names)
 
-    def velocities(self, latents: Tensor, step: int) -> dict[str, Tensor]:
-        """Velocity of each branch, fp32, for latents [channels, frames, height, width] at a step's timestep."""
-        patches = to_patches(latents, self.model.config.patch_size).to(self.dtype)
-        velocities = {}
-        for names, batch, contexts in self._groups:
-            video = patches.repeat(len(names), 1)
-            if batch.video_index is not None:
-                video = batch.patches.index_copy(0, batch.video_index, video)
-            source_scale = (self._timesteps[step] / NUM_TRAIN_TIMESTEPS).expand(len(names))
-            rows = self._modulation[:, step, None].expand(-1, len(names), -1)
-            velocity = self.model(
-                dataclasses.replace(batch, patches=video, source_scale=source_scale),
-                contexts=contexts,
-                time=(self._embedding[step].expand(len(names), -1), F.pad(rows, (0, 0, 0, 1))),
+    def velocities(self, latents: Tensor, step: int, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Velocity of branches (all of them by default), fp32, for latents at a step's timestep.
+
+        With several ranks each calls this alike and gets the same.
+        """
+        names = list(self._branches) if names is None else list(names)
+        velocities: dict[str, Tensor] = {}
+        for group in self._groups_of(names):
+            velocities |= self._run(self._group(group), latents, step)
+        return self._ranks.all_branches(velocities, names, self._like)
+
+    def _groups_of(self, names: Sequence[str]) -> list[tuple[str, ...]]:
+        """How this rank's share of branches passes the model."""
+        own = self._ranks.own_branches(names)
+        if self._batch_branches and own:
+            return [tuple(own)]
+        return [(name,) for name in own]
+
+    def _run(self, group: _Group, latents: Tensor, step: int) -> dict[str, Tensor]:
+        whole, count = group.shard.whole, len(group.names)
+        video = to_patches(latents, self.model.config.patch_size).to(self.dtype).repeat(count, 1)
+        if whole.video_index is not None:
+            video = whole.patches.index_copy(0, whole.video_index, video)
+        rows = self._modulation[:, step, None].expand(-1, count, -1)
+        batch = dataclasses.replace(
+            group.shard.local,
+            patches=video[group.shard.tokens],
+            source_scale=(self._timesteps[step] / NUM_TRAIN_TIMESTEPS).expand(count),
+        )
+        velocity = self.model(
+            batch,
+            contexts=group.contexts,
+            time=(self._embedding[step].expand(count, -1), F.pad(rows, (0, 0, 0, 1))),
+            cache=group.cache,
+        )
+        return dict(zip(group.names, whole.unpack(group.shard.join(velocity.float())), strict=True))
+
+    def _group(self, names: tuple[str, ...]) -> _Group:
+        if names not in self._groups:
+            batch = self._pack([self._branches[name] for name in names])
+            contexts = self._shared_contexts(names) or self.model.keys_values(batch.mllm_states)
+            shard = self._ranks.shard(
+                dataclasses.replace(batch, mllm_states=batch.mllm_states[:0]), self.model.config.num_attention_heads
             )
-            velocities.update(zip(names, batch.unpack(velocity.float()), strict=True))
-        return velocities
+            cache = BlockCache(self._step_cache, self._ranks.total) if self._step_cache else None
+            self._groups[names] = _Group(names, shard, contexts, cache)
+        return self._groups[names]
 
-    def _prepare(self, latents: Tensor, branches: Sequence[Branch]) -> tuple[PackedBatch, list[Context]]:
-        """Pack branches that share latents, and compute the keys and values they attend to."""
+    def _shared_contexts(self, names: tuple[str, ...]) -> list[Context] | None:
+        """Keys and values of one branch as a part of those of a group that holds it."""
+        for group in self._groups.values():
+            if len(names) == 1 and names[0] in group.names:
+                lengths, index = group.shard.whole.cross_plan.key_lengths, group.names.index(names[0])
+                start = sum(lengths[:index])
+                part = slice(start, start + lengths[index])
+                return [(key[part], value[part]) for key, value in group.contexts]
+        return None
+
+    def _pack(self, branches: Sequence[Branch]) -> PackedBatch:
+        """Pack branches that share latents."""
 
         def on_device(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(self.device, torch.float32)
 
         samples = [
             DiTSample(
-                latents=on_device(latents),
+                latents=self._like,
                 timestep=NUM_TRAIN_TIMESTEPS,
                 mllm_states=branch.mllm_states.to(self.device, self.dtype),
                 source=on_device(branch.source),
@@ -120,9 +179,45 @@ class Denoiser:
             )
             for branch in branches
         ]
-        batch = pack(samples, self.model.config.patch_size).to(self.device, self.dtype)
-        contexts = self.model.keys_values(batch.mllm_states)
-        return dataclasses.replace(batch, mllm_states=batch.mllm_states[:0]), contexts
+        return pack(samples, self.model.config.patch_size).to(self.device, self.dtype)
+
+
+class GuidedVelocity:
+    """The guided velocity of a step, with the approximations that leave branches out.
+
+    Args:
+        denoiser: Of the branches that ``guidance`` and ``shortcuts`` need.
+        guidance: Scales.
+        timesteps: All timesteps [steps].
+        shortcuts: Approximations.
+    """
+
+    def __init__(self, denoiser: Denoiser, guidance: Guidance, timesteps: Tensor, shortcuts: Shortcuts) -> None:
+        self.denoiser, self.guidance, self.shortcuts = denoiser, guidance, shortcuts
+        self._timesteps = timesteps.tolist()
+        self._difference: Tensor | None = None
+        self._age = 0
+
+    def __call__(self, latents: Tensor, step: int) -> Tensor:
+        """fp32, like ``latents`` [channels, frames, height, width]."""
+        if not self.shortcuts.guides(self._timesteps[step]):
+            return self.denoiser.velocities(latents, step, [FULL])[FULL]
+        refresh = self.shortcuts.branch_refresh
+        if self._difference is not None and self._age < refresh:
+            self._age += 1
+            return self.denoiser.velocities(latents, step, [FULL])[FULL] + self._difference
+        names = used_branches(self.guidance, self.shortcuts)
+        velocities = self.denoiser.velocities(latents, step, names)
+        guided = self.guidance.combine(velocities)
+        if refresh > 1:
+            self._difference, self._age = guided - velocities[FULL], 1
+        return guided
+
+
+def used_branches(guidance: Guidance, shortcuts: Shortcuts) -> list[str]:
+    """The branches that a generation runs."""
+    alone = shortcuts.branch_refresh > 1 or (shortcuts.guidance_from, shortcuts.guidance_to) != (1.0, 0.0)
+    return list(dict.fromkeys([*([FULL] if alone else ()), *guidance.weights()]))
 
 
 @torch.no_grad()
@@ -135,6 +230,8 @@ def sample(
     scheduler: SchedulerConfig | None = None,
     batch_branches: bool = False,
     on_step: Callable[[int, Tensor], None] | None = None,
+    shortcuts: Shortcuts | None = None,
+    ranks: Ranks | None = None,
 ) -> Tensor:
     """Denoise one video.
 
@@ -143,21 +240,30 @@ def sample(
         initial_noise: Standard normal [channels, frames, height, width].
         branches: Conditioning by branch name; those of ``guidance.weights()`` are used.
         guidance: Scales.
-        steps: Denoising steps.
+        steps: Denoising steps; ``shortcuts.steps`` takes their place where it is set.
         scheduler: Settings; None for the published ones.
         batch_branches: Pack the branches into one forward pass: faster for short sequences, more memory.
         on_step: Called after each step with its index and the latents.
+        shortcuts: Approximations; None for none. ``fp8`` is the model's own matter
+            (:func:`loomvideo.model.float8.float8_blocks`).
+        ranks: Ranks that share this generation, each calling this with the same noise; None for this one alone.
 
     Returns:
-        Latents, fp32, like ``initial_noise``, on the model's device.
+        Latents, fp32, like ``initial_noise``, on the model's device; with ``ranks`` the same on each.
+
+    Raises:
+        UserError: for approximations that make no sense, or heads that do not divide among the ranks.
     """
-    solver = (scheduler or SchedulerConfig()).build(steps)
-    used = {name: branches[name] for name in guidance.weights()}
-    denoiser = Denoiser(model, initial_noise, used, solver.timesteps.float(), batch_branches)
+    shortcuts = shortcuts or Shortcuts()
+    shortcuts.check()
+    solver = (scheduler or SchedulerConfig()).build(shortcuts.steps or steps)
+    used = {name: branches[name] for name in used_branches(guidance, shortcuts)}
+    timesteps = solver.timesteps.float()
+    denoiser = Denoiser(model, initial_noise, used, timesteps, batch_branches, shortcuts.step_cache, ranks)
+    guided = GuidedVelocity(denoiser, guidance, timesteps, shortcuts)
     latents = initial_noise.to(denoiser.device, torch.float32)
     for step, timestep in enumerate(solver.timesteps):
-        guided = guidance.combine(denoiser.velocities(latents, step))
-        latents = solver.step(guided, timestep, latents, return_dict=False)[0]
+        latents = solver.step(guided(latents, step), timestep, latents, return_dict=False)[0]
         if on_step is not None:
             on_step(step, latents)
     return latents

@@ -6,6 +6,8 @@ from loomvideo.model.config import DiTConfig
 from loomvideo.model.guidance import FULL, UNCONDITIONAL, VISUAL, Guidance
 from loomvideo.model.packing import DiTSample, pack
 from loomvideo.model.sampler import Branch, SchedulerConfig, sample
+from loomvideo.model.shortcuts import BlockCache, Shortcuts
+from loomvideo.platform.errors import UserError
 
 CONFIG = DiTConfig(
     num_layers=2, num_attention_heads=2, attention_head_dim=16, ffn_dim=48, in_channels=4, mllm_dim=12, freq_dim=16
@@ -24,9 +26,11 @@ def make_branches(references=((2, 4),)):
     return full.latents, branches
 
 
-def plain_sample(model, latents, branches, guidance, steps):
+def plain_sample(model, latents, branches, guidance, steps, shortcuts=None):
     """Every branch packed and computed from scratch at every step."""
+    shortcuts = shortcuts or Shortcuts()
     solver = SchedulerConfig().build(steps)
+    age = shortcuts.branch_refresh
     for timestep in solver.timesteps:
         velocity = {}
         for name, branch in branches.items():
@@ -44,6 +48,12 @@ def plain_sample(model, latents, branches, guidance, steps):
                 + guidance.visual_scale * (velocity[VISUAL] - unconditional)
                 + guidance.scale * (velocity[FULL] - velocity[VISUAL])
             )
+        if not shortcuts.guidance_to <= timestep.item() / 1000 <= shortcuts.guidance_from:
+            guided = velocity[FULL]
+        elif age == shortcuts.branch_refresh:
+            difference, age = guided - velocity[FULL], 1
+        else:
+            guided, age = velocity[FULL] + difference, age + 1
         latents = solver.step(guided, timestep, latents, return_dict=False)[0]
     return latents
 
@@ -62,6 +72,74 @@ def test_equal_to_the_plain_path(batch_branches, guidance, references):
         expected = plain_sample(model, initial, branches, guidance, 5)
     torch.testing.assert_close(final, expected, rtol=1e-4, atol=1e-4)
     assert seen == list(range(5))
+
+
+@pytest.mark.parametrize("batch_branches", [False, True])
+@pytest.mark.parametrize(
+    "shortcuts",
+    [Shortcuts(branch_refresh=3), Shortcuts(guidance_to=0.9), Shortcuts(branch_refresh=2, guidance_from=0.98)],
+)
+def test_left_out_branches_are_those_that_the_shortcut_names(batch_branches, shortcuts):
+    model = random_model(CONFIG)
+    initial, branches = make_branches()
+    final = sample(model, initial, branches, Guidance(2.5, 1.5), 7, None, batch_branches, shortcuts=shortcuts)
+    with torch.no_grad():
+        expected = plain_sample(model, initial, branches, Guidance(2.5, 1.5), 7, shortcuts)
+        exact = plain_sample(model, initial, branches, Guidance(2.5, 1.5), 7)
+    torch.testing.assert_close(final, expected, rtol=1e-4, atol=1e-4)
+    assert (final - exact).abs().max() > 1e-2
+
+
+def test_fewer_steps_are_what_the_scheduler_makes_of_them():
+    initial, branches = make_branches()
+    model = random_model(CONFIG)
+    fewer = sample(model, initial, branches, Guidance(2.5, 1.5), 9, shortcuts=Shortcuts(steps=4))
+    assert torch.equal(fewer, sample(model, initial, branches, Guidance(2.5, 1.5), 4))
+
+
+def test_step_cache_skips_blocks_and_is_exact_where_nothing_may_change():
+    initial, branches = make_branches()
+    model = random_model(CONFIG)
+    calls = []
+    model.blocks[1].register_forward_hook(lambda *_: calls.append(1))
+
+    def run(threshold):
+        calls.clear()
+        return sample(model, initial, branches, Guidance(2.5, 1.5), 8, shortcuts=Shortcuts(step_cache=threshold))
+
+    exact, never = run(0.0), run(1e-9)
+    assert len(calls) == 24
+    torch.testing.assert_close(never, exact, rtol=1e-4, atol=1e-4)
+    some = run(0.05)
+    assert 3 < len(calls) < 24
+    assert 0 < (some - exact).square().mean() / exact.square().mean() < 0.1
+    run(1e9)
+    assert len(calls) == 3
+
+
+def test_block_cache_compares_with_the_last_full_step():
+    cache = BlockCache(0.1)
+    assert cache.reuse(torch.full((4,), 1.0)) is None
+    cache.keep(torch.full((4,), 7.0))
+    assert cache.reuse(torch.full((4,), 1.09))[0] == 7
+    # Within a tenth of the one before, but not of the one whose blocks ran.
+    assert cache.reuse(torch.full((4,), 1.18)) is None
+    cache.keep(torch.full((4,), 8.0))
+    assert cache.reuse(torch.full((4,), 1.18))[0] == 8
+    assert cache.num_skipped == 2
+
+
+def test_shortcuts_by_themselves_and_bad_ones():
+    shortcuts = Shortcuts(steps=10, guidance_from=0.9, guidance_to=0.1, fp8=True)
+    assert shortcuts.alone() == {
+        "steps=10": Shortcuts(steps=10),
+        "guidance_from=0.9 guidance_to=0.1": Shortcuts(guidance_from=0.9, guidance_to=0.1),
+        "fp8=True": Shortcuts(fp8=True),
+    }
+    assert Shortcuts().alone() == {}
+    for bad in (Shortcuts(branch_refresh=0), Shortcuts(guidance_to=0.5, guidance_from=0.4), Shortcuts(step_cache=-1)):
+        with pytest.raises(UserError, match=r"^shortcuts\.[a-z_]+=.*$"):
+            bad.check()
 
 
 def test_branches_without_weight_are_not_computed():
