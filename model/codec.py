@@ -5,6 +5,7 @@ Latents are normalised per channel, so that flow matching sees unit variance whi
 """
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -14,6 +15,8 @@ from loomvideo.platform.errors import UserError
 
 SPATIAL_STRIDE = 16
 TEMPORAL_STRIDE = 4
+STREAM_FRAMES = 4
+"""Latent frames of a piece of a streamed video."""
 
 
 @dataclass
@@ -57,6 +60,10 @@ class Codec(Protocol):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """``[batch, channels, k+1, height, width]`` to a video ``[batch, 3, 4k+1, 16 height, 16 width]`` in [-1, 1]."""
+        ...
+
+    def decode_stream(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+        """:meth:`decode` of one sample, piece by piece in time."""
         ...
 
 
@@ -143,17 +150,26 @@ class DCTCodec:
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents ``[batch, channels, k+1, height, width]`` to a video clamped to [-1, 1]."""
+        return torch.cat(list(self.decode_stream(latents)), dim=2)
+
+    def decode_stream(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+        """:meth:`decode` in pieces of :data:`STREAM_FRAMES` latent frames, the first frame alone."""
         if latents.ndim != 5 or latents.shape[1] != self.latent_channels:
             raise UserError(f"latents of shape {list(latents.shape)}: this codec has {self.latent_channels} channels")
+        # The first frame stood for four: their mean is its least-squares estimate.
+        yield self._frames(latents[:, :, :1]).mean(2, keepdim=True).clamp(-1, 1).to(latents.dtype)
+        for piece in latents[:, :, 1:].split(STREAM_FRAMES, dim=2):
+            if piece.shape[2]:
+                yield self._frames(piece).clamp(-1, 1).to(latents.dtype)
+
+    def _frames(self, latents: torch.Tensor) -> torch.Tensor:
+        """Four frames a latent, fp32."""
         stride = SPATIAL_STRIDE
         batch, _, frames, height, width = latents.shape
         coefficients = latents.float().permute(0, 2, 3, 4, 1) * self.scale.to(latents.device)
         blocks = coefficients @ self.basis.to(latents.device)
         blocks = blocks.reshape(batch, frames, height, width, 3, TEMPORAL_STRIDE, stride, stride)
-        video = blocks.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(batch, 3, -1, height * stride, width * stride)
-        # The first frame stood for four: their mean is its least-squares estimate.
-        first = video[:, :, :TEMPORAL_STRIDE].mean(2, keepdim=True)
-        return torch.cat([first, video[:, :, TEMPORAL_STRIDE:]], dim=2).clamp(-1, 1).to(latents.dtype)
+        return blocks.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(batch, 3, -1, height * stride, width * stride)
 
 
 def build_codec(config: CodecConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Codec:

@@ -1,7 +1,7 @@
 """Generation and editing from text, pictures and clips: the whole model behind one call."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,17 +9,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loomvideo.model.clips import TARGET_FPS
 from loomvideo.model.codec import Codec, build_codec
 from loomvideo.model.conditioning.inputs import MLLMInputs, build_inputs, text_inputs
 from loomvideo.model.conditioning.mllm import FrozenMLLM
 from loomvideo.model.dit import LoomVideoDiT
+from loomvideo.model.float8 import float8_blocks
 from loomvideo.model.guidance import NUM_STEPS, Guidance
+from loomvideo.model.media_inputs import Clip, Picture, as_clip, as_picture, fit_clip, fit_picture
+from loomvideo.model.parallel import Ranks
 from loomvideo.model.presets import PIPELINE_FILE, ModelPreset, preset, stated_preset, with_folders
 from loomvideo.model.sampler import Branch, SchedulerConfig, sample
+from loomvideo.model.shortcuts import Shortcuts
 from loomvideo.model.weights import load_dit, open_checkpoint
 from loomvideo.platform.errors import UserError
 
 EDIT_TASKS = ("image_edit", "video_edit", "ref_edit")
+MAX_SOURCE_FRAMES = 97
+"""Of a source that is fitted to the model, unless the call says how many."""
 
 
 @dataclass
@@ -45,13 +52,23 @@ class LoomVideoPipeline:
         codec: Pixels to latents and back.
         mllm: Prompts to hidden states.
         scheduler: Sampler settings; None for the published ones.
+        ranks: Ranks that share each generation, all calling :meth:`sample` alike; None for this one alone.
     """
 
-    def __init__(self, dit: LoomVideoDiT, codec: Codec, mllm: FrozenMLLM, scheduler: SchedulerConfig | None = None):
+    def __init__(
+        self,
+        dit: LoomVideoDiT,
+        codec: Codec,
+        mllm: FrozenMLLM,
+        scheduler: SchedulerConfig | None = None,
+        ranks: Ranks | None = None,
+    ):
         self.dit = dit.eval()
         self.codec = codec
         self.mllm = mllm
         self.scheduler = scheduler or SchedulerConfig()
+        self.ranks = ranks
+        self._float8: LoomVideoDiT | None = None
 
     @classmethod
     def from_pretrained(
@@ -156,6 +173,45 @@ class LoomVideoPipeline:
         shape = (self.codec.latent_channels, (num_frames - 1) // 4 + 1, size[1] // 16, size[0] // 16)
         return Conditions(task, branches, shape)
 
+    def sample(
+        self,
+        conditions: Conditions,
+        steps: int = NUM_STEPS,
+        guidance: Guidance | None = None,
+        seed: int = 0,
+        batch_branches: bool = False,
+        on_step: Callable[[int, Tensor], None] | None = None,
+        shortcuts: Shortcuts | None = None,
+    ) -> Tensor:
+        """Denoise encoded conditions.
+
+        Args:
+            conditions: From :meth:`encode`.
+            steps: Denoising steps.
+            guidance: Scales; None takes the task's.
+            seed: Of the noise; the same seed gives the same latents.
+            batch_branches: Run the guidance branches in one pass.
+            on_step: Called after each step with its index and the latents.
+            shortcuts: Approximations; None for none.
+
+        Returns:
+            Latents, fp32 [channels, frames, height, width].
+        """
+        shortcuts = shortcuts or Shortcuts()
+        noise = torch.randn(conditions.latent_shape, generator=torch.Generator().manual_seed(seed))
+        return sample(
+            self._float8_dit() if shortcuts.fp8 else self.dit,
+            noise,
+            conditions.branches,
+            guidance or Guidance.default(conditions.task),
+            steps,
+            self.scheduler,
+            batch_branches=batch_branches,
+            on_step=on_step,
+            shortcuts=shortcuts,
+            ranks=self.ranks,
+        )
+
     def denoise(
         self,
         conditions: Conditions,
@@ -164,43 +220,80 @@ class LoomVideoPipeline:
         seed: int = 0,
         batch_branches: bool = False,
         on_step: Callable[[int, Tensor], None] | None = None,
+        shortcuts: Shortcuts | None = None,
     ) -> np.ndarray:
-        """Generate from encoded conditions: uint8 [frames, height, width, 3]. The same seed gives the same frames."""
-        noise = torch.randn(conditions.latent_shape, generator=torch.Generator().manual_seed(seed))
-        latents = sample(
-            self.dit,
-            noise,
-            conditions.branches,
-            guidance or Guidance.default(conditions.task),
-            steps,
-            self.scheduler,
-            batch_branches=batch_branches,
-            on_step=on_step,
-        )
-        return self.decode(latents)
+        """:meth:`sample` and :meth:`decode`: uint8 [frames, height, width, 3]."""
+        return self.decode(self.sample(conditions, steps, guidance, seed, batch_branches, on_step, shortcuts))
 
     def __call__(
         self,
         prompt: str,
         task: str = "t2v",
-        source: np.ndarray | None = None,
-        references: Sequence[np.ndarray] = (),
+        source: Clip | None = None,
+        references: Sequence[Picture] = (),
         size: tuple[int, int] | None = None,
         num_frames: int = 1,
         negative_prompt: str = "",
         steps: int = NUM_STEPS,
         guidance: Guidance | None = None,
         seed: int = 0,
+        shortcuts: Shortcuts | None = None,
+        buckets: Sequence[int] = (),
+        source_fps: float = TARGET_FPS,
     ) -> np.ndarray:
-        """:meth:`encode` and :meth:`denoise` in one."""
-        conditions = self.encode(task, prompt, source, references, size, num_frames, negative_prompt)
-        return self.denoise(conditions, steps, guidance, seed)
+        """Generate or edit: :meth:`encode` and :meth:`denoise` in one.
 
-    @torch.inference_mode()
+        Args:
+            prompt: Instruction or caption.
+            task: ``t2i, t2v, image_edit, video_edit, ref_edit`` or ``mi2v``.
+            source: What to edit: uint8 [frames, height, width, 3], or Pillow images.
+            references: Pictures: uint8 [height, width, 3] each, or Pillow images.
+            size: ``(width, height)`` of what is generated; an edit takes its source's.
+            num_frames: 4k+1; an edit takes its source's, with ``buckets`` at most these where it is above 1.
+            negative_prompt: What the unconditional branch is told.
+            steps: Denoising steps.
+            guidance: Scales; None takes the task's.
+            seed: Of the noise; the same seed gives the same frames.
+            shortcuts: Approximations; None for none.
+            buckets: Resolution classes, such as ``(640,)``, to which source and references are resized and cropped,
+                the source also resampled to 24 frames a second and cut to 4k+1; empty takes them as they are.
+            source_fps: Frame rate of the source, for ``buckets``.
+
+        Returns:
+            uint8 [frames, height, width, 3], one frame for an image.
+
+        Raises:
+            UserError: as :meth:`encode`.
+        """
+        if buckets:
+            most = num_frames if num_frames > 1 else MAX_SOURCE_FRAMES
+            most = 1 if task == "image_edit" else most
+            source = None if source is None else fit_clip(source, buckets, most, source_fps)
+            references = [fit_picture(picture, buckets) for picture in references]
+        source = None if source is None else as_clip(source)
+        references = [as_picture(picture) for picture in references]
+        conditions = self.encode(task, prompt, source, references, size, num_frames, negative_prompt)
+        return self.denoise(conditions, steps, guidance, seed, shortcuts=shortcuts)
+
     def decode(self, latents: Tensor) -> np.ndarray:
         """Latents [channels, frames, height, width] to uint8 [frames, height, width, 3]."""
-        video = self.codec.decode(latents[None].float())[0]
-        return ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+        return np.concatenate(list(self.decode_stream(latents)))
+
+    @torch.inference_mode()
+    def decode_stream(self, latents: Tensor) -> Iterator[np.ndarray]:
+        """:meth:`decode` piece by piece in time, so that a file can be encoded meanwhile."""
+        for piece in self.codec.decode_stream(latents[None].float()):
+            pixels = ((piece[0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+            yield pixels.permute(1, 2, 3, 0).cpu().numpy()
+
+    def keep_float8_only(self) -> None:
+        """Turn the blocks' products to 8-bit floats for good, so that the exact weights free their memory."""
+        self.dit = self._float8_dit()
+
+    def _float8_dit(self) -> LoomVideoDiT:
+        if self._float8 is None:
+            self._float8 = float8_blocks(self.dit)
+        return self._float8
 
     def _latents(self, frames: np.ndarray) -> Tensor:
         parameter = next(self.dit.parameters())

@@ -5,15 +5,14 @@ Videos are uint8 RGB arrays ``[frames, height, width, 3]``; an image is a video 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
-import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from loomvideo.pipelines.evaluation.metrics import check_video
+from loomvideo.pipelines.video_files import write_video_stream
 
 BACKGROUND = (255, 255, 255)
 INK = (28, 30, 33)
@@ -37,24 +36,7 @@ def write_video(
         metadata: Tags of the container, such as ``{"comment": …}``.
     """
     check_video(video)
-    _, height, width, _ = video.shape
-    video = np.pad(video, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.tmp.mp4")
-    with av.open(str(partial), "w", options={"movflags": "+faststart"}) as container:
-        container.metadata.update(metadata or {})
-        options = {"crf": str(crf), "preset": "medium", "threads": "1", "x264-params": "colormatrix=bt709"}
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
-        stream.width, stream.height, stream.pix_fmt = video.shape[2], video.shape[1], "yuv420p"
-        stream.codec_context.color_range = 1
-        stream.codec_context.colorspace = 1
-        reformatter = av.video.reformatter.VideoReformatter()
-        for pixels in video:
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            yuv = reformatter.reformat(frame, format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
-            container.mux(stream.encode(yuv))
-        container.mux(stream.encode(None))
-    partial.replace(path)
+    write_video_stream(path, [video], fps, crf, metadata)
 
 
 def strip_frames(video: np.ndarray, count: int) -> np.ndarray:

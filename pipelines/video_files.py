@@ -1,0 +1,93 @@
+"""H.264 files written piece by piece, if wanted while the next piece is still being made."""
+
+import contextlib
+import queue
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+PIECES_AHEAD = 2
+
+
+def write_video_stream(
+    path: Path,
+    pieces: Iterable[np.ndarray],
+    fps: float = 24.0,
+    crf: int = 16,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write an mp4 (H.264, yuv420p, faststart) through a temporary name.
+
+    How the frames are cut into pieces does not change the file. Odd sides, which yuv420p cannot hold, are padded by
+    repeating the last row or column.
+
+    Args:
+        path: The file to write; its folder is made.
+        pieces: ``[frames, height, width, 3]`` uint8 each, at least one; all of one size.
+        fps: Frames a second.
+        crf: x264 constant rate factor.
+        metadata: Tags of the container, such as ``{"comment": …}``.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.tmp.mp4")
+    try:
+        with av.open(str(partial), "w", options={"movflags": "+faststart"}) as container:
+            container.metadata.update(metadata or {})
+            options = {"crf": str(crf), "preset": "medium", "threads": "1", "x264-params": "colormatrix=bt709"}
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
+            stream.pix_fmt = "yuv420p"
+            stream.codec_context.color_range = 1
+            stream.codec_context.colorspace = 1
+            reformatter = av.video.reformatter.VideoReformatter()
+            for piece in pieces:
+                _, height, width, _ = piece.shape
+                piece = np.pad(piece, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+                if not stream.codec_context.is_open:
+                    stream.width, stream.height = piece.shape[2], piece.shape[1]
+                for pixels in piece:
+                    frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+                    yuv = reformatter.reformat(frame, format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+                    container.mux(stream.encode(yuv))
+            container.mux(stream.encode(None))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_while_made(path: Path, pieces: Iterable[np.ndarray], **options: object) -> None:
+    """:func:`write_video_stream` in a thread, while this one makes the next pieces.
+
+    An error of either side ends both, and leaves no file.
+    """
+    waiting: queue.Queue[np.ndarray | BaseException | None] = queue.Queue(PIECES_AHEAD)
+    with ThreadPoolExecutor(1, thread_name_prefix="video-encoder") as pool:
+        writing = pool.submit(write_video_stream, path, _received(waiting), **options)
+        try:
+            for piece in pieces:
+                _put(waiting, piece, writing)
+                if writing.done():
+                    break
+        except BaseException as error:
+            _put(waiting, error, writing)
+            raise
+        _put(waiting, None, writing)
+        writing.result()
+
+
+def _put(waiting: queue.Queue, item: np.ndarray | BaseException | None, writing: Future) -> None:
+    """Hand an item over, unless the writer has ended."""
+    while not writing.done():
+        with contextlib.suppress(queue.Full):
+            waiting.put(item, timeout=0.1)
+            return
+
+
+def _received(waiting: queue.Queue) -> Iterator[np.ndarray]:
+    while (item := waiting.get()) is not None:
+        if isinstance(item, BaseException):
+            raise item
+        yield item
