@@ -1,0 +1,128 @@
+"""Denoising steps a second: the plain loop (every branch from scratch at every step) against ours, by task.
+
+    python benchmarks/generation.py [--preset small] [--steps 4] [--rounds 3] [--json results.json]
+
+Plain is what a straightforward implementation does: at each step it packs each branch, embeds its MLLM states,
+projects their keys and values, embeds the timestep and runs the blocks. Ours computes once a generation what does not
+change. Cases take turns for several rounds; medians are printed. All cases must agree on the latents within 1e-4.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loomvideo.model import kernels
+from loomvideo.model.dit import LoomVideoDiT
+from loomvideo.model.guidance import FULL, UNCONDITIONAL, VISUAL, Guidance
+from loomvideo.model.packing import DiTSample, pack
+from loomvideo.model.presets import preset
+from loomvideo.model.sampler import Branch, SchedulerConfig, sample
+
+# Latents (frames, height, width) and MLLM tokens of the branches: 33 frames of 256x256 and a picture of 640x640.
+TASKS = {
+    "t2v": ((9, 16, 16), {FULL: 60, UNCONDITIONAL: 10}),
+    "edit": ((9, 16, 16), {FULL: 780, VISUAL: 740, UNCONDITIONAL: 10}),
+    "image": ((1, 40, 40), {FULL: 60, UNCONDITIONAL: 10}),
+}
+CASES = {
+    "plain loop": {"kernels": "eager"},
+    "plain loop, cpp kernels": {"kernels": "cpp"},
+    "ours, eager kernels": {"kernels": "eager", "batch_branches": False},
+    "ours, cpp kernels": {"kernels": "cpp", "batch_branches": False},
+    "ours, cpp kernels, branches batched": {"kernels": "cpp", "batch_branches": True},
+}
+
+
+@torch.no_grad()
+def plain_loop(
+    model: LoomVideoDiT, latents: Tensor, branches: dict[str, Branch], guidance: Guidance, steps: int
+) -> Tensor:
+    """Denoise with nothing kept between steps or branches."""
+    solver = SchedulerConfig().build(steps)
+    for timestep in solver.timesteps:
+        t, velocities = timestep.item(), {}
+        for name in guidance.weights():
+            branch = branches[name]
+            batch = pack([DiTSample(latents, t, branch.mllm_states, branch.source, t / 1000, branch.references)])
+            (velocities[name],) = batch.unpack(model(batch))
+        latents = solver.step(guidance.combine(velocities), timestep, latents, return_dict=False)[0]
+    return latents
+
+
+def conditions(task: str, model: LoomVideoDiT) -> tuple[Tensor, dict[str, Branch], Guidance]:
+    """Random noise and branches of a task's sizes."""
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    grid, mllm_tokens = TASKS[task]
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    source = random(config.in_channels, *grid) if VISUAL in mllm_tokens else None
+    branches = {
+        name: Branch(random(config.num_layers, tokens, config.mllm_dim), None if name == UNCONDITIONAL else source)
+        for name, tokens in mllm_tokens.items()
+    }
+    guidance = Guidance(2.5, 1.5) if VISUAL in mllm_tokens else Guidance(5.0)
+    return random(config.in_channels, *grid), branches, guidance
+
+
+def run(case: dict, model: LoomVideoDiT, inputs: tuple, steps: int) -> Tensor:
+    """The latents of one case."""
+    noise, branches, guidance = inputs
+    with kernels.use_backend(case["kernels"]):
+        if "batch_branches" not in case:
+            return plain_loop(model, noise, branches, guidance, steps)
+        return sample(model, noise, branches, guidance, steps, batch_branches=case["batch_branches"])
+
+
+def main() -> None:
+    """Time every case of every task and print a table a task."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="small")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    model = LoomVideoDiT(preset(arguments.preset).dit).eval()
+    torch.nn.init.normal_(model.proj_out.weight, std=0.02)
+    results = {}
+    for task in arguments.tasks:
+        inputs = conditions(task, model)
+        expected = run(CASES["plain loop"], model, inputs, arguments.steps)
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in CASES}
+        errors = {}
+        for name, case in CASES.items():  # builds, checks and warms up
+            errors[name] = (run(case, model, inputs, arguments.steps) - expected).abs().max().item()
+            if errors[name] > 1e-4 * max(expected.abs().max().item(), 1):
+                raise SystemExit(f"{task}, {name}: latents differ by {errors[name]}")
+        for _ in range(arguments.rounds):
+            for name, case in CASES.items():
+                wall, cpu = time.perf_counter(), time.process_time()
+                run(case, model, inputs, arguments.steps)
+                times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+        grid, mllm_tokens = TASKS[task]
+        tokens = grid[0] * grid[1] * grid[2] // 4
+        print(f"\n{task}: {tokens} tokens, MLLM tokens {mllm_tokens}, {arguments.preset}, {arguments.threads} threads")
+        print("| implementation | steps/s | CPU s a step | faster | greatest difference |")
+        print("|---|---|---|---|---|")
+        results[task] = {}
+        for name, values in times.items():
+            wall, cpu = (statistics.median(column) / arguments.steps for column in zip(*values, strict=True))
+            results[task][name] = {"steps_per_s": 1 / wall, "cpu_s": cpu, "error": errors[name]}
+            base = results[task]["plain loop"]["steps_per_s"]
+            print(f"| {name} | {1 / wall:.2f} | {cpu:.3f} | {1 / wall / base:.2f}x | {errors[name]:.1e} |", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
