@@ -1,120 +1,112 @@
 """``loomvideo generate``: one file, or a batch over a pool of Ray actors."""
 
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
-from loomvideo.jobs.checkpoints import find_weights
 from loomvideo.jobs.generate_config import GenerateConfig
-from loomvideo.model.fingerprints import folder_fingerprint
-from loomvideo.model.pipeline import LoomVideoPipeline
-from loomvideo.model.presets import stated_preset
-from loomvideo.pipelines.generation import FileGenerator, Request, Settings, read_requests
+from loomvideo.jobs.model_choice import model_source
+from loomvideo.pipelines.generation import FileGenerator
+from loomvideo.pipelines.generation_error import ShortcutError, measure_shortcuts
+from loomvideo.pipelines.generation_requests import Request, read_requests
 from loomvideo.platform.errors import UserError
 
 console = Console()
 
 
 def run(config: GenerateConfig) -> None:
-    """Generate what the configuration says."""
+    """Generate what the configuration says.
+
+    Raises:
+        UserError: in one line, for whatever cannot be done.
+    """
     requests = list(read_requests(Path(config.batch))) if config.batch else [single_request(config)]
-    if not config.batch:
-        requests[0].check()
-    if config.num_frames % 4 != 1:
-        raise UserError(f"num_frames={config.num_frames}: must be 4k+1")
-    if config.batch:
-        _run_batch(config, requests)
-        return
-    generator = load_generator(config)
-    try:
-        with _progress() as bar:
-            task = bar.add_task("denoising", total=config.steps)
-            path = generator.generate(requests[0], lambda step, total: bar.update(task, completed=step, total=total))
-    finally:
-        generator.close()
-    console.print(f"{path}", soft_wrap=True)
+    config.check()
+    for key in ("workers", "ranks", "sequence_ranks"):
+        if getattr(config, key) < 1:
+            raise UserError(f"{key}={getattr(config, key)}: must be at least 1")
+    if config.ranks % config.sequence_ranks:
+        raise UserError(f"sequence_ranks={config.sequence_ranks}: must divide ranks={config.ranks}")
+    if config.batch or config.ranks > 1:
+        _run_on_ray(config, requests)
+    else:
+        _run_here(config, requests[0])
 
 
 def single_request(config: GenerateConfig) -> Request:
-    """The request of the command line."""
+    """The request of the command line, checked as far as it can be without its files."""
     for key in ("task", "prompt", "out"):
         if not getattr(config, key):
             raise UserError(f"{key}: set {key}=…, or batch=FILE.jsonl")
-    return Request(
+    request = Request(
         config.task, config.prompt, config.out, config.source, list(config.refs), config.negative_prompt, config.seed
     )
+    request.check()
+    return request
 
 
-def load_generator(config: GenerateConfig) -> FileGenerator:
-    """Load the checkpoint onto the GPU, or the CPU where there is none."""
-    _, weights = find_weights(config.checkpoint, config.runs)
-    name = stated_preset(weights) or config.model
+def _run_here(config: GenerateConfig, request: Request) -> None:
+    measures = config.measure_error and bool(config.shortcuts.alone())
+    generator = FileGenerator.load(model_source(config, drop_exact=not measures), config)
+    rows: list[ShortcutError] = []
     try:
-        pipeline = LoomVideoPipeline.from_pretrained(weights, name, config.codec_folder, config.mllm_folder)
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"checkpoint={weights}: does not fit on this GPU ({error})") from error
-    folder = weights if weights.is_dir() else weights.parent
-    checkpoint: dict[str, Any] = {"path": str(weights), "fingerprint": folder_fingerprint(folder), "model": name}
-    settings = Settings(
-        tuple(config.buckets),
-        config.width,
-        config.height,
-        config.num_frames,
-        (config.default_size[0], config.default_size[1]),
-        config.steps,
-        config.scale,
-        config.visual_scale,
-        config.batch_branches,
-    )
-    return FileGenerator(pipeline, settings, checkpoint)
+        prepared = generator.prepare(request)
+        with _progress() as bar:
+            task = bar.add_task("denoising", total=config.shortcuts.steps or config.steps)
+            if measures:
+                bar.update(task, total=None)
+                latents, rows = measure_shortcuts(
+                    generator, prepared, lambda name: bar.update(task, description=f"denoising: {name}")
+                )
+            else:
+                latents = generator.sample(
+                    prepared, on_step=lambda step, total: bar.update(task, completed=step, total=total)
+                )
+        path = generator.write(prepared, latents)
+    finally:
+        generator.close()
+    if rows:
+        _print_errors(rows)
+    elif config.shortcuts.alone():
+        console.print(f"approximate: {', '.join(config.shortcuts.alone())}; measure_error=true prints the error")
+    console.print(f"{path}", soft_wrap=True)
 
 
-class GeneratorActor:
-    """A loaded generator in a process of its own."""
-
-    def __init__(self, config: GenerateConfig):
-        self.generator = load_generator(config)
-
-    def generate(self, request: Request) -> tuple[str, str]:
-        """The outcome, ``done``, ``kept`` or ``failed``, and a failure's message."""
-        try:
-            if self.generator.is_done(request):
-                return "kept", ""
-            self.generator.generate(request)
-        except UserError as error:
-            return "failed", str(error)
-        except torch.OutOfMemoryError:
-            return "failed", f"{request.out}: out of GPU memory; lower width, height or num_frames"
-        return "done", ""
+def _print_errors(rows: list[ShortcutError]) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for header in ("denoising", "seconds", "faster", "latent error", "PSNR"):
+        table.add_column(header, justify="left" if header == "denoising" else "right")
+    for row in rows:
+        error = ("", "") if row.name == "exact" else (f"{row.latent_error:.2%}", f"{row.psnr_db:.1f} dB")
+        table.add_row(row.name, f"{row.seconds:.2f}", f"{row.speedup:.2f}x", *error)
+    console.print(table)
 
 
-def _run_batch(config: GenerateConfig, requests: list[Request]) -> None:
-    import ray
-
+def _run_on_ray(config: GenerateConfig, requests: list[Request]) -> None:
+    from loomvideo.jobs.generate_actors import generate_all
     from loomvideo.platform.ray_session import ray_session
 
     if not requests:
         raise UserError(f"batch={config.batch}: holds no request")
     outcomes: dict[str, list[str]] = {"done": [], "kept": [], "failed": []}
-    with ray_session():
-        actor = ray.remote(num_gpus=config.gpus, num_cpus=1)(GeneratorActor)
-        pool = ray.util.ActorPool([actor.remote(config) for _ in range(min(config.workers, len(requests)))])
-        with _progress() as bar:
-            task = bar.add_task("generating", total=len(requests))
-            results = pool.map(lambda worker, request: worker.generate.remote(request), requests)
-            for request, (outcome, message) in zip(requests, results, strict=True):
-                outcomes[outcome].append(request.out)
-                if message:
-                    bar.console.print(f"{request.out}: {message}", soft_wrap=True)
-                bar.advance(task)
+    messages = []
+    with ray_session(), _progress() as bar:
+        task = bar.add_task("generating", total=len(requests))
+        for request, (outcome, message) in generate_all(config, requests):
+            outcomes[outcome].append(request.out)
+            if message:
+                messages.append(message)
+                bar.console.print(f"{request.out}: {message}", soft_wrap=True)
+            bar.advance(task)
+    if config.shortcuts.alone():
+        console.print(f"approximate: {', '.join(config.shortcuts.alone())}; one file alone prints the error")
     console.print(", ".join(f"{len(paths)} {outcome}" for outcome, paths in outcomes.items()))
-    if outcomes["failed"]:
-        raise UserError(
-            f"{len(outcomes['failed'])} of {len(requests)} requests failed; fix them and run the same line again"
-        )
+    if len(requests) == 1 and messages:
+        raise UserError(messages[0])
+    if messages:
+        raise UserError(f"{len(messages)} of {len(requests)} requests failed; fix them and run the same line again")
 
 
 def _progress() -> Progress:

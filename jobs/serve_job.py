@@ -8,13 +8,11 @@ import threading
 from ray import serve
 from rich.console import Console
 
-from loomvideo.jobs.checkpoints import find_weights
+from loomvideo.jobs.model_choice import model_source
 from loomvideo.jobs.serve_config import ServeConfig
-from loomvideo.model.presets import stated_preset
 from loomvideo.pipelines.serving.app import PageConfig
 from loomvideo.pipelines.serving.deployment import APPLICATION, build_application
-from loomvideo.pipelines.serving.model_generator import ModelSource, PipelineGenerator
-from loomvideo.platform.errors import UserError
+from loomvideo.pipelines.serving.model_generator import PageGenerator
 from loomvideo.platform.ray_session import ray_session
 
 TOKEN_VARIABLE = "LOOMVIDEO_SERVE_TOKEN"
@@ -27,11 +25,18 @@ def run(config: ServeConfig) -> None:
         UserError: if there is no such checkpoint, or its preset is unknown.
     """
     console = Console()
-    source = model_source(config)
+    config.generation.check()
+    source = model_source(config, drop_exact=True)
     token = config.token or os.environ.get(TOKEN_VARIABLE, "")
-    defaults = {key: getattr(config.generation, key) for key in ("steps", "num_frames", "width", "height")}
+    width, height = config.generation.size()
+    defaults = {
+        "steps": config.generation.steps,
+        "num_frames": config.generation.num_frames,
+        "width": width,
+        "height": height,
+    }
     page = PageConfig(token, config.title, config.uploads, config.requests, defaults)
-    load = functools.partial(PipelineGenerator.load, source, config.generation)
+    load = functools.partial(PageGenerator.load, source, config.generation)
     # A busy machine takes longer than Serve's 5 s to start its proxy.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     if not token and not _is_local(config.host):
@@ -46,15 +51,6 @@ def run(config: ServeConfig) -> None:
             console.print("stopping")
         finally:
             serve.shutdown()
-
-
-def model_source(config: ServeConfig) -> ModelSource:
-    """The checkpoint to serve and its preset."""
-    _, weights = find_weights(config.checkpoint, config.runs)
-    model = config.model or stated_preset(weights)
-    if not model:
-        raise UserError(f"checkpoint={config.checkpoint}: set model= (5b for the published model)")
-    return ModelSource(str(weights), model, config.codec_folder, config.mllm_folder)
 
 
 def _is_local(host: str) -> bool:

@@ -1,6 +1,7 @@
 """Names for the weights that encoded something, so that features of one model never reach another."""
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 # Whole files up to this size; of larger ones the size and evenly spaced pieces.
@@ -13,8 +14,20 @@ def folder_fingerprint(folder: Path | str, suffixes: tuple[str, ...] = (".json",
 
     Files over 64 MiB are sampled (64 pieces of 16 KiB and the size), which tells checkpoints apart in a second.
     """
+    return _fingerprint(path for path in Path(folder).iterdir() if path.suffix in suffixes and path.is_file())
+
+
+def weights_fingerprint(weights: Path | str) -> str:
+    """:func:`folder_fingerprint` of a weights folder, or the same of a single file such as ``gen_model.pth``."""
+    weights = Path(weights)
+    return (
+        folder_fingerprint(weights, (".json", ".safetensors", ".pth")) if weights.is_dir() else _fingerprint([weights])
+    )
+
+
+def _fingerprint(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for file in sorted(path for path in Path(folder).iterdir() if path.suffix in suffixes and path.is_file()):
+    for file in sorted(files):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as content:

@@ -1,98 +1,99 @@
 """One generation from files to a file: read source and references, run the pipeline, write the result and its facts."""
 
-import hashlib
+import contextlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
+from loomvideo.model import kernels
 from loomvideo.model.buckets import choose_bucket, resize_and_crop
-from loomvideo.model.clips import TARGET_FPS, clip_indices, whole_latent_frames
-from loomvideo.model.guidance import Guidance
-from loomvideo.model.pipeline import LoomVideoPipeline
+from loomvideo.model.clips import TARGET_FPS, clip_indices
+from loomvideo.model.fingerprints import weights_fingerprint
+from loomvideo.model.pipeline import Conditions, LoomVideoPipeline
+from loomvideo.model.shortcuts import Shortcuts
 from loomvideo.pipelines.decode import DecodeError, MediaInfo
 from loomvideo.pipelines.decode_process import IsolatedDecoder
-from loomvideo.pipelines.evaluation.media import write_video
+from loomvideo.pipelines.generation_files import content_hash, digest, sidecar_path, write_result
+from loomvideo.pipelines.generation_requests import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Request
+from loomvideo.pipelines.generation_settings import Settings
 from loomvideo.platform.errors import UserError
 
-TASKS = ("t2i", "t2v", "edit", "image_edit", "video_edit", "ref_edit", "mi2v")
-NEEDS_SOURCE = ("edit", "image_edit", "video_edit", "ref_edit")
-NEEDS_REFERENCES = ("ref_edit", "mi2v")
-IMAGE_SUFFIXES, VIDEO_SUFFIXES = (".png", ".webp"), (".mp4",)
-MAX_REFERENCES = 6
-MAX_PROMPT_CHARACTERS = 4000
 MAX_SIDE = 4096
 
 
 @dataclass(frozen=True)
-class Request:
-    """What to generate."""
+class ModelSource:
+    """A checkpoint and what its preset needs.
 
-    task: str
-    prompt: str
-    out: str
-    source: str = ""
-    refs: list[str] = field(default_factory=list)
-    negative_prompt: str = ""
-    seed: int = 0
+    Attributes:
+        weights: A weights folder or file.
+        preset: Its model preset.
+        codec_folder: The codec's weights, for presets that need them.
+        mllm_folder: The MLLM, for presets that need one.
+        kernels: Back end of the fused operations.
+        compile: Compile the transformer's blocks.
+        drop_exact: With ``shortcuts.fp8``, free the exact weights.
+    """
 
-    def check(self) -> None:
-        """Check everything that needs no file.
-
-        Raises:
-            UserError: naming the key and the fix.
-        """
-        if self.task not in TASKS:
-            raise UserError(f"task={self.task}: choose one of {', '.join(TASKS)}")
-        if not self.prompt.strip():
-            raise UserError("prompt: must not be empty")
-        if len(self.prompt) > MAX_PROMPT_CHARACTERS:
-            raise UserError(f"prompt: {len(self.prompt)} characters, at most {MAX_PROMPT_CHARACTERS} are accepted")
-        if (self.task in NEEDS_SOURCE) != bool(self.source):
-            raise UserError(f"task={self.task}: {'set source=' if self.task in NEEDS_SOURCE else 'takes no source'}")
-        if (self.task in NEEDS_REFERENCES) != bool(self.refs):
-            raise UserError(f"task={self.task}: {'set refs=[…]' if not self.refs else 'takes no refs'}")
-        if len(self.refs) > MAX_REFERENCES:
-            raise UserError(f"refs: {len(self.refs)} references, at most {MAX_REFERENCES} are accepted")
-        if Path(self.out).suffix.lower() not in IMAGE_SUFFIXES + VIDEO_SUFFIXES:
-            raise UserError(f"out={self.out}: name a {', '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)} file")
+    weights: str
+    preset: str
+    codec_folder: str = ""
+    mllm_folder: str = ""
+    kernels: str = "auto"
+    compile: bool = False
+    drop_exact: bool = False
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How to generate; zero and None take the task's or the source's own."""
+class Prepared:
+    """A request whose files are read and encoded."""
 
-    buckets: tuple[int, ...] = (640,)
-    width: int = 0
-    height: int = 0
-    num_frames: int = 97
-    default_size: tuple[int, int] = (832, 480)
-    steps: int = 50
-    scale: float | None = None
-    visual_scale: float | None = None
-    batch_branches: bool = False
-
-    def guidance(self, task: str) -> Guidance:
-        """The task's guidance with what was set."""
-        default = Guidance.default(task)
-        visual = default.visual_scale
-        if visual is not None and self.visual_scale is not None:
-            visual = self.visual_scale
-        return Guidance(default.scale if self.scale is None else self.scale, visual)
+    request: Request
+    task: str
+    conditions: Conditions
+    facts: dict[str, Any]
 
 
 class FileGenerator:
-    """Generates files with a loaded pipeline; media are decoded in a process of their own."""
+    """Generates files with a loaded pipeline; media are decoded in a process of their own.
+
+    Args:
+        pipeline: The model.
+        settings: How to generate; may be replaced between requests.
+        checkpoint: What the results' facts say of the model.
+    """
 
     def __init__(self, pipeline: LoomVideoPipeline, settings: Settings, checkpoint: dict[str, Any]):
         self.pipeline, self.settings, self.checkpoint = pipeline, settings, checkpoint
         self.decoder = IsolatedDecoder()
+
+    @classmethod
+    def load(cls, source: ModelSource, settings: Settings) -> "FileGenerator":
+        """Load a checkpoint onto the GPU, or the CPU where there is none.
+
+        Raises:
+            UserError: if it cannot be read or does not fit.
+        """
+        kernels.set_backend(source.kernels)
+        with _memory_errors(f"checkpoint={source.weights}: does not fit into memory"):
+            pipeline = LoomVideoPipeline.from_pretrained(
+                source.weights, source.preset, source.codec_folder, source.mllm_folder
+            )
+            if settings.shortcuts.fp8 and source.drop_exact:
+                pipeline.keep_float8_only()
+        if source.compile:
+            pipeline.dit.compile_blocks()
+        checkpoint = {
+            "path": source.weights,
+            "fingerprint": weights_fingerprint(source.weights),
+            "model": source.preset,
+        }
+        return cls(pipeline, settings, checkpoint)
 
     def close(self) -> None:
         """End the decoder process."""
@@ -100,24 +101,41 @@ class FileGenerator:
 
     def facts(self, request: Request) -> dict[str, Any]:
         """What determines the result: request, settings, checkpoint and the content of its files."""
-        files = {path: _content_hash(path) for path in [request.source, *request.refs] if path}
-        return {**asdict(request), "settings": asdict(self.settings), "checkpoint": self.checkpoint, "inputs": files}
+        files = {path: content_hash(path) for path in [request.source, *request.refs] if path}
+        settings = self.settings.facts()
+        return {**asdict(request), "settings": settings, "checkpoint": self.checkpoint, "inputs": files}
 
     def is_done(self, request: Request) -> bool:
         """Whether the file is there and was made from exactly this."""
         sidecar = sidecar_path(request.out)
         if not (Path(request.out).is_file() and sidecar.is_file()):
             return False
-        return json.loads(sidecar.read_text())["digest"] == _digest(self.facts(request))
+        return json.loads(sidecar.read_text())["digest"] == digest(self.facts(request))
 
     def generate(self, request: Request, on_step: Callable[[int, int], None] | None = None) -> Path:
         """Generate one file and the JSON of its facts beside it.
 
+        Args:
+            request: What to generate.
+            on_step: Called after each step with the steps done and all.
+
         Raises:
-            UserError: for a file that cannot be used or a size that cannot be made.
+            UserError: for a file that cannot be used, a size that cannot be made, or too little memory.
+        """
+        prepared = self.prepare(request)
+        return self.write(prepared, self.sample(prepared, on_step=on_step))
+
+    def prepare(self, request: Request) -> Prepared:
+        """Read and encode what a request names.
+
+        Raises:
+            UserError: as :meth:`generate`.
         """
         request.check()
         settings = self.settings
+        settings.check()
+        if max(settings.size()) > MAX_SIDE:
+            raise UserError(f"width={settings.width} height={settings.height}: sides of at most {MAX_SIDE} are made")
         source_info = self._probe("source", request.source) if request.source else None
         task = _resolved_task(request.task, source_info)
         is_image = task in ("t2i", "image_edit")
@@ -125,34 +143,71 @@ class FileGenerator:
         if Path(request.out).suffix.lower() not in accepted:
             made = "a picture" if is_image else "a video"
             raise UserError(f"out={request.out}: {task} makes {made}, name a {' or '.join(accepted)} file")
-        source = self._clip(request.source, source_info, task) if source_info else None
-        references = [self._picture(path) for path in request.refs]
-        size = (
-            None
-            if source is not None
-            else (settings.width or settings.default_size[0], settings.height or settings.default_size[1])
-        )
-        num_frames = 1 if is_image else whole_latent_frames(settings.num_frames)
-        conditions = self.pipeline.encode(
-            task, request.prompt, source, references, size, num_frames, request.negative_prompt
-        )
-        frames = self.pipeline.denoise(
-            conditions,
-            settings.steps,
-            settings.guidance(task),
-            request.seed,
-            settings.batch_branches,
-            on_step=(lambda step, _: on_step(step + 1, settings.steps)) if on_step else None,
-        )
-        facts = self.facts(request)
-        facts |= {
-            "digest": _digest(facts),
-            "task": task,
-            "num_frames": len(frames),
-            "size": [frames.shape[2], frames.shape[1]],
+        with self._memory_errors(request):
+            source = self._clip(request.source, source_info, task) if source_info else None
+            references = [self._picture(path) for path in request.refs]
+            conditions = self.pipeline.encode(
+                task,
+                request.prompt,
+                source,
+                references,
+                None if source is not None else settings.size(),
+                1 if is_image else settings.num_frames,
+                request.negative_prompt,
+            )
+        return Prepared(request, task, conditions, self.facts(request))
+
+    def sample(
+        self,
+        prepared: Prepared,
+        shortcuts: Shortcuts | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> torch.Tensor:
+        """Denoise: latents [channels, frames, height, width].
+
+        Args:
+            prepared: From :meth:`prepare`.
+            shortcuts: Approximations; None takes those of the settings.
+            on_step: Called after each step with the steps done and all.
+
+        Raises:
+            UserError: for too little memory, or shortcuts that cannot be used.
+        """
+        settings = self.settings
+        shortcuts = settings.shortcuts if shortcuts is None else shortcuts
+        steps = shortcuts.steps or settings.steps
+        with self._memory_errors(prepared.request):
+            return self.pipeline.sample(
+                prepared.conditions,
+                settings.steps,
+                settings.guidance(prepared.task),
+                prepared.request.seed,
+                settings.batch_branches,
+                on_step=(lambda step, _: on_step(step + 1, steps)) if on_step else None,
+                shortcuts=shortcuts,
+            )
+
+    def write(self, prepared: Prepared, latents: torch.Tensor) -> Path:
+        """Decode latents and write the file, decoding while it is encoded.
+
+        Raises:
+            UserError: for too little memory.
+        """
+        path = Path(prepared.request.out)
+        _, frames, height, width = prepared.conditions.latent_shape
+        facts = {
+            **prepared.facts,
+            "digest": digest(prepared.facts),
+            "task": prepared.task,
+            "num_frames": 4 * (frames - 1) + 1,
+            "size": [16 * width, 16 * height],
         }
-        write_result(Path(request.out), frames, facts)
-        return Path(request.out)
+        with self._memory_errors(prepared.request):
+            write_result(path, self.pipeline.decode_stream(latents), facts)
+        return path
+
+    def _memory_errors(self, request: Request) -> contextlib.AbstractContextManager[None]:
+        return _memory_errors(f"out={request.out}: out of memory; lower width, height, buckets or num_frames")
 
     def _probe(self, key: str, path: str) -> MediaInfo:
         try:
@@ -169,18 +224,15 @@ class FileGenerator:
 
     def _clip(self, path: str, info: MediaInfo, task: str) -> np.ndarray:
         """Frames of the source at the published rate, brought to its bucket."""
-        if task == "image_edit":
-            indices = [0]
-        else:
-            wanted = min(self.settings.num_frames, info.num_frames)
-            indices = clip_indices(info.fps or TARGET_FPS, info.num_frames, wanted, 0.0)
-            indices = indices[: whole_latent_frames(len(indices))]
-        kind = "image" if task == "image_edit" else "video"
+        is_image = task == "image_edit"
+        indices = [0]
+        if not is_image:
+            indices = clip_indices(info.fps or TARGET_FPS, info.num_frames, self.settings.num_frames, 0.0)
         if bool(self.settings.width) != bool(self.settings.height):
             raise UserError("width and height: set both, or neither to keep the source's shape")
         bucket = (self.settings.width, self.settings.height)
         if not self.settings.width:
-            bucket = choose_bucket(info.width, info.height, self.settings.buckets, kind)
+            bucket = choose_bucket(info.width, info.height, self.settings.buckets, "image" if is_image else "video")
         return resize_and_crop(torch.from_numpy(self._read("source", path, indices)), bucket).numpy()
 
     def _picture(self, path: str) -> np.ndarray:
@@ -206,77 +258,14 @@ def _resolved_task(task: str, source: MediaInfo | None) -> str:
     return task
 
 
-def write_result(path: Path, frames: np.ndarray, facts: dict[str, Any]) -> None:
-    """Write frames as mp4, png or webp with the facts embedded, and as JSON beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(facts, sort_keys=True, ensure_ascii=False)
-    if path.suffix.lower() in VIDEO_SUFFIXES:
-        write_video(path, frames, TARGET_FPS, metadata={"comment": text, "title": facts["prompt"]})
-    else:
-        partial = path.with_name(f".{path.stem}.tmp{path.suffix}")
-        picture = Image.fromarray(frames[0])
-        if path.suffix.lower() == ".png":
-            info = PngInfo()
-            info.add_itxt("loomvideo", text)
-            picture.save(partial, pnginfo=info)
-        else:
-            exif = Image.Exif()
-            exif[0x010E] = text  # ImageDescription
-            picture.save(partial, lossless=True, exif=exif)
-        partial.replace(path)
-    sidecar = sidecar_path(str(path))
-    partial = sidecar.with_name(f".{sidecar.name}.tmp")
-    partial.write_text(json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-    partial.replace(sidecar)
-
-
-def sidecar_path(out: str) -> Path:
-    """Where the facts of a result are: ``result.mp4.json``."""
-    return Path(out + ".json")
-
-
-def read_requests(path: Path) -> Iterator[Request]:
-    """Requests of a JSONL file, one object a line; paths are relative to the file.
-
-    Raises:
-        UserError: naming the file, the line and the field.
-    """
-    if not path.is_file():
-        raise UserError(f"batch={path}: no such file")
-    seen: set[str] = set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            values = json.loads(line)
-            request = Request(**values)
-        except (json.JSONDecodeError, TypeError) as error:
-            raise UserError(f"{where}: {error}; fields are {', '.join(Request.__dataclass_fields__)}") from error
-        request = Request(
-            **{
-                **asdict(request),
-                "out": str(path.parent / request.out),
-                "source": str(path.parent / request.source) if request.source else "",
-                "refs": [str(path.parent / ref) for ref in request.refs],
-            }
-        )
-        try:
-            request.check()
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
-        if request.out in seen:
-            raise UserError(f"{where}: out={request.out} is named twice")
-        seen.add(request.out)
-        yield request
-
-
-def _digest(facts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _content_hash(path: str) -> str:
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+@contextlib.contextmanager
+def _memory_errors(message: str) -> Iterator[None]:
+    """Say in one line that memory ran out, on the GPU or beside it."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UserError(message) from error
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        raise UserError(message) from error

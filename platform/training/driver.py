@@ -81,10 +81,7 @@ def train(
         open_dataset(url)
     checkpoints = run_folder.path / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    # With the driver, as its controller: a worker node that dies must not take the reports along.
-    mailbox = Mailbox.options(
-        label_selector={ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
-    ).remote()
+    mailbox = Mailbox.remote()
     progress = Progress(config, run_folder, tracker)
     job = WorkerJob(config, recipe_factory, list(datasets), open_dataset, checkpoints, run_folder.path, last_step)
     workers = config.workers

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import uvicorn
+from fixtures import media
 from fixtures.browser import browser_page, requires_browser
 from PIL import Image
 from starlette.testclient import TestClient
@@ -49,18 +50,6 @@ def wav() -> bytes:
         sound.setframerate(8000)
         sound.writeframes(bytes(1600))
     return buffer.getvalue()
-
-
-def sound_only_mp4(file: Path) -> bytes:
-    import av
-
-    with av.open(str(file), "w") as container:
-        stream = container.add_stream("aac", rate=44100)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 44100), np.float32), format="fltp", layout="mono")
-        frame.sample_rate = 44100
-        for packet in [*stream.encode(frame), *stream.encode(None)]:
-            container.mux(packet)
-    return file.read_bytes()
 
 
 async def generate(request: GenerationRequest):
@@ -185,7 +174,8 @@ def test_refused_uploads(client, mp4, tmp_path):
         (b"GIF89a", "unknown file type"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "unknown file type"),
         (wav(), "unknown file type"),
-        (sound_only_mp4(tmp_path / "sound.mp4"), "no video stream"),
+        (media.write_video(tmp_path / "sound.mp4", None, audio_only=True).read_bytes(), "no video stream"),
+        (media.write_frameless(tmp_path / "frameless.mp4").read_bytes(), "no frames"),
         (png(7680, 4320), "7680x4320 pixels are too many"),
         (png()[:200], "cannot be read"),
         (mp4[: len(mp4) // 2], "cannot be"),

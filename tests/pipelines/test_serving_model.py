@@ -14,8 +14,10 @@ from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.pipeline import LoomVideoPipeline
 from loomvideo.model.presets import preset
 from loomvideo.pipelines.evaluation.media import write_video
+from loomvideo.pipelines.generation import FileGenerator
+from loomvideo.pipelines.generation_settings import Settings
 from loomvideo.pipelines.serving.jobs import GenerationRequest
-from loomvideo.pipelines.serving.model_generator import GenerationDefaults, PipelineGenerator
+from loomvideo.pipelines.serving.model_generator import PageGenerator
 from loomvideo.pipelines.serving.uploads import Upload, UploadLimits, UploadReader
 from loomvideo.platform.errors import UserError
 
@@ -28,8 +30,8 @@ def generator():
     torch.manual_seed(0)
     dit = LoomVideoDiT(model.dit)
     pipeline = LoomVideoPipeline(dit, build_codec(model.codec), FrozenMLLM.from_preset(model), model.scheduler)
-    defaults = GenerationDefaults(buckets=[64], width=64, height=64, num_frames=9, steps=2)
-    generator = PipelineGenerator(pipeline, defaults, {"name": "random"})
+    defaults = Settings(buckets=[64], default_size=[64, 64], num_frames=9, steps=2)
+    generator = PageGenerator(FileGenerator(pipeline, defaults, {"name": "random"}))
     yield generator
     generator.close()
 
@@ -73,10 +75,10 @@ def test_from_words(generator, task, shape):
 
 
 def test_edits_take_shape_and_length_of_the_source(generator, clip, picture):
-    assert generate(generator, task="edit", prompt="a red dress", source=clip)[1].shape == (5, 64, 96, 3)
+    assert generate(generator, task="edit", prompt="a red dress", source=clip)[1].shape == (9, 64, 96, 3)
     assert generate(generator, task="edit", prompt="a red dress", source=picture)[1].shape == (1, 96, 64, 3)
     parts = {"source": clip, "references": [picture]}
-    assert generate(generator, task="ref_edit", prompt="wear @Image 1", **parts)[1].shape == (5, 64, 96, 3)
+    assert generate(generator, task="ref_edit", prompt="wear @Image 1", **parts)[1].shape == (9, 64, 96, 3)
 
 
 def test_references_to_video_with_settings(generator, picture):
