@@ -11,7 +11,7 @@ SUITES ?= sample
 CHECKPOINT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev lint format test test-fast sample-data shards pretrain finetune-edit evaluate serve mlflow bench clean render submit validate doctor mlflow-server drill image kernels bench-data bench-kernels bench-generation
+.PHONY: help setup setup-dev lint format test test-fast sample-data shards pretrain finetune-edit evaluate serve mlflow bench clean render submit validate doctor mlflow-server rehearse drill image kernels bench-data bench-kernels bench-generation
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -89,15 +89,20 @@ mlflow-server: $(VENV)/.setup ## an MLflow server with a user: PORT= ARGS=, Post
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server]'
 	$(BIN)/loomvideo mlflow-server --port $(or $(PORT),5000) $(ARGS)
 
-drill: $(VENV)/.setup-dev shards ## rehearse failures on a cluster of several nodes on this machine: ARGS="--only head,worker"
+rehearse: $(VENV)/.setup-dev sample-data ## run every job on a cluster of several nodes on this machine (as root: own networks)
+	$(MAKE) drill ARGS="--only jobs $(ARGS)"
+
+drill: $(VENV)/.setup-dev sample-data ## the jobs and the failures of that cluster, one after another: ARGS="--only head,worker"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server]'
-	$(BIN)/python infra/drills/drill.py --folder $(or $(DRILL),runs/drill-$$(date +%Y%m%d-%H%M%S)) --shards $(SHARDS) $(ARGS)
+	$(BIN)/python infra/drills/drill.py --folder $(or $(DRILL),runs/drill-$$(date +%Y%m%d-%H%M%S)) --sample $(DATA) $(ARGS)
 
 image: ## build the container image: IMAGE=cpu or cuda
 	docker build --file infra/images/Dockerfile.$(IMAGE) --tag loomvideo/$(IMAGE):$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) .
 
 kernels: $(VENV)/.setup ## compile the kernels for this machine (or an image: ARGS="architectures=[80,90,100,120]")
 	$(BIN)/loomvideo kernels build $(ARGS)
+
+bench: bench-model bench-kernels bench-data bench-generation ## every benchmark, one after the other (use a quiet machine)
 
 bench-data: sample-data ## the data path against plain loops and other writers: ARGS=--parts …
 	$(BIN)/python benchmarks/data_bench.py $(DATA)/samples.jsonl $(ARGS)

@@ -176,15 +176,13 @@ def _train_and_evaluate(
         weights = export_weights(config, recipe_factory(), folder)
         result["weights"] = str(weights)
         if config.evaluation.samples:
-            workers = config.training.workers
-            task = ray.remote(evaluate_weights).options(
-                num_gpus=min(workers.gpus, 1), num_cpus=max(1, workers.num * workers.cpus if not workers.gpus else 1)
-            )
+            cpus = _evaluation_cpus(config)
+            task = ray.remote(evaluate_weights).options(num_gpus=min(config.training.workers.gpus, 1), num_cpus=cpus)
             console.print("evaluating on held-out samples")
             tasks = set(datasets[0].index.column("task").to_pylist()) - {
                 task for task, weight in config.training.mixture.tasks.items() if weight == 0
             }
-            heldout = ray.get(task.remote(config, str(weights), tasks, str(folder.path / "heldout")))
+            heldout = ray.get(task.remote(config, str(weights), tasks, str(folder.path / "heldout"), cpus))
             _record(heldout, folder, tracker, result["steps"])
             result |= heldout.figures
     folder.write_json("result.json", result)
@@ -217,11 +215,13 @@ def export_weights(config: TrainingJobConfig, recipe: LoomVideoRecipe, folder: R
     return target
 
 
-def evaluate_weights(config: TrainingJobConfig, weights: str, tasks: set[str], folder: str) -> HeldoutResult:
+def evaluate_weights(
+    config: TrainingJobConfig, weights: str, tasks: set[str], folder: str, num_threads: int
+) -> HeldoutResult:
     """Load exported weights and evaluate them; runs as a Ray task."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        torch.set_num_threads(max(1, config.training.workers.num * config.training.workers.cpus))
+        torch.set_num_threads(num_threads)
     kernels_job.use_kernels(dataclasses.replace(config.kernels, deepspeed=False), device)
     model = with_folders(preset(config.model), config.codec_folder, config.mllm_folder)
     pipeline = LoomVideoPipeline.from_parts(model, weights, device)
@@ -232,6 +232,15 @@ def _record(heldout: HeldoutResult, folder: RunFolder, tracker: Tracker, step: i
     folder.write_json("heldout.json", dataclasses.asdict(heldout))
     tracker.log_metrics({f"heldout/{name}": value for name, value in heldout.figures.items()}, step)
     tracker.log_artifact(folder.path / "heldout", "heldout")
+
+
+def _evaluation_cpus(config: TrainingJobConfig) -> int:
+    """What all workers had, as far as one node has that many."""
+    workers = config.training.workers
+    if workers.gpus:
+        return 1
+    largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+    return max(1, min(workers.num * workers.cpus, int(largest)))
 
 
 def _local_cpus(config: TrainingJobConfig) -> int:

@@ -1,20 +1,24 @@
 """Experiment tracking in MLflow: one run a job, owned by the driver and resumed by run name.
 
 Metrics are queued and sent by a background thread, so that a slow or absent tracking server never stops training:
-what cannot be sent is retried, and what is still unsent at the end is kept in the run folder.
+what cannot be sent is retried, and what is still unsent at the end is kept in the run folder. Files are in the run
+folder anyway: a server that is away costs their copies, not the job.
 """
 
+import contextlib
 import json
 import logging
 import os
 import queue
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import requests
 from mlflow.entities import Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import MlflowException, RestException
 from mlflow.tracking import MlflowClient
 
 from loomvideo.platform.runs import RunFolder
@@ -111,16 +115,24 @@ class Tracker:
             self._queue.put(batch)
 
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
-        """Upload a file, or a folder with everything under it."""
+        """Upload a file, or a folder with everything under it; a warning when the server is away.
+
+        Raises:
+            FileNotFoundError: if there is none.
+        """
         path = Path(path)
-        if path.is_dir():
-            self._client.log_artifacts(self.run_id, str(path), folder)
-        else:
-            self._client.log_artifact(self.run_id, str(path), folder)
+        if not path.exists():
+            raise FileNotFoundError(path)
+        with self._while_away(f"{path} is not copied there"):
+            if path.is_dir():
+                self._client.log_artifacts(self.run_id, str(path), folder)
+            else:
+                self._client.log_artifact(self.run_id, str(path), folder)
 
     def log_text(self, text: str, name: str) -> None:
-        """Upload a text as a file."""
-        self._client.log_text(self.run_id, text, name)
+        """Upload a text as a file; a warning when the server is away."""
+        with self._while_away(f"{name} is not copied there"):
+            self._client.log_text(self.run_id, text, name)
 
     def finish(self, status: str = "FINISHED", timeout_s: float = 30.0) -> None:
         """Send what is queued and end the run as ``FINISHED``, ``FAILED`` or ``KILLED``.
@@ -132,7 +144,20 @@ class Tracker:
         if self._sender.is_alive():
             self._spool()
             return
-        self._client.set_terminated(self.run_id, status)
+        with self._while_away(f"the run does not learn that it is {status}"):
+            self._client.set_terminated(self.run_id, status)
+
+    @contextlib.contextmanager
+    def _while_away(self, consequence: str) -> Iterator[None]:
+        """Warn of a server that does not answer; one that answers and refuses, or a broken local store, is an error."""
+        try:
+            yield
+        except (RestException, requests.HTTPError):
+            raise
+        except (MlflowException, OSError) as error:
+            if not self.uri.startswith("http"):
+                raise
+            logger.warning("tracking server %s: %s; %s", self.uri, error, consequence)
 
     def _send_loop(self) -> None:
         while (batch := self._queue.get()) is not None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import ray
 import requests
+from node_network import Loopback, Namespaces
 
 
 def free_port() -> int:
@@ -26,11 +27,26 @@ def free_port() -> int:
 
 @dataclass
 class LocalCluster:
-    """One head and any number of workers, as processes of this machine."""
+    """One head and any number of workers, as processes of this machine.
+
+    Attributes:
+        folder: Of Ray's files; its path must be short, for sockets.
+        token: Opens the dashboard and the jobs API.
+        environment: Further environment of the nodes.
+        network: Where the nodes are.
+        python: The nodes' interpreter.
+        caches: Folder with a kernel cache for each node; by default they share the machine's.
+        gcs_port: Of the head.
+        dashboard_port: Of the head.
+        processes: The nodes that run.
+    """
 
     folder: Path
     token: str = field(default_factory=lambda: secrets.token_hex(32))
     environment: dict[str, str] = field(default_factory=dict)
+    network: Loopback | Namespaces = field(default_factory=Loopback)
+    python: Path = Path(sys.executable)
+    caches: Path | None = None
     gcs_port: int = field(default_factory=free_port)
     dashboard_port: int = field(default_factory=free_port)
     processes: dict[str, subprocess.Popen] = field(default_factory=dict)
@@ -38,30 +54,40 @@ class LocalCluster:
     @property
     def address(self) -> str:
         """URL of the dashboard."""
-        return f"http://127.0.0.1:{self.dashboard_port}"
+        return f"http://{self.network.address_of('head')}:{self.dashboard_port}"
 
     @property
     def gcs_address(self) -> str:
         """What workers and drivers on this machine join."""
+        host = self.network.address_of("head")
         # Ray puts the machine's own address in the place of a loopback one, and then listens only there.
-        return f"{ray.util.get_node_ip_address()}:{self.gcs_port}"
+        return f"{ray.util.get_node_ip_address() if host.startswith('127.') else host}:{self.gcs_port}"
 
     def variables(self) -> dict[str, str]:
-        """Environment of every node, and of a client on this machine."""
-        tools = self.folder / "bin"
-        tools.mkdir(parents=True, exist_ok=True)
-        # Ray installs shipped wheels with whatever `pip` is on a node's PATH.
-        for name, module in (("pip", "pip"), ("ray", "ray.scripts.scripts")):
-            (tools / name).write_text(f'#!/bin/sh\nexec {sys.executable} -m {module} "$@"\n')
-            (tools / name).chmod(0o755)
-        path = f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        """Environment of a client on this machine."""
         drop = ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_API_SERVER_ADDRESS")
         inherited = {key: value for key, value in os.environ.items() if key not in drop}
-        mine = {"PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token, "RAY_DISABLE_IMPORT_WARNING": "1"}
+        mine = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token, "RAY_DISABLE_IMPORT_WARNING": "1"}
         quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_memory_monitor_refresh_ms": "0", "OMP_NUM_THREADS": "1"}
         # Ray makes its workers nice, which starves them on a busy machine.
         quiet["RAY_worker_niceness"] = "0"
-        return inherited | mine | quiet | self.environment
+        path = {"PATH": self._path_with_tools("bin", Path(sys.executable))}
+        return inherited | mine | quiet | path | self.environment
+
+    def node_variables(self, name: str) -> dict[str, str]:
+        """Environment of a node."""
+        path = {"PATH": self._path_with_tools("node-bin", self.python)}
+        caches = {"LOOMVIDEO_KERNEL_CACHE": str(self.caches / name)} if self.caches else {}
+        return self.variables() | path | self.network.environment | caches
+
+    def _path_with_tools(self, folder: str, python: Path) -> str:
+        tools = self.folder / folder
+        tools.mkdir(parents=True, exist_ok=True)
+        # Ray installs shipped wheels with whatever `pip` is on a node's PATH.
+        for tool, options in (("pip", "-m pip"), ("ray", "-m ray.scripts.scripts"), ("python", "")):
+            (tools / tool).write_text(f'#!/bin/sh\nexec {python} {options} "$@"\n')
+            (tools / tool).chmod(0o755)
+        return f"{tools}:{python.parent}:{os.environ['PATH']}"
 
     def start_head(self, num_cpus: int = 1) -> None:
         """Start the head and wait for it; a second call after a kill is a new head at the same address.
@@ -79,12 +105,9 @@ class LocalCluster:
     def _start_head(self, num_cpus: int) -> None:
         self._start(
             "head",
-            *("--head", f"--port={self.gcs_port}", "--dashboard-host=127.0.0.1", f"--num-cpus={num_cpus}"),
-            *(
-                f"--dashboard-port={self.dashboard_port}",
-                "--include-dashboard=true",
-                f"--ray-client-server-port={free_port()}",
-            ),
+            *("--head", f"--port={self.gcs_port}", f"--num-cpus={num_cpus}", "--include-dashboard=true"),
+            f"--dashboard-host={self.network.address_of('head')}",
+            *(f"--dashboard-port={self.dashboard_port}", f"--ray-client-server-port={free_port()}"),
             *(f"--temp-dir={self.folder}/t", "--object-store-memory=100000000"),
         )
         self._wait("head", "/api/jobs/", lambda _: self.num_alive() == 1)
@@ -121,12 +144,18 @@ class LocalCluster:
         self.processes.pop(name).wait()
 
     def pause(self, name: str) -> None:
-        """Stop a node and all on it without ending it: to the others, its network is gone."""
-        self._signal(name, signal.SIGSTOP)
+        """Cut a node off: its cable is pulled or, on loopback, everything on it is stopped."""
+        if isinstance(self.network, Namespaces):
+            self.network.cut(name)
+        else:
+            self._signal(name, signal.SIGSTOP)
 
     def go_on(self, name: str) -> None:
-        """Let a paused node run again."""
-        self._signal(name, signal.SIGCONT)
+        """End a pause."""
+        if isinstance(self.network, Namespaces):
+            self.network.mend(name)
+        else:
+            self._signal(name, signal.SIGCONT)
 
     def _signal(self, name: str, number: int) -> None:
         leader = psutil.Process(self.processes[name].pid)
@@ -142,17 +171,17 @@ class LocalCluster:
 
     def _start(self, name: str, *options: str) -> None:
         command = [
-            sys.executable,
-            "-m",
-            "ray.scripts.scripts",
-            "start",
-            "--block",
-            "--node-ip-address=127.0.0.1",
+            *(str(self.python), "-m", "ray.scripts.scripts", "start", "--block"),
+            f"--node-ip-address={self.network.address_of(name)}",
             # The default port may be another cluster's on this machine, and an agent without it takes no job.
             "--dashboard-agent-listen-port=0",
             *options,
         ]
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                command, env=self.variables(), stdout=log, stderr=log, start_new_session=True
+                self.network.command(name, command),
+                env=self.node_variables(name),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )

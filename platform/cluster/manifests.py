@@ -14,7 +14,14 @@ from loomvideo.platform.errors import UserError
 API_VERSION = "ray.io/v1"
 IDLE_TIMEOUT_S = 300
 # The other commands are told where to write by their own arguments.
-NAMED_JOBS = ("pretrain", "finetune-edit", "evaluate")
+NAMED_JOBS = ("data", "pretrain", "finetune-edit", "evaluate")
+# Jobs whose command is not their name.
+COMMANDS = {
+    "data": ["data", "prepare"],
+    "data-sample": ["data", "sample"],
+    "data-caption": ["data", "caption"],
+    "doctor": ["doctor", "--cluster"],
+}
 
 
 def ray_cluster(profile: ClusterProfile) -> dict[str, Any]:
@@ -77,7 +84,7 @@ def ray_job(
 
 def command_of(job: str) -> list[str]:
     """The command line of a job, without its ``key=value`` arguments."""
-    return ["loomvideo", *{"data": ["data", "prepare"], "doctor": ["doctor", "--cluster"]}.get(job, [job])]
+    return ["loomvideo", *COMMANDS.get(job, [job])]
 
 
 def named_arguments(profile: ClusterProfile, job: str, run: str, arguments: Sequence[str]) -> list[str]:

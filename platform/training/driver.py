@@ -81,7 +81,10 @@ def train(
         open_dataset(url)
     checkpoints = run_folder.path / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    mailbox = Mailbox.remote()
+    # With the driver, as its controller: a worker node that dies must not take the reports along.
+    mailbox = Mailbox.options(
+        label_selector={ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+    ).remote()
     progress = Progress(config, run_folder, tracker)
     job = WorkerJob(config, recipe_factory, list(datasets), open_dataset, checkpoints, run_folder.path, last_step)
     workers = config.workers

@@ -34,7 +34,10 @@ class Progress:
         self._console = Console(stderr=True)
         self._path = folder.path / STEPS_FILE
         self._last_step = last_recorded_step(self._path)
-        self._file = self._path.open("a")
+        # Unbuffered: what a full disk does not take stays in self._unwritten and is written when there is room.
+        self._file = self._path.open("ab", buffering=0)
+        self._unwritten = b""
+        self._full = False
         self._world_size = 0
         self._started = time.monotonic()
         self._first_report_at: float | None = None
@@ -65,6 +68,7 @@ class Progress:
     def close(self) -> None:
         """End the display."""
         self._bar.stop()
+        self._write("")
         self._file.close()
 
     def _say(self, text: str) -> None:
@@ -98,13 +102,23 @@ class Progress:
                 self._totals[name] += record[name]
             self._totals["steps"] += 1
         self._latest = report["steps"][-1]
-        for record in records:
-            self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._write("".join(json.dumps(record) + "\n" for record in records))
         if records:
             self._last_step = records[-1]["step"]
             self._track(self._metrics(records), self._last_step)
         self._show(report["steps"])
+
+    def _write(self, lines: str) -> None:
+        """Append to the step file; a full disk delays it and does not end the run."""
+        self._unwritten += lines.encode()
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+            self._full = False
+        except OSError as error:
+            if not self._full:
+                self._say(f"{self._path}: {error.strerror}; steps are kept and written when there is room")
+            self._full = True
 
     def _metrics(self, records: list[dict[str, Any]]) -> dict[str, float]:
         seconds = sum(record["step_s"] for record in records)

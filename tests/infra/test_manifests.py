@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from loomvideo.platform.cluster import render
-from loomvideo.platform.cluster.manifests import ray_cluster, ray_job
+from loomvideo.platform.cluster.manifests import command_of, named_arguments, ray_cluster, ray_job
 from loomvideo.platform.cluster.profile import QUEUES, load_profile
 from loomvideo.platform.cluster.references import Given, reference_problems
 from loomvideo.platform.cluster.rules import rule_problems
@@ -287,6 +287,21 @@ def test_unknown_profile_names_the_known_ones():
 def test_run_name_that_cannot_be_a_job_name():
     with pytest.raises(UserError, match="at most 38 characters"):
         ray_job(profile_in("plain"), "pretrain", "x" * 60)
+
+
+@pytest.mark.parametrize(
+    ("job", "command"),
+    [
+        ("data", "loomvideo data prepare preset=tiny run=r runs=/mnt/loomvideo/runs"),
+        ("pretrain", "loomvideo pretrain preset=tiny run=r runs=/mnt/loomvideo/runs"),
+        ("data-sample", "loomvideo data sample preset=tiny"),
+        ("doctor", "loomvideo doctor --cluster preset=tiny"),
+    ],
+)
+def test_command_of_a_job(job, command):
+    arguments = ["preset=tiny"]
+    words = [*command_of(job), *arguments, *named_arguments(profile_in("plain"), job, "r", arguments)]
+    assert " ".join(words) == command
 
 
 def test_job_without_a_group_is_named():

@@ -1,6 +1,10 @@
 import json
+import logging
+import socket
 
 import pytest
+from mlflow.exceptions import MlflowException, RestException
+from mlflow.tracking import MlflowClient
 
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.runs import RunFolder
@@ -43,6 +47,41 @@ def test_metrics_survive_an_absent_server(folder, monkeypatch):
     tracker.finish(timeout_s=0.5)
     lines = (folder.path / "unsent_metrics.jsonl").read_text().splitlines()
     assert [(json.loads(line)["key"], json.loads(line)["step"]) for line in lines] == [("loss", 7)]
+
+
+def test_an_absent_server_costs_copies_of_files_and_not_the_job(folder, monkeypatch, caplog):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    tracker = Tracker(folder)
+    path = folder.write_json("note.json", {})
+    tracker.uri, tracker._client = nobody, MlflowClient(tracking_uri=nobody)
+    with caplog.at_level(logging.WARNING):
+        tracker.log_artifact(path)
+        tracker.finish()
+    assert f"{path} is not copied there" in caplog.text
+    assert "does not learn that it is FINISHED" in caplog.text
+    with pytest.raises(FileNotFoundError):
+        tracker.log_artifact(folder.path / "missing")
+
+
+@pytest.mark.parametrize(
+    ("uri", "error"),
+    [("http://h", RestException({"error_code": "PERMISSION_DENIED"})), ("sqlite:///x", MlflowException("broken"))],
+)
+def test_a_refusal_and_a_broken_local_store_are_errors(folder, monkeypatch, uri, error):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    tracker = Tracker(folder)
+
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(tracker._client, "log_text", fail)
+    tracker.uri = uri
+    with pytest.raises(type(error)):
+        tracker.log_text("text", "name")
 
 
 def test_run_names_are_checked_and_the_newest_finished_run_is_found(tmp_path):

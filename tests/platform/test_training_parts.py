@@ -1,6 +1,8 @@
 """Small parts of training: schedules, guard, validation triples, simulation, watchdog, loader."""
 
+import json
 import math
+import os
 import subprocess
 import sys
 
@@ -8,6 +10,7 @@ import pyarrow as pa
 import pytest
 from helpers.toy_training import ToyDataset, ToyRecipe
 
+from loomvideo.platform.runs import RunFolder
 from loomvideo.platform.training.config import (
     GuardConfig,
     MixtureConfig,
@@ -20,6 +23,7 @@ from loomvideo.platform.training.guard import SpikeGuard
 from loomvideo.platform.training.loader import SampleError, StepLoader
 from loomvideo.platform.training.order import SampleOrder, build_sources
 from loomvideo.platform.training.packing import PackPlanner
+from loomvideo.platform.training.progress import STEPS_FILE, Progress
 from loomvideo.platform.training.schedule import ema_decay, learning_rate
 from loomvideo.platform.training.simulate import simulate, suggest_budget
 from loomvideo.platform.training.validation import fixed_triples, mean_losses
@@ -135,3 +139,22 @@ def test_watchdog_writes_stacks_and_ends_a_hanging_process(tmp_path):
     assert ended.returncode == 75
     assert "no progress for" in ended.stderr
     assert "stuck_here" in (tmp_path / "hang.txt").read_text()
+
+
+def test_a_full_disk_delays_recorded_steps_and_loses_none(tmp_path, capsys):
+    folder = RunFolder.open(tmp_path, "pretrain", "a")
+    # What is written to this device is refused as by a full disk.
+    (folder.path / STEPS_FILE).symlink_to("/dev/full")
+    progress = Progress(TrainingConfig(), folder, None)
+    ready = {"rank": 0, "step": 0, "world_size": 1, "num_parameters": 1, "num_trainable": 1, "packs_per_step": 1}
+    progress.add(ready | {"event": "ready"})
+    names = ("step_s", "data_wait_s", "compute_s", "update_s", "tokens", "flops", "samples", "fill", "imbalance")
+    record = dict.fromkeys((*names, "loss", "elements", "grad_norm", "learning_rate"), 1.0) | {"updated": True}
+    for step in (1, 2):
+        progress.add({"event": "steps", "rank": 0, "tags": [], "steps": [record | {"step": step}]})
+    assert capsys.readouterr().err.count("No space left on device; steps are kept") == 1
+    with (tmp_path / "room").open("ab") as room:
+        os.dup2(room.fileno(), progress._file.fileno())
+    progress.add({"event": "steps", "rank": 0, "tags": [], "steps": [record | {"step": 3}]})
+    progress.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "room").read_text().splitlines()] == [1, 2, 3]
