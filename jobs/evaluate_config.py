@@ -41,7 +41,7 @@ class JudgeConfig:
     """Who judges, what it is shown, and what it may cost."""
 
     kind: str = option("none", "none, fake (pixel statistics), openai (any compatible server), gemini, transformers")
-    model: str = option("", "model name, or folder for transformers")
+    model: str = option("", "model name; for transformers the folder of a Qwen3-VL")
     base_url: str = option("", "root of the server, such as http://localhost:8000/v1; empty for the Gemini API's own")
     api_key_env: str = option("", "environment variable with the key; empty takes OPENAI_API_KEY or GEMINI_API_KEY")
     mode: str = option("strict", "strict (our rubrics), official or loomvideo (the benchmark's form and totals)")
@@ -90,7 +90,8 @@ class EvaluateConfig:
     allow_missing: bool = option(False, "go on when input files of a suite are not on disk; they count as failed")
     seed: int = option(0, "base of the samples' seeds")
     identity: bool = option(True, "also measure the source copied, as a baseline")
-    learned: list[str] = option([], "metrics with weights: lpips, clip, dino (needs the eval extra)")
+    learned: list[str] = option([], "metrics with weights: clip, dino (and KID), fvd, lpips, pyiqa-NAME")
+    learned_weights: dict[str, str] = option({}, "metric to the folder or file of its network (learned_weights.fvd=…)")
     store: str = option("", "where results are kept by content; empty for evaluation-store in the runs folder")
     compare_with: str = option("", "evaluation run shown beside this one on the review page")
     step: int = option(0, "training step of a probe; its metrics are logged at it")

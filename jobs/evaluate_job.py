@@ -32,7 +32,7 @@ from loomvideo.pipelines.evaluation.generators import sample_seed
 from loomvideo.pipelines.evaluation.graph import Resources, run_graph
 from loomvideo.pipelines.evaluation.inputs import InputOptions
 from loomvideo.pipelines.evaluation.judges.rubrics import OWN_FILE, official_rubrics, own_rubrics
-from loomvideo.pipelines.evaluation.learned import learned_metrics
+from loomvideo.pipelines.evaluation.learned import LearnedMetric, learned_metrics
 from loomvideo.pipelines.evaluation.results import load_suites, save_suite
 from loomvideo.pipelines.evaluation.review import OtherRun
 from loomvideo.pipelines.evaluation.stages import (
@@ -68,6 +68,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     checkpoint = find_checkpoint(config)
     suites = [find_suite(name) for name in config.suites]
     manifests = [load_manifest(config, suite) for suite in suites]
+    learned = learned_metrics(config.learned, config.learned_weights, config.inputs.num_frames)
     judge = judge_builder(config, suites, manifests)
     other = load_suites(evaluation_folder(config, config.compare_with).path) if config.compare_with else None
     folder = RunFolder.open(config.runs, JOB, config.run or None)
@@ -84,7 +85,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         name = re.sub(r"[^0-9A-Za-z_-]+", "-", checkpoint.name)
         params = {"checkpoint": checkpoint.name, "preset": checkpoint.preset, **flatten(config.generation)}
         model_id = mlflow_report.register_model(client, tracker.experiment_id, tracker.run_id, name, params, tags)
-        rows = _generate_and_measure(config, checkpoint, manifests, judge, folder)
+        rows = _generate_and_measure(config, checkpoint, manifests, learned, judge)
         result: dict[str, Any] = {"checkpoint": checkpoint.name, "fingerprint": checkpoint.fingerprint}
         for suite, manifest in zip(suites, manifests, strict=True):
             own = [row for row in rows if row["suite"] == manifest.suite]
@@ -108,8 +109,8 @@ def _generate_and_measure(
     config: EvaluateConfig,
     checkpoint: Checkpoint,
     manifests: list[Manifest],
+    learned: list[LearnedMetric],
     judge: Callable[[], JudgeStage] | None,
-    folder: RunFolder,
 ) -> list[Row]:
     store = Store(store_folder(config))
     i = config.inputs
@@ -134,7 +135,7 @@ def _generate_and_measure(
             PrepareStage(store, options),
             lambda: GenerateStage(store, checkpoint.build, checkpoint.fingerprint),
             NormaliseStage(store),
-            MeasureStage(store, learned_metrics(config.learned)),
+            MeasureStage(store, learned),
             judge,
             resources,
         ):
@@ -156,13 +157,13 @@ def _finish_suite(
     other: dict[str, Any] | None,
 ) -> SuiteResult:
     judged = config.judge.kind != "none" and suite.judged
-    result = aggregate_suite(suite.name, rows, config.judge.mode, judged)
+    store = Store(store_folder(config))
+    result = aggregate_suite(suite.name, rows, config.judge.mode, judged, store)
     if suite.name in config.external:
         scores = import_scores(suite.scorer, Path(config.external[suite.name]))
         result = dataclasses.replace(result, official=scores)
     header = _header(config, manifest, suite, judged)
     place = save_suite(folder.path, result, rows, header)
-    store = Store(store_folder(config))
     if suite.scorer:
         export_results(suite.scorer, rows, store, place / "for-scorer")
     review.publish_media(store, rows, place)

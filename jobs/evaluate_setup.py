@@ -13,7 +13,7 @@ from loomvideo.model.presets import stated_preset
 from loomvideo.pipelines.evaluation.generators import BlendGenerator, Generator, IdentityGenerator
 from loomvideo.pipelines.evaluation.judges.clients import GeminiClient, JudgeClient, OpenAIClient, api_key
 from loomvideo.pipelines.evaluation.judges.fake import PixelJudge
-from loomvideo.pipelines.evaluation.judges.local import TransformersJudge
+from loomvideo.pipelines.evaluation.judges.local import QwenVLClient
 from loomvideo.pipelines.evaluation.judges.requests import FrameSampling
 from loomvideo.pipelines.evaluation.judges.rubrics import OWN_FILE, official_rubrics, own_rubrics
 from loomvideo.pipelines.evaluation.judges.session import AnswerCache, Budget, JudgeSession, Pace, Prices, check_budget
@@ -162,7 +162,7 @@ def judge_client(config: EvaluateConfig) -> JudgeClient:
     if j.kind == "fake":
         return PixelJudge()
     if j.kind == "transformers":
-        return TransformersJudge(j.model, j.max_tokens)
+        return QwenVLClient(j.model, j.max_tokens, setting="judge.model")
     if j.kind == "openai":
         client = OpenAIClient(
             j.base_url, j.model, j.api_key_env or "OPENAI_API_KEY",

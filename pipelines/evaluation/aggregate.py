@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from loomvideo.pipelines.evaluation.distances import set_distances
 from loomvideo.pipelines.evaluation.stages import IDENTITY, MODEL, item_of
 from loomvideo.pipelines.evaluation.statistics import Reliability, bootstrap_mean, test_retest
+from loomvideo.pipelines.evaluation.store import Store
 from loomvideo.pipelines.evaluation.suites.parsers import Parsed
 from loomvideo.pipelines.evaluation.suites.protocols import Judged
 from loomvideo.pipelines.evaluation.suites.registry import suite as find_suite
@@ -105,7 +107,9 @@ def sample_values(row: Row) -> dict[str, float]:
     return values
 
 
-def aggregate_suite(name: str, rows: Sequence[Row], mode: str = "strict", judged: bool = True) -> SuiteResult:
+def aggregate_suite(
+    name: str, rows: Sequence[Row], mode: str = "strict", judged: bool = True, store: Store | None = None
+) -> SuiteResult:
     """Aggregate the rows of one suite.
 
     Args:
@@ -113,6 +117,7 @@ def aggregate_suite(name: str, rows: Sequence[Row], mode: str = "strict", judged
         rows: Finished rows of both series.
         mode: The judge's mode, for the official figures.
         judged: Whether a judge was asked, so that its absence is a failure.
+        store: Where features of learned metrics are, for the distances between sets.
     """
     own = sorted((row for row in rows if row["series"] == MODEL), key=lambda row: row["key"])
     copies = sorted((row for row in rows if row["series"] == IDENTITY), key=lambda row: row["key"])
@@ -132,8 +137,8 @@ def aggregate_suite(name: str, rows: Sequence[Row], mode: str = "strict", judged
     violations = [_violates_cap(p["scores"]) for j in judgements if len((p := j["parsed"])["scores"]) > 1]
     return SuiteResult(
         suite=name,
-        figures=tuple(_figures(name, own, MODEL)),
-        identity=tuple(_figures(name, copies, IDENTITY)),
+        figures=(*_figures(name, own, MODEL), *_set_figures(name, own, MODEL, store)),
+        identity=(*_figures(name, copies, IDENTITY), *_set_figures(name, copies, IDENTITY, store)),
         official=official,
         coverage=1 - sum(failures.values()) / max(len(own), 1),
         failures=dict(failures),
@@ -165,6 +170,14 @@ def _figures(suite: str, rows: Sequence[Row], series: str) -> Iterable[Figure]:
             if metric.startswith("judge") or metric.endswith("_db"):
                 groups = categories[expected]
                 yield _figure(suite, f"{metric}_macro", "", scores[expected], units[expected], groups, series)
+
+
+def _set_figures(suite: str, rows: Sequence[Row], series: str, store: Store | None) -> Iterable[Figure]:
+    having = [row for row in rows if row.get("features")]
+    if store is None or not having:
+        return
+    for metric, (value, low, high) in set_distances(store, having, [item_of(row).unit for row in having]).items():
+        yield Figure(suite, metric, "", value, low, high, len(having), sum(bool(r["failure"]) for r in rows), series)
 
 
 def _figure(

@@ -1,10 +1,15 @@
-"""Metrics with network weights, behind the ``eval`` extra: LPIPS, CLIP and DINO similarities, kernel distance.
+"""Metrics with network weights: LPIPS, CLIP, DINO, FVD features and pyiqa's no-reference scores.
 
-Weights are looked for where their libraries cache them; on a machine without network put them there first. Every
-builder returns a function of result and inputs to named values.
+Weights are a folder or file given by ``learned_weights.NAME``, or the published default where its library caches it.
+Every builder returns a function of result and inputs to named numbers; arrays among them are features, from which
+:mod:`~loomvideo.pipelines.evaluation.distances` computes distances between sets.
 """
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +28,23 @@ HIGHER_IS_BETTER |= {
     "dino_reference": True,
 }
 FRAMES = 8
+I3D_MIN_FRAMES = 10
+PYIQA_PREFIX = "pyiqa-"
+
+
+@dataclass(frozen=True)
+class LearnedMetric:
+    """A metric to measure.
+
+    Attributes:
+        name: Its name in ``learned``.
+        weights: Folder, file or published name of its network; part of what stored values are keyed by.
+        build: Loads the network.
+    """
+
+    name: str
+    weights: str
+    build: Callable[[], ExtraMeasure]
 
 
 def cosine_rows(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -40,27 +62,10 @@ def temporal_similarity(features: np.ndarray) -> float:
     return float(((to_first + to_previous) / 2).mean())
 
 
-def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """KID: unbiased squared MMD of features ``[n, d]`` with the cubic polynomial kernel (Binkowski et al. 2018).
-
-    Unlike FID it is unbiased at the hundred or so samples that a suite has.
-    """
-    if min(len(a), len(b)) < 2:
-        raise ValueError("KID needs at least two samples on each side")
-
-    def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
-    m, n = len(a), len(b)
-    aa, bb = kernel(a, a), kernel(b, b)
-    within = (aa.sum() - np.trace(aa)) / (m * (m - 1)) + (bb.sum() - np.trace(bb)) / (n * (n - 1))
-    return float(within - 2 * kernel(a, b).mean())
-
-
-def build_lpips() -> ExtraMeasure:
-    """LPIPS (AlexNet; Zhang et al. 2018) to target and source, mean of sampled frames."""
+def build_lpips(weights: str) -> ExtraMeasure:
+    """LPIPS (Zhang et al. 2018) to target and source, mean of sampled frames; ``weights`` names the trunk."""
     torch, lpips = _need("torch"), _need("lpips")
-    network = lpips.LPIPS(net="alex", verbose=False).eval()
+    network = lpips.LPIPS(net=weights, verbose=False).eval()
 
     def distance(video: np.ndarray, other: np.ndarray) -> float:
         a, b = (torch.from_numpy(_spread(x)).permute(0, 3, 1, 2).float() / 127.5 - 1 for x in (video, other))
@@ -78,88 +83,149 @@ def build_lpips() -> ExtraMeasure:
     return measure
 
 
-def build_clip() -> ExtraMeasure:
-    """CLIP ViT-L/14: text to frames, frames to each other, references to frames."""
-    torch, open_clip = _need("torch"), _need("open_clip")
-    from PIL import Image
+def build_clip(weights: str) -> ExtraMeasure:
+    """CLIP (Radford et al. 2021): text to frames, frames to each other, references to frames."""
+    torch, transformers = _need("torch"), _need("transformers")
+    model = _load(transformers.CLIPModel, weights).eval()
+    processor = _load(transformers.CLIPImageProcessorPil, weights)
+    tokenizer = _load(transformers.AutoTokenizer, weights)
 
-    model, _, transform = open_clip.create_model_and_transforms("ViT-L-14", pretrained="openai")
-    tokenizer = open_clip.get_tokenizer("ViT-L-14")
-    model.eval()
-
-    def pictures(frames: np.ndarray) -> np.ndarray:
-        batch = torch.stack([transform(Image.fromarray(frame)) for frame in frames])
+    def pictures(frames: Sequence[np.ndarray]) -> np.ndarray:
+        pixels = processor(images=list(frames), return_tensors="pt")["pixel_values"]
         with torch.inference_mode():
-            return model.encode_image(batch).float().numpy()
+            return model.visual_projection(model.vision_model(pixels).pooler_output).float().numpy()
 
     def measure(video: np.ndarray, inputs: LoadedItem) -> dict[str, float]:
         features = pictures(_spread(video))
+        length = model.config.text_config.max_position_embeddings
+        ids = tokenizer([inputs.item.text], truncation=True, max_length=length, return_tensors="pt")["input_ids"]
         with torch.inference_mode():
-            text = model.encode_text(tokenizer([inputs.item.text])).float().numpy()
+            text = model.text_projection(model.text_model(ids).pooler_output).float().numpy()
         values = {"clip_text": float(cosine_rows(features, np.broadcast_to(text, features.shape)).mean())}
         if len(features) > 1:
             values["clip_frames"] = float(cosine_rows(features[1:], features[:-1]).mean())
         if inputs.references:
-            references = pictures(np.stack([_square(picture) for picture in inputs.references]))
-            similarity = [cosine_rows(features, np.broadcast_to(r, features.shape)).mean() for r in references]
-            values["clip_reference"] = float(np.mean(similarity))
+            values["clip_reference"] = _reference_similarity(features, pictures(inputs.references))
         return values
 
     return measure
 
 
-def build_dino() -> ExtraMeasure:
-    """DINOv2 ViT-B/14: subject consistency over time, and references to frames."""
+def build_dino(weights: str) -> ExtraMeasure:
+    """DINOv2 (Oquab et al. 2023): subject consistency over time, references to frames, and features for KID."""
     torch, transformers = _need("torch"), _need("transformers")
-    processor = transformers.AutoImageProcessor.from_pretrained("facebook/dinov2-base")
-    model = transformers.AutoModel.from_pretrained("facebook/dinov2-base").eval()
+    processor = _load(transformers.BitImageProcessorPil, weights)
+    model = _load(transformers.AutoModel, weights).eval()
 
-    def features(frames: np.ndarray) -> np.ndarray:
-        inputs = processor(images=list(frames), return_tensors="pt")
+    def features(frames: Sequence[np.ndarray]) -> np.ndarray:
+        pixels = processor(images=list(frames), return_tensors="pt")["pixel_values"]
         with torch.inference_mode():
-            return model(**inputs).last_hidden_state[:, 0].float().numpy()
+            return model(pixels).last_hidden_state[:, 0].float().numpy()
+
+    def measure(video: np.ndarray, inputs: LoadedItem) -> dict[str, Any]:
+        found = features(_spread(video))
+        values: dict[str, Any] = {"dino_subject": temporal_similarity(found)} if len(found) > 1 else {}
+        if inputs.references:
+            values["dino_reference"] = _reference_similarity(found, features(inputs.references))
+        if inputs.target is not None:
+            values |= {"result/dino": found, "target/dino": features(_spread(inputs.target))}
+        return values
+
+    return measure
+
+
+def build_fvd(weights: str) -> ExtraMeasure:
+    """Features of the I3D network that FVD is defined on (Unterthiner et al. 2019), a TorchScript file."""
+    torch = _need("torch")
+    network = torch.jit.load(weights, map_location="cpu").eval()
+
+    def features(video: np.ndarray) -> np.ndarray:
+        frames = torch.from_numpy(np.ascontiguousarray(video)).permute(3, 0, 1, 2)[None].float()
+        with torch.inference_mode():
+            # The network scales pixels and resizes to 224x224 itself, so that every evaluation does it alike.
+            return network(frames, rescale=True, resize=True, return_features=True).float().numpy()
+
+    def measure(video: np.ndarray, inputs: LoadedItem) -> dict[str, np.ndarray]:
+        if inputs.target is None or len(video) < I3D_MIN_FRAMES:
+            return {}
+        return {"result/i3d": features(video), "target/i3d": features(inputs.target)}
+
+    return measure
+
+
+def build_pyiqa(weights: str) -> ExtraMeasure:
+    """A no-reference quality score of pyiqa, mean of sampled frames, under its name there."""
+    torch, pyiqa = _need("torch"), _need("pyiqa")
+    network = pyiqa.create_metric(weights)
 
     def measure(video: np.ndarray, inputs: LoadedItem) -> dict[str, float]:
-        found = features(_spread(video))
-        values = {"dino_subject": temporal_similarity(found)} if len(found) > 1 else {}
-        if inputs.references:
-            references = features(np.stack([_square(picture) for picture in inputs.references]))
-            similarity = [cosine_rows(found, np.broadcast_to(r, found.shape)).mean() for r in references]
-            values["dino_reference"] = float(np.mean(similarity))
-        return values
+        frames = torch.from_numpy(_spread(video)).permute(0, 3, 1, 2).float() / 255
+        with torch.inference_mode():
+            return {f"{PYIQA_PREFIX}{weights}": float(network(frames).mean())}
 
     return measure
 
 
-BUILDERS: dict[str, Callable[[], ExtraMeasure]] = {"lpips": build_lpips, "clip": build_clip, "dino": build_dino}
+BUILDERS: dict[str, tuple[Callable[[str], ExtraMeasure], str]] = {
+    "lpips": (build_lpips, "alex"),
+    "clip": (build_clip, "openai/clip-vit-large-patch14"),
+    "dino": (build_dino, "facebook/dinov2-base"),
+    "fvd": (build_fvd, ""),
+}
 
 
-def learned_metrics(names: list[str]) -> list[tuple[str, Callable[[], ExtraMeasure]]]:
-    """The builders of the named metrics.
+def learned_metrics(names: Sequence[str], weights: Mapping[str, str], num_frames: int) -> list[LearnedMetric]:
+    """The named metrics with their weights, checked before anything is generated.
+
+    Args:
+        names: Of ``BUILDERS``, or ``pyiqa-NAME``.
+        weights: By metric name; the published ones where there is none.
+        num_frames: Frames of a video.
 
     Raises:
-        UserError: naming those there are.
+        UserError: naming those there are, or what is missing.
     """
-    unknown = [name for name in names if name not in BUILDERS]
-    if unknown:
-        raise UserError(f"learned: {unknown[0]!r} is unknown; choose from {', '.join(BUILDERS)}")
-    return [(name, BUILDERS[name]) for name in names]
+    strange = [name for name in weights if name not in names]
+    if strange:
+        raise UserError(f"learned_weights.{strange[0]}: {strange[0]!r} is not in learned=[{','.join(names)}]")
+    chosen = []
+    for name in names:
+        if name.startswith(PYIQA_PREFIX):
+            build, default = build_pyiqa, name.removeprefix(PYIQA_PREFIX)
+        elif name in BUILDERS:
+            build, default = BUILDERS[name]
+        else:
+            choices = ", ".join([*BUILDERS, f"{PYIQA_PREFIX}NAME"])
+            raise UserError(f"learned: {name!r} is unknown; choose from {choices}")
+        given = weights.get(name, default)
+        if name == "fvd":
+            if not Path(given).is_file():
+                fix = "set it to the TorchScript file of the I3D network (i3d_torchscript.pt)"
+                raise UserError(f"learned_weights.fvd: file {given!r} not found; {fix}")
+            if num_frames < I3D_MIN_FRAMES:
+                raise UserError(f"learned: fvd needs inputs.num_frames of at least {I3D_MIN_FRAMES}, not {num_frames}")
+        chosen.append(LearnedMetric(name, given, partial(build, given)))
+    return chosen
 
 
 def _need(module: str) -> Any:
-    import importlib
-
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"learned metrics need {module}: pip install 'loomvideo[eval]'") from error
+        raise UserError(f"learned metrics need the package {error.name}: pip install {module}") from error
+
+
+def _load(kind: Any, weights: str) -> Any:
+    try:
+        return kind.from_pretrained(weights)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"learned_weights: cannot load {kind.__name__} from {weights}: {reason}") from error
+
+
+def _reference_similarity(features: np.ndarray, references: np.ndarray) -> float:
+    return float(np.mean([cosine_rows(features, np.broadcast_to(r, features.shape)).mean() for r in references]))
 
 
 def _spread(video: np.ndarray) -> np.ndarray:
     return video[np.linspace(0, len(video) - 1, min(FRAMES, len(video))).round().astype(int)]
-
-
-def _square(picture: np.ndarray, side: int = 224) -> np.ndarray:
-    import cv2
-
-    return cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA)

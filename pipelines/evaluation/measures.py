@@ -7,7 +7,7 @@ import numpy as np
 from loomvideo.pipelines.evaluation import editing, metrics, motion
 from loomvideo.pipelines.evaluation.inputs import LoadedItem
 
-VERSION = 1
+VERSION = 2
 """Raised when any metric changes, so that stored values are not mixed with new ones."""
 
 HIGHER_IS_BETTER: dict[str, bool | None] = {
@@ -146,4 +146,4 @@ def edit_region(inputs: LoadedItem) -> np.ndarray | None:
     return None
 
 
-ExtraMeasure = Callable[[np.ndarray, LoadedItem], dict[str, float]]
+ExtraMeasure = Callable[[np.ndarray, LoadedItem], dict[str, float | np.ndarray]]

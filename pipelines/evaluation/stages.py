@@ -18,11 +18,13 @@ import numpy as np
 
 from loomvideo.pipelines.decode import DecodeError
 from loomvideo.pipelines.evaluation import measures
+from loomvideo.pipelines.evaluation.distances import FEATURES_FILE
 from loomvideo.pipelines.evaluation.generators import Generator, IdentityGenerator
 from loomvideo.pipelines.evaluation.inputs import InputOptions, LoadedItem, load_item
 from loomvideo.pipelines.evaluation.judges.requests import FrameSampling, JudgeRequest, media_for_item
 from loomvideo.pipelines.evaluation.judges.rubrics import OfficialRubrics, OwnRubrics, Question
 from loomvideo.pipelines.evaluation.judges.session import JudgeSession
+from loomvideo.pipelines.evaluation.learned import LearnedMetric
 from loomvideo.pipelines.evaluation.media import save_png, stacked_filmstrips, thumbnail, write_video
 from loomvideo.pipelines.evaluation.store import Store, content_key, pixel_digest, read_lossless, write_lossless
 from loomvideo.pipelines.evaluation.suites.items import EvalItem, Manifest, file_digest
@@ -200,14 +202,14 @@ class MeasureStage:
     """Judge-free metrics, and learned ones when given."""
 
     store: Store
-    extra: Sequence[tuple[str, Callable[[], measures.ExtraMeasure]]] = ()
-    _extra_built: dict[str, measures.ExtraMeasure] = field(default_factory=dict, repr=False)
+    learned: Sequence[LearnedMetric] = ()
+    _built: dict[str, measures.ExtraMeasure] = field(default_factory=dict, repr=False)
 
     def __call__(self, row: Row) -> Row:
-        """Add ``metrics`` and ``defects``."""
+        """Add ``metrics``, ``defects`` and, when features were kept, ``features`` with their key."""
         if row["failure"]:
             return row
-        names = [name for name, _ in self.extra]
+        names = [[metric.name, metric.weights] for metric in self.learned]
         key = content_key("metrics", measures.VERSION, names, row["result"], row["inputs"], row["item"]["aligned"],
                           row["item"]["extra"].get("garment"))  # fmt: skip
 
@@ -217,13 +219,16 @@ class MeasureStage:
             found = measures.defects(video, inputs)
             comparable = video.shape[1:3] == inputs.size[::-1] and len(video) == inputs.num_frames
             values = measures.measure(video, inputs) if comparable else {}
-            for name, build in self.extra if comparable else ():
-                if name not in self._extra_built:
-                    self._extra_built[name] = build()
-                values |= self._extra_built[name](video, inputs)
+            for metric in self.learned if comparable else ():
+                if metric.name not in self._built:
+                    self._built[metric.name] = metric.build()
+                values |= self._built[metric.name](video, inputs)
+            features = {name: values.pop(name) for name in [n for n, v in values.items() if isinstance(v, np.ndarray)]}
+            if features:
+                np.savez(folder / FEATURES_FILE, **features)
             # Undefined values are null: NaN is no JSON.
             defined = {name: None if np.isnan(value) else value for name, value in values.items()}
-            return {"metrics": defined, "defects": found}
+            return {"metrics": defined, "defects": found, "features": key if features else ""}
 
         return row | self.store.make("metrics", key, fill)
 

@@ -4,13 +4,10 @@ import json
 
 import numpy as np
 import pytest
-import torch
-from transformers import BatchFeature
 
 from loomvideo.pipelines.evaluation.judges import rubrics
 from loomvideo.pipelines.evaluation.judges.clients import GeminiClient, OpenAIClient
 from loomvideo.pipelines.evaluation.judges.fake import FakeJudgeServer, PixelJudge
-from loomvideo.pipelines.evaluation.judges.local import TransformersJudge
 from loomvideo.pipelines.evaluation.judges.requests import FrameSampling, JudgeRequest, media_for_item
 from loomvideo.pipelines.evaluation.judges.session import (
     AnswerCache,
@@ -172,44 +169,6 @@ def test_pixel_judge_tells_a_copy_from_an_edit_and_noise(tmp_path):
     assert scores(edited)["instruction"] > 3
     assert scores(noisy)["quality"] < scores(edited)["quality"]
     assert scores(edited) == scores(edited)
-
-
-class EchoModel:
-    """Stands in for a vision-language model: repeats the prompt's tokens and then answers."""
-
-    device = "cpu"
-
-    def generate(self, input_ids, max_new_tokens, do_sample):
-        assert not do_sample
-        return torch.cat([input_ids, torch.full((1, 3), 7)], dim=1)
-
-
-class EchoProcessor:
-    """Stands in for its processor, and keeps what it was given."""
-
-    def apply_chat_template(self, messages, add_generation_prompt):
-        self.content = messages[0]["content"]
-        return "prompt"
-
-    def __call__(self, text, images, return_tensors):
-        self.images = images
-        return BatchFeature({"input_ids": torch.ones(1, 5, dtype=torch.long)})
-
-    def decode(self, tokens, skip_special_tokens):
-        assert tokens.tolist() == [7, 7, 7]
-        return json.dumps({"reasoning": "r", **dict.fromkeys(AXES, 2)})
-
-
-def test_a_local_model_sees_the_same_labelled_frames(tmp_path):
-    processor = EchoProcessor()
-    judge = TransformersJudge("folder", loaded=(EchoModel(), processor))
-    judgement = session(tmp_path, judge).judge(request())
-    assert judgement.parsed.sample == 2
-    assert judgement.tokens_in == 5
-    assert len(processor.images) == 3 + 1 + 3
-    texts = [part["text"] for part in processor.content if part["type"] == "text"]
-    assert texts[:3] == ["Before editing:", "Reference picture 1:", "After editing:"]
-    assert "instruction, preservation, quality" in texts[-1]
 
 
 def test_own_rubrics_cover_every_task_and_fashion_category():

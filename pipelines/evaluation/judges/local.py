@@ -1,63 +1,87 @@
-"""Qwen3-VL as a judge in this process, through transformers: an anchor that no provider can retire."""
+"""Qwen3-VL in this process, from a local folder, with the pictures prepared by our own processor (no torchvision)."""
 
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from loomvideo.pipelines.evaluation.judges.clients import Reply
 from loomvideo.pipelines.evaluation.judges.requests import JudgeRequest, decode_frames
+from loomvideo.platform.errors import UserError
 
 
 @dataclass
-class TransformersJudge:
-    """A vision-language model from a local folder or hub name.
+class QwenVLClient:
+    """Judges and captions greedily; loads the model at the first request.
 
     Attributes:
-        model: Folder or name, such as ``Qwen/Qwen3-VL-32B-Instruct``.
+        folder: Of a Qwen3-VL: ``config.json``, safetensors, ``tokenizer.json``, ``preprocessor_config.json``.
         max_tokens: Most output tokens.
-        device: Torch device; ``auto`` spreads over the GPUs of the machine.
-        loaded: The model and its processor, loaded at the first request.
+        setting: The configuration key of ``folder``, for messages.
+        device: Torch device; "" spreads over the GPUs of the machine where there are any.
+        loaded: Model, vocabulary and picture sizes.
     """
 
-    model: str
-    max_tokens: int = 512
-    device: str = "auto"
-    loaded: tuple[Any, Any] | None = field(default=None, repr=False)
+    folder: str
+    max_tokens: int = 1024
+    setting: str = "captions.model"
+    device: str = ""
+    loaded: tuple[Any, Any, Any] | None = field(default=None, repr=False)
 
     def identity(self) -> dict[str, Any]:
         """See :class:`~loomvideo.pipelines.evaluation.judges.clients.JudgeClient`."""
-        return {"kind": "transformers", "model": self.model, "max_tokens": self.max_tokens, "temperature": 0.0}
+        return {"kind": "qwen3_vl", "model": self.folder, "max_tokens": self.max_tokens, "temperature": 0.0}
 
     def complete(self, request: JudgeRequest) -> Reply:
-        """Answer greedily; each sampled frame is shown as a picture under its label."""
+        """Answer; each frame is shown as a picture under its label."""
         import torch
-        from PIL import Image
 
-        model, processor = self._load()
-        content: list[dict[str, Any]] = []
-        pictures = []
+        from loomvideo.model.conditioning.inputs import interleaved_inputs
+
+        model, tokenizer, processor = self._load()
+        parts: list[Any] = []
         for media in request.media:
-            content.append({"type": "text", "text": f"{media.label}:"})
-            for frame in decode_frames(media):
-                content.append({"type": "image"})
-                pictures.append(Image.fromarray(frame))
+            parts.append(f"{media.label}:")
+            parts += [torch.from_numpy(frame.copy()) for frame in decode_frames(media)]
         text = request.text
         if request.structured:
             text += f"\nAnswer with nothing but a JSON object with the keys reasoning, {', '.join(request.axes)}."
-        content.append({"type": "text", "text": text})
-        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        inputs = processor(text=[prompt], images=pictures, return_tensors="pt").to(model.device)
+        inputs = interleaved_inputs([*parts, text], tokenizer, processor)
+        ids = inputs.input_ids[None]
         started = time.monotonic()
         with torch.inference_mode():
-            output = model.generate(**inputs, max_new_tokens=self.max_tokens, do_sample=False)
-        answer = output[0, inputs["input_ids"].shape[1] :]
-        reply = processor.decode(answer, skip_special_tokens=True)
-        return Reply(reply, self.model, inputs["input_ids"].shape[1], len(answer), time.monotonic() - started)
+            output = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=torch.ones_like(ids).to(model.device),
+                mm_token_type_ids=(ids == model.config.image_token_id).long().to(model.device),
+                pixel_values=inputs.pixel_values.to(model.device, model.dtype),
+                image_grid_thw=inputs.image_grid_thw.to(model.device),
+                max_new_tokens=self.max_tokens,
+                do_sample=False,
+                eos_token_id=tokenizer.token_id("<|im_end|>"),
+                pad_token_id=tokenizer.token_id("<|im_end|>"),
+            )
+        answer = output[0, ids.shape[1] :].tolist()
+        words = tokenizer.decode(answer).removesuffix("<|im_end|>")
+        return Reply(words, self.folder, ids.shape[1], len(answer), time.monotonic() - started)
 
-    def _load(self) -> tuple[Any, Any]:
+    def _load(self) -> tuple[Any, Any, Any]:
         if self.loaded is None:
-            from transformers import AutoModelForImageTextToText, AutoProcessor
+            import torch
+            from transformers import Qwen3VLForConditionalGeneration
 
-            model = AutoModelForImageTextToText.from_pretrained(self.model, dtype="auto", device_map=self.device)
-            self.loaded = model.eval(), AutoProcessor.from_pretrained(self.model)
+            from loomvideo.model.conditioning.inputs import read_processor_config
+            from loomvideo.model.conditioning.tokenizer import MLLMTokenizer
+
+            if not (Path(self.folder) / "config.json").is_file():
+                raise UserError(f"{self.setting}={self.folder}: no config.json; give the folder of a Qwen3-VL model")
+            tokenizer, processor = MLLMTokenizer.from_pretrained(self.folder), read_processor_config(self.folder)
+            where = "auto" if not self.device and torch.cuda.is_available() else {"": self.device or "cpu"}
+            try:
+                model = Qwen3VLForConditionalGeneration.from_pretrained(
+                    self.folder, dtype="auto", device_map=where, local_files_only=True, use_safetensors=True
+                )
+            except (OSError, RuntimeError) as error:
+                raise UserError(f"{self.setting}={self.folder}: {str(error).splitlines()[0]}") from error
+            self.loaded = model.eval(), tokenizer, processor
         return self.loaded

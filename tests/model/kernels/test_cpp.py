@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fixtures.kernel_fuzz import random_calls
 from torch.autograd import gradcheck
 
 from loomvideo.model import kernels
@@ -37,6 +38,15 @@ def isa(request):
 def test_agrees_with_the_definition_on_every_instruction_set(operations, isa, name, dtype):
     for width in (24, 30, 256):  # 30: the vector loops' remainders
         assert disagreement(getattr(operations, name), name, dtype, "cpu", width) is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_shapes_dtypes_strides_and_segments(operations, isa, seed):
+    for case, name, arguments, keywords in random_calls(48, (torch.float32, torch.bfloat16), 90, 150, seed):
+        values = results_and_gradients(getattr(operations, name), arguments, keywords)
+        references = results_and_gradients(getattr(eager, name), arguments, keywords)
+        for value, reference in zip(values, references, strict=True):
+            assert relative_error(value, reference) <= TOLERANCE[arguments[0].dtype], case
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

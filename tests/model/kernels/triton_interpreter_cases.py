@@ -5,14 +5,29 @@ A process of its own, because Triton decides at its import whether it interprets
 
 import json
 import os
+import sys
+from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 import torch
+from fixtures.kernel_fuzz import random_calls
+from fixtures.reference import (
+    FOLDER,
+    reference_config,
+    reference_dit,
+    reference_dit_config,
+    reference_sample,
+    reference_vectors,
+)
+from fixtures.reference import TOLERANCE as VELOCITY_TOLERANCE
 
 from loomvideo.model import kernels
 from loomvideo.model.kernels import eager
 from loomvideo.model.kernels.selfcheck import TOLERANCE, relative_error, results_and_gradients, training_calls
+from loomvideo.model.packing import pack
 
 
 def worst_error(name, arguments, keywords):
@@ -20,6 +35,15 @@ def worst_error(name, arguments, keywords):
         values = results_and_gradients(getattr(kernels, name), arguments, keywords)
     references = results_and_gradients(getattr(eager, name), arguments, keywords)
     return max(relative_error(v, r) for v, r in zip(values, references, strict=True))
+
+
+def published_velocities():
+    samples = [reference_sample(index) for index in range(len(reference_config()["samples"]))]
+    batch = pack(samples, reference_dit_config().patch_size)
+    with kernels.use_backend("triton"), torch.no_grad():
+        velocities = batch.unpack(reference_dit()(batch))
+    errors = [(v - reference_vectors()[f"{i}.velocity"][0]).abs().max().item() for i, v in enumerate(velocities)]
+    return None if max(errors) <= VELOCITY_TOLERANCE["atol"] else max(errors)
 
 
 def main():
@@ -31,6 +55,10 @@ def main():
         for index, (name, arguments, keywords) in enumerate(calls):
             error = worst_error(name, arguments, keywords)
             cases[f"{index}-{name}-{dtype}-{width}"] = None if error <= TOLERANCE[dtype] else error
+
+    for case, name, arguments, keywords in random_calls(24, (torch.float32, torch.bfloat16), 12, 40):
+        error = worst_error(name, arguments, keywords)
+        cases[case] = None if error <= TOLERANCE[arguments[0].dtype] else error
 
     with kernels.use_backend("triton"):
         x = torch.randn(9, 3 * 24)
@@ -54,6 +82,8 @@ def main():
             close = all(torch.allclose(v, r, atol=1e-4) for v, r in zip(values, references, strict=True))
             cases[f"unsorted rows, {tokens} tokens"] = None if close else "differs"
         assert not kernels.report()["replaced"]
+    if FOLDER.is_dir():
+        cases["velocities of the published model"] = published_velocities()
     print(json.dumps(cases))
 
 

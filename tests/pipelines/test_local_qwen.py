@@ -1,4 +1,4 @@
-"""Qwen3-VL in this process: the real classes at tiny size with random weights."""
+"""Qwen3-VL in this process, as captioner and judge: the real classes at tiny size with random weights."""
 
 import json
 import shutil
@@ -13,9 +13,9 @@ from loomvideo.model.conditioning.random_weights import model_config
 from loomvideo.model.conditioning.tokenizer import BUILTIN_FILE, MLLMTokenizer
 from loomvideo.model.presets import preset
 from loomvideo.pipelines.captions import Captioner, CaptionOptions
-from loomvideo.pipelines.captions.local import QwenVLClient
 from loomvideo.pipelines.captions.requests import caption_request
-from loomvideo.pipelines.evaluation.judges.requests import FrameSampling, decode_frames
+from loomvideo.pipelines.evaluation.judges.local import QwenVLClient
+from loomvideo.pipelines.evaluation.judges.requests import FrameSampling, JudgeRequest, decode_frames
 from loomvideo.pipelines.samples import Sample
 from loomvideo.platform.errors import UserError
 
@@ -68,6 +68,18 @@ def test_a_model_that_talks_nonsense_leaves_the_sample_as_it_is(folder, tmp_path
                              num_frames=2, max_side=48, max_attempts=1)  # fmt: skip
     ((sample, result),) = Captioner(options).run([SAMPLE], frames)
     assert (sample, result.status) == (SAMPLE, "invalid_answer")
+
+
+def test_a_judge_is_told_the_form_of_its_answer(folder):
+    client = QwenVLClient(folder, max_tokens=2, setting="judge.model", device="cpu")
+    media = caption_request(SAMPLE, "caption", *frames(SAMPLE), FrameSampling(1, 64)).media
+    tokens = {
+        structured: client.complete(JudgeRequest("Rate it.", media, ("quality", "realism"), structured)).tokens_in
+        for structured in (True, False)
+    }
+    _, tokenizer, _ = client.loaded
+    form = "\nAnswer with nothing but a JSON object with the keys reasoning, quality, realism."
+    assert tokens[True] - tokens[False] == len(tokenizer.encode("Rate it." + form)) - len(tokenizer.encode("Rate it."))
 
 
 def test_a_folder_that_is_none_is_a_mistake(tmp_path):
