@@ -150,8 +150,8 @@ def main() -> None:
 def _print_table(preset_name: str, by_case: dict[str, list[dict]]) -> None:
     first = next(iter(by_case.values()))[0]
     print(f"\n{preset_name}: {first['tokens']} tokens, {first['threads']} threads, torch {first['torch']}")
-    print("| implementation | median ms | CPU ms | peak MiB | time | memory |")
-    print("|---|---|---|---|---|---|")
+    print("| implementation | median ms | CPU ms | peak MiB | time | memory | loss |")
+    print("|---|---|---|---|---|---|---|")
     baseline = None
     for case, rounds in by_case.items():
         wall = statistics.median(value for result in rounds for value in result["wall_s"])
@@ -160,7 +160,7 @@ def _print_table(preset_name: str, by_case: dict[str, list[dict]]) -> None:
         baseline = baseline or (wall, memory)
         print(
             f"| {case} | {wall * 1e3:.0f} | {cpu * 1e3:.0f} | {memory / 2**20:.0f} "
-            f"| {baseline[0] / wall:.2f}x | {baseline[1] / memory:.2f}x |",
+            f"| {baseline[0] / wall:.2f}x | {baseline[1] / memory:.2f}x | {rounds[0]['loss']:.6f} |",
             flush=True,
         )
         losses = [result["loss"] for result in rounds]

@@ -411,21 +411,13 @@ int layer_norm_forward(const LayerNormArguments& a) {
         if (a.gate) {
           const C* __restrict gate = static_cast<const C*>(a.gate) + a.gate_ids[token] * dim;
 #pragma omp simd
-          for (int64_t i = 0; i < dim; ++i) {
-            T rounded;
-            narrow(widen(x[i]) + widen(y[i]) * gate[i], rounded);
-            hidden[i] = rounded;
-            r[i] = widen(rounded);
-          }
+          for (int64_t i = 0; i < dim; ++i) narrow(widen(x[i]) + widen(y[i]) * gate[i], hidden[i]);
         } else {
 #pragma omp simd
-          for (int64_t i = 0; i < dim; ++i) {
-            T rounded;
-            narrow(widen(x[i]) + widen(y[i]), rounded);
-            hidden[i] = rounded;
-            r[i] = widen(rounded);
-          }
+          for (int64_t i = 0; i < dim; ++i) narrow(widen(x[i]) + widen(y[i]), hidden[i]);
         }
+        // The norm is of the rounded sum; reading it back from the cache keeps both loops in vectors.
+        load_row(hidden, r, dim);
       } else {
         load_row(x, r, dim);
       }
