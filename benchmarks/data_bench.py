@@ -4,18 +4,22 @@
 
 encode   the prepare job (without Ray's start) against a plain single-process loop with the same decoder, codec and MLLM
 write    MB/s and peak memory of our shard writer, webdataset.ShardWriter and ray.data.Dataset.write_webdataset
-read     samples/s of random reads and of a sequential pass, against webdataset
+read     samples/s of random reads and of a pass in order, against wids and webdataset
 decode   frames/s of decord and PyAV, in process and isolated
 """
 
 import argparse
+import contextlib
 import json
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 PARTS = ("encode", "write", "read", "decode")
@@ -49,7 +53,7 @@ def plain_loop(samples: Path, folder: Path, count: int) -> dict[str, float]:
     from loomvideo.pipelines import encode
     from loomvideo.pipelines.decode import open_media
     from loomvideo.pipelines.geometry import plan_clips
-    from loomvideo.pipelines.prepare import read_inputs
+    from loomvideo.pipelines.inputs import read_inputs
 
     torch.set_num_threads(1)
     config = config_for(samples, folder / "plain", count)
@@ -155,76 +159,119 @@ def bench_encode(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[
     return rows
 
 
-WRITE_SAMPLES, WRITE_BYTES = 64, 4 * 2**20
+WRITE_SAMPLES, WRITE_BYTES, WRITE_TRIALS = 64, 4 * 2**20, 5
+# Runs one writer in a process of its own and prints seconds, CPU seconds and added peak MB of the busiest process.
+WRITE_SCRIPT = """
+import sys, pathlib
+sys.path.insert(0, {folder!r})
+import data_bench
+print(*data_bench.{name}(pathlib.Path({output!r})))
+"""
 
 
-def write_ours(folder: Path) -> None:
-    """One shard of random latents through our writer."""
+def measured(work: Callable[[], None]) -> tuple[float, float, float]:
+    """Seconds, CPU seconds and megabytes by which the peak memory of this process grew."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began, cpu = time.perf_counter(), time.process_time()
+    work()
+    seconds, cpu_s = time.perf_counter() - began, time.process_time() - cpu
+    return seconds, cpu_s, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def latents(number: int):
+    """One sample's tensors, 4 MB that are no constant."""
     import torch
 
+    return {"mean.0": torch.full((WRITE_BYTES // 2,), float(number), dtype=torch.bfloat16)}
+
+
+def write_ours(folder: Path, sync: bool = True) -> tuple[float, float, float]:
+    """One shard through our writer: checksums, index rows, commit record, synced to disk."""
+    from loomvideo.platform.shards import storage as storage_module
     from loomvideo.platform.shards.sample import ShardSample
     from loomvideo.platform.shards.storage import Storage
     from loomvideo.platform.shards.writer import write_shard
 
+    if not sync:
+        storage_module._sync = lambda path: None
     metadata = {"task": "t2v", "dataset": "bench", "split": "train", "bucket": [64, 64], "num_frames": 1}
-    stream = (
-        (i, ShardSample(f"{i:06d}", dict(metadata), {"target": {"mean.0": torch.zeros(WRITE_BYTES // 2).bfloat16()}}))
-        for i in range(WRITE_SAMPLES)
-    )
-    write_shard(Storage(folder), "train-000000", "train", stream)
+    stream = ((i, ShardSample(f"{i:06d}", dict(metadata), {"target": latents(i)})) for i in range(WRITE_SAMPLES))
+    return measured(lambda: write_shard(Storage(folder), "train-000000", "train", stream))
 
 
-def write_webdataset(folder: Path) -> None:
-    """The same through webdataset.ShardWriter."""
+def write_ours_without_sync(folder: Path) -> tuple[float, float, float]:
+    """The same, left to the page cache as the others are."""
+    return write_ours(folder, sync=False)
+
+
+def write_webdataset(folder: Path) -> tuple[float, float, float]:
+    """The same samples through webdataset.ShardWriter."""
     import safetensors.torch
-    import torch
     import webdataset
 
     folder.mkdir(parents=True)
-    with webdataset.ShardWriter(str(folder / "%06d.tar"), maxcount=WRITE_SAMPLES, maxsize=2**40, verbose=0) as writer:
-        for i in range(WRITE_SAMPLES):
-            tensors = {"mean.0": torch.zeros(WRITE_BYTES // 2).bfloat16()}
-            writer.write({"__key__": f"{i:06d}", "target.safetensors": safetensors.torch.save(tensors), "json": {}})
+
+    def work() -> None:
+        with webdataset.ShardWriter(str(folder / "%06d.tar"), maxcount=WRITE_SAMPLES, maxsize=2**40, verbose=0) as out:
+            for i in range(WRITE_SAMPLES):
+                row = {"target.safetensors": safetensors.torch.save(latents(i)), "json": {}}
+                out.write({"__key__": f"{i:06d}", **row})
+
+    return measured(work)
 
 
-def write_ray(folder: Path) -> None:
-    """The same through Ray Data's own write; its worker's memory is what is measured."""
-    import numpy as np
+def write_ray(folder: Path) -> tuple[float, float, float]:
+    """The same through Ray Data's own write; started before, and the busiest worker's memory is what counts."""
+    import psutil
     import ray
 
     ray.init(num_cpus=1, include_dashboard=False, logging_level="error")
     ray.data.DataContext.get_current().enable_progress_bars = False
+    ray.data.range(1).map(lambda row: row).materialize()
 
     def sample(row: dict) -> dict:
-        return {"__key__": f"{row['id']:06d}", "target.bin": np.zeros(WRITE_BYTES, np.uint8).tobytes()}
+        import safetensors.torch
 
-    ray.data.range(WRITE_SAMPLES, override_num_blocks=4).map(sample).write_webdataset(
-        str(folder), min_rows_per_file=WRITE_SAMPLES
-    )
+        return {"__key__": f"{row['id']:06d}", "target.safetensors": safetensors.torch.save(latents(row["id"]))}
+
+    peaks: dict[int, list[int]] = {}
+    finished = threading.Event()
+
+    def watch() -> None:
+        while not finished.wait(0.02):
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::"):
+                        peaks.setdefault(process.pid, []).append(process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.perf_counter()
+    rows = ray.data.range(WRITE_SAMPLES, override_num_blocks=4).map(sample)
+    rows.write_webdataset(str(folder), min_rows_per_file=WRITE_SAMPLES)
+    seconds = time.perf_counter() - began
+    finished.set()
+    watcher.join()
     ray.shutdown()
+    return seconds, float("nan"), max(max(sizes) - sizes[0] for sizes in peaks.values()) / 2**20
 
 
 def bench_write(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
-    """Each writer in a process of its own, for its peak memory; children (Ray's workers) count too."""
+    """Each writer in processes of its own, in turns; medians."""
+    names = ["write_ours", "write_ours_without_sync", "write_webdataset", *(("write_ray",) if arguments.ray else ())]
+    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
+    for _ in range(WRITE_TRIALS):
+        for name in names:
+            output = str(folder / name)
+            code = WRITE_SCRIPT.format(folder=str(Path(__file__).parent), name=name, output=output)
+            out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+            found[name].append(tuple(map(float, out.split()[-3:])))
+            shutil.rmtree(output)
     rows = {}
-    for name in ("write_ours", "write_webdataset", *(("write_ray",) if arguments.ray else ())):
-        code = (
-            f"import sys, time, resource; sys.path.insert(0, {str(Path(__file__).parent)!r}); import torch, pathlib\n"
-            f"import data_bench\n"
-            f"base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-            f"t = time.perf_counter(); c = time.process_time()\n"
-            f"data_bench.{name}(pathlib.Path({str(folder / name)!r}))\n"
-            f"s = time.perf_counter() - t; c = time.process_time() - c\n"
-            f"me = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base\n"
-            f"child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss\n"
-            f"print(s, c, me / 1024, child / 1024)"
-        )
-        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-        seconds, cpu_s, own_mb, child_mb = map(float, out[-4:])
-        rows[name] = {"MB_per_s": WRITE_SAMPLES * WRITE_BYTES / 1e6 / seconds, "cpu_s": cpu_s, "added_peak_MB": own_mb}
-        if name == "write_ray":
-            rows[name] = {"MB_per_s": rows[name]["MB_per_s"], "largest_worker_peak_MB": child_mb}
-        shutil.rmtree(folder / name)
+    for name, trials in found.items():
+        seconds, cpu_s, peak_mb = (statistics.median(values) for values in zip(*trials, strict=True))
+        rate = WRITE_SAMPLES * WRITE_BYTES / 1e6 / seconds
+        rows[name] = {"MB_per_s": rate, "seconds": seconds, "cpu_s": cpu_s, "added_peak_MB": peak_mb}
     return rows
 
 
@@ -234,6 +281,7 @@ def bench_read(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[st
 
     import safetensors.torch
     import webdataset
+    import wids
 
     from loomvideo.platform.shards.reader import ShardDataset
 
@@ -246,33 +294,47 @@ def bench_read(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[st
     dataset = ShardDataset.open(output)
     order = random.Random(0).sample(range(len(dataset)), len(dataset))
 
-    def rate(work) -> float:
-        # CPU time: what is read lies in the page cache, and a busy machine does not stretch it.
-        began, count = time.process_time(), 0
-        while time.process_time() - began < 1.0:
+    def rate(work) -> dict[str, float]:
+        # What is read lies in the page cache: CPU time is what a busy machine does not stretch.
+        work()
+        began, cpu, count = time.perf_counter(), time.process_time(), 0
+        while time.perf_counter() - began < 2.0:
             count += work()
-        return count / (time.process_time() - began)
+        return {
+            "samples_per_s": count / (time.perf_counter() - began),
+            "samples_per_cpu_s": count / (time.process_time() - cpu),
+        }
 
     def random_reads() -> int:
         return sum(1 for row in order if dataset.read(row))
 
+    def in_order() -> int:
+        return sum(1 for row in range(len(dataset)) if dataset.read(row))
+
     def latents_only() -> int:
         return sum(1 for row in order if dataset.read(row, select=lambda member, name: member == "target"))
 
+    def parsed(row: dict) -> int:
+        for name, value in row.items():
+            if name.endswith("safetensors"):
+                safetensors.torch.load(value if isinstance(value, bytes) else value.read())
+        return 1
+
     def sequential() -> int:
         urls = [str(path) for path in sorted((output / "shards").glob("*.tar"))]
-        count = 0
-        for row in webdataset.WebDataset(urls, shardshuffle=False):
-            for name, value in row.items():
-                if name.endswith("safetensors"):
-                    safetensors.torch.load(value)
-            count += 1
-        return count
+        return sum(parsed(row) for row in webdataset.WebDataset(urls, shardshuffle=False))
+
+    listed = wids.ShardListDataset(str(output / "wids.json"), transformations=[], keep=True)
+
+    def wids_random() -> int:
+        return sum(parsed(listed[row]) for row in order)
 
     return {
-        "ours, random, everything": {"samples_per_cpu_s": rate(random_reads)},
-        "ours, random, target latents": {"samples_per_cpu_s": rate(latents_only)},
-        "webdataset, sequential": {"samples_per_cpu_s": rate(sequential)},
+        "ours, random, everything": rate(random_reads),
+        "wids, random, everything": rate(wids_random),
+        "ours, random, target latents": rate(latents_only),
+        "ours, in order, everything": rate(in_order),
+        "webdataset, in order, everything": rate(sequential),
     }
 
 

@@ -16,6 +16,7 @@ from loomvideo.pipelines.captions.dataset import (
     ask_server,
     caption_dataset,
 )
+from loomvideo.pipelines.captions.ray_llm import ask_ray_llm
 from loomvideo.platform.shards.storage import Storage
 
 SAMPLES_FILE = "samples.jsonl"
@@ -34,11 +35,12 @@ def run(config: CaptionDatasetConfig) -> None:
         bar = stack.enter_context(Progress(*columns, console=console))
         task = bar.add_task("texts", total=None)
         ask = ask_server
-        if config.captions.backend == "transformers":
+        config.captions.check()
+        if config.captions.backend in ("transformers", "vllm"):
             from loomvideo.platform.ray_session import ray_session
 
             stack.enter_context(ray_session())
-            ask = ask_actors(config.workers)
+            ask = (ask_actors if config.captions.backend == "transformers" else ask_ray_llm)(config.workers)
         result = caption_dataset(config, ask, lambda done, total: bar.update(task, completed=done, total=total))
     write(result, Storage(config.output))
     counts = Counter((row["status"], row["written"]) for row in result.ledger)

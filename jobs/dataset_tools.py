@@ -176,15 +176,15 @@ def quarantine_ls(
 
 
 def quarantine_retry(folder: DatasetFolder) -> None:
-    """Build the shards again that miss samples which another attempt may write."""
+    """Judge, caption and build again what misses samples that another attempt may write."""
     from loomvideo.jobs.prepare_job import run
-    from loomvideo.pipelines.quarantine import retriable_shards, saved_config
+    from loomvideo.pipelines.quarantine import retriable_work, saved_config
 
-    shards = retriable_shards(folder)
-    if not shards:
+    work = retriable_work(folder)
+    if not work:
         print(f"{folder}: nothing retriable")
         return
-    run(saved_config(folder), again=shards)
+    run(saved_config(folder), again=work)
 
 
 def quarantine_export(

@@ -30,9 +30,12 @@ from loomvideo.platform.shards.reader import ShardDataset
 from loomvideo.platform.shards.storage import Storage
 from loomvideo.platform.tracking import Tracker
 
+# Stages before the builders and the figure that counts their samples.
+_KINDS = {"judge": "judged", "caption": "captioned"}
+
 
 class PrepareProgress:
-    """Bars of chunks judged and shards built, with throughput and the limiting stage; the same to a tracker."""
+    """Bars of chunks judged, captioned and shards built, with throughput and the limiting stage; also to a tracker."""
 
     def __init__(self, console: Console, track: Callable[[dict[str, float], int], None]):
         self._bar = Progress(
@@ -59,16 +62,17 @@ class PrepareProgress:
 
     def __call__(self, report: dict[str, Any], total: int) -> None:
         """Count one finished shard or chunk."""
-        kind = "judge" if "judged" in report else "build"
+        kind = next((kind for kind, name in _KINDS.items() if name in report), "build")
         if kind not in self._tasks:
             self._tasks[kind] = self._bar.add_task(kind, total=total, rate="")
             self._started[kind] = self._begun
             self._begun = time.perf_counter()
         self._total.update({k: v for k, v in report.items() if isinstance(v, (int, float))})
         seconds = time.perf_counter() - self._started[kind]
-        if kind == "judge":
-            rate = f"{self._total['judged'] / seconds:.1f} samples/s"
-            self._track({"judged": self._total["judged"]}, self._total["judged"])
+        if kind in _KINDS:
+            done = self._total[_KINDS[kind]]
+            rate = f"{done / seconds:.1f} samples/s"
+            self._track({_KINDS[kind]: done}, done)
         else:
             rate = self._build_rate(report, seconds)
         self._bar.update(self._tasks[kind], advance=1, rate=rate)
@@ -130,7 +134,7 @@ def run(config: PrepareConfig, again: Collection[str] = ()) -> None:
 
     Args:
         config: The job.
-        again: Shards to build again though they are up to date.
+        again: Shards, and paths of chunks' results, to do again though they are up to date.
     """
     console = Console()
 

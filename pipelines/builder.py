@@ -13,15 +13,17 @@ import queue
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 
 from loomvideo.model.presets import preset, with_folders
+from loomvideo.pipelines.chunks import read_planned
 from loomvideo.pipelines.decode import DecodeError
 from loomvideo.pipelines.encode import LoadedSample, SampleEncoder, SampleLoader
+from loomvideo.pipelines.features import combined_error
 from loomvideo.pipelines.geometry import Filtered
 from loomvideo.pipelines.media_files import base_folder, media_stamp, resolve
 from loomvideo.pipelines.prepare_config import PrepareConfig
@@ -38,8 +40,6 @@ logger = logging.getLogger(__name__)
 PLAN_FILE = "work/plan.parquet"
 SHARED_TASK = "shared"
 SHARED_RECORD = "work/shared.json"
-# Reasons that another attempt may not meet again.
-RETRIABLE = ("missing_file", "timeout", "download_failed", "decoder_crash", "encode_error")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ class ShardBuilder:
 
         Returns:
             What happened, for progress: the shard's name, counts, sizes and the seconds spent waiting for decoded
-            samples (``wait_s``) and encoding (``encode_s``).
+            samples (``wait_s``) and encoding (``encode_s``), and how many members were made and kept (``members``).
         """
         started = time.perf_counter()
         if row["shard"] == SHARED_TASK:
@@ -95,7 +95,7 @@ class ShardBuilder:
             )
             return self._report(SHARED_TASK, 0, 0, 0, 0.0, 0.0, started)
         self._wait_s = self._encode_s = 0.0
-        self.encoder.start_measuring()
+        self._members: Counter[str] = Counter()
         facts: dict[str, Any] = {"encoders": self.encoder.fingerprints}
         planned = read_plan(self.storage, row["shard"])
         outcomes: list[dict[str, Any]] = []
@@ -112,7 +112,8 @@ class ShardBuilder:
         report = self._report(
             row["shard"], len(record.rows), lost, record.num_bytes, self._wait_s, self._encode_s, started
         )
-        return report | {"feature_error": max(record.facts["feature_error"]["layers"], default=0.0)}
+        error = max(record.facts["feature_error"]["layers"], default=0.0)
+        return report | {"feature_error": error, "members": dict(self._members)}
 
     def _report(
         self, shard: str, written: int, lost: int, num_bytes: int, wait_s: float, encode_s: float, started: float
@@ -136,11 +137,13 @@ class ShardBuilder:
         facts: dict[str, Any],
     ) -> Iterator[tuple[int, ShardSample]]:
         previous = self._previous(row["shard"])
+        errors = []
         for plan, loaded in zip(planned, self._loaded(planned, previous), strict=True):
             sample = plan.sample
             outcome = {"key": sample.key, "dataset": sample.dataset, "media": self._stamps(sample)}
             if isinstance(loaded, LoadedSample):
                 began = time.perf_counter()
+                kept = loaded.kept
                 loaded = self._encoded(loaded, row["split"], plan.judged)
                 self._encode_s += time.perf_counter() - began
             if isinstance(loaded, Failure):
@@ -148,9 +151,11 @@ class ShardBuilder:
                 continue
             if loaded.key != sample.key:
                 raise RuntimeError(f"encoded {loaded.key} where {sample.key} was planned")
+            self._members.update(f"{'kept' if member in kept else 'made'}.{member}" for member in loaded.tensors)
+            errors.append(loaded.metadata.get("feature_error"))
             outcomes.append({**outcome, "outcome": "written"})
             yield plan.slot, loaded
-        facts["feature_error"] = self.encoder.error.summary()
+        facts["feature_error"] = combined_error(errors)
 
     def _encoded(self, loaded: LoadedSample, split: str, judged: dict[str, Any]) -> ShardSample | Failure:
         try:
@@ -227,9 +232,7 @@ class ShardBuilder:
 
 def read_plan(storage: Storage, shard: str) -> list[PlannedSample]:
     """The samples of one planned shard."""
-    with storage.fs.open(storage.full_path(PLAN_FILE), "rb") as opened:
-        table = pq.read_table(opened, filters=[("shard", "=", shard)])
     return [
         PlannedSample(row["slot"], parse_sample(row["sample"], f"{PLAN_FILE}:{row['key']}"), json.loads(row["judged"]))
-        for row in table.to_pylist()
+        for row in read_planned(storage, PLAN_FILE, shard)
     ]

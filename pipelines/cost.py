@@ -10,8 +10,9 @@ from loomvideo.pipelines.decode import DecodeError
 from loomvideo.pipelines.encode import SampleEncoder, SampleLoader
 from loomvideo.pipelines.estimate import estimated_bytes, estimated_tokens
 from loomvideo.pipelines.geometry import Filtered
+from loomvideo.pipelines.inputs import read_inputs
 from loomvideo.pipelines.media_files import base_folder
-from loomvideo.pipelines.prepare import make_plan, read_inputs
+from loomvideo.pipelines.prepare import make_plan
 from loomvideo.pipelines.prepare_config import PrepareConfig
 
 MODES = (("stored", "bf16"), ("stored", "fp8"), ("stored", "int8"), ("text", "bf16"), ("streamed", "bf16"))

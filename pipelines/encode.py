@@ -26,9 +26,10 @@ from loomvideo.pipelines.media_files import content_hash, local_copies, resolve
 from loomvideo.pipelines.prepare_config import FeatureOptions, PrepareConfig
 from loomvideo.pipelines.samples import Sample
 from loomvideo.platform.shards.plan import digest
-from loomvideo.platform.shards.quantize import SCALE_SUFFIX
 from loomvideo.platform.shards.sample import ShardSample
 
+# What is said of the mllm member; kept with it.
+MLLM_METADATA = ("mllm_index", "mllm_tokens", "features", "feature_error")
 # Raise when the same pixels, words and encoders give other tensors than before.
 TENSORS_VERSION = 1
 
@@ -139,9 +140,8 @@ class SampleLoader:
         words = [prompts.compose(kind, sample.text, len(sample.references), variant) for variant in ("full", "visual")]
         media = (pixels.get("source"), pixels.get("refs"))
         options = self.config.features
-        prints["mllm"] = digest(
-            TENSORS_VERSION, self.encoders["mllm"], words, media, len(clips.starts), options.mode, options.dtype
-        )
+        form = (options.mode, options.dtype, *((options.layers,) if options.layers else ()))
+        prints["mllm"] = digest(TENSORS_VERSION, self.encoders["mllm"], words, media, len(clips.starts), *form)
         return prints
 
     def _windows(self, path: str, clips: Clips, windows: Sequence[Sequence[int]], fps: float) -> list[Tensor]:
@@ -180,16 +180,12 @@ class SampleEncoder:
         self.mllm = FrozenMLLM.from_preset(preset, self.device, dtype)
         self.dtype = dtype
         self.patch_size = tuple(preset.dit.patch_size)
-        self.start_measuring()
+        self.error = FeatureError(self.mllm.hidden_size)
 
     @property
     def fingerprints(self) -> dict[str, str]:
         """Of the codec and the MLLM."""
         return {"codec": self.codec.fingerprint, "mllm": self.mllm.fingerprint}
-
-    def start_measuring(self) -> None:
-        """Count the error of eight-bit features from here on, in ``error``."""
-        self.error = FeatureError(self.mllm.hidden_size)
 
     def null_features(self) -> dict[str, Tensor]:
         """The dataset-wide tensors: features of the empty message, ``null`` [layers, tokens, dim]."""
@@ -217,7 +213,7 @@ class SampleEncoder:
         if loaded.references and "refs" not in tensors:
             tensors["refs"] = self._moments([reference[None] for reference in loaded.references])
         if "mllm" in loaded.kept:
-            mllm_metadata = {k: loaded.kept_metadata[k] for k in ("mllm_index", "mllm_tokens", "features")}
+            mllm_metadata = {k: loaded.kept_metadata[k] for k in MLLM_METADATA if k in loaded.kept_metadata}
         else:
             tensors["mllm"], mllm_metadata = self._mllm_members(loaded)
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors["target"].items() if name.startswith("mean.")}
@@ -285,10 +281,9 @@ class SampleEncoder:
         if not keep:
             return streamed_members(inputs, self.mllm.processor), metadata
         states = dict(zip(inputs, self.mllm.encode(list(inputs.values())), strict=True))
-        members = stored_members(states, self.features.dtype)
-        if self.features.dtype != "bf16":
-            for name, state in states.items():
-                self.error.add(state, members[name], members[name + SCALE_SUFFIX])
+        members = stored_members(states, self.features.dtype, self.features.layers)
+        if self.features.dtype != "bf16" or self.features.layers:
+            metadata["feature_error"] = self.error.measure(states, members, self.features.layers)
         return members, metadata
 
     def _inputs(

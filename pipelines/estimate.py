@@ -43,6 +43,7 @@ def estimated_bytes(sample: Sample, config: PrepareConfig, model: ModelPreset) -
     if config.features.mode == "stored" or (config.features.mode == "text" and not media):
         tokens = text + media + (media if media else 0)
         entries = windows if sample.source else 1
-        width = model.dit.num_layers * model.dit.mllm_dim * _FEATURE_BYTES[config.features.dtype]
+        layers = len(config.features.layers) or model.dit.num_layers
+        width = layers * model.dit.mllm_dim * _FEATURE_BYTES[config.features.dtype]
         return latents + entries * tokens * width
     return latents + media * _PIXELS_PER_TOKEN * 2 * 3 + 8 * (text + media)

@@ -13,17 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from loomvideo.model.conditioning.inputs import MLLMInputs, ProcessorConfig
-from loomvideo.platform.shards.quantize import SCALE_SUFFIX, dequantize, quantize
+from loomvideo.platform.shards.layers import expanded
+from loomvideo.platform.shards.quantize import SCALE_SUFFIX, quantize, restore
 
 _PIXELS = ("pixel_values", "pixel_values_videos")
 _GRIDS = ("image_grid_thw", "video_grid_thw")
 
 
-def stored_members(states: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
-    """Store form of ``{"full.0": states [layers, tokens, dim], ...}``."""
+def stored_members(states: Mapping[str, Tensor], dtype: str, layers: Sequence[int] = ()) -> dict[str, Tensor]:
+    """Store form of ``{"full.0": states [layers, tokens, dim], ...}``, of all layers or of those listed."""
     tensors = {}
     for name, state in states.items():
-        values, scale = quantize(state.cpu(), dtype)
+        values, scale = quantize(state[list(layers)].cpu() if layers else state.cpu(), dtype)
         tensors[name] = values
         if scale is not None:
             tensors[name + SCALE_SUFFIX] = scale
@@ -70,7 +71,7 @@ def _to_float(patches: Tensor, processor: ProcessorConfig) -> Tensor:
 
 
 class FeatureError:
-    """Mean relative error that eight-bit storage adds, per layer and behind the embedder.
+    """Mean relative error of features as they are read back, per layer and behind the embedder.
 
     The embedder that will read the features is not trained yet; one of its form (RMSNorm, linear, GELU, linear) with
     seeded random weights and a narrow middle stands for it.
@@ -82,37 +83,41 @@ class FeatureError:
             self._embedder = nn.Sequential(
                 nn.RMSNorm(dim, eps=1e-6), nn.Linear(dim, hidden), nn.GELU("tanh"), nn.Linear(hidden, hidden)
             ).requires_grad_(False)
-        self._layers: Tensor | None = None
-        self._embedded = 0.0
-        self._tokens = 0
 
-    def add(self, states: Tensor, values: Tensor, scale: Tensor | None) -> None:
-        """Count the error of one tensor [layers, tokens, dim] and its store form."""
-        exact = states.float().cpu()
-        kept = dequantize(values, scale, torch.float32)
-        error = (kept - exact).norm(dim=-1) / exact.norm(dim=-1).clamp_min(1e-12)
-        layers = error.double().sum(1)
-        self._layers = layers if self._layers is None else self._layers + layers
+    def measure(
+        self, states: Mapping[str, Tensor], members: Mapping[str, Tensor], layers: Sequence[int] = ()
+    ) -> dict[str, Any]:
+        """The error of one sample.
+
+        Args:
+            states: Exact, ``{"full.0": [layers, tokens, dim], ...}``.
+            members: Their store form, see :func:`stored_members`.
+            layers: Stored ones; empty: all.
+
+        Returns:
+            ``{"layers": [...], "embedder": ..., "tokens": ...}``.
+        """
+        read = restore(dict(members))
+        if layers:
+            read = expanded(read, layers, len(next(iter(states.values()))))
+        exact = torch.cat([states[name].float().cpu() for name in states], 1)
+        kept = torch.cat([read[name].float() for name in states], 1)
         # The embedder reads every layer; the first and the last stand for all.
         ends = [0, -1]
-        after, before = self._embedder(kept[ends]), self._embedder(exact[ends])
-        relative = (after - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-12)
-        self._embedded += float(relative.double().mean(0).sum())
-        self._tokens += exact.shape[1]
-
-    def summary(self) -> dict[str, Any]:
-        """``{"layers": [...], "embedder": ..., "tokens": ...}``; tokens 0 when nothing was counted."""
-        if self._layers is None:
-            return {"layers": [], "embedder": 0.0, "tokens": 0}
+        behind = _relative(self._embedder(kept[ends]), self._embedder(exact[ends]))
         return {
-            "layers": [round(float(value), 6) for value in self._layers / self._tokens],
-            "embedder": round(self._embedded / self._tokens, 6),
-            "tokens": self._tokens,
+            "layers": [round(float(value), 6) for value in _relative(kept, exact).double().mean(1)],
+            "embedder": round(float(behind.double().mean()), 6),
+            "tokens": exact.shape[1],
         }
 
 
-def combined_error(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The summaries of several shards as one, weighted by tokens."""
+def _relative(values: Tensor, exact: Tensor) -> Tensor:
+    return (values - exact).norm(dim=-1) / exact.norm(dim=-1).clamp_min(1e-12)
+
+
+def combined_error(parts: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
+    """The errors of several samples or shards as one, weighted by tokens; tokens 0 when nothing was measured."""
     parts = [part for part in parts if part and part["tokens"]]
     tokens = sum(part["tokens"] for part in parts)
     if not tokens:

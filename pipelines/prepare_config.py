@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from loomvideo.model.presets import PRESETS
+from loomvideo.model.presets import PRESETS, preset
+from loomvideo.pipelines.captions.options import CaptionOptions, CaptionWorkers
 from loomvideo.pipelines.stages.options import StageOptions
 from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
@@ -32,7 +33,8 @@ class FeatureOptions:
         "stored", "stored: all layers; streamed: the MLLM's inputs; text: only those of text-only samples"
     )
     dtype: str = option("bf16", "stored features as bf16, fp8 (unit RMS rows) or int8 (rows)")
-    max_error: float = option(0.1, "largest relative error of quantised features in any layer; above it the run stops")
+    layers: list[int] = option([], "layers that are stored, 0 first; empty: all; others are read as the nearest stored")
+    max_error: float = option(0.1, "largest relative error of features as read in any layer; above it the run stops")
 
 
 @dataclass
@@ -84,6 +86,13 @@ class PrepareConfig:
     run: str = option("", "name of that run; by default the time")
     curate: bool = option(False, "judge samples before encoding: shots, quality, text, pairs, duplicates (stages.*)")
     stages: StageOptions = option(StageOptions, "")
+    captions: CaptionOptions = option(CaptionOptions, "")
+    caption_workers: CaptionWorkers = option(CaptionWorkers, "")
+
+    @property
+    def makes_texts(self) -> bool:
+        """Whether the graph has a caption stage."""
+        return self.captions.backend != "existing"
 
     def check(self) -> None:
         """Check values that types cannot.
@@ -112,5 +121,9 @@ class PrepareConfig:
             if value < 1:
                 raise UserError(f"{key}={value}: must be at least 1")
         self.stages.check()
+        self.captions.check()
+        layers, num_layers = self.features.layers, preset(self.model).dit.num_layers
+        if sorted(set(layers)) != layers or (layers and not 0 <= layers[0] <= layers[-1] < num_layers):
+            raise UserError(f"features.layers={layers}: list each layer once, ascending, from 0 to {num_layers - 1}")
         if not 0 <= self.heldout_fraction < 1:
             raise UserError(f"heldout_fraction={self.heldout_fraction}: must be in [0, 1)")

@@ -1,6 +1,7 @@
 """The ledger of what was not written: list it, try it again, export it."""
 
 import io
+import json
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -8,9 +9,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from loomvideo.pipelines.accounts import RETRIABLE, is_retriable
+from loomvideo.pipelines.caption_stage import CAPTION_FOLDER
+from loomvideo.pipelines.curate import CURATION_FOLDER
 from loomvideo.pipelines.prepare import CONFIG_FILE
 from loomvideo.pipelines.prepare_config import PrepareConfig
-from loomvideo.pipelines.samples import parse_sample, write_jsonl
+from loomvideo.pipelines.samples import stored_sample, write_jsonl
 from loomvideo.platform.config import load_config
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.manifest import QUARANTINE_FILE
@@ -36,16 +40,29 @@ def by_reason(rows: list[dict[str, Any]]) -> list[tuple[str, str, str, int]]:
     return [(*group, count) for group, count in counts.most_common()]
 
 
-def retriable_shards(url: str) -> set[str]:
-    """Shards that miss a sample which another attempt may write."""
-    wanted = {row["key"] for row in ledger(url) if row["retriable"] and row["outcome"] == "quarantined"}
+def retriable_work(url: str) -> set[str]:
+    """What to do again for samples that another attempt may write: names of shards, and paths of chunks' results."""
+    wanted = {row["key"] for row in ledger(url) if row["retriable"]}
     storage = Storage(url)
-    shards = set()
+    work = set()
     for name in storage.names(RECORD_FOLDER):
         record = read_record(storage, name.removesuffix(".json"))
-        if record and any(o["key"] in wanted and o["outcome"] == "quarantined" for o in record.outcomes):
-            shards.add(record.name)
-    return shards
+        if record and any(o["key"] in wanted and is_retriable(o) for o in record.outcomes):
+            work.add(record.name)
+    for folder, lost in ((CURATION_FOLDER, _lost_by_judges), (CAPTION_FOLDER, _lost_by_captions)):
+        for name in storage.names(folder):
+            record = json.loads(storage.read_bytes(f"{folder}/{name}"))
+            if wanted & lost(record):
+                work.add(f"{folder}/{name}")
+    return work
+
+
+def _lost_by_judges(record: dict[str, Any]) -> set[str]:
+    return {stored_sample(found["sample"]).key for found in record["judgements"] if is_retriable(found)}
+
+
+def _lost_by_captions(record: dict[str, Any]) -> set[str]:
+    return {result["key"] for result in record["results"] if result["status"] in RETRIABLE}
 
 
 def saved_config(url: str) -> PrepareConfig:
@@ -72,5 +89,5 @@ def export(url: str, path: Path, reason: str = "") -> int:
         reason: Only of this reason.
     """
     chosen = [row for row in ledger(url) if row["sample"] and (not reason or row["reason"] == reason)]
-    write_jsonl((parse_sample(row["sample"], row["key"]) for row in chosen), path)
+    write_jsonl((stored_sample(row["sample"]) for row in chosen), path)
     return len(chosen)

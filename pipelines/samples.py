@@ -97,6 +97,16 @@ def parse_sample(line: str, where: str) -> Sample:
     return sample
 
 
+def stored_sample(text: str) -> Sample:
+    """A sample from :meth:`Sample.to_json`, which may still lack its text."""
+    return Sample(**json.loads(text))
+
+
+def media_paths(sample: Sample) -> list[str]:
+    """Media paths of a sample as it names them."""
+    return [path for path in (sample.target, sample.source, *sample.references) if path]
+
+
 def read_jsonl(path: Path) -> Iterator[Sample]:
     """Samples of a JSONL file, in order, blank lines skipped."""
     if not path.is_file():

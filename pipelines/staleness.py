@@ -8,12 +8,17 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from loomvideo.pipelines.builder import PLAN_FILE
+from loomvideo.pipelines.caption_stage import CAPTION_FOLDER, caption_chunks, with_captions
+from loomvideo.pipelines.chunks import chunk_rows, plan_chunks, stale_chunks
+from loomvideo.pipelines.curate import CURATION_FOLDER, chunk_recipe_parts
+from loomvideo.pipelines.inputs import Inputs, read_inputs, without_removed
 from loomvideo.pipelines.media_files import base_folder, media_stamp, resolve
-from loomvideo.pipelines.prepare import make_plan, read_inputs, recipe_parts, stored_manifest
+from loomvideo.pipelines.prepare import Stamps, decided, make_plan, recipe_parts, stored_manifest
 from loomvideo.pipelines.prepare_config import PrepareConfig
 from loomvideo.pipelines.samples import Sample
 from loomvideo.platform.config import flatten
 from loomvideo.platform.shards.storage import Storage
+from loomvideo.platform.shards.takedown import tombstones
 from loomvideo.platform.shards.writer import read_record
 
 # Which members depend on which part of the configuration, the first prefix that matches.
@@ -22,6 +27,8 @@ _MEMBERS_OF_KEY = (
     ("seed", "target source mllm"),
     ("decoder", "target source refs mllm"),
     ("features.", "mllm"),
+    ("captions.", "mllm"),
+    ("stages.", "scores"),
     ("model", "target source refs mllm"),
 )
 
@@ -31,7 +38,7 @@ class Stale:
     """One reason for work.
 
     Attributes:
-        what: ``config``, ``encoders``, ``code``, ``shard`` or ``sample``.
+        what: ``config``, ``encoders``, ``code``, ``judge``, ``caption``, ``shard`` or ``sample``.
         name: Key of the configuration, shard or sample.
         members: Members that are made again; ``moved`` when bytes are only copied.
         why: One line.
@@ -47,7 +54,7 @@ def stale_parts(config: PrepareConfig) -> list[Stale]:
     """Compare the dataset in ``config.output`` with what ``config`` asks for; nothing is changed or decoded."""
     config.check()
     storage = Storage(config.output)
-    inputs = read_inputs(config)
+    inputs = without_removed(read_inputs(config), tombstones(storage))
     before = stored_manifest(storage)
     if before is None and not storage.exists(PLAN_FILE):
         return [Stale("dataset", config.output, "everything", "there is none yet")]
@@ -60,11 +67,36 @@ def stale_parts(config: PrepareConfig) -> list[Stale]:
                 found.append(Stale(part, part, members, f"{before.recipe.get(part)} -> {recipe[part]}"))
     else:
         found.append(Stale("dataset", config.output, "", "interrupted: no manifest; committed shards are kept"))
-    found += _sample_changes(storage, inputs.samples, base_folder(config.input))
-    for shard in make_plan(inputs, config) if not config.curate else ():
+    stages, inputs = _stage_changes(storage, inputs, config)
+    found += stages
+    changes = _sample_changes(storage, inputs.samples, base_folder(config.input))
+    if stages:
+        # Who is in, and with which text, is known when the stages are done: only what changed on disk is, already.
+        changes = [change for change in changes if change.why not in ("new", "no longer in the input", "text changed")]
+    found += changes
+    for shard in make_plan(inputs, config) if not stages else ():
         if read_record(storage, shard.name) is None:
             found.append(Stale("shard", shard.name, "everything", "not committed, or its tar is missing or damaged"))
     return found
+
+
+def _stage_changes(storage: Storage, inputs: Inputs, config: PrepareConfig) -> tuple[list[Stale], Inputs]:
+    """Chunks that are judged or captioned again, and the inputs after the stages that are up to date."""
+    stamps = Stamps(base_folder(config.input))
+    if config.curate:
+        chunks = plan_chunks(inputs.samples)
+        rows = chunk_rows(chunks, {s.key: s for s in inputs.samples}, *chunk_recipe_parts(config))
+        stale = stale_chunks(storage, CURATION_FOLDER, rows, stamps.same)
+        if stale:
+            return [Stale("judge", r["chunk"], "scores", "samples, limits or files changed") for r in stale], inputs
+        inputs = decided(storage, inputs, config, chunks)
+    if config.makes_texts:
+        asked = caption_chunks(inputs, config)
+        stale = stale_chunks(storage, CAPTION_FOLDER, asked.rows, stamps.same)
+        if stale:
+            return [Stale("caption", r["chunk"], "mllm", "samples, model or files changed") for r in stale], inputs
+        inputs = with_captions(storage, inputs, asked.chunks, config.captions)
+    return [], inputs
 
 
 def _config_changes(before: dict[str, Any], now: dict[str, Any]) -> list[Stale]:
@@ -87,7 +119,6 @@ def _sample_changes(storage: Storage, samples: list[Sample], base: str) -> list[
         stamps |= {outcome["key"]: outcome["media"] for outcome in (record.outcomes if record else ())}
     now = {sample.key: sample for sample in samples}
     found = [Stale("sample", key, "everything", "new") for key in sorted(set(now) - set(planned))]
-    # With curation on, samples that it dropped or cut into shots are not in the plan either.
     found += [Stale("sample", key, "removed", "no longer in the input") for key in sorted(set(planned) - set(now))]
     for key in sorted(set(now) & set(planned)):
         found += _changed(now[key], json.loads(planned[key]["sample"]), stamps.get(key), base)

@@ -13,6 +13,7 @@ from loomvideo.pipelines.encode import SampleEncoder, SampleLoader
 from loomvideo.pipelines.media_files import base_folder
 from loomvideo.pipelines.prepare_config import PrepareConfig
 from loomvideo.pipelines.samples import Sample
+from loomvideo.platform.shards.layers import expanded
 from loomvideo.platform.shards.manifest import ShardEntry, check_counts, shard_path
 from loomvideo.platform.shards.quantize import restore
 from loomvideo.platform.shards.reader import ShardDataset
@@ -128,11 +129,14 @@ def verify_content(dataset: ShardDataset, config: PrepareConfig, num_samples: in
             stored = dataset.read(row)
             loaded = loader.load(_sample(stored))
             again = encoder.encode(loaded, stored.metadata["split"])
+            restored = restore(again.tensors["mllm"])
+            if config.features.layers:
+                restored = expanded(restored, config.features.layers, model.dit.num_layers)
             psnr_db = _psnr_db(encoder, stored, loaded.target[0])
             cosines = [
                 float(torch.nn.functional.cosine_similarity(tensor.float(), new.float(), dim=-1).mean())
                 for name, tensor in stored.tensors["mllm"].items()
-                if tensor.is_floating_point() and (new := _restored(again).get(name)) is not None
+                if tensor.is_floating_point() and (new := restored.get(name)) is not None
             ]
             cosine = min(cosines, default=1.0)
             line = f"{stored.key}: target {psnr_db:.1f} dB, features cosine {cosine:.4f}"
@@ -157,10 +161,6 @@ def _sample(stored: ShardSample) -> Sample:
         caption=metadata["text"],
         extra=metadata.get("extra", {}),
     )
-
-
-def _restored(sample: ShardSample) -> dict[str, torch.Tensor]:
-    return restore(sample.tensors["mllm"])
 
 
 def _psnr_db(encoder: SampleEncoder, stored: ShardSample, frames: torch.Tensor) -> float:

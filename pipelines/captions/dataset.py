@@ -12,20 +12,11 @@ from typing import Any
 
 from loomvideo.pipelines.captions.captioner import Captioner, CaptionResult, with_text
 from loomvideo.pipelines.captions.frames import FrameReader
-from loomvideo.pipelines.captions.options import CaptionOptions
-from loomvideo.pipelines.samples import EDIT_TASKS, Sample
+from loomvideo.pipelines.captions.options import CaptionOptions, CaptionWorkers
+from loomvideo.pipelines.samples import EDIT_TASKS, Sample, stored_sample
 from loomvideo.pipelines.sources import Rejected, open_source
 from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
-
-
-@dataclasses.dataclass
-class CaptionWorkers:
-    """Ray actors that hold a model, for ``captions.backend=transformers``."""
-
-    count: int = option(1, "actors")
-    gpus: float = option(1.0, "GPUs an actor reserves")
-    cpus: float = option(1.0, "CPUs an actor reserves")
 
 
 @dataclasses.dataclass
@@ -64,7 +55,7 @@ def caption_dataset(
 
     Args:
         config: Of the job.
-        ask: :func:`ask_server`, or :func:`ask_actors` for a model that runs here.
+        ask: :func:`ask_server`, :func:`ask_actors` for a model that runs here, or ``ray_llm.ask_ray_llm``.
         progress: Called with the number of answers and of questions.
 
     Raises:
@@ -75,8 +66,7 @@ def caption_dataset(
     samples = [entry for entry in entries if isinstance(entry, Sample)]
     if len({sample.key for sample in samples}) != len(samples):
         raise UserError(f"input={config.input}: two samples have the same key")
-    # The text of an edit is its instruction, of everything else its caption.
-    asked = [s for s in samples if (s.task in EDIT_TASKS) == (config.captions.mode == "instruction")]
+    asked = [sample for sample in samples if asked_for(sample, config.captions)]
     answers: dict[str, tuple[Sample, CaptionResult]] = {}
     for sample, result in ask(config.captions, asked):
         answers[result.key] = (sample, result)
@@ -102,6 +92,11 @@ def caption_dataset(
     return CaptionedDataset(finished, ledger)
 
 
+def asked_for(sample: Sample, options: CaptionOptions) -> bool:
+    """Whether the mode is about this kind of sample: the text of an edit is its instruction, of others a caption."""
+    return (sample.task in EDIT_TASKS) == (options.mode == "instruction")
+
+
 def _unfinished(entry: Sample | Rejected) -> Sample | Rejected:
     return entry.unfinished if isinstance(entry, Rejected) and entry.unfinished is not None else entry
 
@@ -125,7 +120,7 @@ class CaptionActor:
 
     def __call__(self, row: dict[str, str]) -> dict[str, str]:
         """Make one sample's text."""
-        sample = Sample(**json.loads(row["sample"]))
+        sample = stored_sample(row["sample"])
         result = self.captioner.caption(sample, self.reader)
         return {"sample": row["sample"], "result": json.dumps(dataclasses.asdict(result))}
 
@@ -149,7 +144,7 @@ def ask_actors(workers: CaptionWorkers) -> Callable[[CaptionOptions, list[Sample
             compute=ray.data.ActorPoolStrategy(size=workers.count),
         )
         for row in dataset.iter_rows():
-            sample = Sample(**json.loads(row["sample"]))
+            sample = stored_sample(row["sample"])
             result = CaptionResult(**json.loads(row["result"]))
             if result.key != sample.key:
                 raise RuntimeError(f"text of {result.key} came back for {sample.key}")

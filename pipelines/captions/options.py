@@ -1,11 +1,12 @@
 """What the caption stage can be told."""
 
+import importlib.util
 from dataclasses import dataclass
 
 from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
 
-BACKENDS = ("existing", "openai", "transformers")
+BACKENDS = ("existing", "openai", "transformers", "vllm")
 MODES = ("caption", "fashion", "instruction")
 
 
@@ -13,9 +14,12 @@ MODES = ("caption", "fashion", "instruction")
 class CaptionOptions:
     """How texts of samples are made."""
 
-    backend: str = option("existing", "existing: keep what there is; openai: an OpenAI-compatible server; transformers")
+    backend: str = option(
+        "existing",
+        "existing: keep what there is; openai: a compatible server; transformers or vllm: in the Ray cluster",
+    )
     mode: str = option("fashion", "caption: a sentence; fashion: attributes and a sentence; instruction: of an edit")
-    model: str = option("Qwen/Qwen3-VL-8B-Instruct", "model name on the server, or folder for transformers")
+    model: str = option("Qwen/Qwen3-VL-8B-Instruct", "model on the server or for vllm; a folder for transformers")
     base_url: str = option("http://localhost:8000/v1", "the server's address, for example vLLM's")
     api_key_env: str = option("OPENAI_API_KEY", "environment variable with the server's key")
     overwrite: bool = option(False, "make texts for samples that have one")
@@ -35,3 +39,17 @@ class CaptionOptions:
                 raise UserError(f"captions.{key}={value}: choose one of {', '.join(valid)}")
         if min(self.concurrency, self.max_attempts, self.num_frames) < 1:
             raise UserError("captions: concurrency, max_attempts and num_frames must be at least 1")
+        if self.backend == "vllm" and importlib.util.find_spec("vllm") is None:
+            raise UserError(
+                "captions.backend=vllm: vllm is not installed; pip install vllm here and on the GPU nodes, or use "
+                "captions.backend=openai with the address of a vLLM server, or captions.backend=transformers"
+            )
+
+
+@dataclass
+class CaptionWorkers:
+    """Ray actors that hold a model, for ``captions.backend=transformers`` and ``vllm``."""
+
+    count: int = option(1, "actors")
+    gpus: float = option(1.0, "GPUs an actor reserves (transformers)")
+    cpus: float = option(1.0, "CPUs an actor reserves")

@@ -28,6 +28,8 @@ class Clip:
         width: Of the file.
         height: Of the file.
         duration_s: Of the file; default: of the frames.
+        text_frames: Frames in full size in which text is looked for; default: some of ``frames``.
+        stride: Distance of ``frames`` in the file.
     """
 
     frames: np.ndarray
@@ -35,6 +37,8 @@ class Clip:
     width: int
     height: int
     duration_s: float = 0.0
+    text_frames: list[np.ndarray] = field(default_factory=list)
+    stride: int = 1
 
     @property
     def length_s(self) -> float:
@@ -59,6 +63,10 @@ class Assessor:
         self.options = options
         self._text = TextDetector(options.text) if options.text.enabled else None
 
+    def text_positions(self, num_frames: int) -> list[int]:
+        """Frames of a clip that :meth:`score` wants in full size; none when text is not looked for."""
+        return self._text.positions(num_frames) if self._text is not None else []
+
     def score(self, task: str, target: Clip, source: Clip | None = None, use: str = "") -> Scores:
         """Score a sample's target, and its source with it.
 
@@ -74,7 +82,8 @@ class Assessor:
             if len(target.frames) > 1:
                 values["duration_s"] = target.length_s
         if self._text is not None:
-            values["text_share"] = self._text.share(target.frames)
+            looked_at = target.text_frames or [target.frames[i] for i in self.text_positions(len(target.frames))]
+            values["text_share"] = self._text.share(looked_at)
         if self.options.pairs.enabled and source is not None and task in EDIT_TASKS and use not in UNALIGNED_USES:
             lengths = (source.length_s, target.length_s)
             values |= pair_scores(source.frames, target.frames, source.fps, target.fps, lengths)

@@ -32,9 +32,10 @@ class TextLimits:
     """Text laid over the picture."""
 
     enabled: bool = option(False, "find text with RapidOCR (extra: curate)")
-    max_share: float = option(0.05, "share of the frame covered by text at most")
+    max_share: float = option(0.02, "share of the frame covered by text at most")
     num_frames: int = option(3, "frames looked at")
-    side: int = option(320, "longer side of the frames shown to the text detector")
+    side: int = option(640, "longer side of the frames shown to the text detector")
+    min_confidence: float = option(0.8, "of the reading: what is less sure is a pattern, not text")
 
 
 @dataclass
@@ -45,6 +46,7 @@ class PairLimits:
     max_fps_difference: float = option(0.5, "frames a second")
     max_length_difference: float = option(0.1, "difference of durations as a share of the longer one")
     max_offset_frames: int = option(1, "shift in time that is accepted")
+    realign: bool = option(True, "leave out the start of whichever side is early, instead of dropping a shifted pair")
     max_one_sided_cuts: float = option(0.5, "cuts without a counterpart; below 1 accepts none")
     min_change: float = option(2.0, "largest change of any part of the frame, in levels; less is no edit")
     min_relation: float = option(0.3, "agreement of edges in the parts that agree best; less is another video")

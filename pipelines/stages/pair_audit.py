@@ -8,7 +8,7 @@ change.
 import cv2
 import numpy as np
 
-from loomvideo.pipelines.fragments import Fragment, with_fragment
+from loomvideo.pipelines.fragments import Fragment, split_fragment, with_fragment
 from loomvideo.pipelines.stages.options import PairLimits
 from loomvideo.pipelines.stages.quality import block_means, motion
 
@@ -65,13 +65,16 @@ def pair_scores(
         lag, gain = temporal_offset(a, b, round(MAX_LAG_S * source_fps))
         lag = lag if gain >= CLEAR_GAIN else 0
         cuts_a, cuts_b = cuts(a), cuts(b)
+        # A cut in what only one side shows can have no counterpart.
+        both = range(max(-lag, 0), min(len(a), len(b) - lag))
+        shared_a, shared_b = ([cut for cut in found if cut in both] for found in (cuts_a, [c - lag for c in cuts_b]))
         moves = motion(a, source_fps)
         scores |= {
             "pair_offset_frames": float(lag),
             "pair_offset_gain": gain,
             "pair_cuts_source": float(len(cuts_a)),
             "pair_cuts_target": float(len(cuts_b)),
-            "pair_one_sided_cuts": float(_one_sided(cuts_a, [cut - lag for cut in cuts_b])),
+            "pair_one_sided_cuts": float(_one_sided(shared_a, shared_b)),
             "pair_motion_source": moves,
             "pair_motion_ratio": min(motion(b, source_fps) / max(moves, 1e-4), 100.0),
         }
@@ -216,11 +219,27 @@ def _edges(luma: np.ndarray) -> np.ndarray:
     return np.stack(strength)
 
 
-def in_step_paths(source: str, target: str, scores: dict[str, float]) -> tuple[str, str]:
-    """Paths that leave out the start of whichever side is early, so that a shifted pair is in step."""
+def in_step_paths(source: str, target: str, scores: dict[str, float], fps: float) -> tuple[str, str]:
+    """Paths that leave out the start of whichever side is early, so that a shifted pair is in step.
+
+    Args:
+        source: Media path, or a part of one.
+        target: The same.
+        scores: Of :func:`pair_scores`, made of every frame.
+        fps: Frames a second of both.
+    """
     lag = int(scores.get("pair_offset_frames", 0))
     if lag > 0:
-        return source, with_fragment(target, Fragment(frames=(lag, None)))
+        return source, _without_start(target, lag, fps)
     if lag < 0:
-        return with_fragment(source, Fragment(frames=(-lag, None))), target
+        return _without_start(source, -lag, fps), target
     return source, target
+
+
+def _without_start(path: str, frames: int, fps: float) -> str:
+    _, part = split_fragment(path)
+    if part is not None and part.seconds:
+        start, end = part.seconds
+        return with_fragment(path, Fragment(seconds=((start or 0.0) + frames / fps, end)))
+    first, end = part.frames if part is not None and part.frames else (0, None)
+    return with_fragment(path, Fragment(frames=(first + frames, end)))

@@ -40,7 +40,7 @@ class Manifest:
         shards: Every tar with its checksum.
         config: The resolved configuration that made the dataset.
         encoders: Fingerprints of the codec and the MLLM.
-        features: How MLLM features are kept (mode, dtype, layers, measured error).
+        features: How MLLM features are kept: mode, dtype, stored layers (empty: all) of num_layers, measured error.
         counts: ``{dataset: {inputs, written, filtered, duplicates, quarantined}}``.
         inputs: Digest and number of the input samples.
         recipe: Digest over input, configuration, encoders and code version: equal means up to date.

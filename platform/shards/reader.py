@@ -14,6 +14,7 @@ from torch import Tensor
 
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards import tensors as safetensors
+from loomvideo.platform.shards.layers import expanded
 from loomvideo.platform.shards.manifest import INDEX_FILE, MANIFEST_FILE, SHARED_FILE, Manifest, shard_path
 from loomvideo.platform.shards.quantize import SCALE_SUFFIX, restore
 from loomvideo.platform.shards.sample import METADATA, ShardSample
@@ -64,7 +65,9 @@ class ShardDataset:
         return {key: row for row, key in enumerate(self.index.column("key").to_pylist())}
 
     def read(self, row: int, select: Selection | None = None) -> ShardSample:
-        """Read one sample without scanning its tar; eight-bit features come back as bfloat16.
+        """Read one sample without scanning its tar.
+
+        Features come back as bfloat16 and with all layers, however they are stored.
 
         Args:
             row: Row of the index.
@@ -74,7 +77,11 @@ class ShardDataset:
             UserError: if the tar is missing or shorter than the index says.
         """
         place = {name: self.index.column(name)[row].as_py() for name in PLACE_COLUMNS}
-        return read_placed(self.storage, shard_path(place["shard"]), place, select)
+        sample = read_placed(self.storage, shard_path(place["shard"]), place, select)
+        layers = self.manifest.features.get("layers")
+        if layers and "mllm" in sample.tensors:
+            sample.tensors["mllm"] = expanded(sample.tensors["mllm"], layers, self.manifest.features["num_layers"])
+        return sample
 
     def shared(self) -> dict[str, Tensor]:
         """Dataset-wide tensors, among them ``null`` [layers, tokens, dim]; empty when the dataset has none.

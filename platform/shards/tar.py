@@ -3,20 +3,27 @@
 import hashlib
 import tarfile
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import BinaryIO
 
 BLOCK_BYTES = tarfile.BLOCKSIZE
+# From here on a checksum takes longer than handing it to another thread.
+_LARGE_BYTES = 1 << 19
 
 
 class TarWriter:
     """Appends members to a stream and keeps its SHA-256.
 
-    Owner, mode and time are constants, so that equal content makes equal bytes.
+    Owner, mode and time are constants, so that equal content makes equal bytes. The checksum of a large chunk is
+    computed by a thread while the next one is made and written: chunks must not change after they were added.
     """
 
     def __init__(self, out: BinaryIO):
         self._out = out
         self._hash = hashlib.sha256()
+        self._unhashed = bytearray()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checksum")
+        self._running: Future | None = None
         self.num_bytes = 0
 
     def add(self, name: str, chunks: Iterable[bytes | memoryview], num_bytes: int) -> int:
@@ -50,9 +57,28 @@ class TarWriter:
         """Write the end of the archive and return the SHA-256 of all of it as hex."""
         self._write(bytes(2 * BLOCK_BYTES))
         self._write(bytes(-self.num_bytes % tarfile.RECORDSIZE))
+        self._update(b"")
+        self._thread.shutdown()
         return self._hash.hexdigest()
 
     def _write(self, data: bytes | memoryview) -> None:
         self._out.write(data)
-        self._hash.update(data)
-        self.num_bytes += memoryview(data).nbytes
+        num_bytes = memoryview(data).nbytes
+        self.num_bytes += num_bytes
+        if num_bytes >= _LARGE_BYTES:
+            self._update(data)
+            return
+        self._unhashed += data
+        if len(self._unhashed) >= _LARGE_BYTES:
+            self._update(b"")
+
+    def _update(self, data: bytes | memoryview) -> None:
+        """Hash what has gathered and ``data`` after it, one chunk behind the writer."""
+        if self._running is not None:
+            self._running.result()
+        gathered, self._unhashed = self._unhashed, bytearray()
+        self._running = self._thread.submit(self._hash_parts, gathered, data)
+
+    def _hash_parts(self, *parts: bytes | bytearray | memoryview) -> None:
+        for part in parts:
+            self._hash.update(part)

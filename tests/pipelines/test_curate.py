@@ -1,6 +1,7 @@
 """Curation in the prepare job: decisions, scores in the index, accounts, duplicates, shots, reruns."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,8 +11,10 @@ from fixtures.raw import prepare_config, without_ray
 
 from loomvideo.pipelines.prepare import prepare
 from loomvideo.pipelines.prepare_config import LimitOptions
+from loomvideo.pipelines.quarantine import retriable_work
 from loomvideo.pipelines.samples import Sample, write_jsonl
 from loomvideo.pipelines.stages.options import QualityLimits, StageOptions
+from loomvideo.pipelines.staleness import stale_parts
 from loomvideo.platform.shards.reader import ShardDataset
 
 
@@ -90,9 +93,59 @@ def test_a_changed_threshold_judges_again_and_encodes_nothing_twice(curated, mon
     config.stages.pairs.min_change = 0.0
     monkeypatch.setattr("loomvideo.pipelines.encode.SampleEncoder._moments", None)
     monkeypatch.setattr("loomvideo.pipelines.encode.SampleEncoder._mllm_members", None)
+    monkeypatch.setattr("loomvideo.pipelines.curate.SampleJudge._clip", None)
     config.stages.keep_reasons = ["black"]
-    assert "stages.keep_reasons" in prepare(config).reason
+    result = prepare(config)
+    assert "stages.keep_reasons" in result.reason
     assert any(name.startswith("chunk") for name in built)
+    # The one that cannot be decoded is tried again; the scores of the others are kept.
+    assert (result.work["judged"], result.work["decoded"]) == (6, 1)
+
+
+def test_diff_knows_who_was_dropped(curated):
+    config, built, _ = curated
+    prepare(config)
+    built.clear()
+    assert stale_parts(config) == []
+    config.stages.pairs.min_change = 0.0
+    assert {(part.what, part.name) for part in stale_parts(config)} == {
+        ("config", "stages.pairs.min_change"), ("judge", "chunk-000000")}  # fmt: skip
+    assert built == []
+
+
+def test_what_could_not_be_judged_is_retried(curated):
+    config, built, _ = curated
+    prepare(config)
+    folder = Path(config.input).parent
+    # The same stamp as before, which is none: only asking again finds the file.
+    assert retriable_work(config.output) == {"work/curation/chunk-000000.json"}
+    write_picture(folder / "gone.png", textured(1, 5)[0])
+    built.clear()
+    result = prepare(config, again=retriable_work(config.output))
+    assert built[0] == "chunk-000000"
+    assert result.summary()["quarantined"] == 0
+    assert retriable_work(config.output) == set()
+
+
+def test_shifted_pairs_are_brought_in_step(tmp_path, monkeypatch):
+    without_ray(monkeypatch)
+    steps = np.random.default_rng(3).integers(1, 4, 30).cumsum()
+    take = np.stack([np.roll(textured(1, 6)[0], step, axis=1) for step in steps])
+    write_video(tmp_path / "raw" / "source.mp4", take[4:])
+    write_video(tmp_path / "raw" / "target.mp4", 255 - take[:-4])
+    pair = Sample("pair", "video_edit", "set", "target.mp4", "source.mp4", instruction="invert it")
+    write_jsonl([pair], tmp_path / "raw" / "samples.jsonl")
+    config = prepare_config(tmp_path / "raw", tmp_path / "out", curate=True)
+    config.stages.quality.enabled = False
+    prepare(config)
+    metadata = ShardDataset.open(config.output).read(0).metadata
+    assert metadata["scores"]["pair_offset_frames"] == 4
+    assert metadata["media"] == {"source": "source.mp4", "target": "target.mp4#frames=4,", "references": []}
+    assert metadata["reasons"] == ["temporal_offset"]
+    config.stages.pairs.realign = False
+    config.input = str(tmp_path / "raw" / "samples.jsonl")
+    prepare(config)
+    assert outcomes(config)["pair"] == ("filtered", "temporal_offset")
 
 
 def test_long_videos_become_shots(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from loomvideo.jobs.data_commands import app
 from loomvideo.pipelines.cost import estimate_cost
 from loomvideo.pipelines.prepare import prepare
 from loomvideo.pipelines.prepare_config import ClipOptions, LimitOptions
-from loomvideo.pipelines.quarantine import by_reason, export, ledger, retriable_shards, saved_config
+from loomvideo.pipelines.quarantine import by_reason, export, ledger, retriable_work, saved_config
 from loomvideo.pipelines.samples import read_jsonl
 from loomvideo.pipelines.staleness import stale_parts
 from loomvideo.pipelines.verify import verify
@@ -105,7 +105,7 @@ def test_quarantine(copied, origin, tmp_path):
     assert export(folder, tmp_path / "lost.jsonl") == 1
     (lost,) = read_jsonl(tmp_path / "lost.jsonl")
     assert lost == origin[1][3]
-    (shard,) = retriable_shards(folder)
+    (shard,) = retriable_work(folder)
     config = saved_config(folder)
     assert config.clips.num_frames == 9
     assert config.output == str(folder)

@@ -6,10 +6,11 @@ from fixtures.raw import prepare_config, raw_samples, without_ray
 
 from loomvideo.model.conditioning.mllm import FrozenMLLM
 from loomvideo.model.presets import preset
-from loomvideo.pipelines.features import FeatureError, combined_error, streamed_inputs
+from loomvideo.pipelines.features import FeatureError, combined_error, stored_members, streamed_inputs
 from loomvideo.pipelines.prepare import prepare
 from loomvideo.pipelines.prepare_config import FeatureOptions
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.shards.layers import expanded, nearest
 from loomvideo.platform.shards.quantize import dequantize, quantize
 from loomvideo.platform.shards.reader import ShardDataset
 
@@ -36,16 +37,33 @@ def test_rows_of_zeros_and_outliers_stay_finite():
 
 def test_measured_error_is_the_mean_over_tokens():
     states = torch.randn(2, 10, 64, generator=torch.Generator().manual_seed(1))
+    parts = {"full.0": states[:, :3], "visual.0": states[:, 3:]}
+    error = FeatureError(64)
+    whole = error.measure({"full.0": states}, stored_members({"full.0": states}, "int8"))
     values, scale = quantize(states, "int8")
-    whole, first, rest = FeatureError(64), FeatureError(64), FeatureError(64)
-    whole.add(states, values, scale)
-    first.add(states[:, :3], values[:, :3], scale[:, :3])
-    rest.add(states[:, 3:], values[:, 3:], scale[:, 3:])
-    expected = ((dequantize(values, scale, torch.float32) - states).norm(dim=-1) / states.norm(dim=-1)).mean(1)
-    summary, combined = whole.summary(), combined_error([first.summary(), rest.summary()])
-    assert summary["layers"] == pytest.approx(expected.tolist(), abs=1e-6)
-    assert combined["layers"] == pytest.approx(summary["layers"], abs=2e-6)
-    assert combined["embedder"] == pytest.approx(summary["embedder"], abs=2e-6)
+    expected = ((dequantize(values, scale) - states).norm(dim=-1) / states.norm(dim=-1)).mean(1)
+    assert whole["layers"] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert error.measure(parts, stored_members(parts, "int8")) == whole
+    each = [error.measure({"full.0": part}, stored_members({"full.0": part}, "int8")) for part in parts.values()]
+    combined = combined_error([*each, None])
+    assert combined["tokens"] == 10
+    assert combined["layers"] == pytest.approx(whole["layers"], abs=2e-6)
+    assert combined["embedder"] == pytest.approx(whole["embedder"], abs=2e-6)
+
+
+def test_layers_that_are_not_stored_are_read_as_the_nearest():
+    assert nearest([0, 3], 4) == [0, 0, 1, 1]
+    assert nearest([2], 4) == [0, 0, 0, 0]
+    assert nearest([1, 3], 5) == [0, 0, 0, 1, 1]
+    states = torch.randn(4, 5, 64, generator=torch.Generator().manual_seed(2))
+    members = stored_members({"full.0": states}, "bf16", [0, 3])
+    assert members["full.0"].shape == (2, 5, 64)
+    read = expanded(members, [0, 3], 4)["full.0"]
+    assert torch.equal(read, states[[0, 0, 3, 3]].bfloat16())
+    error = FeatureError(64).measure({"full.0": states}, members, [0, 3])["layers"]
+    assert error[0] < 0.01
+    assert error[1] > 1.0
+    assert error[3] < 0.01
 
 
 @pytest.fixture(scope="module")
@@ -111,4 +129,25 @@ def test_the_error_budget_stops_the_run(datasets, tmp_path, monkeypatch):
     without_ray(monkeypatch)
     config = prepare_config(datasets[0] / "raw", tmp_path, features=FeatureOptions(dtype="fp8", max_error=0.001))
     with pytest.raises(UserError, match=r"features.dtype=fp8: relative error 0.0\d+ in a layer"):
+        prepare(config)
+
+
+def test_a_layer_subset_is_smaller_and_reads_as_all_layers(datasets, tmp_path, monkeypatch):
+    folder, opened = datasets
+    without_ray(monkeypatch)
+    features = FeatureOptions(layers=[0, 3], max_error=2.0)
+    config = prepare_config(folder / "raw", tmp_path / "out", features=features)
+    prepare(config)
+    whole, some = opened["stored", "bf16"], ShardDataset.open(tmp_path / "out")
+    assert some.manifest.features["layers"] == [0, 3]
+    assert some.manifest.features["error"]["tokens"] > 0
+    for row in range(len(whole)):
+        one, other = whole.read(row).tensors["mllm"], some.read(row).tensors["mllm"]
+        assert {name: tensor[[0, 0, 3, 3]].tolist() for name, tensor in one.items()} == {
+            name: tensor.tolist() for name, tensor in other.items()
+        }
+    sizes = [sum(shard.num_bytes for shard in dataset.manifest.shards) for dataset in (whole, some)]
+    assert sizes[1] < 0.75 * sizes[0]
+    config.features.layers = [3, 0]
+    with pytest.raises(UserError, match=r"features\.layers=\[3, 0\]: list each layer once, ascending, from 0 to 3"):
         prepare(config)

@@ -149,10 +149,17 @@ def test_a_shift_in_time_is_found_and_undone(clip, recoloured, lag):
     report = audit(source, noise(target, 2))
     assert report.reasons == ("temporal_offset",)
     assert report.scores["pair_offset_frames"] == -lag
-    paths = pair_audit.in_step_paths("s.mp4", "t.mp4", report.scores)
+    paths = pair_audit.in_step_paths("s.mp4", "t.mp4", report.scores, FPS)
     cut = {name: split_fragment(path)[1] for name, path in zip("st", paths, strict=True)}
     starts = {name: fragment.frames[0] if fragment else 0 for name, fragment in cut.items()}
     assert starts == {"s": max(lag, 0), "t": max(-lag, 0)}
+
+
+def test_parts_of_files_are_brought_in_step_too():
+    late, early = {"pair_offset_frames": 3.0}, {"pair_offset_frames": -6.0}
+    assert pair_audit.in_step_paths("s.mp4", "t.mp4#frames=10,40", late, 24.0)[1] == "t.mp4#frames=13,40"
+    assert pair_audit.in_step_paths("s.mp4#t=1.5,9", "t.mp4", early, 24.0) == ("s.mp4#t=1.75,9", "t.mp4")
+    assert pair_audit.in_step_paths("s.mp4", "t.mp4", {}, 24.0) == ("s.mp4", "t.mp4")
 
 
 def test_different_rates_and_lengths(clip, recoloured):
