@@ -64,6 +64,7 @@ serve: $(VENV)/.setup ## open the newest checkpoint as a web page on http://loca
 	$(BIN)/loomvideo serve preset=$(PRESET) $(ARGS)
 
 mlflow: $(VENV)/.setup ## open the MLflow pages of the local runs on http://localhost:5000
+	@echo "open http://localhost:5000/#/experiments?workflowType=machine_learning"
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --port 5000
 
 clean: ## remove build products and caches (never data or runs)

@@ -78,8 +78,6 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     try:
         tracker.log_params(flatten(config))
         client = MlflowClient(tracking_uri=tracker.uri)
-        # MLflow then opens the experiment with run tables and charts instead of traces.
-        client.set_experiment_tag(tracker.experiment_id, "mlflow.experimentKind", "custom_model_development")
         tags = {"loomvideo.fingerprint": checkpoint.fingerprint, "loomvideo.weights": checkpoint.weights}
         # MLflow's names take none of / : . % and quotes.
         name = re.sub(r"[^0-9A-Za-z_-]+", "-", checkpoint.name)

@@ -8,6 +8,15 @@ from rich.table import Table
 
 from loomvideo.platform.shards.reader import ShardDataset
 
+HEADERS = {
+    "num_frames": "frames",
+    "count_all": "samples",
+    "num_bytes_mean": "bytes each",
+    "dit_tokens_mean": "DiT tokens",
+    "mllm_tokens_mean": "MLLM tokens",
+}
+"""Of aggregated index columns; means are over samples."""
+
 
 def inspect_dataset(url: str, console: Console) -> None:
     """Print counts, sizes, tasks, buckets and one sample's members."""
@@ -25,7 +34,7 @@ def inspect_dataset(url: str, console: Console) -> None:
     measures = [([], "count_all"), ("num_bytes", "mean"), ("dit_tokens", "mean"), ("mllm_tokens", "mean")]
     for title, keys in (("tasks", ["split", "task"]), ("buckets", ["width", "height", "num_frames"])):
         groups = index.group_by(keys).aggregate(measures).sort_by([(key, "ascending") for key in keys]).to_pylist()
-        _table(console, title, groups)
+        _table(console, title, [{HEADERS.get(name, name): value for name, value in row.items()} for row in groups])
     if len(dataset):
         _print_sample(dataset, console)
 

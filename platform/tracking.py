@@ -71,7 +71,8 @@ class Tracker:
         # A local store keeps its artifacts beside the runs, whatever the working directory is.
         location = (self.folder.root / "mlartifacts").as_uri() if self.uri.startswith("sqlite:") else None
         try:
-            return self._client.create_experiment(name, artifact_location=location)
+            # MLflow then opens the experiment with run tables and charts instead of traces.
+            return self._client.create_experiment(name, location, {"mlflow.experimentKind": "custom_model_development"})
         except MlflowException:
             experiment = self._client.get_experiment_by_name(name)
             if experiment is None:
