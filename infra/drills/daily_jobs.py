@@ -115,7 +115,7 @@ def job_refusals(rehearsal: Rehearsal) -> str:
 def job_secrets(rehearsal: Rehearsal) -> str:
     """The token and MLflow's password are in no log, run folder or shipped file."""
     secrets = [rehearsal.cluster.token.encode(), rehearsal.password().encode()]
-    places = [rehearsal.folder, rehearsal.cluster.folder / "t" / "session_latest" / "logs", REPO / "build" / "submit"]
+    places = [rehearsal.folder, *rehearsal.cluster.network.logs(), REPO / "build" / "submit"]
     files = [path for place in places for path in place.rglob("*") if path.is_file() and not path.is_symlink()]
     # The server's own folder is private and is where they are kept.
     files = [path for path in files if rehearsal.mlflow.folder not in path.parents]

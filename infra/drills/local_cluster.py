@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import ray
 import requests
-from node_network import Loopback, Namespaces
+from node_network import RAY_FOLDER, Loopback, Namespaces
 
 
 def free_port() -> int:
@@ -33,7 +33,7 @@ class LocalCluster:
         folder: Of Ray's files; its path must be short, for sockets.
         token: Opens the dashboard and the jobs API.
         environment: Further environment of the nodes.
-        network: Where the nodes are.
+        network: Where the nodes are; together on loopback when None.
         python: The nodes' interpreter.
         caches: Folder with a kernel cache for each node; by default they share the machine's.
         gcs_port: Of the head.
@@ -44,12 +44,15 @@ class LocalCluster:
     folder: Path
     token: str = field(default_factory=lambda: secrets.token_hex(32))
     environment: dict[str, str] = field(default_factory=dict)
-    network: Loopback | Namespaces = field(default_factory=Loopback)
+    network: Loopback | Namespaces | None = None
     python: Path = Path(sys.executable)
     caches: Path | None = None
     gcs_port: int = field(default_factory=free_port)
     dashboard_port: int = field(default_factory=free_port)
     processes: dict[str, subprocess.Popen] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.network = self.network or Loopback(self.folder)
 
     @property
     def address(self) -> str:
@@ -108,7 +111,7 @@ class LocalCluster:
             *("--head", f"--port={self.gcs_port}", f"--num-cpus={num_cpus}", "--include-dashboard=true"),
             f"--dashboard-host={self.network.address_of('head')}",
             *(f"--dashboard-port={self.dashboard_port}", f"--ray-client-server-port={free_port()}"),
-            *(f"--temp-dir={self.folder}/t", "--object-store-memory=100000000"),
+            *(f"--temp-dir={self.folder / RAY_FOLDER}", "--object-store-memory=100000000"),
         )
         self._wait("head", "/api/jobs/", lambda _: self.num_alive() == 1)
 

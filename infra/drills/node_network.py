@@ -1,4 +1,4 @@
-"""Networks of a rehearsal's nodes: one for all, or as root a network namespace each, whose cable can be pulled."""
+"""Where a rehearsal's nodes are: together, or as root in namespaces with a network and a disk of their own each."""
 
 import ipaddress
 import os
@@ -9,14 +9,22 @@ from pathlib import Path
 import psutil
 
 OUTSIDE_HOST = 254
-# Gives a process its own host name and names of hosts, then becomes the command.
-ENTER = 'mount --bind "$0" /etc/hosts && hostname "$1" && shift && exec "$@"'
+# Gives a process its own names of hosts, host name and Ray folder, then becomes the command.
+ENTER = 'mount --bind "$0" /etc/hosts && hostname "$1" && mount --bind "$2" "$3" && shift 3 && exec "$@"'
+RAY_FOLDER = "t"
 
 
 @dataclass
 class Loopback:
-    """All nodes on this machine's loopback interface."""
+    """All nodes on this machine's loopback interface, with one folder for Ray's files.
 
+    Attributes:
+        folder: Ray's files are in ``folder/t``; the path must be short, for sockets.
+        outside: Address of those who are no node.
+        environment: Of every node.
+    """
+
+    folder: Path
     outside: str = "127.0.0.1"
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -28,17 +36,22 @@ class Loopback:
         """A command that runs on a node."""
         return command
 
+    def logs(self) -> list[Path]:
+        """Folders with the logs of Ray's nodes."""
+        return sorted((self.folder / RAY_FOLDER).glob("session_2*/logs"))
+
     def close(self) -> None:
         """Nothing to take down."""
 
 
 class Namespaces:
-    """Every node in a network namespace with its own address and host name, joined by a bridge; needs root.
+    """Every node with its own address, host name, processes and Ray folder, joined by a bridge; needs root.
 
-    The nodes reach each other and ``outside``, this machine's address on the bridge, and nothing else.
+    The nodes reach each other and ``outside``, this machine's address on the bridge, and nothing else. Each sees its
+    own folder as ``folder/t``: what Ray unpacks for one is not there for the others.
 
     Args:
-        folder: For the nodes' lists of hosts.
+        folder: The path must be short, for sockets.
     """
 
     def __init__(self, folder: Path):
@@ -64,7 +77,16 @@ class Namespaces:
         """A command that runs on a node."""
         self.address_of(name)
         enter = ["nsenter", f"--net=/run/netns/{self._namespace(name)}", "unshare", "--mount", "--uts"]
-        return [*enter, "sh", "-c", ENTER, str(self._hosts(name)), name, *command]
+        # Ray finds what runs on a machine by looking through its processes.
+        enter += ["--pid", "--fork", "--kill-child", "--mount-proc"]
+        own, seen_as = self.folder / "nodes" / name, self.folder / RAY_FOLDER
+        own.mkdir(parents=True, exist_ok=True)
+        seen_as.mkdir(exist_ok=True)
+        return [*enter, "sh", "-c", ENTER, str(self._hosts(name)), name, str(own), str(seen_as), *command]
+
+    def logs(self) -> list[Path]:
+        """Folders with the logs of Ray's nodes."""
+        return sorted((self.folder / "nodes").glob("*/session_2*/logs"))
 
     def cut(self, name: str) -> None:
         """Pull a node's cable."""

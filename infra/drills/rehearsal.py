@@ -284,7 +284,7 @@ def rehearsal(folder: Path, sample: Path) -> Iterator[Rehearsal]:
         if database:
             os.environ["MLFLOW_BACKEND_STORE_URI"] = database
         disk = stack.enter_context(small_disk(folder / "small-disk"))
-        network = Namespaces(short) if can_make_namespaces() else Loopback()
+        network = Namespaces(short) if can_make_namespaces() else Loopback(short)
         stack.callback(network.close)
         print(f"nodes: {type(network).__name__}; MLflow on {'Postgres' if database else 'sqlite'}", flush=True)
         mlflow = prepare_server(folder / "mlflow", host=network.outside, port=free_port())
@@ -311,6 +311,5 @@ def _take_down(current: Rehearsal) -> None:
         job.wait()
     current.cluster.stop()
     current.stop_mlflow()
-    logs = current.cluster.folder / "t" / "session_latest" / "logs"
-    if logs.is_dir():
-        shutil.copytree(logs, current.folder / "ray-logs", dirs_exist_ok=True)
+    for number, logs in enumerate(current.cluster.network.logs()):
+        shutil.copytree(logs, current.folder / "ray-logs" / str(number), dirs_exist_ok=True)

@@ -93,8 +93,7 @@ def examine_cluster(
         try:
             results = ray.get(references[node["NodeID"]], timeout=max(deadline - time.monotonic(), 1.0))
         except (ray.exceptions.RayError, TimeoutError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            rows.append((name, Check("reached", "fail", f"no answer within {timeout_s:.0f} s: {reason}")))
+            rows.append((name, Check("reached", "fail", _failure(error, timeout_s))))
             continue
         rows += [(name, Check(**result)) for result in results]
         rows.append((name, _clock(node, timeout_s)))
@@ -123,6 +122,16 @@ def preflight(examine: Callable[[], Diagnosis], console: Console | None = None) 
 
 def _examine_node(storage: str | None, tracking_uri: str | None, extra: Sequence[Probe]) -> list[dict]:
     return run_probes([*node_probes(storage, tracking_uri), *extra])
+
+
+def _failure(error: Exception, timeout_s: float) -> str:
+    import ray
+
+    if isinstance(error, TimeoutError | ray.exceptions.GetTimeoutError):
+        return f"no answer within {timeout_s:.0f} s"
+    # The last line of a remote traceback names the error; the first ones are Ray's.
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__
 
 
 def _wall_time() -> float:

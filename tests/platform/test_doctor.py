@@ -114,6 +114,12 @@ def test_unequal_nodes_are_found():
     assert doctor._compare(rows[:2]) == []
 
 
+def test_reason_of_an_unexamined_node():
+    assert doctor._failure(TimeoutError(), 60) == "no answer within 60 s"
+    remote = RuntimeError("ray::_examine_node() (pid=1)\n  File ...\nModuleNotFoundError: No module named 'loomvideo'")
+    assert doctor._failure(remote, 60) == "ModuleNotFoundError: No module named 'loomvideo'"
+
+
 def test_preflight_stops_before_the_job():
     rows = (("n1", Check("disk", "fail", "full")), ("n2", Check("gpu", "ok", "none")), ("n2", Check("x", "fail", "y")))
     with pytest.raises(UserError, match="doctor: n1: disk: full and 1 more"):
