@@ -28,6 +28,7 @@ def shard_sums(manifest: str) -> dict[str, str]:
 
 def job_data(rehearsal: Rehearsal) -> str:
     """`data`: shards are built on both workers from the shipped wheel."""
+    rehearsal.forget("data", rehearsal.shards, rehearsal.run_folder("data", "data-prepare"))
     prepare_job(rehearsal, "data", str(rehearsal.shards))
     rehearsal.finish("data")
     shards = shard_sums((rehearsal.shards / "manifest.json").read_text())
@@ -40,6 +41,7 @@ def job_data(rehearsal: Rehearsal) -> str:
 def job_pretrain(rehearsal: Rehearsal) -> str:
     """`pretrain`: nodes are examined, each builds its kernels, a worker on each trains; weights come out."""
     run = "pretrain"
+    rehearsal.forget(run)
     samples = f"evaluation.samples={rehearsal.raw}/samples.jsonl"
     rehearsal.train(run, samples, *(f"evaluation.{value}" for value in SHORT_EVALUATION), steps=JOB_STEPS)
     rehearsal.finish(run)
@@ -60,6 +62,7 @@ def job_pretrain(rehearsal: Rehearsal) -> str:
 def job_finetune(rehearsal: Rehearsal) -> str:
     """`finetune-edit`: continues the pretrained weights."""
     run = "finetune"
+    rehearsal.forget(run, rehearsal.run_folder(run, "finetune-edit"))
     rehearsal.train(run, "evaluation.samples=", "from_run=pretrain/pretrain", job="finetune-edit", steps=JOB_STEPS)
     rehearsal.finish(run)
     complete = rehearsal.check_complete(run, JOB_STEPS, "finetune-edit")
@@ -69,6 +72,7 @@ def job_finetune(rehearsal: Rehearsal) -> str:
 def job_evaluate(rehearsal: Rehearsal) -> str:
     """`evaluate`: the fine-tuned weights on held-out samples, judged."""
     run = "evaluate"
+    rehearsal.forget(run, rehearsal.run_folder(run, "evaluate"))
     where = ("checkpoint=finetune-edit/finetune", f"data.sample={rehearsal.sample}")
     rehearsal.submit(
         "evaluate", run, "preset=tiny", *where, "limit=4", "generation.steps=2", "inputs.bucket_classes=[64]"

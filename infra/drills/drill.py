@@ -34,6 +34,7 @@ def drill_data_worker(rehearsal: Rehearsal) -> str:
     """A worker node dies while it builds shards; another takes its place: the same bytes as without the loss."""
     run = "data-worker-killed"
     output = rehearsal.folder / run
+    rehearsal.forget(run, output)
     prepare_job(rehearsal, run, str(output))
     records = output / "work" / "records"
     rehearsal.wait_for("three shards are there", lambda: len(list(records.glob("*"))) >= 3, run)
@@ -48,6 +49,7 @@ def drill_store(rehearsal: Rehearsal) -> str:
     """The object store fails: every fifth request, and all of them for a while; data and training end as without."""
     store = rehearsal.store
     run = "store-errors"
+    rehearsal.forget(run)
     store.error_rate = ERROR_RATE
     prepare_job(rehearsal, run, f"s3://{BUCKET}/{run}")
     try:
@@ -69,8 +71,9 @@ def drill_store(rehearsal: Rehearsal) -> str:
 def drill_worker(rehearsal: Rehearsal) -> str:
     """A worker node dies during training, another takes its place: training goes on by itself."""
     run = "worker-killed"
+    rehearsal.forget(run)
     rehearsal.train_quickly(run)
-    rehearsal.wait_for_step(run, 12)
+    rehearsal.wait_for_step(run, 8)
     rehearsal.cluster.kill(WORKERS[1])
     rehearsal.cluster.start_worker(WORKERS[1])
     rehearsal.finish(run)
@@ -82,8 +85,9 @@ def drill_worker(rehearsal: Rehearsal) -> str:
 def drill_cut(rehearsal: Rehearsal) -> str:
     """A node is cut off for 30 s: training waits, or goes on from a checkpoint, and ends complete."""
     run = "node-cut-off"
+    rehearsal.forget(run)
     rehearsal.train_quickly(run)
-    rehearsal.wait_for_step(run, 12)
+    rehearsal.wait_for_step(run, 8)
     rehearsal.cluster.pause(WORKERS[1])
     time.sleep(CUT_S)
     rehearsal.cluster.go_on(WORKERS[1])
@@ -100,8 +104,9 @@ def drill_cut(rehearsal: Rehearsal) -> str:
 def drill_head(rehearsal: Rehearsal) -> str:
     """The head dies: the submitter says so (exit code 3), the same submit on a new head continues the run."""
     run = "head-killed"
+    rehearsal.forget(run)
     rehearsal.train_quickly(run)
-    rehearsal.wait_for_step(run, 12)
+    rehearsal.wait_for_step(run, 8)
     for name in (*WORKERS, "head"):
         rehearsal.cluster.kill(name)
     rehearsal.start_nodes()
@@ -117,6 +122,7 @@ def drill_head(rehearsal: Rehearsal) -> str:
 def drill_mlflow(rehearsal: Rehearsal) -> str:
     """MLflow is away for a minute: training goes on, and its metrics arrive later."""
     run = "mlflow-away"
+    rehearsal.forget(run)
     rehearsal.train_quickly(run, "training.checkpoint.every_steps=100", steps=LONG_STEPS)
     rehearsal.wait_for_step(run, 5)
     rehearsal.stop_mlflow()
@@ -136,6 +142,7 @@ def drill_mlflow(rehearsal: Rehearsal) -> str:
 def drill_disk(rehearsal: Rehearsal) -> str:
     """The disk of the runs is full for a while: training says so and goes on; the next checkpoint is written."""
     run = "disk-full"
+    rehearsal.forget(run)
     disk = rehearsal.small_disk
     if disk is None:
         raise DrillError("needs root, to mount a small disk")

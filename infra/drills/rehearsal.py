@@ -22,7 +22,7 @@ from loomvideo.platform.cluster.mlflow_server import PASSWORD_FILE, USER, Server
 
 REPO = Path(__file__).resolve().parents[2]
 PATIENCE_S = 300
-STEPS = 40
+STEPS = 30
 DISK_MIB = 256
 WORKERS = ("worker-1", "worker-2")
 
@@ -135,6 +135,12 @@ class Rehearsal:
             *("training.checkpoint.every_steps=5", "training.log_every=1"),
             *arguments,
         )
+
+    def forget(self, run: str, *folders: Path) -> None:
+        """Remove what an earlier time left of a run."""
+        (self.folder / f"{run}.log").unlink(missing_ok=True)
+        for folder in (self.run_folder(run), *folders):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def train_quickly(self, run: str, *arguments: str, steps: int = STEPS) -> None:
         """The same without the checks before and the evaluation after."""
