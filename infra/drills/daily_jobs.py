@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,19 +43,22 @@ def job_pretrain(rehearsal: Rehearsal) -> str:
     """`pretrain`: nodes are examined, each builds its kernels, a worker on each trains; weights come out."""
     run = "pretrain"
     rehearsal.forget(run)
+    for built in rehearsal.cluster.caches.glob("*/cpp-*"):
+        shutil.rmtree(built)
     samples = f"evaluation.samples={rehearsal.raw}/samples.jsonl"
     rehearsal.train(run, samples, *(f"evaluation.{value}" for value in SHORT_EVALUATION), steps=JOB_STEPS)
     rehearsal.finish(run)
     folder = rehearsal.run_folder(run)
     diagnosis = json.loads((folder / "doctor.json").read_text())
-    kernels = json.loads((folder / "kernels.json").read_text())
-    origins = {row["host"]: row["artifacts"]["cpp"]["origin"] for row in kernels.values()}
-    if len(kernels) != 1 + len(WORKERS):
-        raise DrillError(f"kernels were made on {list(kernels)}")
+    prepared = [row["host"] for row in json.loads((folder / "kernels.json").read_text()).values()]
+    built = sorted(path.parent.name for path in rehearsal.cluster.caches.glob("*/cpp-*"))
+    if sorted(prepared) != built or len(built) != 1 + len(WORKERS):
+        raise DrillError(f"kernels were prepared on {prepared}, built on {built}")
     if not (folder / "weights").is_dir():
         raise DrillError(f"{folder}: no weights")
     return (
-        f"doctor: {len(diagnosis['checks'])} checks in {diagnosis['seconds']:.0f} s; kernels {origins}; "
+        f"doctor: {len(diagnosis['checks'])} checks in {diagnosis['seconds']:.0f} s; "
+        f"kernels built on {', '.join(built)}; "
         f"{rehearsal.check_complete(run, JOB_STEPS)}; MLflow {_status(rehearsal, run, 'pretrain')}"
     )
 
