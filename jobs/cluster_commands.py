@@ -144,6 +144,7 @@ def _planner(
     """Build what is shipped, once, and return the plan for an address."""
     from loomvideo.platform.cluster import submission
     from loomvideo.platform.cluster.manifests import command_of, named_arguments
+    from loomvideo.platform.cluster.pods import STOP_VARIABLE
     from loomvideo.platform.cluster.upload import MIB
     from loomvideo.platform.cluster.wheel import build_wheel
     from loomvideo.platform.runs import RUN_NAME
@@ -166,7 +167,8 @@ def _planner(
     command = command_of(job)
     command = ["python", "-m", "loomvideo.jobs.cli", *command[1:]] if wheel else command
     named = named_arguments(profile, job, run, arguments)
-    environment = {"MLFLOW_TRACKING_URI": profile.tracking.uri, **profile.environment}
+    environment = {"MLFLOW_TRACKING_URI": profile.tracking.uri, STOP_VARIABLE: str(profile.stop_grace_s)}
+    environment |= profile.environment
     metadata = {"loomvideo.code": wheel.digest if wheel else "image", **_source_state()}
 
     def plan(address: str) -> submission.Plan:

@@ -106,6 +106,26 @@ def job_plain(rehearsal: Rehearsal) -> str:
     return f"doctor: {next(line for line in done.stdout.splitlines() if 'checks in' in line).strip()}"
 
 
+def job_stop(rehearsal: Rehearsal) -> str:
+    """`jobs stop` ends a training run with a checkpoint of its last step; whoever follows it sees exit code 130."""
+    run = "stopped"
+    rehearsal.forget(run)
+    rehearsal.train_quickly(run, "training.checkpoint.every_steps=1000", steps=1000)
+    rehearsal.wait_for_step(run, 5)
+    loomvideo = [sys.executable, "-m", "loomvideo.jobs.cli", "jobs"]
+    where = {"cwd": REPO, "env": rehearsal.cluster.variables(), "capture_output": True, "text": True, "check": True}
+    cluster = ["--cluster", str(rehearsal.profile())]
+    subprocess.run([*loomvideo, "stop", run, *cluster], **where)
+    rehearsal.finish(run, expected=130)
+    listed = subprocess.run([*loomvideo, "ls", *cluster], **where).stdout
+    state = next(line.split()[3] for line in listed.splitlines() if f" {run} " in line)
+    checkpoints = [path.name for path in (rehearsal.run_folder(run) / "checkpoints").glob("step-*")]
+    last = max(rehearsal.steps(run))
+    if checkpoints != [f"step-{last:08d}"] or state != "STOPPED":
+        raise DrillError(f"{run}: {state} after step {last} with checkpoints {checkpoints}")
+    return f"{state} at step {last} with its checkpoint"
+
+
 def job_refusals(rehearsal: Rehearsal) -> str:
     """Strangers are refused by dashboard, jobs API and MLflow."""
     search = f"{rehearsal.mlflow.url}/api/2.0/mlflow/experiments/search?max_results=1"
@@ -152,5 +172,6 @@ JOBS = {
     "finetune-edit": job_finetune,
     "evaluate": job_evaluate,
     "plain": job_plain,
+    "stop": job_stop,
     "refusals": job_refusals,
 }

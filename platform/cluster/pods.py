@@ -17,6 +17,8 @@ CACHES = {
 }
 HEAD_DISK_GIB = 20
 PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001, "metrics": 8080}
+# How long Ray waits between asking a stopped job to end and killing it.
+STOP_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
 
 
 def head_template(profile: ClusterProfile, autoscaler: bool) -> dict[str, Any]:
@@ -107,6 +109,7 @@ def _container(
         "LOOMVIDEO_RUNS": f"{profile.storage.mount}/runs",
         "HF_HOME": f"{profile.storage.mount}/huggingface",
         "HOME": LOCAL,
+        STOP_VARIABLE: str(profile.stop_grace_s),
         "LOOMVIDEO_KERNEL_SHARED": f"{profile.storage.mount}/kernels",
         **{variable: f"{LOCAL}/cache/{folder}" for variable, folder in CACHES.items()},
     }

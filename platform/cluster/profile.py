@@ -136,6 +136,7 @@ class ClusterProfile:
     job_deadline_hours: float = option(0.0, "stop a RayJob after so long; 0 for never")
     pending_minutes: int = option(60, "fail a RayJob that has not started running after so long; 0 for never")
     evidence_hours: float = option(24.0, "how long the head of a failed job stays for a look, without its GPUs")
+    stop_grace_s: int = option(120, "seconds a stopped job gets to write a checkpoint; Ray's own default is 3")
     preemption_grace_s: int = option(120, "seconds a pod gets between the warning and the kill")
 
     def groups_of(self, job: str) -> list[NodeGroup]:
