@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from loomvideo.platform.cluster.profile import ClusterProfile
     from loomvideo.platform.cluster.submission import Plan
+    from loomvideo.platform.cluster.validate import Report
 
 app = typer.Typer()
 jobs_app = typer.Typer(no_args_is_help=True, help="List, follow and stop jobs of a cluster.")
@@ -61,14 +62,37 @@ def validate(
     cluster: Annotated[
         str | None, typer.Option("--cluster", help="one profile; all in infra/profiles if unset")
     ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--folder", help="a folder that render wrote, with changes made by hand, instead")
+    ] = None,
     changes: Changes = None,
 ) -> None:
     """Check manifests, images and scripts without a cluster; exit code 1 when something is wrong."""
-    from loomvideo.platform.cluster.manifests import ray_job
-    from loomvideo.platform.cluster.profile import QUEUES, load_profile
-    from loomvideo.platform.cluster.validate import Report, lint, validate_profile
+    from loomvideo.platform.cluster.profile import ClusterProfile
+    from loomvideo.platform.cluster.validate import Report, lint, validate_folder
 
     report = Report()
+    if folder:
+        validate_folder(folder, ClusterProfile.kubernetes_version, report)
+    else:
+        _validate_profiles(cluster, changes, report)
+        lint(Path(), report)
+    console = Console(soft_wrap=True)
+    for reason in report.skipped:
+        console.print(f"skipped: {reason}", markup=False)
+    for problem in report.problems:
+        console.print(problem, markup=False)
+    console.print(f"{report.checked} objects and files checked, {len(report.problems)} problems")
+    if report.problems:
+        raise typer.Exit(1)
+
+
+def _validate_profiles(cluster: str | None, changes: list[str] | None, report: "Report") -> None:
+    """Check what is rendered from one profile or all, for every kind of queue."""
+    from loomvideo.platform.cluster.manifests import ray_job
+    from loomvideo.platform.cluster.profile import QUEUES, load_profile
+    from loomvideo.platform.cluster.validate import validate_profile
+
     names = [cluster] if cluster else sorted(str(path) for path in PROFILES.glob("*.yaml"))
     if not names:
         raise UserError(f"{PROFILES}: no profiles; run from a checkout of the repository or give --cluster PATH")
@@ -82,15 +106,6 @@ def validate(
                 validate_profile(profile, jobs, Path(scratch) / f"{Path(name).stem}-{kind}", report)
                 if changes:
                     break
-    lint(Path(), report)
-    console = Console(soft_wrap=True)
-    for reason in report.skipped:
-        console.print(f"skipped: {reason}", markup=False)
-    for problem in report.problems:
-        console.print(problem, markup=False)
-    console.print(f"{report.checked} objects and files checked, {len(report.problems)} problems")
-    if report.problems:
-        raise typer.Exit(1)
 
 
 SUBMIT_FOLDER = Path("build/submit")

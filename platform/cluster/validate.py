@@ -9,11 +9,14 @@ from pathlib import Path
 from shutil import which
 from typing import Any
 
+import yaml
+
 from loomvideo.platform.cluster.profile import ClusterProfile
 from loomvideo.platform.cluster.references import Given, reference_problems
 from loomvideo.platform.cluster.render import KUBERNETES, build, find_kubectl, write_folder
 from loomvideo.platform.cluster.rules import rule_problems
 from loomvideo.platform.cluster.schemas import CRDS_VARIABLE, crd_folder, schema_problems
+from loomvideo.platform.errors import UserError
 
 SECRET_NAMES = re.compile(r"password|passwd|secret|token|access_?key|api_?key|credential", re.IGNORECASE)
 SECRET_VALUES = {
@@ -95,6 +98,20 @@ def validate_profile(
     manifests = [*build(folder), *jobs]
     given = Given.read(kubernetes / "given.yaml")
     validate_manifests(manifests, given, profile.kubernetes_version, report, source)
+
+
+def validate_folder(folder: Path, kubernetes_version: str, report: Report, kubernetes: Path = KUBERNETES) -> None:
+    """Check a rendered folder as it is now, with what was changed by hand.
+
+    Raises:
+        UserError: if it is no Kustomize folder, or a file of it is no YAML.
+    """
+    try:
+        jobs = [job for path in sorted(folder.glob("*.rayjob.yaml")) for job in yaml.safe_load_all(path.read_text())]
+    except yaml.YAMLError as error:
+        raise UserError(f"{folder}: a .rayjob.yaml is not YAML: {str(error).splitlines()[-1].strip()}") from error
+    given = Given.read(kubernetes / "given.yaml")
+    validate_manifests([*build(folder), *jobs], given, kubernetes_version, report, str(folder))
 
 
 def secret_problems(node: Any, path: str = "") -> Iterator[str]:

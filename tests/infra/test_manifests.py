@@ -13,7 +13,7 @@ from loomvideo.platform.cluster.profile import QUEUES, load_profile
 from loomvideo.platform.cluster.references import Given, reference_problems
 from loomvideo.platform.cluster.rules import rule_problems
 from loomvideo.platform.cluster.schemas import crd_folder, schema_problems, with_defaults
-from loomvideo.platform.cluster.validate import Report, lint, secret_problems, validate_profile
+from loomvideo.platform.cluster.validate import Report, lint, secret_problems, validate_folder, validate_profile
 from loomvideo.platform.errors import UserError
 
 REPO = Path(__file__).parents[2]
@@ -235,6 +235,29 @@ def test_dangling_reference_fails_by_name(tmp_path, kind, change, expected):
     broken = copy.deepcopy(objects)
     change(next(o for o in broken if o["kind"] == kind))
     assert any(expected in problem for _, problem in reference_problems(broken, given))
+
+
+@needs_kubectl
+def test_folder_changed_by_hand_fails_by_name(tmp_path):
+    profile = profile_in("kueue", "small")
+    job = ray_job(profile, "pretrain", "first")
+    render.write_folder(profile, tmp_path / "rendered", KUBERNETES, (job,))
+    path = tmp_path / "rendered" / "pretrain-first.rayjob.yaml"
+    report = Report()
+    validate_folder(tmp_path / "rendered", "1.34", report, KUBERNETES)
+    assert report.problems == []
+    changed = yaml.safe_load(path.read_text())
+    changed["metadata"]["name"] = "Pretrain_first"
+    changed["spec"] |= {"deletionStrategy": rules_of_a_plain_job()}
+    changed["spec"]["rayClusterSpec"]["authOptions"]["secretName"] = "none"
+    path.write_text(yaml.safe_dump(changed))
+    validate_folder(tmp_path / "rendered", "1.34", report, KUBERNETES)
+    for expected in ("excluded by shutdownAfterJobFinishes", "metadata.name 'Pretrain_first'", "Secret 'none'"):
+        assert any(expected in problem for problem in report.problems), expected
+
+
+def rules_of_a_plain_job():
+    return training_job()["spec"]["deletionStrategy"]
 
 
 def test_secret_in_a_manifest_is_found():
