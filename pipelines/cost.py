@@ -83,7 +83,8 @@ def estimate_cost(
 
 def _recommend(modes: list[dict[str, Any]], recompute_s: float) -> tuple[str, str]:
     times = {row["mode"]: row["read_s_per_sample"] for row in modes}
-    extra_s = times["stored bf16"] - times["streamed bf16"]
+    # Text alone may take fewer bytes as features than pictures as input.
+    extra_s = max(times["stored bf16"] - times["streamed bf16"], 0.0)
     if extra_s <= recompute_s:
         return "stored bf16", f"reading features takes {extra_s:.4f} s a sample, computing them {recompute_s:.4f} s"
     small_s = times["stored fp8"] - times["streamed bf16"]

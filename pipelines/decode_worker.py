@@ -9,22 +9,30 @@ import pickle
 import queue
 import sys
 import threading
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from loomvideo.pipelines.decode import DecodeError, Media, open_media
 
 _OPEN_FILES = 4
 
 
+class Readable(Protocol):
+    """What a stream must do to be read from."""
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Fill a part of the buffer; returns how much, 0 at the end."""
+        ...
+
+
 def send(stream: BinaryIO, message: object) -> None:
     """Write one message."""
     data = pickle.dumps(message)
-    stream.write(len(data).to_bytes(8, "little"))
-    stream.write(data)
+    # In one piece: the other side wakes once.
+    stream.write(len(data).to_bytes(8, "little") + data)
     stream.flush()
 
 
-def receive(stream: BinaryIO) -> object:
+def receive(stream: Readable) -> object:
     """Read one message.
 
     Raises:
@@ -33,7 +41,7 @@ def receive(stream: BinaryIO) -> object:
     return pickle.loads(read_exactly(stream, int.from_bytes(read_exactly(stream, 8), "little")))
 
 
-def read_exactly(stream: BinaryIO, size: int) -> bytearray:
+def read_exactly(stream: Readable, size: int) -> bytearray:
     """Read ``size`` bytes into one buffer."""
     buffer = bytearray(size)
     view = memoryview(buffer)

@@ -76,8 +76,8 @@ NOT_IN_MANIFEST = (
     "caption_workers.", "captions.base_url", "captions.api_key_env", "captions.cache", "captions.concurrency",
     "captions.per_minute", "captions.max_attempts", "captions.timeout_s",
 )  # fmt: skip
-# Texts are part of the samples, so what made them decides nothing about a shard by itself.
-NOT_IN_RECIPE = (*NOT_IN_MANIFEST, "captions.")
+# Texts are part of the samples and judgements are kept beside them: what made them is no part of a shard's recipe.
+NOT_IN_RECIPE = (*NOT_IN_MANIFEST, "captions.", "stages.", "curate")
 
 
 @dataclasses.dataclass
@@ -144,9 +144,17 @@ def recipe_parts(inputs: Inputs, config: PrepareConfig) -> dict[str, str]:
         "encoders": encoder_identity(model),
         "code": digest(PIXELS_VERSION, TENSORS_VERSION),
     }
+    if config.curate:
+        parts["stages"] = digest(*chunk_recipe_parts(config))
     if config.makes_texts:
         parts["captions"] = caption_recipe(config)
     return parts
+
+
+def manifest_config(config: PrepareConfig) -> dict[str, Any]:
+    """The configuration that a dataset's content depends on; stages that are off left out."""
+    off = [*(() if config.curate else ("stages.",)), *(() if config.makes_texts else ("captions.",))]
+    return {k: v for k, v in flatten(config).items() if not k.startswith((*NOT_IN_MANIFEST, *off))}
 
 
 def prepare(
@@ -354,16 +362,16 @@ def _why(before: Manifest | None, recipe: dict[str, str], todo: list[dict[str, A
     changed = sorted(part for part in {*recipe, *before.recipe} if before.recipe.get(part) != recipe.get(part))
     if not changed:
         return f"rebuilt {len(todo)} shards: media files changed or a shard was damaged"
-    details = list(changed)
-    if "config" in changed:
-        now = flatten(config)
+    parts = [part for part in changed if part not in ("config", "stages", "captions")]
+    if parts != changed:
+        now = manifest_config(config)
         different = [
             f"{key} {before.config[key]!r} -> {now[key]!r}"
             for key in now
-            if key in before.config and before.config[key] != now[key] and not key.startswith(NOT_IN_RECIPE)
+            if key in before.config and before.config[key] != now[key]
         ]
-        details[details.index("config")] = "config (" + ", ".join(different or ["new keys"]) + ")"
-    return "rebuilt: changed " + ", ".join(details)
+        parts.append("config (" + ", ".join(different or ["stages on or off, or new keys"]) + ")")
+    return "rebuilt: changed " + ", ".join(parts)
 
 
 def _remove_unplanned(storage: Storage, plan: list[PlannedShard]) -> None:
@@ -392,7 +400,7 @@ def _finish(
     return finish_dataset(
         storage,
         records,
-        config={k: v for k, v in flatten(config).items() if not k.startswith(NOT_IN_MANIFEST)},
+        config=manifest_config(config),
         encoders=_encoders(records),
         features={
             "mode": config.features.mode,

@@ -13,10 +13,9 @@ from loomvideo.pipelines.chunks import chunk_rows, plan_chunks, stale_chunks
 from loomvideo.pipelines.curate import CURATION_FOLDER, chunk_recipe_parts
 from loomvideo.pipelines.inputs import Inputs, read_inputs, without_removed
 from loomvideo.pipelines.media_files import base_folder, media_stamp, resolve
-from loomvideo.pipelines.prepare import Stamps, decided, make_plan, recipe_parts, stored_manifest
+from loomvideo.pipelines.prepare import Stamps, decided, make_plan, manifest_config, recipe_parts, stored_manifest
 from loomvideo.pipelines.prepare_config import PrepareConfig
 from loomvideo.pipelines.samples import Sample
-from loomvideo.platform.config import flatten
 from loomvideo.platform.shards.storage import Storage
 from loomvideo.platform.shards.takedown import tombstones
 from loomvideo.platform.shards.writer import read_record
@@ -61,7 +60,7 @@ def stale_parts(config: PrepareConfig) -> list[Stale]:
     found = []
     recipe = recipe_parts(inputs, config)
     if before is not None:
-        found += _config_changes(before.config, flatten(config))
+        found += _config_changes(before.config, manifest_config(config))
         for part, members in (("encoders", "target source refs mllm"), ("code", "target source refs mllm")):
             if before.recipe.get(part) != recipe[part]:
                 found.append(Stale(part, part, members, f"{before.recipe.get(part)} -> {recipe[part]}"))

@@ -32,9 +32,9 @@ class TextLimits:
     """Text laid over the picture."""
 
     enabled: bool = option(False, "find text with RapidOCR (extra: curate)")
-    max_share: float = option(0.02, "share of the frame covered by text at most")
+    max_share: float = option(0.01, "share of the frame covered by text at most")
     num_frames: int = option(3, "frames looked at")
-    side: int = option(640, "longer side of the frames shown to the text detector")
+    side: int = option(320, "longer side of the frames in which text is found; it is read in full size")
     min_confidence: float = option(0.8, "of the reading: what is less sure is a pattern, not text")
 
 
