@@ -4,6 +4,7 @@ Everything downstream (generator, metrics, judge, review page) sees the same sou
 with seconds or pixels that the model never saw.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def load_item(item: EvalItem, root: Path, options: InputOptions) -> LoadedItem:
         wanted = len(source)
     target = None
     if item.target:
-        info, frames, _ = _read(root / item.target, wanted, options.fps)
+        info, frames, _ = _read(root / item.target, wanted, options.fps, indices)
         if size is None or source is None:
             size = choose_bucket(info.width, info.height, options.bucket_classes, kind)
         target = resize_and_crop(frames, size).numpy()
@@ -98,16 +99,19 @@ def load_item(item: EvalItem, root: Path, options: InputOptions) -> LoadedItem:
         source = None if source is None else source[:shared]
     mask = None
     if item.mask and size is not None:
-        _, frames, _ = _read(root / item.mask, wanted, options.fps)
+        _, frames, _ = _read(root / item.mask, wanted, options.fps, indices)
         mask = resize_and_crop(frames, size).numpy().max(-1) > 127
     size = size or choose_bucket(*options.text_size, options.bucket_classes, kind)
     return LoadedItem(item, source, tuple(references), target, mask, size, wanted, options.fps, tuple(indices))
 
 
-def _read(path: Path, num_frames: int, fps: float) -> tuple:
+def _read(path: Path, num_frames: int, fps: float, aligned: Sequence[int] = ()) -> tuple:
+    """A file's facts, frames and frame numbers; the source's ``aligned`` numbers are kept where the file has them."""
     media = open_media(str(path))
     info = media.info
     indices = [0]
     if info.kind == "video" and num_frames > 1:
-        indices = clip_indices(info.fps, info.num_frames, num_frames, 0.0, fps)
+        # Another few frames asked of the same file may be other frames: the window depends on how many are wanted.
+        fits = len(aligned) >= num_frames and max(aligned) < info.num_frames
+        indices = list(aligned) if fits else clip_indices(info.fps, info.num_frames, num_frames, 0.0, fps)
     return info, np.concatenate(list(media.read(indices))), indices

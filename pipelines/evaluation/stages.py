@@ -78,7 +78,7 @@ class PrepareStage:
             return row | {"failure": "missing file", "detail": str(error)}
         # The text is no part of the media's key, so two instructions for one source share the prepared files.
         names = [item.task, bool(item.source), len(item.references), bool(item.target), bool(item.mask)]
-        key = content_key("inputs-1", names, digests, dataclasses.asdict(self.options))
+        key = content_key("inputs-2", names, digests, dataclasses.asdict(self.options))
 
         def fill(folder: Path) -> Row:
             loaded = load_item(item, root, self.options)
