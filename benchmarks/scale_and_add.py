@@ -4,15 +4,14 @@
 
 Concatenation appends the source's patches to the sequence (as the references' are), so every block works on twice
 the tokens; the weights are the same, the source embedding's are not used. Both keep keys, values and timestep
-embeddings over the steps, as generation does. Every case runs in a process of its own for its peak memory. The
-theoretical ratio is that of the exact operation counts (``model/flops.py``), for the measured preset and for 5b.
+embeddings over the steps, as generation does. Memory is the peak of live tensors in a step, weights and what is kept
+not counted. The theoretical ratio is that of the exact operation counts (``model/flops.py``), for the measured preset
+and for 5b. Processor time is what to compare on a machine that does other work.
 """
 
 import argparse
 import dataclasses
 import json
-import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ def run_case(preset_name: str, method: str, frames: int, seconds: float, threads
 
     from loomvideo.model import kernels
     from loomvideo.model.dit import LoomVideoDiT
+    from loomvideo.model.live_bytes import PeakLiveBytes
     from loomvideo.model.packing import DiTSample, pack
     from loomvideo.model.presets import preset
 
@@ -49,15 +49,15 @@ def run_case(preset_name: str, method: str, frames: int, seconds: float, threads
         contexts = model.keys_values(states)
         batch = pack([sample]) if method == "scale-and-add" else concatenated(sample, config.patch_size)
         step_time = model.embed_time(batch.timesteps, torch.float32)
-        before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        with PeakLiveBytes() as live:
+            model(batch, contexts=contexts, time=step_time)
         wall, cpu, started = [], [], time.perf_counter()
-        while len(wall) < 2 or time.perf_counter() - started < seconds:
+        while not wall or time.perf_counter() - started < seconds:
             wall_start, cpu_start = time.perf_counter(), time.process_time()
             model(batch, contexts=contexts, time=step_time)
             wall.append(time.perf_counter() - wall_start)
             cpu.append(time.process_time() - cpu_start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"wall_s": statistics.median(wall), "cpu_s": statistics.median(cpu), "memory_bytes": peak - before}
+    return {"wall_s": statistics.median(wall), "cpu_s": statistics.median(cpu), "memory_bytes": live.peak}
 
 
 def concatenated(sample, patch_size):
@@ -113,7 +113,9 @@ def draw(path: Path, preset_name: str, measured: dict[int, float]) -> None:
     for name, colour in ((preset_name, "#185ca8"), ("5b", "#b3541e")):
         ratios = [flops_ratio(name, int(length)) for length in lengths]
         axes.plot(lengths, ratios, color=colour, label=f"{name}: operations")
-    axes.plot(list(measured), list(measured.values()), "o", color="#185ca8", label=f"{preset_name}: time, measured")
+    axes.plot(
+        list(measured), list(measured.values()), "o", color="#185ca8", label=f"{preset_name}: processor time, measured"
+    )
     axes.set(xscale="log", xlabel="video tokens", ylabel="concatenation / Scale-and-Add", title="A step of an edit")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -128,7 +130,7 @@ def main() -> None:
     parser.add_argument(
         "--frames", nargs="+", type=int, default=[2, 4, 8, 16, 32], help="latent frames, 64 tokens each"
     )
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=2.0, help="of repetitions a case and round")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--chart", type=Path)
@@ -140,8 +142,10 @@ def main() -> None:
         print(json.dumps(run_case(arguments.preset, method, int(frames), arguments.seconds, arguments.threads)))
         return
     print(f"{arguments.preset}, {MLLM_TOKENS} MLLM tokens, {arguments.threads} threads")
-    print("| tokens | Scale-and-Add ms | concatenation ms | time | MiB | MiB | memory | operations | 5b operations |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| tokens | CPU ms | concatenation | CPU time | wall time | MiB | concatenation | memory | operations | 5b's |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
     results, curve = [], {}
     for frames in arguments.frames:
         row: dict[str, dict[str, float]] = {}
@@ -150,12 +154,14 @@ def main() -> None:
             row[method] = {key: min(result[key] for result in rounds) for key in rounds[0]}
         added, appended = (row[method] for method in METHODS)
         tokens = frames * SIDE * SIDE // 4
-        curve[tokens] = appended["wall_s"] / added["wall_s"]
+        ratios = {key: appended[key] / added[key] for key in added}
+        curve[tokens] = ratios["cpu_s"]
         results.append({"tokens": tokens, **row, "flops_ratio": flops_ratio(arguments.preset, tokens)})
         print(
-            f"| {tokens} | {added['wall_s'] * 1e3:.0f} | {appended['wall_s'] * 1e3:.0f} | {curve[tokens]:.2f}x "
-            f"| {added['memory_bytes'] / 2**20:.0f} | {appended['memory_bytes'] / 2**20:.0f} "
-            f"| {appended['memory_bytes'] / added['memory_bytes']:.2f}x "
+            f"| {tokens} | {added['cpu_s'] * 1e3:.0f} | {appended['cpu_s'] * 1e3:.0f} "
+            f"| {ratios['cpu_s']:.2f}x | {ratios['wall_s']:.2f}x "
+            f"| {added['memory_bytes'] / 2**20:.1f} | {appended['memory_bytes'] / 2**20:.1f} "
+            f"| {ratios['memory_bytes']:.2f}x "
             f"| {flops_ratio(arguments.preset, tokens):.2f}x | {flops_ratio('5b', tokens):.2f}x |",
             flush=True,
         )

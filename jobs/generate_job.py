@@ -9,7 +9,7 @@ from rich.table import Table
 from loomvideo.jobs.generate_config import GenerateConfig
 from loomvideo.jobs.model_choice import model_source
 from loomvideo.pipelines.generation import FileGenerator
-from loomvideo.pipelines.generation_error import ShortcutError, measure_shortcuts
+from loomvideo.pipelines.generation_error import ShortcutError, measure_shortcuts, num_runs
 from loomvideo.pipelines.generation_requests import Request, read_requests
 from loomvideo.platform.errors import UserError
 
@@ -56,10 +56,8 @@ def _run_here(config: GenerateConfig, request: Request) -> None:
         with _progress() as bar:
             task = bar.add_task("denoising", total=config.shortcuts.steps or config.steps)
             if measures:
-                bar.update(task, total=None)
-                latents, rows = measure_shortcuts(
-                    generator, prepared, lambda name: bar.update(task, description=f"denoising: {name}")
-                )
+                bar.update(task, total=num_runs(config.shortcuts))
+                latents, rows = measure_shortcuts(generator, prepared, lambda name: bar.advance(task))
             else:
                 latents = generator.sample(
                     prepared, on_step=lambda step, total: bar.update(task, completed=step, total=total)

@@ -38,29 +38,36 @@ def measure_shortcuts(
     Args:
         generator: With shortcuts in its settings.
         prepared: The request.
-        on_run: Called with the name of each run before it starts.
+        on_run: Called with the name of each run after it.
 
     Returns:
         The latents with all shortcuts, and one row a run.
     """
-    shortcuts = generator.settings.shortcuts
-    runs = shortcuts.alone()
-    if len(runs) > 1:
-        runs["all together"] = shortcuts
+    runs = _runs(generator.settings.shortcuts)
     generator.sample(prepared, Shortcuts(steps=1))  # compiles and checks kernels, so that no run pays for it
-    on_run("exact")
     exact, exact_seconds = _timed(generator, prepared, Shortcuts())
+    on_run("exact")
     frames = generator.pipeline.decode(exact)
     rows, latents = [ShortcutError("exact", exact_seconds, 1.0, 0.0, float("inf"))], exact
     for name, run in runs.items():
-        on_run(name)
         if run.fp8:
             generator.sample(prepared, Shortcuts(steps=1, fp8=True))  # quantises
         latents, seconds = _timed(generator, prepared, run)
         error = ((latents - exact).square().mean() / exact.square().mean()).sqrt().item()
         psnr = psnr_db(generator.pipeline.decode(latents), frames)
         rows.append(ShortcutError(name, seconds, exact_seconds / seconds, error, psnr))
+        on_run(name)
     return latents, rows
+
+
+def num_runs(shortcuts: Shortcuts) -> int:
+    """How many times :func:`measure_shortcuts` makes a request."""
+    return 1 + len(_runs(shortcuts))
+
+
+def _runs(shortcuts: Shortcuts) -> dict[str, Shortcuts]:
+    runs = shortcuts.alone()
+    return runs if len(runs) < 2 else {**runs, "all together": shortcuts}
 
 
 def _timed(generator: FileGenerator, prepared: Prepared, shortcuts: Shortcuts) -> tuple[torch.Tensor, float]:
