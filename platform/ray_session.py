@@ -52,6 +52,8 @@ def ray_session(num_cpus: int | None = None, env_vars: dict[str, str] | None = N
             logging_level="warning",
             log_to_driver=True,
         )
+    # Ray's own handler, set by ray.init, would leave by sys.exit.
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     finally:
