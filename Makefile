@@ -11,7 +11,7 @@ SUITES ?= sample
 CHECKPOINT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev lint format test test-fast sample-data shards pretrain finetune-edit evaluate serve mlflow bench clean render submit validate doctor mlflow-server rehearse drill image kernels bench-data bench-kernels bench-generation
+.PHONY: help setup setup-dev lint format test test-fast sample-data shards pretrain finetune-edit evaluate serve mlflow bench clean render submit validate doctor mlflow-server rehearse drill drill-training image kernels bench-data bench-kernels bench-generation bench-training
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -97,13 +97,22 @@ drill: $(VENV)/.setup-dev sample-data ## the jobs and the failures of that clust
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server]'
 	$(BIN)/python infra/drills/drill.py --folder $(or $(DRILL),runs/drill-$$(date +%Y%m%d-%H%M%S)) --sample $(DATA) $(ARGS)
 
+drill-training: $(VENV)/.setup-dev shards ## rehearse what training must survive, with the tiny preset: ARGS="--only worker,disk"
+	$(BIN)/python infra/drills/training_drill.py --folder $(or $(DRILL),runs/drill-training-$$(date +%Y%m%d-%H%M%S)) --shards $(SHARDS) $(ARGS)
+
 image: ## build the container image: IMAGE=cpu or cuda
 	docker build --file infra/images/Dockerfile.$(IMAGE) --tag loomvideo/$(IMAGE):$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) .
 
 kernels: $(VENV)/.setup ## compile the kernels for this machine (or an image: ARGS="architectures=[80,90,100,120]")
 	$(BIN)/loomvideo kernels build $(ARGS)
 
-bench: bench-model bench-kernels bench-data bench-generation ## every benchmark, one after the other (use a quiet machine)
+bench: bench-model bench-kernels bench-data bench-training bench-generation ## every benchmark, one after the other (use a quiet machine)
+
+bench-training: shards ## the loop against a plain one, packing, pre-encoded against encoding in the loop
+	$(BIN)/python benchmarks/training_loop.py $(ARGS)
+	$(BIN)/python benchmarks/training_loop.py --preset small --steps 9 --tokens 512
+	$(BIN)/python benchmarks/packing.py
+	$(BIN)/python benchmarks/encode_in_loop.py $(DATA)/samples.jsonl $(SHARDS)
 
 bench-data: sample-data ## the data path against plain loops and other writers: ARGS=--parts …
 	$(BIN)/python benchmarks/data_bench.py $(DATA)/samples.jsonl $(ARGS)

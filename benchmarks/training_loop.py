@@ -118,8 +118,8 @@ def configuration(arguments):
     return config
 
 
-def plain_step_s(arguments, recipe, dataset):
-    """Seconds of a step of the plain loop, the first ten left out."""
+def plain_step(arguments, recipe, dataset):
+    """Seconds and tokens of a step of the plain loop, its packs made beforehand, the first steps left out."""
     torch.set_num_threads(arguments.workers)
     config = configuration(arguments)
     sources = build_sources([dataset.index], [recipe.sample_tokens(dataset.index)], "train", config.mixture)
@@ -143,7 +143,14 @@ def plain_step_s(arguments, recipe, dataset):
         with torch.no_grad():
             torch._foreach_lerp_(average, list(model.parameters()), 0.01)
         times.append(time.perf_counter() - start)
-    return sum(times[10:]) / len(times[10:])
+    counted = slice(warm_steps(arguments), None)
+    tokens = [sum(part.num_tokens for part in step) for step in packs]
+    return sum(times[counted]) / len(times[counted]), sum(tokens[counted]) / len(tokens[counted])
+
+
+def warm_steps(arguments):
+    """Steps left out at the start."""
+    return min(10, arguments.steps // 3)
 
 
 def main():
@@ -157,18 +164,31 @@ def main():
     arguments = parser.parse_args()
     recipe = RandomRecipe(arguments.preset, arguments.side)
     url = f"random://{arguments.side}"
+    plain_s, tokens = plain_step(arguments, recipe, RandomDataset(url))
     figures = {
         "parameters": sum(p.numel() for p in recipe.build_model().parameters()),
-        "plain_ms": 1e3 * plain_step_s(arguments, recipe, RandomDataset(url)),
+        "plain_step_s": plain_s,
+        "plain_tokens_per_s": tokens / plain_s,
     }
     with tempfile.TemporaryDirectory() as root, ray_session(num_cpus=max(os.cpu_count(), arguments.workers)):
         folder = RunFolder.open(root, "bench", "loop")
         result = train(configuration(arguments), lambda: recipe, [url], folder, open_dataset=RandomDataset)
-        records = [json.loads(line) for line in (folder.path / "steps.jsonl").read_text().splitlines()][10:]
-    for name in ("step_s", "compute_s", "update_s", "data_wait_s"):
-        figures[f"loop_{name.removesuffix('_s')}_ms"] = 1e3 * sum(record[name] for record in records) / len(records)
-    figures["start_s"] = result["start_s"]
-    figures["fill"] = sum(record["fill"] for record in records) / len(records)
+        records = [json.loads(line) for line in (folder.path / "steps.jsonl").read_text().splitlines()]
+    records = records[warm_steps(arguments) :]
+    seconds = {
+        name: sum(record[name] for record in records) for name in ("step_s", "compute_s", "update_s", "data_wait_s")
+    }
+    figures |= {
+        "loop_step_s": seconds["step_s"] / len(records),
+        "loop_tokens_per_s": sum(record["tokens"] for record in records) / seconds["step_s"],
+        "loop_over_plain_speed": plain_s * len(records) / seconds["step_s"],
+        "forward_backward_share": seconds["compute_s"] / seconds["step_s"],
+        "update_share": seconds["update_s"] / seconds["step_s"],
+        "data_wait_share": seconds["data_wait_s"] / seconds["step_s"],
+        "overhead_share": 1 - (seconds["compute_s"] + seconds["update_s"]) / seconds["step_s"],
+        "start_s": result["start_s"],
+        "fill": sum(record["fill"] for record in records) / len(records),
+    }
     print(json.dumps(figures, indent=1))
 
 

@@ -127,17 +127,20 @@ def export(
     output: Annotated[Path, typer.Argument(help="weights folder to write")],
     weights: Annotated[str, typer.Option(help="ema or raw; default: ema where the checkpoint has it")] = "",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32")] = "float32",
+    adapter: Annotated[bool, typer.Option("--adapter", help="write LoRA adapters alone, in PEFT's format")] = False,
 ) -> None:
-    """Write a weights folder that `generate`, `evaluate` and diffusers' key names understand.
+    """Write a weights folder that `generate`, `evaluate` and diffusers' key names understand; adapters are merged.
 
     One parameter at a time is in memory, whatever the number of ranks that wrote the checkpoint.
     """
-    import dataclasses
+    import json
 
     import torch
 
+    from loomvideo.jobs.recipe import LoomVideoRecipe
     from loomvideo.jobs.training_config import TrainingJobConfig
-    from loomvideo.model.presets import preset
+    from loomvideo.model.lora import save_adapter
+    from loomvideo.model.presets import PIPELINE_FILE
     from loomvideo.model.weights import save_dit
     from loomvideo.platform.config import load_config
 
@@ -148,7 +151,15 @@ def export(
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run}/config.yaml: not found; it says which model the checkpoint is of")
     config = load_config(TrainingJobConfig, preset_file=run / "config.yaml")
-    sizes = dataclasses.replace(preset(config.model).dit, use_source_embedding=config.objective.use_source_embedding)
     kind = {"ema": "ema", "raw": "master"}.get(weights) or ("ema" if "ema" in checkpoint.kinds else "master")
-    save_dit(checkpoint.weights(kind), sizes, output, dtype=getattr(torch, dtype))
-    print(f"{output}: {kind} weights of step {checkpoint.step}")
+    state, precision = checkpoint.weights(kind), getattr(torch, dtype)
+    if adapter:
+        if not config.lora.rank:
+            raise UserError(f"{run}: --adapter: the run trained no adapters (lora.rank=0)")
+        save_adapter(state, config.lora, output, precision)
+    else:
+        recipe = LoomVideoRecipe(config.model, config.objective, [], lora=config.lora)
+        save_dit(recipe.published(state), recipe.config, output, dtype=precision)
+        note = {"model": config.model, "step": checkpoint.step, "weights": kind, "run": f"{run.parent.name}/{run.name}"}
+        (output / PIPELINE_FILE).write_text(json.dumps(note, indent=2) + "\n")
+    print(f"{output}: {kind} {'adapters' if adapter else 'weights'} of step {checkpoint.step}")

@@ -98,27 +98,17 @@ def kernels_on_every_node(config: KernelConfig, shape: Shape | None = None) -> I
         yield record
 
 
-def use_kernels(config: KernelConfig, device: str = "cpu") -> dict[str, Any]:
+def use_kernels(config: KernelConfig) -> dict[str, Any]:
     """Load the prepared kernels in this process and choose the back end: what every rank calls before its first step.
 
     Args:
         config: The job's.
-        device: ``cpu`` or ``cuda``, what the rank trains on.
 
     Returns:
         The back ends' report (:func:`loomvideo.model.kernels.report`).
     """
     os.environ.update(config.environment())
     point_jit_caches(_jit_root())
-    if config.deepspeed and device == "cpu":
-        from loomvideo.platform.nodes import deepspeed_ops
-
-        try:
-            deepspeed_ops.preload()
-        except UserError:
-            if config.required:
-                raise
-            logger.warning("DeepSpeed will build its shared-memory op itself")
     from loomvideo.model import kernels
 
     return kernels.set_backend(config.backend, config.required)
@@ -172,10 +162,6 @@ def _wanted(config: KernelConfig) -> dict[str, Callable[[ArtifactStore], Artifac
         from loomvideo.model.kernels import cpp
 
         wanted["cpp"] = cpp.prepare
-    if config.deepspeed:
-        from loomvideo.platform.nodes import deepspeed_ops
-
-        wanted[deepspeed_ops.SHARED_MEMORY_OP] = deepspeed_ops.prepare
     return wanted
 
 

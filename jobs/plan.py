@@ -2,7 +2,7 @@
 
 Memory of a rank under ZeRO-3 with W ranks and N parameters, in bytes: working weights 2N/W in bf16, accumulated
 gradients, master weights and two moments 4N/W each (float32), the average 4N/W; a gathered layer and its gradient twice
-(one computing, one prefetched); activations of the layers that are not recomputed.
+(one computing, one prefetched); activations of the layers that are not recomputed; buckets and the CUDA runtime.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,8 @@ from loomvideo.model.flops import sequence_flops
 BYTES_BF16, BYTES_FP32 = 2, 4
 # Activations a token that a layer keeps for backward, in units of its width (inner dim; the feed-forward's extra).
 KEPT_PER_LAYER, KEPT_FEED_FORWARD = 16, 2
+# Two gradient buckets and one of prefetched weights (see training.engine), and what CUDA, NCCL and kernels take.
+NUM_BUCKETS, BUCKET_ELEMENTS, RUNTIME_BYTES = 3, 200_000_000, 3 * 2**30
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ MACHINES = {
 }
 
 
+def machine_named(device_name: str) -> Machine | None:
+    """The machine whose type a GPU's name holds."""
+    return next((machine for name, machine in MACHINES.items() if name in device_name.lower()), None)
+
+
 @dataclass(frozen=True)
 class Plan:
     """Estimates for one rank and one step; bytes and seconds."""
@@ -54,6 +61,7 @@ class Plan:
     state_bytes: float
     layer_bytes: float
     activation_bytes: float
+    buffer_bytes: float
     train_flops: float
     executed_flops: float
     communication_bytes: float
@@ -67,7 +75,7 @@ class Plan:
     @property
     def memory_bytes(self) -> float:
         """All of a rank."""
-        return self.state_bytes + self.layer_bytes + self.activation_bytes
+        return self.state_bytes + self.layer_bytes + self.activation_bytes + self.buffer_bytes
 
 
 def count_parameters(config: DiTConfig) -> tuple[int, int]:
@@ -142,6 +150,7 @@ def plan(
         state,
         layer,
         activations,
+        NUM_BUCKETS * min(parameters, BUCKET_ELEMENTS) * BYTES_BF16 + RUNTIME_BYTES,
         micro_steps * flops.total,
         micro_steps * executed,
         micro_steps * (gathered + reduced),

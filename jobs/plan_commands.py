@@ -72,6 +72,7 @@ def print_plan(config: PlanConfig) -> None:
         "weights, gradients, optimiser, average": [f"{p.state_bytes / gib:.1f} GiB" for p in plans],
         "gathered layers": [f"{p.layer_bytes / gib:.1f} GiB" for p in plans],
         "activations": [f"{p.activation_bytes / gib:.1f} GiB" for p in plans],
+        "buckets and runtime": [f"{p.buffer_bytes / gib:.1f} GiB" for p in plans],
         f"memory of {machine.memory_gib:.0f} GiB": [f"{p.memory_bytes / gib:.1f} GiB" for p in plans],
         "FLOPs, model": [f"{p.train_flops / tera:,.1f} T" for p in plans],
         "FLOPs, with recomputation": [f"{p.executed_flops / tera:,.1f} T" for p in plans],

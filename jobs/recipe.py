@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +16,29 @@ from torch import Tensor, nn
 from loomvideo.jobs.kernels_job import use_kernels
 from loomvideo.jobs.training_config import ObjectiveConfig
 from loomvideo.model import weights
+from loomvideo.model.config import LoRAConfig
 from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.flops import pack_flops
 from loomvideo.model.flow import noised_and_target, sample_timestep
+from loomvideo.model.lora import MergedWeights, adapt
 from loomvideo.model.packing import DiTSample, PackedBatch, pack
 from loomvideo.model.presets import preset
 from loomvideo.platform.nodes.config import KernelConfig
 from loomvideo.platform.shards.sample import ShardSample
 from loomvideo.platform.training.randomness import SampleRandom
-from loomvideo.platform.training.recipe import BaseRecipe, LossOutput
+from loomvideo.platform.training.recipe import BaseRecipe, LossOutput, TrainingDataset
+
+SOURCE_KEYS = ("source_patch_embedding.*",)
+WHOLE_READ_BYTES = 1_000_000
+"""Samples up to this size are read in one request; of larger ones only the tensors that the visit needs."""
+
+
+class StateSource(Protocol):
+    """What computes MLLM states that are not stored; ``jobs.feature_pool.FeaturePool`` is one."""
+
+    def states(self, member: Mapping[str, Tensor], entry: int, variant: str) -> Tensor:
+        """States [layers, tokens, dim] of entry ``entry``, ``full`` or ``visual``, of a streamed member."""
+        ...
 
 
 @dataclass
@@ -64,6 +78,10 @@ class TrainingPack:
             self, batch=self.batch.to(device, dtype), target=self.target.to(device, non_blocking=True)
         )
 
+    def pin_memory(self) -> "TrainingPack":
+        """Copy into page-locked memory, from which copies to a GPU overlap with work."""
+        return dataclasses.replace(self, batch=self.batch.pin_memory(), target=self.target.pin_memory())
+
 
 class LoomVideoRecipe(BaseRecipe):
     """Flow matching on packed LoomVideo samples.
@@ -75,6 +93,8 @@ class LoomVideoRecipe(BaseRecipe):
         initial_weights: A weights folder or file to start from; None starts from seeded random weights.
         seed: Seed of the random weights.
         kernels: Which kernels a rank loads before it builds the model; None keeps what is in use.
+        lora: Adapters to train instead of the weights; None or rank 0 for none.
+        features: Computes the states of samples whose features are streamed.
     """
 
     def __init__(
@@ -85,6 +105,8 @@ class LoomVideoRecipe(BaseRecipe):
         initial_weights: str | None = None,
         seed: int = 0,
         kernels: KernelConfig | None = None,
+        lora: LoRAConfig | None = None,
+        features: StateSource | None = None,
     ):
         self.config = dataclasses.replace(preset(model).dit, use_source_embedding=objective.use_source_embedding)
         self.objective = objective
@@ -92,20 +114,48 @@ class LoomVideoRecipe(BaseRecipe):
         self.initial_weights = initial_weights
         self.seed = seed
         self.kernels = kernels
+        self.lora = lora if lora and lora.rank else None
+        self.features = features
 
     def build_model(self) -> nn.Module:
         """The transformer in float32 with its starting weights."""
         if self.kernels is not None:
-            use_kernels(self.kernels, "cuda" if torch.cuda.is_available() else "cpu")
-        if self.initial_weights is not None:
-            return weights.load_dit(self.initial_weights, config=self.config)
+            use_kernels(self.kernels)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return LoomVideoDiT(self.config)
+            if self.initial_weights is not None:
+                # Stage 1 trains without a source embedding; the stage after starts it at zero.
+                model = weights.load_dit(self.initial_weights, config=self.config, allow=SOURCE_KEYS)
+            else:
+                model = LoomVideoDiT(self.config)
+            if self.lora is not None:
+                adapt(model, self.lora)
+        return model
 
     def layers(self, model: nn.Module) -> Sequence[nn.Module]:
         """The transformer blocks."""
         return model.blocks
+
+    def read(
+        self, dataset: TrainingDataset, row_number: int, row: Mapping[str, Any], random: SampleRandom
+    ) -> ShardSample:
+        """The sample; of a large one only the visit's window, and the states it may be conditioned on."""
+        if row["num_bytes"] <= WHOLE_READ_BYTES:
+            return dataset.read(row_number)
+        window = _window(row["num_windows"], random)
+        # Without a source the MLLM is told the same for every window.
+        entry = window if "source" in row["members"] else 0
+        needs_visual = self._variant(random.uniform("dropout")) == "visual"
+
+        def select(member: str, name: str) -> bool:
+            if member == "refs":
+                return True
+            kind, _, number = name.rpartition(".")
+            if member == "mllm":
+                return number == str(entry) and (needs_visual or kind != "visual")
+            return number == str(window)
+
+        return dataset.read(row_number, select)
 
     def load_example(
         self, dataset_index: int, row: Mapping[str, Any], sample: ShardSample, random: SampleRandom
@@ -123,18 +173,19 @@ class LoomVideoRecipe(BaseRecipe):
     def _example(
         self, dataset_index: int, sample: ShardSample, random: SampleRandom, dropped: float, level: float | None
     ) -> Example:
-        window = int(random.uniform("window") * sample.metadata["num_windows"])
+        window = _window(sample.metadata["num_windows"], random)
         target, source = sample.tensors["target"], sample.tensors.get("source")
         clean = _posterior_sample(target, window, random, "target")
-        states, visual = _mllm_states(sample, window), _mllm_states(sample, window, "visual")
         source_latents = None if source is None else _posterior_sample(source, window, random, "source")
         references = sample.tensors.get("refs", {})
         num_references = sum(name.startswith("mean.") for name in references)
         reference_latents = [_posterior_sample(references, j, random, f"reference{j}") for j in range(num_references)]
-        if dropped < self.objective.drop_all:
-            states, source_latents, reference_latents = self.null_states[dataset_index], None, []
-        elif dropped < self.objective.drop_all + self.objective.drop_text:
-            states = self.null_states[dataset_index] if visual is None else visual
+        variant = self._variant(dropped)
+        states = None if variant is None else self._states(sample, window, variant)
+        if variant is None:
+            source_latents, reference_latents = None, []
+        if states is None:
+            states = self.null_states[dataset_index]
         _, frames, height, width = clean.shape
         num_tokens = frames * (height // self.config.patch_size[1]) * (width // self.config.patch_size[2])
         objective = self.objective
@@ -153,6 +204,22 @@ class LoomVideoRecipe(BaseRecipe):
             references=reference_latents,
         )
         return Example(key=sample.key, task=sample.metadata["task"], sample=dit_sample, target=velocity)
+
+    def _variant(self, dropped: float) -> str | None:
+        """What the MLLM is told, by the draw of guidance dropout in [0, 1): all, pictures alone, or nothing."""
+        if dropped < self.objective.drop_all:
+            return None
+        return "visual" if dropped < self.objective.drop_all + self.objective.drop_text else "full"
+
+    def _states(self, sample: ShardSample, window: int, variant: str) -> Tensor | None:
+        """MLLM states of a window; None for ``visual`` where the sample shows the MLLM no pictures."""
+        member, entry = sample.tensors["mllm"], sample.metadata["mllm_index"][window]
+        if sample.metadata.get("features", "stored") == "stored":
+            states = member.get(f"{variant}.{entry}")
+            return None if states is None else states.float()
+        if variant == "visual" and f"visual_input_ids.{entry}" not in member:
+            return None
+        return self.features.states(member, entry, variant)
 
     def collate(self, examples: Sequence[Example]) -> TrainingPack:
         """Pack the examples into one sequence."""
@@ -183,7 +250,11 @@ class LoomVideoRecipe(BaseRecipe):
 
     def export(self, state: Mapping[str, Tensor], folder: Path) -> None:
         """Write a LoomVideo weights folder."""
-        weights.save_dit(state, self.config, folder)
+        weights.save_dit(self.published(state), self.config, folder)
+
+    def published(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A state dict under the published names, adapters merged."""
+        return state if self.lora is None else MergedWeights(state, self.lora)
 
 
 def _posterior_sample(tensors: Mapping[str, Tensor], index: int, random: SampleRandom, name: str) -> Tensor:
@@ -194,6 +265,5 @@ def _posterior_sample(tensors: Mapping[str, Tensor], index: int, random: SampleR
     return mean + std.float() * random.normal(f"posterior.{name}", mean.shape)
 
 
-def _mllm_states(sample: ShardSample, window: int, variant: str = "full") -> Tensor | None:
-    states = sample.tensors["mllm"].get(f"{variant}.{sample.metadata['mllm_index'][window]}")
-    return None if states is None else states.float()
+def _window(num_windows: int, random: SampleRandom) -> int:
+    return int(random.uniform("window") * num_windows)

@@ -94,14 +94,15 @@ def print_audit(run: Path, step: int, steps: int, workers: int) -> None:
     Raises:
         UserError: if the run cannot be repeated, or a repeated step differs.
     """
-    import functools
     import tempfile
 
     from rich.console import Console
     from rich.table import Table
 
-    from loomvideo.jobs.recipe import LoomVideoRecipe
+    from loomvideo.jobs.feature_pool import feature_pool
     from loomvideo.jobs.training_config import TrainingJobConfig
+    from loomvideo.jobs.training_setup import recipe_factory
+    from loomvideo.model.presets import preset, with_folders
     from loomvideo.platform.config import load_config
     from loomvideo.platform.ray_session import ray_session
     from loomvideo.platform.shards.reader import ShardDataset
@@ -112,9 +113,15 @@ def print_audit(run: Path, step: int, steps: int, workers: int) -> None:
     config = load_config(TrainingJobConfig, preset_file=run / "config.yaml")
     same_world = workers in (0, config.training.workers.num)
     config.training.workers.num = workers or config.training.workers.num
-    nulls = [ShardDataset.open(url).shared()["null"] for url in config.data.shards]
-    factory = functools.partial(LoomVideoRecipe, config.model, config.objective, nulls, None, config.training.seed)
-    with tempfile.TemporaryDirectory() as scratch, ray_session(num_cpus=max(2, config.training.workers.num)):
+    datasets = [ShardDataset.open(url) for url in config.data.shards]
+    model = with_folders(preset(config.model), config.codec_folder, config.mllm_folder)
+    num_cpus = max(2, config.training.workers.num * config.training.workers.cpus)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        ray_session(num_cpus=num_cpus + config.features.actors * config.features.cpus),
+        feature_pool(config.features, model, datasets) as features,
+    ):
+        factory = recipe_factory(config, datasets, kernels=config.kernels, features=features)
         rows = audit_resume(run, config.training, factory, config.data.shards, Path(scratch), step, steps)
     table = Table("step", "samples", "loss", "repeated", "gradient norm", "repeated", "", box=None, padding=(0, 2))
     for row in rows:

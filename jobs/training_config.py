@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from loomvideo.model.config import LoRAConfig
 from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.nodes.config import KernelConfig
@@ -49,6 +50,26 @@ class HeldoutConfig:
 
 
 @dataclass
+class FeaturePoolConfig:
+    """The actors that compute MLLM states for datasets prepared with features.mode=streamed or text."""
+
+    actors: int = option(1, "frozen MLLMs")
+    gpus: float = option(0.0, "GPUs of each; 0 computes on CPUs")
+    cpus: int = option(1, "CPUs of each, also its compute threads on CPU")
+
+
+@dataclass
+class SamplesConfig:
+    """Held-out samples generated while training goes on, from checkpoints, by a task of its own."""
+
+    every_steps: int = option(0, "sample every so many steps, a multiple of training.checkpoint.every_steps; 0 never")
+    num_edits: int = option(4, "held-out editing samples")
+    num_generated: int = option(2, "held-out generation samples")
+    gpus: float = option(0.0, "GPUs of the task; 0 samples on a CPU")
+    cpus: int = option(1, "CPUs of the task, also its compute threads on CPU")
+
+
+@dataclass
 class TrainingJobConfig:
     """One training job."""
 
@@ -63,7 +84,10 @@ class TrainingJobConfig:
     doctor: bool = option(True, "on a cluster, check every node before training")
     data: DataConfig = option(DataConfig, "")
     objective: ObjectiveConfig = option(ObjectiveConfig, "")
+    lora: LoRAConfig = option(LoRAConfig, "")
+    features: FeaturePoolConfig = option(FeaturePoolConfig, "")
     training: TrainingConfig = option(TrainingConfig, "")
+    samples: SamplesConfig = option(SamplesConfig, "")
     evaluation: HeldoutConfig = option(HeldoutConfig, "")
     kernels: KernelConfig = option(KernelConfig, "")
 
@@ -79,5 +103,16 @@ class TrainingJobConfig:
             raise UserError("from_run and from_weights: give one of them")
         if self.evaluation.num_frames % 4 != 1:
             raise UserError(f"evaluation.num_frames={self.evaluation.num_frames}: must be 4k+1")
+        if self.lora.rank < 0 or self.features.actors < 1:
+            raise UserError("lora.rank and features.actors: lora.rank at least 0, features.actors at least 1")
+        if self.lora.rank and self.training.optimizer.trainable:
+            raise UserError("training.optimizer.trainable: with lora.rank set, name the patterns in lora.unfreeze")
+        if self.samples.every_steps % self.training.checkpoint.every_steps:
+            raise UserError(
+                f"samples.every_steps={self.samples.every_steps}: samples are made from checkpoints; use a multiple of "
+                f"training.checkpoint.every_steps={self.training.checkpoint.every_steps}"
+            )
+        if self.samples.every_steps and not self.evaluation.samples:
+            raise UserError("samples.every_steps: set evaluation.samples to the samples.jsonl to sample from")
         self.objective.check()
         self.training.check()

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,26 @@ import torch
 from rich.console import Console
 
 from loomvideo.jobs import kernels_job
+from loomvideo.jobs.checkpoint_samples import sampling_tasks
+from loomvideo.jobs.feature_pool import feature_pool
 from loomvideo.jobs.heldout import HeldoutResult, evaluate_heldout
 from loomvideo.jobs.recipe import LoomVideoRecipe
 from loomvideo.jobs.training_config import TrainingJobConfig
+from loomvideo.jobs.training_setup import (
+    START_FILE,
+    Start,
+    check_fits,
+    predictor,
+    recipe_factory,
+    start_of,
+    tasks_of,
+    with_absolute_paths,
+)
 from loomvideo.model.pipeline import LoomVideoPipeline
 from loomvideo.model.presets import PIPELINE_FILE, ModelPreset, preset, with_folders
 from loomvideo.platform.cluster.doctor import Diagnosis, examine_cluster, preflight
 from loomvideo.platform.cluster.metrics import ExportingTracker
 from loomvideo.platform.config import flatten, to_yaml
-from loomvideo.platform.errors import UserError
 from loomvideo.platform.ray_session import in_cluster, ray_session
 from loomvideo.platform.runs import RunFolder
 from loomvideo.platform.shards.reader import ShardDataset
@@ -52,19 +62,17 @@ def run_training(job: str, config: TrainingJobConfig, default_parent: str | None
     datasets = [ShardDataset.open(url) for url in config.data.shards]
     for url, dataset in zip(config.data.shards, datasets, strict=True):
         check_fits(url, dataset, datasets[0], model)
-    parent = _parent_run(config, default_parent)
-    initial_weights = config.from_weights or (str(parent.path / "weights") if parent else None)
-    if initial_weights is not None and not Path(initial_weights).exists():
-        raise UserError(f"{initial_weights}: no such weights; did that run finish?")
+    start = start_of(config, job, default_parent)
     folder = RunFolder.open(config.runs, job, config.run or None)
     folder.write_text("config.yaml", to_yaml(config))
-    tracker = Tracker(folder, config.tracking_uri or None, tags=_lineage(config, datasets, parent))
+    folder.write_json(START_FILE, dataclasses.asdict(start))
+    tracker = Tracker(folder, config.tracking_uri or None, tags=_lineage(config, datasets, start))
     console.print(f"{job} {folder.name}: {folder.path}", soft_wrap=True)
     status = "FAILED"
     try:
         tracker.log_params(flatten(config))
         tracker.log_artifact(folder.path / "config.yaml")
-        result = _train_and_evaluate(config, model, datasets, initial_weights, folder, tracker)
+        result = _train_and_evaluate(config, model, datasets, start.weights or None, folder, tracker)
         tracker.log_artifact(folder.path / "result.json")
         status = "FINISHED"
     except KeyboardInterrupt:
@@ -76,67 +84,13 @@ def run_training(job: str, config: TrainingJobConfig, default_parent: str | None
     folder.finish(result)
 
 
-def with_absolute_paths(config: TrainingJobConfig) -> TrainingJobConfig:
-    """The same configuration for workers, which run in other folders; URLs and empty values stay."""
-
-    def absolute(path: str) -> str:
-        return path if not path or "://" in path else os.path.abspath(path)
-
-    return dataclasses.replace(
-        config,
-        from_weights=absolute(config.from_weights),
-        codec_folder=absolute(config.codec_folder),
-        mllm_folder=absolute(config.mllm_folder),
-        data=dataclasses.replace(config.data, shards=[absolute(url) for url in config.data.shards]),
-        evaluation=dataclasses.replace(config.evaluation, samples=absolute(config.evaluation.samples)),
-    )
-
-
-def check_fits(url: str, dataset: ShardDataset, first: ShardDataset, model: ModelPreset) -> None:
-    """Refuse shards that were encoded for another model, or otherwise than the first dataset.
-
-    Raises:
-        UserError: naming the dataset and the fix.
-    """
-    stated = dataset.manifest.config.get("model")
-    if stated != model.name:
-        raise UserError(
-            f"data.shards {url}: encoded for model={stated}, this run is model={model.name}; prepare it again"
-        )
-    mode = dataset.manifest.features.get("mode", "stored")
-    if mode != "stored":
-        raise UserError(f"data.shards {url}: features are {mode}, training reads stored ones; use features.mode=stored")
-    if dataset.manifest.encoders != first.manifest.encoders:
-        raise UserError(
-            f"data.shards {url}: encoded by other encoders than the first dataset; prepare one of them again"
-        )
-
-
-def _parent_run(config: TrainingJobConfig, default_parent: str | None) -> RunFolder | None:
-    if config.from_weights:
-        return None
-    if config.from_run:
-        job, _, name = config.from_run.rpartition("/")
-        parent = RunFolder(Path(config.runs).absolute(), job or default_parent or "pretrain", name)
-        if not parent.path.is_dir():
-            raise UserError(f"from_run={config.from_run}: {parent.path} does not exist")
-        return parent
-    if default_parent is None:
-        return None
-    newest = RunFolder.newest(config.runs, default_parent)
-    if newest is None:
-        raise UserError(
-            f"no finished {default_parent} run in {config.runs}; run it first, or set from_run or from_weights"
-        )
-    return newest
-
-
-def _lineage(config: TrainingJobConfig, datasets: list[ShardDataset], parent: RunFolder | None) -> dict[str, str]:
+def _lineage(config: TrainingJobConfig, datasets: list[ShardDataset], start: Start) -> dict[str, str]:
     tags = {"loomvideo.model": config.model}
     for number, (url, dataset) in enumerate(zip(config.data.shards, datasets, strict=True)):
         tags[f"loomvideo.dataset.{number}"] = f"{url} {dataset.digest}"
+    parent = start.parent_folder(config.runs)
     if parent is not None:
-        tags["loomvideo.parent_run"] = f"{parent.job}/{parent.name}"
+        tags["loomvideo.parent_run"] = start.parent
         known = parent.read_json("mlflow.json")
         if known:
             tags["loomvideo.parent_mlflow_run"] = known["run_id"]
@@ -151,37 +105,36 @@ def _train_and_evaluate(
     folder: RunFolder,
     tracker: Tracker,
 ) -> dict[str, Any]:
-    kernels = dataclasses.replace(
-        config.kernels, deepspeed=config.kernels.deepspeed and not config.training.workers.gpus
-    )
-    recipe_factory = partial(
-        LoomVideoRecipe,
-        config.model,
-        config.objective,
-        [dataset.shared()["null"] for dataset in datasets],
-        initial_weights,
-        config.training.seed,
-        kernels,
-    )
     with ray_session(num_cpus=_local_cpus(config)):
         if config.doctor and in_cluster():
             _check_cluster(config, folder, tracker)
         exporting = ExportingTracker(tracker, folder.job, folder.name)
-        with kernels_job.kernels_on_every_node(kernels, kernels_job.model_shape(model.dit)) as nodes:
+        shape = kernels_job.model_shape(model.dit)
+        with (
+            kernels_job.kernels_on_every_node(config.kernels, shape) as nodes,
+            feature_pool(config.features, model, datasets) as features,
+        ):
             tracker.log_metrics(kernels_job.summary(nodes))
             tracker.log_artifact(folder.write_json("kernels.json", nodes))
-            result = train(config.training, recipe_factory, config.data.shards, folder, exporting)
+            build_recipe = recipe_factory(config, datasets, initial_weights, config.kernels, features)
+            result = train(
+                config.training,
+                build_recipe,
+                config.data.shards,
+                folder,
+                exporting,
+                predict=predictor(config, model, datasets),
+                checkpoint_tasks=sampling_tasks(config, build_recipe, folder, tracker, tasks_of(config, datasets)),
+            )
             # Again, with the nodes that joined on the way.
             tracker.log_artifact(folder.write_json("kernels.json", nodes))
-        weights = export_weights(config, recipe_factory(), folder)
+        weights = export_weights(config, build_recipe(), folder)
         result["weights"] = str(weights)
         if config.evaluation.samples:
             cpus = _evaluation_cpus(config)
             task = ray.remote(evaluate_weights).options(num_gpus=min(config.training.workers.gpus, 1), num_cpus=cpus)
             console.print("evaluating on held-out samples")
-            tasks = set(datasets[0].index.column("task").to_pylist()) - {
-                task for task, weight in config.training.mixture.tasks.items() if weight == 0
-            }
+            tasks = tasks_of(config, datasets)
             heldout = ray.get(task.remote(config, str(weights), tasks, str(folder.path / "heldout"), cpus))
             _record(heldout, folder, tracker, result["steps"])
             result |= heldout.figures
@@ -222,7 +175,7 @@ def evaluate_weights(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         torch.set_num_threads(num_threads)
-    kernels_job.use_kernels(dataclasses.replace(config.kernels, deepspeed=False), device)
+    kernels_job.use_kernels(config.kernels)
     model = with_folders(preset(config.model), config.codec_folder, config.mllm_folder)
     pipeline = LoomVideoPipeline.from_parts(model, weights, device)
     return evaluate_heldout(pipeline, config.evaluation, tasks, Path(folder))
@@ -244,6 +197,10 @@ def _evaluation_cpus(config: TrainingJobConfig) -> int:
 
 
 def _local_cpus(config: TrainingJobConfig) -> int:
-    # A laptop with fewer cores than workers still runs them, more slowly.
-    workers = config.training.workers
-    return max(os.cpu_count() or 1, workers.num * workers.cpus)
+    # A laptop with fewer cores than a job asks for still runs it, more slowly.
+    training, wanted = config.training, config.training.workers.num * config.training.workers.cpus
+    if training.validation.beside:
+        wanted += training.validation.cpus
+    if config.samples.every_steps:
+        wanted += config.samples.cpus
+    return max(os.cpu_count() or 1, wanted + config.features.actors * config.features.cpus)

@@ -1,10 +1,11 @@
-"""Sizes of the LoomVideo diffusion transformer."""
+"""Sizes of the LoomVideo diffusion transformer, and its adapters."""
 
 import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
 
+from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
 
 
@@ -83,3 +84,19 @@ class DiTConfig:
         if unknown or missing:
             raise UserError(f"{source}: unknown keys {unknown}, missing keys {missing}; valid keys: {sorted(fields)}")
         return cls(**values)
+
+
+@dataclass
+class LoRAConfig:
+    """Which layers are adapted, and how."""
+
+    rank: int = option(0, "rank of the adapters of linear layers; 0 trains the weights themselves")
+    alpha: float = option(0.0, "adapters are scaled by alpha / rank; 0 takes the rank")
+    dora: bool = option(False, "also learn the length of every row (DoRA)")
+    targets: list[str] = option(["blocks.*"], "patterns (shell style) of the names of the linear layers to adapt")
+    unfreeze: list[str] = option([], "patterns of other parameters to train beside the adapters, e.g. mllm_embedder.*")
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return (self.alpha or self.rank) / self.rank

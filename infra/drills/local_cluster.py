@@ -1,6 +1,7 @@
 """A Ray cluster of several nodes on one machine, with a dashboard and a token, for rehearsals and tests."""
 
 import contextlib
+import json
 import os
 import secrets
 import signal
@@ -115,9 +116,10 @@ class LocalCluster:
         )
         self._wait("head", "/api/jobs/", lambda _: self.num_alive() == 1)
 
-    def start_worker(self, name: str, num_cpus: int = 1) -> None:
-        """Start a worker node and wait until the head counts it."""
+    def start_worker(self, name: str, num_cpus: int = 1, resources: dict[str, float] | None = None) -> None:
+        """Start a worker node, with custom resources if any, and wait until the head counts it."""
         options = (f"--address={self.gcs_address}", f"--num-cpus={num_cpus}", "--object-store-memory=100000000")
+        options += (f"--resources={json.dumps(resources)}",) if resources else ()
         alive = self.num_alive()
         self._start(name, *options)
         self._wait(name, "/api/v0/nodes", lambda _: self.num_alive() > alive)

@@ -1,8 +1,8 @@
 """Compiled artefacts, built once a node and shared between nodes.
 
-An artefact is a small folder of files that one machine compiled and others of its kind can load: a kernel library, a
-DeepSpeed op. It is looked for in this order: prebuilt folders of the image, the node's cache, shared storage; else it
-is built, put into the cache by an atomic rename and published to shared storage. Only a build (or a download) takes
+An artefact is a small folder of files that one machine compiled and others of its kind can load: a kernel
+library. It is looked for in this order: prebuilt folders of the image, the node's cache, shared storage; else it is
+built, put into the cache by an atomic rename and published to shared storage. Only a build (or a download) takes
 the lock, which is a ``flock``: the kernel drops it when its owner dies, however it dies, and nobody has to clean up.
 """
 

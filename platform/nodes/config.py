@@ -21,7 +21,6 @@ class KernelConfig:
     shared_store: str = option("", "folder all nodes reach (fsspec path) to seed caches from and publish builds to")
     prebuilt: str = option("", "read-only folders of the image with compiled kernels, joined by ':'")
     lock_timeout_s: float = option(600.0, "how long to wait for another process's build on the same node")
-    deepspeed: bool = option(True, "build the DeepSpeed op that CPU training uses with the kernels")
     watch_interval_s: float = option(5.0, "how often to look for nodes that joined, to prepare them too")
 
     def environment(self) -> dict[str, str]:

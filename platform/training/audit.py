@@ -87,6 +87,8 @@ def audit_resume(
     repetition = RunFolder.open(scratch, "audit", f"{run.name}-{step}")
     shutil.copytree(folder.at(step), repetition.path / "checkpoints" / folder.at(step).name)
     config.pack.per_step = folder.open(step).state["planner"]["packs_per_step"]
+    # Neither changes what is compared.
+    config.validation.every_steps, config.profile_steps = 0, []
     train(config, recipe_factory, datasets, repetition, open_dataset=open_dataset, last_step=step + num_steps)
     repeated = read_steps(repetition.path / STEPS_FILE)
     rows = []

@@ -285,12 +285,11 @@ class CheckpointFolder:
             step: Optimiser steps done.
             world_size: Number of files to wait for.
             state: What ``state.json`` shall hold.
-            cancelled: Set when a rank failed; then the staging folder is removed and None returned.
+            cancelled: Set when a rank failed; then None is returned.
         """
         folder = self.staging(step)
         while (notes := self.notes(step, world_size)) is None:
             if cancelled is not None and cancelled.wait(0.02):
-                shutil.rmtree(folder, ignore_errors=True)
                 return None
         (folder / STATE_FILE).write_text(json.dumps(dict(state)))
         _flush(folder / STATE_FILE)
@@ -309,6 +308,10 @@ class CheckpointFolder:
         folder.rename(self.at(step))
         _flush(self.path)
         return Checkpoint(self.at(step))
+
+    def discard(self, step: int) -> None:
+        """Remove what was written of a checkpoint that will not be committed."""
+        shutil.rmtree(self.staging(step), ignore_errors=True)
 
     def clear_staging(self) -> None:
         """Remove what interrupted writes left behind. Only while nobody writes."""

@@ -107,6 +107,9 @@ class ValidationConfig:
     samples_per_task: int = option(4, "held-out samples of each task")
     levels: int = option(9, "noise levels, evenly spaced inside (0, 1)")
     split: str = option("validation", "index split the samples come from")
+    beside: bool = option(False, "evaluate checkpoints in a task of its own, so that the training workers never stop")
+    gpus: float = option(0.0, "GPUs of that task; 0 evaluates on a CPU")
+    cpus: int = option(1, "CPUs of that task")
 
 
 @dataclass
@@ -122,6 +125,9 @@ class TrainingConfig:
     prefetch_steps: int = option(3, "steps loaded ahead")
     log_every: int = option(10, "steps between reports")
     split: str = option("train", "index split to train on")
+    peak_tflops: float = option(0.0, "dense peak of a worker's device, for MFU; 0 looks it up by the GPU's name")
+    efficiency: float = option(0.45, "share of the peak expected of executed operations, for the predicted step time")
+    profile_steps: list[int] = option([], "steps that rank 0 traces with torch.profiler into the run's profile/")
     mixture: MixtureConfig = option(MixtureConfig, "")
     pack: PackConfig = option(PackConfig, "")
     optimizer: OptimizerConfig = option(OptimizerConfig, "")
@@ -147,6 +153,12 @@ class TrainingConfig:
         for key, (value, accepted) in choices.items():
             if value not in accepted:
                 raise UserError(f"training.{key}={value}: use one of {', '.join(map(str, accepted))}")
+        validation = self.validation
+        if validation.beside and validation.every_steps % self.checkpoint.every_steps:
+            raise UserError(
+                f"training.validation.every_steps={validation.every_steps}: beside training it is checkpoints that are "
+                f"evaluated; use a multiple of training.checkpoint.every_steps={self.checkpoint.every_steps}"
+            )
         positive = {
             "steps": self.steps,
             "pack.tokens": self.pack.tokens,

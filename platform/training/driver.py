@@ -19,9 +19,11 @@ from ray.util.state.exception import RayStateApiException
 
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.runs import RunFolder
+from loomvideo.platform.training.beside import CheckpointTask, CheckpointTasks, validation_task
+from loomvideo.platform.training.checkpoint import CheckpointFolder
 from loomvideo.platform.training.config import TrainingConfig
 from loomvideo.platform.training.mailbox import Mailbox
-from loomvideo.platform.training.progress import Progress
+from loomvideo.platform.training.progress import Predict, Progress
 from loomvideo.platform.training.recipe import Recipe, TrainingDataset
 from loomvideo.platform.training.worker import OTHER_WORKER, Worker, WorkerJob
 
@@ -51,6 +53,8 @@ def train(
     open_dataset: Callable[[str], TrainingDataset] | None = None,
     stop: threading.Event | None = None,
     last_step: int = 0,
+    predict: Predict | None = None,
+    checkpoint_tasks: Sequence[CheckpointTask] = (),
 ) -> dict[str, Any]:
     """Train, or continue the run of this folder from its newest whole checkpoint.
 
@@ -65,6 +69,8 @@ def train(
         open_dataset: Opens one URL; by default as a dataset folder of shards.
         last_step: Stop after this step, learning rates still those of ``config.steps``; 0 for the end.
         stop: Set it from another thread to end the run as Ctrl-C would.
+        predict: Gives planned figures to compare the run with.
+        checkpoint_tasks: What to do with checkpoints beside training.
 
     Returns:
         ``steps, first_step, loss, seconds, tokens_per_s, checkpoint, stopped`` and means over the run's reports.
@@ -85,7 +91,7 @@ def train(
     mailbox = Mailbox.options(
         label_selector={ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
     ).remote()
-    progress = Progress(config, run_folder, tracker)
+    progress = Progress(config, run_folder, tracker, predict)
     job = WorkerJob(config, recipe_factory, list(datasets), open_dataset, checkpoints, run_folder.path, last_step)
     workers = config.workers
     trainer = _Trainer(
@@ -107,16 +113,26 @@ def train(
     )
     trainer.mailbox = mailbox
     follower = _Follower(mailbox, progress, stop, trainer.abort)
+    if config.validation.every_steps and config.validation.beside:
+
+        def validated(step: int, losses: Any) -> None:
+            progress.add({"event": "validation", "step": step, "losses": losses})
+
+        validation = validation_task(config.validation, recipe_factory, datasets, open_dataset, validated)
+        checkpoint_tasks = [*checkpoint_tasks, validation]
+    tasks = CheckpointTasks(CheckpointFolder(checkpoints), checkpoint_tasks, progress.say)
     error: BaseException | None = None
     restore = trainer.catch_signals()
     try:
         follower.start()
+        tasks.start()
         trainer.fit()
     except Exception as failure:
         error = failure
     finally:
         restore()
         follower.finish()
+        tasks.finish(wait=error is None and not progress.fatal and not trainer.interrupted)
         ray.kill(mailbox)
         progress.close()
     if progress.fatal:

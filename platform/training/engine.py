@@ -66,6 +66,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.dev
     ]
     if not config.weight_decay:
         groups = [{"params": trained, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
     options = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if config.name == "adamw8bit":
         if device.type != "cuda":
@@ -73,7 +74,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.dev
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(groups, **options)
-    return torch.optim.AdamW([group for group in groups if group["params"]], fused=True, **options)
+    return torch.optim.AdamW(groups, fused=True, **options)
 
 
 def deepspeed_config(
@@ -257,7 +258,17 @@ class ZeroEngine:
                     value = part.views["master"]
                 if value is not None:
                     view.copy_(value)
+        self._load_frozen(read)
         self._publish()
+
+    def _load_frozen(self, read: Callable[[str, str, int, int], Tensor | None]) -> None:
+        """Parameters that are not trained come back from the checkpoint too: what they started from may be gone."""
+        if self.config.zero.stage == 3:
+            for part in self.frozen_slices():
+                part.views["master"].copy_(read("master", part.name, part.start, part.stop))
+            return
+        for name, parameter in self._frozen.items():
+            parameter.copy_(read("master", name, 0, parameter.numel()).view_as(parameter))
 
     def _publish(self) -> None:
         """Bring the working weights in line with the master weights."""

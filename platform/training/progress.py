@@ -3,6 +3,7 @@
 import json
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -11,10 +12,16 @@ from rich.progress import Progress as Bar
 
 from loomvideo.platform.runs import RunFolder
 from loomvideo.platform.training.config import TrainingConfig
+from loomvideo.platform.training.hardware import peak_tflops
+from loomvideo.platform.training.validation import paired_change
 
 STEPS_FILE = "steps.jsonl"
 VALIDATION_FILE = "validation.jsonl"
+STARTS_FILE = "starts.json"
 LINE_INTERVAL_S = 10.0
+
+Predict = Callable[[dict[str, Any]], dict[str, float]]
+"""From the workers' ``ready`` report to what was planned: ``step_s`` and ``memory_gib``; empty when unknown."""
 
 
 class Progress:
@@ -26,10 +33,11 @@ class Progress:
         config: Of the run.
         folder: Of the run; ``steps.jsonl`` is kept there.
         tracker: Gets metrics, or None.
+        predict: Gives what was planned, to compare with.
     """
 
-    def __init__(self, config: TrainingConfig, folder: RunFolder, tracker: Any):
-        self.config, self.folder, self.tracker = config, folder, tracker
+    def __init__(self, config: TrainingConfig, folder: RunFolder, tracker: Any, predict: Predict | None = None):
+        self.config, self.folder, self.tracker, self._predict = config, folder, tracker, predict
         self.fatal = ""
         self._console = Console(stderr=True)
         self._path = folder.path / STEPS_FILE
@@ -42,12 +50,17 @@ class Progress:
         self._started = time.monotonic()
         self._first_report_at: float | None = None
         self._ready_s = 0.0
-        self._num_starts = 0
+        self._starts_before = self._num_starts = (folder.read_json(STARTS_FILE) or {"starts": 0})["starts"]
+        self._peak_flops = 0.0
+        self._planned: dict[str, float] = {}
         self._totals: dict[str, float] = defaultdict(float)
         self._finished: dict[str, Any] = {}
         self._latest: dict[str, Any] = {}
         self._tags: dict[tuple[str, str], list[float]] = {}
         self._peak_memory_bytes = 0
+        self._checkpoint_age_s = 0.0
+        # Losses of the newest validation, triple by triple.
+        self._validated: dict[str, list[float]] = {}
         self._last_line_at = 0.0
         self._bar = Bar(
             TextColumn("{task.description}"),
@@ -71,22 +84,34 @@ class Progress:
         self._write("")
         self._file.close()
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Show a line."""
         self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _on_ready(self, report: dict[str, Any]) -> None:
         if report["rank"]:
             return
         self._num_starts += 1
+        self.folder.write_json(STARTS_FILE, {"starts": self._num_starts})
         self._world_size = report["world_size"]
         self._ready_s = time.monotonic() - self._started
         how = f"continuing at step {report['step']}" if report["step"] else "starting"
-        self._say(
+        self.say(
             f"{how}: {report['num_parameters'] / 1e6:.2f} M parameters, "
             f"{report['num_trainable'] / 1e6:.2f} M trained, {report['world_size']} workers, "
             f"{report['packs_per_step']} packs a step (ready after {self._ready_s:.1f} s)"
         )
-        self._track({"run/starts": self._num_starts, "run/workers": report["world_size"]}, report["step"])
+        self._peak_flops = 1e12 * peak_tflops(report.get("device_name", ""), self.config.peak_tflops)
+        self._planned = self._predict(report) if self._predict is not None else {}
+        if self._planned:
+            figures = ", ".join(f"{name} {value:.3g}" for name, value in self._planned.items())
+            self.say(f"planned: {figures} (loomvideo plan)")
+        metrics = {
+            "run/starts": self._num_starts - self._starts_before,
+            "run/restarts": self._num_starts - 1,
+            "run/workers": report["world_size"],
+        }
+        self._track(metrics | {f"plan/{name}": value for name, value in self._planned.items()}, report["step"])
 
     def _on_steps(self, report: dict[str, Any]) -> None:
         self._peak_memory_bytes = max(self._peak_memory_bytes, report.get("memory_bytes", 0))
@@ -94,8 +119,13 @@ class Progress:
             entry = self._tags.setdefault((name, value), [0.0, 0.0])
             entry[0] += loss_sum
             entry[1] += elements
+        if report.get("system"):
+            # Every node has its own series; the step is the newest one known here.
+            figures = {f"system/{report['node']}/{name}": value for name, value in report["system"].items()}
+            self._track(figures, max(self._last_step, *(record["step"] for record in report["steps"]), 0))
         if report["rank"] or not report["steps"]:
             return
+        self._checkpoint_age_s = report.get("checkpoint_age_s", 0.0)
         records = [record for record in report["steps"] if record["step"] > self._last_step]
         for record in report["steps"]:
             for name in ("step_s", "data_wait_s", "compute_s", "update_s", "tokens", "flops", "samples", "fill"):
@@ -133,14 +163,22 @@ class Progress:
             "speed/samples_per_s": sum(record["samples"] for record in records) / seconds,
             "speed/step_s": seconds / len(records),
             "speed/data_wait_share": sum(record["data_wait_s"] for record in records) / seconds,
+            "checkpoint/age_s": self._checkpoint_age_s,
             "packs/fill": sum(record["fill"] for record in records) / len(records),
             "packs/imbalance": sum(record["imbalance"] for record in records) / len(records),
         }
         flops = sum(record["flops"] for record in records)
         if flops:
             metrics["speed/tflops_per_worker"] = flops / seconds / self._world_size / 1e12
+            if self._peak_flops:
+                metrics["speed/mfu"] = flops / seconds / self._world_size / self._peak_flops
+        if "step_s" in self._planned:
+            metrics["plan/achieved_over_predicted_speed"] = self._planned["step_s"] * len(records) / seconds
         if self._peak_memory_bytes:
             metrics["memory/peak_gib"] = self._peak_memory_bytes / 2**30
+            if "memory_gib" in self._planned:
+                used_gib = metrics["memory/peak_gib"]
+                metrics["plan/achieved_over_predicted_memory"] = used_gib / self._planned["memory_gib"]
         for (name, value), (loss_sum, number) in self._tags.items():
             metrics[f"loss_by_{name}/{value}"] = loss_sum / number
         self._tags = {}
@@ -153,39 +191,51 @@ class Progress:
         left_s = (self.config.steps - last["step"]) * seconds / len(records)
         figures = (
             f"loss {loss:.4f}  lr {last['learning_rate']:.2e}  "
-            f"{sum(record['tokens'] for record in records) / seconds:,.0f} tokens/s  "
+            f"{sum(record['tokens'] for record in records) / seconds:,.0f} tokens/s  {self._mfu(records, seconds)}"
+            f"fill {sum(record['fill'] for record in records) / len(records):.0%}  "
             f"wait {sum(record['data_wait_s'] for record in records) / seconds:.1%}  ETA {_clock(left_s)}"
         )
         self._bar.update(self._task, completed=last["step"], figures=figures)
         now = time.monotonic()
         if not self._console.is_terminal and (now - self._last_line_at > LINE_INTERVAL_S or left_s == 0):
             self._last_line_at = now
-            self._say(f"step {last['step']}/{self.config.steps}  {figures}")
+            self.say(f"step {last['step']}/{self.config.steps}  {figures}")
+
+    def _mfu(self, records: list[dict[str, Any]], seconds: float) -> str:
+        if not self._peak_flops:
+            return ""
+        flops = sum(record["flops"] for record in records)
+        return f"MFU {flops / seconds / self._world_size / self._peak_flops:.1%}  "
 
     def _on_validation(self, report: dict[str, Any]) -> None:
-        metrics = {
-            f"validation_{weights}/{name}": loss
-            for weights, losses in report["losses"].items()
-            for name, loss in losses.items()
-        }
+        metrics, figures = {}, []
+        for weights, losses in report["losses"].items():
+            metrics |= {f"validation_{weights}/{name}": loss for name, loss in losses.items() if name != "each"}
+            change = paired_change(self._validated.get(weights, []), losses["each"], self.config.validation.levels)
+            if change is not None:
+                metrics |= {f"validation_{weights}/change": change[0], f"validation_{weights}/change_error": change[1]}
+            self._validated[weights] = losses["each"]
+            figures.append(
+                f"{weights} {losses['loss']:.4f}" + (f" ({change[0]:+.4f} ± {change[1]:.4f})" if change else "")
+            )
         with (self.folder.path / VALIDATION_FILE).open("a") as out:
             out.write(json.dumps({"step": report["step"]} | report["losses"]) + "\n")
         self._track(metrics, report["step"])
-        figures = ", ".join(f"{weights} {losses['loss']:.4f}" for weights, losses in report["losses"].items())
-        self._say(f"step {report['step']}: validation loss {figures} ({report['seconds']:.1f} s)")
+        beside = f"{report['seconds']:.1f} s" if "seconds" in report else "beside training"
+        self.say(f"step {report['step']}: validation loss {', '.join(figures)} ({beside})")
 
     def _on_quarantine(self, report: dict[str, Any]) -> None:
         if report["rank"] == 0:
             known = self.folder.read_json("quarantine.json") or {}
             self.folder.write_json("quarantine.json", known | dict.fromkeys(report["keys"], report["step"]))
-            self._say(f"step {report['step']}: loss of {', '.join(report['keys'])} is not finite; left out from now on")
+            self.say(f"step {report['step']}: loss of {', '.join(report['keys'])} is not finite; left out from now on")
 
     def _on_rollback(self, report: dict[str, Any]) -> None:
         if report["rank"] == 0:
-            self._say(f"step {report['step']}: too many bad steps, back to the weights of step {report['to_step']}")
+            self.say(f"step {report['step']}: too many bad steps, back to the weights of step {report['to_step']}")
 
     def _on_checkpoint_failed(self, report: dict[str, Any]) -> None:
-        self._say(f"checkpoint of step {report['step']} was not written: {report['message']}; training goes on")
+        self.say(f"checkpoint of step {report['step']} was not written: {report['message']}; training goes on")
 
     def _on_fatal(self, report: dict[str, Any]) -> None:
         self.fatal = self.fatal or report["message"]
@@ -212,13 +262,20 @@ class Progress:
             "train_s": seconds,
             "step_s": seconds / steps,
             "tokens_per_s": self._totals["tokens"] / seconds if seconds else 0.0,
+            **self._result_mfu(seconds),
             "data_wait_share": self._totals["data_wait_s"] / seconds if seconds else 0.0,
             "overhead_share": 1.0 - (self._totals["compute_s"] + self._totals["update_s"]) / seconds
             if seconds
             else 0.0,
             "fill": self._totals["fill"] / steps,
+            "restarts": self._num_starts - 1,
             "checkpoints": str(self.folder.path / "checkpoints"),
         }
+
+    def _result_mfu(self, seconds: float) -> dict[str, float]:
+        if not (self._peak_flops and seconds):
+            return {}
+        return {"mfu": self._totals["flops"] / seconds / self._world_size / self._peak_flops}
 
 
 def last_recorded_step(path: Any) -> int:

@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from loomvideo.platform.training.config import ValidationConfig
 from loomvideo.platform.training.engine import ZeroEngine
@@ -61,28 +63,39 @@ class Validator:
         self.recipe, self.datasets, self.config = recipe, datasets, config
         self.triples = fixed_triples(datasets, config)
 
-    def losses(self, engine: ZeroEngine) -> dict[str, float]:
+    def losses(self, engine: ZeroEngine) -> dict[str, Any]:
         """Mean loss by task, by level and in all: ``{"loss": ..., "task/t2v": ..., "level/0.05": ...}``.
 
-        Every rank makes the same number of forward passes, because ZeRO-3 gathers weights in them.
+        Every rank makes the same number of forward passes, because ZeRO-3 gathers weights in them. ``each`` of the
+        result holds the loss of every triple in their fixed order.
         """
         rank, world_size = dist.get_rank(), dist.get_world_size()
         num_rounds = -(-len(self.triples) // world_size)
-        rows: list[tuple[str, float, float, float]] = []
+        rows: list[tuple[int, float, float]] = []
         engine.module.eval()
-        with torch.no_grad():
-            for number in range(num_rounds):
-                place = number * world_size + rank
-                triple = self.triples[min(place, len(self.triples) - 1)]
-                pack = self.recipe.collate([self._example(triple)]).to(engine.device, engine.dtype)
-                output = self.recipe.loss(engine.engine, pack)
-                if place < len(self.triples):
-                    elements = float(output.per_sample_elements.sum())
-                    rows.append((triple.task, triple.level, float(output.sum), elements))
+        for number in range(num_rounds):
+            place = number * world_size + rank
+            row = self._row(min(place, len(self.triples) - 1), engine.engine, engine.device, engine.dtype)
+            rows += [row] if place < len(self.triples) else []
         engine.module.train()
         gathered: list[Any] = [None] * world_size
         dist.all_gather_object(gathered, rows)
-        return mean_losses([row for part in gathered for row in part])
+        return self._summary([row for part in gathered for row in part])
+
+    def losses_alone(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+        """The same with a whole model in one process."""
+        return self._summary([self._row(place, model, device, dtype) for place in range(len(self.triples))])
+
+    def _summary(self, rows: Sequence[tuple[int, float, float]]) -> dict[str, Any]:
+        triples = [(self.triples[place], total, elements) for place, total, elements in sorted(rows)]
+        means = mean_losses([(triple.task, triple.level, *figures) for triple, *figures in triples])
+        return means | {"each": [total / elements for _, total, elements in triples]}
+
+    @torch.no_grad()
+    def _row(self, place: int, model: nn.Module, device: torch.device, dtype: torch.dtype) -> tuple[int, float, float]:
+        pack = self.recipe.collate([self._example(self.triples[place])]).to(device, dtype)
+        output = self.recipe.loss(model, pack)
+        return place, float(output.sum), float(output.per_sample_elements.sum())
 
     def _example(self, triple: Triple) -> Any:
         dataset = self.datasets[triple.dataset]
@@ -108,3 +121,19 @@ def mean_losses(rows: Sequence[tuple[str, float, float, float]]) -> dict[str, fl
     for level in sorted({row[1] for row in rows}):
         result[f"level/{level:.2f}"] = mean(lambda row, level=level: row[1] == level)
     return result
+
+
+def paired_change(before: Sequence[float], after: Sequence[float], levels: int) -> tuple[float, float] | None:
+    """Mean change of the loss between two validations and its standard error, paired triple by triple.
+
+    Args:
+        before, after: Losses of the same triples, the levels of a sample beside each other.
+        levels: Noise levels of a sample; their changes are not independent and count as one.
+
+    Returns:
+        None when the two did not evaluate the same number of triples, or fewer than two samples.
+    """
+    if len(before) != len(after) or len(after) < 2 * levels:
+        return None
+    change = np.subtract(after, before).reshape(-1, levels).mean(1)
+    return float(change.mean()), float(change.std(ddof=1) / np.sqrt(len(change)))

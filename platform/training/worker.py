@@ -23,9 +23,11 @@ from loomvideo.platform.training.checkpoint import Checkpoint, CheckpointFolder,
 from loomvideo.platform.training.config import TrainingConfig
 from loomvideo.platform.training.engine import ZeroEngine
 from loomvideo.platform.training.guard import SpikeGuard
+from loomvideo.platform.training.hardware import NodeMonitor, device_name
 from loomvideo.platform.training.loader import LoadedStep, SampleError, StepLoader
 from loomvideo.platform.training.order import SampleOrder, build_sources
 from loomvideo.platform.training.packing import PackPlanner, packs_of_rank
+from loomvideo.platform.training.profiling import profiled
 from loomvideo.platform.training.recipe import Recipe, TrainingDataset
 from loomvideo.platform.training.schedule import learning_rate
 from loomvideo.platform.training.validation import Validator
@@ -101,7 +103,7 @@ class Worker:
         self.step = self.optimizer_step = 0
         self.guard = SpikeGuard(self.config.guard)
         self.last_step = job.last_step or self.config.steps
-        validates = self.config.validation.every_steps > 0
+        validates = self.config.validation.every_steps > 0 and not self.config.validation.beside
         self._validator = Validator(self.recipe, self.datasets, self.config.validation) if validates else None
         if self._validator is not None and not self._validator.triples:
             raise UserError(f"training.validation.split={self.config.validation.split}: the shards have no such sample")
@@ -113,10 +115,11 @@ class Worker:
             self._restore(resumed)
         self._saved_at: int | None = None if resumed is None else resumed.step
         self._checkpoint_error = ""
-        self._num_rollbacks = 0
+        self._num_rollbacks = self._most_tokens = 0
         self._tags: dict[tuple[str, str], list[float]] = {}
         self._records: list[dict[str, Any]] = []
         self._last_checkpoint_at = time.monotonic()
+        self._monitor = NodeMonitor(device, job.run_path)
 
     # -- state ----------------------------------------------------------------------------------------------------
 
@@ -153,6 +156,8 @@ class Worker:
         self.step, self.optimizer_step = state["step"], state["optimizer_step"]
         self._planner_state = state["planner"]
         self.guard.load_state(state["guard"])
+        best_loss, self._writer.best_step = state.get("best", (None, None))
+        self._best_loss = math.inf if best_loss is None else best_loss
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -160,6 +165,7 @@ class Worker:
             "optimizer_step": self.optimizer_step,
             "planner": self._planner_state,
             "guard": self.guard.state(),
+            "best": [None if math.isinf(self._best_loss) else self._best_loss, self._writer.best_step],
             "shapes": {name: list(shape) for name, shape in self.engine.shapes.items()},
             "datasets": [dataset.digest for dataset in self.datasets],
             "config": dataclasses.asdict(self.config),
@@ -214,6 +220,7 @@ class Worker:
                 "num_trainable": self.engine.num_trainable,
                 "packs_per_step": self.packs_per_step,
                 "world_size": self.world_size,
+                "device_name": device_name(self.device),
             }
         )
         self._watchdog.beat()
@@ -225,7 +232,7 @@ class Worker:
                 loader.close()
             if self.guard.consecutive_skips > self.config.guard.max_skips:
                 self._roll_back()
-        self._flush()
+        self._flush(last=True)
         if self._saved_at != self.step:
             self.save()
         self._settle_checkpoint()
@@ -236,7 +243,8 @@ class Worker:
     def _train(self, loader: StepLoader) -> None:
         """Steps until the end, a stop, or too many skipped in a row."""
         while self.step < self.last_step:
-            self._train_step(loader)
+            with profiled(self.step + 1, self.config.profile_steps, self.job.run_path / "profile", self.rank):
+                self._train_step(loader)
             self._watchdog.beat()
             if self._stop_reason or self.guard.consecutive_skips > self.config.guard.max_skips:
                 return
@@ -262,8 +270,8 @@ class Worker:
         if judged < self._best_loss:
             self._best_loss = judged
             if self.config.checkpoint.keep_best and self._saved_at != self.step:
-                self.save()
                 self._writer.best_step = self.step
+                self.save()
         if self.rank == 0:
             seconds = time.perf_counter() - started
             self._report({"event": "validation", "step": self.step, "losses": losses, "seconds": seconds})
@@ -279,10 +287,11 @@ class Worker:
                 f"after {self._num_rollbacks - 1} rollbacks; lower training.optimizer.learning_rate, "
                 "or look at the samples in quarantine.json"
             )
-        planner_state, quarantined = self._planner_state, self.guard.quarantined
-        self._report({"event": "rollback", "rank": self.rank, "step": self.step, "to_step": checkpoint.step})
+        step, planner_state, quarantined = self.step, self._planner_state, self.guard.quarantined
+        self._report({"event": "rollback", "rank": self.rank, "step": step, "to_step": checkpoint.step})
         self._restore(checkpoint)
-        self._planner_state = planner_state
+        # Steps are counted on, so that what is recorded never rewinds.
+        self.step, self._planner_state = step, planner_state
         self.guard.quarantined = quarantined
         self.guard.consecutive_skips = 0
 
@@ -376,11 +385,11 @@ class Worker:
             try:
                 placed = pack.to(self.device, self.engine.dtype)
                 output = self.engine.forward_backward(self.recipe, placed, elements, counts)
-            except torch.OutOfMemoryError as error:
-                raise UserError(
-                    f"out of memory in a pack of {pack.num_tokens} tokens ({', '.join(pack.keys)}): lower "
-                    f"training.pack.tokens={self.config.pack.tokens}, or set training.activation_checkpointing=all"
-                ) from error
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                raise UserError(self._out_of_memory(pack)) from error
+            self._most_tokens = max(self._most_tokens, pack.num_tokens)
             if not counts:
                 continue
             loss_sum += float(output.sum.detach())
@@ -393,6 +402,16 @@ class Worker:
                     entry[0] += value
                     entry[1] += number_of_elements
         return loss_sum, bad_keys
+
+    def _out_of_memory(self, pack: Any) -> str:
+        passed = f"packs of {self._most_tokens} tokens passed" if self._most_tokens else "no pack passed before"
+        advice = f"about {int(0.8 * self.config.pack.tokens)}"
+        if self.config.activation_checkpointing != "all":
+            advice += ", or set training.activation_checkpointing=all"
+        return (
+            f"out of memory in a pack of {pack.num_tokens} tokens ({', '.join(pack.keys)}; {passed}): lower "
+            f"training.pack.tokens={self.config.pack.tokens} to {advice}"
+        )
 
     def _judge(self, loss: float, num_bad: float, bad_keys: list[str], from_step: int) -> bool:
         """Whether to skip the step; quarantines samples whose own loss is not finite."""
@@ -421,14 +440,18 @@ class Worker:
             self._reported_at = time.monotonic()
             self._wants_stop = self._report({"event": "alive"}) or self._wants_stop
 
-    def _flush(self) -> None:
-        """Send what was noted since the last time."""
+    def _flush(self, last: bool = False) -> None:
+        """Send what was noted since the last time; ``last`` when nothing follows."""
         report: dict[str, Any] = {
             "event": "steps",
             "rank": self.rank,
             "steps": self._records,
             "tags": [[*tag, *sums] for tag, sums in self._tags.items()],
         }
+        if self.rank == 0:
+            report["checkpoint_age_s"] = time.monotonic() - self._last_checkpoint_at
+        if figures := self._monitor.read(at_once=last):
+            report |= {"node": self._monitor.node, "system": figures}
         if self.device.type == "cuda":
             report["memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
         self._reported_at = time.monotonic()
@@ -456,3 +479,8 @@ class Worker:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # The CPU allocator has no error class of its own.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

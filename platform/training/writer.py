@@ -27,12 +27,14 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._written, self._cancelled = threading.Event(), threading.Event()
         self._error = ""
+        self._step = 0
 
     def write(
         self, step: int, tensors: Mapping[str, Tensor], ranges: Mapping[str, list[int]], state: Mapping[str, Any]
     ) -> None:
         """Copy the tensors and start to write them; the checkpoint before must be settled."""
         copies = {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in tensors.items()}
+        self._step = step
         self._written.clear()
         self._cancelled.clear()
         self._thread = threading.Thread(
@@ -58,6 +60,9 @@ class CheckpointWriter:
         self._thread = None
         error, self._error = self._error, ""
         if total(float(bool(error))) > 0:
+            # All ranks have stopped writing: give the room back, which may be what is missing.
+            if self.rank == 0:
+                self.folder.discard(self._step)
             return error or "another worker could not write its part"
         return ""
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +63,7 @@ class Scenario:
     stop_after: int = 0
     copy_from: str = ""
     """A folder whose checkpoints this one starts with."""
+    recipe: Callable = ToyRecipe
 
 
 def train_scenarios(rank, scenarios):
@@ -85,7 +87,7 @@ def _train(scenario):
         return "asked to stop" if 0 < scenario.stop_after <= step else ""
 
     folder = Path(scenario.folder)
-    job = WorkerJob(scenario.config, ToyRecipe, [scenario.url], ToyDataset, folder / "checkpoints", folder)
+    job = WorkerJob(scenario.config, scenario.recipe, [scenario.url], ToyDataset, folder / "checkpoints", folder)
     try:
         final = Worker(job, torch.device("cpu"), report).run()
     except UserError as error:

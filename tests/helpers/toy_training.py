@@ -13,6 +13,8 @@ import ray
 import torch
 from torch import nn
 
+from loomvideo.model.config import LoRAConfig
+from loomvideo.model.lora import adapt
 from loomvideo.platform.training.recipe import BaseRecipe, LossOutput
 
 # Workers cannot import test helpers; ship them with the pickle.
@@ -126,6 +128,29 @@ class ToyRecipe(BaseRecipe):
 
     def flops(self, pack):
         return 6.0 * pack.num_tokens * self.num_blocks * 2 * WIDTH * self.hidden
+
+
+TOY_LORA = LoRAConfig(rank=2, alpha=3.0, dora=True, targets=["blocks.*"], unfreeze=["out.*"])
+
+
+def adapt_toy(model):
+    """Adapters on the blocks, the last layer trained whole."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        adapt(model, TOY_LORA)
+    return model
+
+
+class HungryRecipe(ToyRecipe):
+    """Runs out of memory in the third pack of every rank."""
+
+    num_packs = 0
+
+    def loss(self, model, pack):
+        self.num_packs += 1
+        if self.num_packs > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().loss(model, pack)
 
 
 class DeadlyRecipe(ToyRecipe):

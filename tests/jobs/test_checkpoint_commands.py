@@ -1,8 +1,13 @@
+import dataclasses
+
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from loomvideo.jobs.cli import app
+from loomvideo.model.config import LoRAConfig
 from loomvideo.model.dit import LoomVideoDiT
+from loomvideo.model.lora import MergedWeights, adapt
 from loomvideo.model.presets import preset
 from loomvideo.model.weights import load_dit
 from loomvideo.platform.training.checkpoint import CheckpointFolder
@@ -78,3 +83,19 @@ def test_export_writes_a_weights_folder(tmp_path):
     for name, parameter in loaded.named_parameters():
         assert torch.equal(parameter, state[name])
     assert "already holds weights" in str(invoke("export", tmp_path, output).exception)
+
+
+def test_export_merges_adapters_or_writes_them_alone(tmp_path):
+    model, lora = LoomVideoDiT(preset("tiny").dit), LoRAConfig(rank=2, dora=True)
+    adapt(model, lora)
+    state = {name: torch.randn_like(parameter) for name, parameter in model.named_parameters()}
+    write(tmp_path, 7, state)
+    settings = "\n".join(f"  {key}: {value}" for key, value in dataclasses.asdict(lora).items() if value)
+    (tmp_path / "config.yaml").write_text(f"model: tiny\nlora:\n{settings}\n")
+    assert invoke("export", tmp_path, tmp_path / "weights", "--weights", "raw").exit_code == 0
+    merged = MergedWeights(state, lora)
+    for name, parameter in load_dit(tmp_path / "weights").named_parameters():
+        torch.testing.assert_close(parameter, merged[name])
+    assert invoke("export", tmp_path, tmp_path / "adapter", "--weights", "raw", "--adapter").exit_code == 0
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert torch.equal(tensors["base_model.model.blocks.0.ffn.net.2.lora_A.weight"], state["blocks.0.ffn.net.2.lora_A"])

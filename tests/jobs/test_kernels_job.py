@@ -31,7 +31,7 @@ def own_cache(monkeypatch, tmp_path):
 
 @needs_compiler
 def test_a_node_is_prepared_once_and_a_rank_only_loads(tmp_path):
-    config = KernelConfig(backend="cpp", deepspeed=False)
+    config = KernelConfig(backend="cpp")
     first, second = prepare_this_node(config), prepare_this_node(config)
     assert first["artifacts"]["cpp"]["origin"] == "built"
     assert second["artifacts"]["cpp"]["origin"] == "cache"
@@ -47,7 +47,7 @@ def test_a_node_is_prepared_once_and_a_rank_only_loads(tmp_path):
 
 def test_a_missing_compiler_stops_a_required_job_and_is_recorded_otherwise(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    config = KernelConfig(backend="cpp", required=True, deepspeed=False)
+    config = KernelConfig(backend="cpp", required=True)
     with pytest.raises(UserError, match=r"no C\+\+ compiler on this node"):
         prepare_this_node(config)
     config.required = False

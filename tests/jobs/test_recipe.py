@@ -2,7 +2,9 @@ import dataclasses
 
 import pytest
 import torch
+from fixtures.datasets import make_sample, write_dataset
 
+from loomvideo.jobs import recipe as recipe_module
 from loomvideo.jobs.recipe import LoomVideoRecipe
 from loomvideo.jobs.training_config import ObjectiveConfig
 from loomvideo.model.flow import EPS
@@ -100,3 +102,48 @@ def test_loss_is_the_squared_error_of_every_element_once(recipe):
 def test_the_model_starts_alike_on_every_rank(recipe):
     first, second = recipe.build_model(), recipe.build_model()
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_a_stage_with_source_embedding_starts_from_one_without(tmp_path):
+    first = LoomVideoRecipe("tiny", ObjectiveConfig(use_source_embedding=False), [])
+    before = first.build_model().state_dict()
+    first.export(before, tmp_path / "weights")
+    second = LoomVideoRecipe("tiny", ObjectiveConfig(), [], initial_weights=str(tmp_path / "weights"))
+    after = second.build_model().state_dict()
+    assert {name for name in after if name not in before} == {
+        "source_patch_embedding.weight",
+        "source_patch_embedding.bias",
+    }
+    assert not after["source_patch_embedding.weight"].any()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_of_a_large_sample_only_what_the_visit_needs_is_read(tmp_path, monkeypatch):
+    dit = MODEL.dit
+    sizes = {"channels": dit.in_channels, "num_layers": dit.num_layers, "mllm_dim": dit.mllm_dim, "num_windows": 3}
+    samples = [make_sample("edit", "ref_edit", num_references=1, deterministic=False, **sizes)]
+    samples += [make_sample("text", "t2v", **sizes)]
+    dataset = write_dataset(tmp_path, samples)
+    recipe = LoomVideoRecipe("tiny", ObjectiveConfig(drop_all=0.2, drop_text=0.4), [dataset.shared()["null"]])
+    variants = set()
+    for number, row in enumerate(dataset.index.to_pylist()):
+        for visit in range(12):
+            random = SampleRandom(0, row["key"], visit)
+            whole = recipe.read(dataset, number, row, random)
+            monkeypatch.setattr(recipe_module, "WHOLE_READ_BYTES", 0)
+            part = recipe.read(dataset, number, row, random)
+            monkeypatch.undo()
+            assert set(part.tensors["target"]) <= {f"{kind}.{w}" for kind in ("mean", "std") for w in range(3)}
+            assert sum(name.startswith("mean.") for name in part.tensors["target"]) == 1
+            variants.add(frozenset(name.split(".")[0] for name in part.tensors["mllm"]))
+            one, other = (recipe.load_example(0, row, sample, random) for sample in (whole, part))
+            assert torch.equal(one.sample.latents, other.sample.latents)
+            assert torch.equal(one.sample.mllm_states, other.sample.mllm_states)
+            assert len(one.sample.references) == len(other.sample.references)
+            level = recipe.load_validation_example(0, row, part, random, 0.5)
+            assert torch.equal(level.sample.mllm_states, whole.tensors["mllm"][next(iter(_full(part)))].float())
+    assert variants == {frozenset({"full"}), frozenset({"full", "visual"})}
+
+
+def _full(sample):
+    return [name for name in sample.tensors["mllm"] if name.startswith("full.")]

@@ -2,13 +2,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from loomvideo.jobs.training_job import check_fits
+from loomvideo.jobs.training_setup import check_fits
 from loomvideo.model.presets import preset
 from loomvideo.platform.errors import UserError
 
 
-def dataset(model="tiny", mode="stored", codec="dct-1"):
-    manifest = SimpleNamespace(config={"model": model}, features={"mode": mode}, encoders={"codec": codec})
+def dataset(model="tiny", codec="dct-1"):
+    manifest = SimpleNamespace(config={"model": model}, encoders={"codec": codec})
     return SimpleNamespace(manifest=manifest)
 
 
@@ -16,7 +16,6 @@ def dataset(model="tiny", mode="stored", codec="dct-1"):
     ("wrong", "message"),
     [
         (dataset(model="small"), "encoded for model=small, this run is model=tiny"),
-        (dataset(mode="text"), "features are text, training reads stored ones"),
         (dataset(codec="dct-2"), "other encoders than the first dataset"),
     ],
 )

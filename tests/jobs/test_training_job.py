@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from loomvideo.model.weights import load_dit
+
 pytestmark = pytest.mark.slow
 
 SMALL = [
@@ -63,12 +65,16 @@ def test_pretrain_then_finetune_then_continue(folder, shards):
 
     # A longer run of the same name goes on from the last checkpoint, in the same MLflow run.
     run_id = json.loads((folder / "runs/pretrain/a/mlflow.json").read_text())["run_id"]
-    loomvideo(folder, "pretrain", data, "run=a", "training.steps=5", *SMALL)
+    sampled = ["samples.every_steps=5", "training.checkpoint.every_steps=5", "samples.num_edits=1"]
+    loomvideo(folder, "pretrain", data, "run=a", "training.steps=5", *SMALL, *sampled)
     again = result_of(folder, "pretrain", "a")
     assert (again["first_step"], again["steps"]) == (3, 5)
     assert json.loads((folder / "runs/pretrain/a/mlflow.json").read_text())["run_id"] == run_id
 
-    loomvideo(folder, "finetune-edit", data, "run=b", "training.steps=2", *SMALL)
+    # Beside training, the checkpoint of step 5 was sampled from.
+    assert (folder / "runs/pretrain/a/samples/step-00000005/edits.png").stat().st_size > 1000
+
+    loomvideo(folder, "finetune-edit", data, "run=b", "training.steps=2", "lora.rank=2", "lora.dora=true", *SMALL)
     assert result_of(folder, "finetune-edit", "b")["steps"] == 2
     heldout = folder / "runs/finetune-edit/b/heldout"
     assert (heldout / "edits.png").stat().st_size > 1000
@@ -80,6 +86,13 @@ def test_pretrain_then_finetune_then_continue(folder, shards):
     run = client.get_run(json.loads((folder / "runs/finetune-edit/b/mlflow.json").read_text())["run_id"])
     assert run.info.status == "FINISHED"
     assert run.data.tags["loomvideo.parent_run"] == "pretrain/a"
+    # Adapters are merged into weights of the published names; what they do not touch is the parent's.
+    ours, parents = (
+        load_dit(folder / f"runs/{name}/weights").state_dict() for name in ("finetune-edit/b", "pretrain/a")
+    )
+    changed = {name for name, value in ours.items() if not value.equal(parents[name])}
+    assert changed
+    assert all(name.startswith("blocks.") and name.endswith(".weight") for name in changed)
     assert run.data.metrics["heldout/edit_psnr_db"] == pytest.approx(
         result_of(folder, "finetune-edit", "b")["edit_psnr_db"]
     )

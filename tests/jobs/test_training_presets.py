@@ -1,6 +1,8 @@
+import itertools
+
 import pytest
 
-from loomvideo.jobs.command import job_config, preset_names
+from loomvideo.jobs.command import job_config, preset_file, preset_names
 from loomvideo.jobs.training_config import TrainingJobConfig
 
 PRESETS = [(job, name) for job in ("pretrain", "finetune-edit") for name in preset_names(job)]
@@ -20,3 +22,11 @@ def test_published_stages_differ_as_published():
     assert [c.objective.shift_scale for c in (one, two, three)] == [0.65, 0.5, 0.5]
     assert [c.training.optimizer.warmup_steps for c in (one, two, three)] == [100, 1000, 1000]
     assert [c.training.ema.decay for c in (one, two, three)] == [0.0, 0.9999, 0.9999]
+
+
+@pytest.mark.parametrize(("job", "name"), PRESETS)
+def test_every_key_of_a_preset_is_commented(job, name):
+    lines = preset_file(job, name).read_text().splitlines()
+    for before, line in itertools.pairwise(lines):
+        if line.lstrip()[:1] not in ("#", "") and not line.endswith(":"):
+            assert before.lstrip().startswith("# "), line

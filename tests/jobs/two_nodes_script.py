@@ -22,7 +22,7 @@ def main(root: Path) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={**node("a"), "include_dashboard": False})
     cluster.add_node(**node("b"))
     ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
-    config = KernelConfig(backend="cpp", required=True, deepspeed=False, watch_interval_s=0.2)
+    config = KernelConfig(backend="cpp", required=True, watch_interval_s=0.2)
 
     @ray.remote(num_cpus=1)
     def rank() -> dict:

@@ -1,3 +1,4 @@
+import errno
 import threading
 
 import pytest
@@ -5,6 +6,8 @@ import torch
 
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.training.checkpoint import Checkpoint, CheckpointFolder, DamagedCheckpoint
+from loomvideo.platform.training.config import CheckpointConfig
+from loomvideo.platform.training.writer import CheckpointWriter
 
 WEIGHT = torch.arange(10, dtype=torch.float32)
 
@@ -37,6 +40,7 @@ def test_uncommitted_checkpoints_do_not_exist(tmp_path):
     cancelled = threading.Event()
     cancelled.set()
     assert folder.commit(7, 2, {}, cancelled) is None
+    folder.discard(7)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match="no checkpoint"):
         folder.open()
@@ -78,3 +82,22 @@ def test_clear_staging_removes_only_what_was_not_committed(tmp_path):
     folder.write_rank(2, 0, 2, {"master/w": WEIGHT.clone()}, {"w": [0, 10]})
     folder.clear_staging()
     assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_full_disk_is_said_and_gives_its_room_back(tmp_path, monkeypatch):
+    folder = CheckpointFolder(tmp_path)
+    writer = CheckpointWriter(folder, CheckpointConfig(), 0, 1)
+    write_rank = folder.write_rank
+
+    def full(step, *arguments):
+        write_rank(step, *arguments)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(folder, "write_rank", full)
+    writer.write(3, {"master/w": WEIGHT}, {"w": [0, 10]}, {"step": 3, "shapes": {"w": [10]}})
+    assert "No space left on device" in writer.settle(float)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    writer.write(4, {"master/w": WEIGHT}, {"w": [0, 10]}, {"step": 4, "shapes": {"w": [10]}})
+    assert writer.settle(float) == ""
+    assert folder.steps() == [4]

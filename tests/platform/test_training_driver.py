@@ -32,6 +32,8 @@ def config():
     result.ema.decay = 0.9
     result.checkpoint.every_steps, result.checkpoint.keep_last = 2, 100
     result.workers.max_failures = 1
+    result.peak_tflops, result.profile_steps = 1e-3, [2]
+    result.validation.every_steps, result.validation.beside = 10, True
     return result
 
 
@@ -42,7 +44,14 @@ def run(ray_cluster, tmp_path_factory):
     folder, metrics = RunFolder.open(root, "toy", "one"), Metrics()
     marker = root / "killed"
     result = train(
-        config(), functools.partial(DeadlyRecipe, marker), ["toy://64"], folder, metrics, ToyDataset, last_step=20
+        config(),
+        functools.partial(DeadlyRecipe, marker),
+        ["toy://64"],
+        folder,
+        metrics,
+        ToyDataset,
+        last_step=20,
+        predict=lambda ready: {"step_s": 0.01 * ready["world_size"]},
     )
     return folder, metrics, result, marker
 
@@ -57,6 +66,26 @@ def test_a_killed_worker_costs_no_recorded_step(run):
     tracked = [step for step, values in metrics.rows if "train/loss" in values]
     assert tracked == sorted(set(tracked))
     assert tracked[-1] == 20
+
+
+def test_what_is_seen_of_a_run(run):
+    folder, metrics, result, _ = run
+    last = {name: value for _, values in metrics.rows for name, value in values.items()}
+    assert last["run/restarts"] == result["restarts"] == 1
+    assert last["plan/step_s"] == 0.02
+    assert last["plan/achieved_over_predicted_speed"] > 0
+    assert last["speed/mfu"] == pytest.approx(last["speed/tflops_per_worker"] / 1e-3)
+    assert 0 <= last["checkpoint/age_s"] < 60
+    node = next(name.split("/")[1] for name in last if name.startswith("system/"))
+    assert last[f"system/{node}/memory_used_gib"] > 0.1
+    assert (folder.path / "profile" / "step-00000002.json.gz").stat().st_size > 1000
+    assert "aten::addmm" in (folder.path / "profile" / "step-00000002.txt").read_text()
+
+
+def test_validation_ran_beside_training(run):
+    rows = [json.loads(line) for line in (run[0].path / "validation.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 20
+    assert {"loss", "task/a", "task/b"} <= set(rows[-1]["ema"]) & set(rows[-1]["raw"])
 
 
 def test_audit_finds_the_repetition_equal(run, tmp_path):

@@ -1,24 +1,28 @@
 """The loop on gloo ranks without Ray, against a plain PyTorch loop and against itself after a resume."""
 
 import dataclasses
+import functools
 import shutil
 
 import pytest
 import torch
 from helpers.ranks import Scenario, run_ranks, steps_of, train_scenarios
-from helpers.toy_training import ToyDataset, ToyRecipe
+from helpers.toy_training import HungryRecipe, ToyDataset, ToyRecipe, adapt_toy
 
+from loomvideo.platform.training.beside import load_checkpoint_weights
 from loomvideo.platform.training.checkpoint import CheckpointFolder
 from loomvideo.platform.training.config import TrainingConfig
 from loomvideo.platform.training.loader import load_draw
 from loomvideo.platform.training.order import SampleOrder, build_sources
 from loomvideo.platform.training.packing import PackPlanner
 from loomvideo.platform.training.schedule import ema_decay, learning_rate
+from loomvideo.platform.training.validation import Validator
 
 pytestmark = pytest.mark.slow
 
-NUM_STEPS = 12
+NUM_STEPS = 20
 STOP_STEP = 6
+ADAPTED = functools.partial(ToyRecipe, wrap=adapt_toy)
 
 
 def config(packs_per_step, **changes):
@@ -33,14 +37,14 @@ def config(packs_per_step, **changes):
     return dataclasses.replace(result, **changes)
 
 
-def plain_training(config):
+def plain_training(config, recipe):
     """The same training in a few lines of PyTorch: one process, one pack after another."""
-    dataset, recipe = ToyDataset("toy://64"), ToyRecipe()
+    dataset = ToyDataset("toy://64")
     sources = build_sources([dataset.index], [recipe.sample_tokens(dataset.index)], "train", config.mixture)
     planner = PackPlanner(SampleOrder(sources, config.seed), config.pack, config.pack.per_step)
     model = recipe.build_model()
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    matrices = [p for p in model.parameters() if p.ndim >= 2 and p.requires_grad]
+    vectors = [p for p in model.parameters() if p.ndim < 2 and p.requires_grad]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": config.optimizer.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         betas=(config.optimizer.beta1, config.optimizer.beta2),
@@ -76,7 +80,21 @@ def two_ranks(tmp_path_factory):
     recomputed = config(3, activation_checkpointing="every:2")
     validated = config(3)
     validated.validation = dataclasses.replace(validated.validation, every_steps=4, samples_per_task=2, levels=3)
+    partitioned = config(3)
+    partitioned.zero = dataclasses.replace(partitioned.zero, resident_elements=0, persistence_elements=0)
+    adapted_stage_2 = config(3)
+    adapted_stage_2.zero.stage = 2
+    rolled_back = config(3, steps=30)
+    rolled_back.guard = dataclasses.replace(rolled_back.guard, max_skips=0, max_rollbacks=9)
     scenarios = {
+        "adapted": Scenario(str(root / "adapted"), config(3), recipe=ADAPTED),
+        "adapted_partitioned": Scenario(str(root / "adapted_partitioned"), partitioned, recipe=ADAPTED),
+        "adapted_stage_2": Scenario(str(root / "adapted_stage_2"), adapted_stage_2, recipe=ADAPTED),
+        "adapted_stopped": Scenario(str(root / "adapted_resumed"), config(3), recipe=ADAPTED, stop_after=STOP_STEP),
+        "adapted_resumed": Scenario(str(root / "adapted_resumed"), config(3), recipe=ADAPTED),
+        "partitioned": Scenario(str(root / "partitioned"), partitioned),
+        "rolled_back": Scenario(str(root / "rolled_back"), rolled_back, url="toy://64/nan=22"),
+        "hungry": Scenario(str(root / "hungry"), config(2), recipe=HungryRecipe),
         "whole": Scenario(str(root / "whole"), config(3)),
         "even": Scenario(str(root / "even"), config(2)),
         "stopped": Scenario(str(root / "resumed"), config(3), stop_after=STOP_STEP),
@@ -103,10 +121,20 @@ def assert_close(records, others, relative):
         assert record["grad_norm"] == pytest.approx(other["grad_norm"], rel=10 * relative)
 
 
-@pytest.mark.parametrize(("name", "packs_per_step"), [("whole", 3), ("even", 2)])
-def test_zero_3_equals_a_plain_loop(two_ranks, name, packs_per_step):
+@pytest.mark.parametrize(
+    ("name", "packs_per_step", "recipe"),
+    [
+        ("whole", 3, ToyRecipe),
+        ("even", 2, ToyRecipe),
+        ("partitioned", 3, ToyRecipe),
+        ("adapted", 3, ADAPTED),
+        ("adapted_partitioned", 3, ADAPTED),
+        ("adapted_stage_2", 3, ADAPTED),
+    ],
+)
+def test_zero_equals_a_plain_loop(two_ranks, name, packs_per_step, recipe):
     root, outcomes = two_ranks
-    expected, weights, average = plain_training(config(packs_per_step))
+    expected, weights, average = plain_training(config(packs_per_step), recipe())
     reports, final = outcomes[name][0]
     assert final["steps"] == NUM_STEPS
     for record, (loss, norm) in zip(steps_of(reports), expected, strict=True):
@@ -119,19 +147,21 @@ def test_zero_3_equals_a_plain_loop(two_ranks, name, packs_per_step):
         torch.testing.assert_close(checkpoint.weights("ema")[key], average[key], rtol=1e-4, atol=1e-5)
 
 
-def test_resume_on_the_same_world_size_is_bitwise(two_ranks):
+@pytest.mark.parametrize(("prefix", "name"), [("", "whole"), ("adapted_", "adapted")])
+def test_resume_on_the_same_world_size_is_bitwise(two_ranks, prefix, name):
     root, outcomes = two_ranks
-    stopped, resumed = outcomes["stopped"][0], outcomes["resumed"][0]
+    stopped, resumed = outcomes[f"{prefix}stopped"][0], outcomes[f"{prefix}resumed"][0]
     assert stopped[1] == {"steps": STOP_STEP, "first_step": 0, "stopped": "asked to stop"}
     assert resumed[1]["first_step"] == STOP_STEP
     exact = ("step", "loss", "grad_norm", "keys_digest", "tokens", "learning_rate")
-    whole = [[record[name] for name in exact] for record in steps_of(outcomes["whole"][0][0])]
-    parts = [[record[name] for name in exact] for record in steps_of(stopped[0]) + steps_of(resumed[0])]
+    whole = [[record[value] for value in exact] for record in steps_of(outcomes[name][0][0])]
+    parts = [[record[value] for value in exact] for record in steps_of(stopped[0]) + steps_of(resumed[0])]
     assert parts == whole
-    ends = [CheckpointFolder(root / name / "checkpoints").open(NUM_STEPS) for name in ("whole", "resumed")]
+    ends = [CheckpointFolder(root / run / "checkpoints").open(NUM_STEPS) for run in (name, f"{prefix}resumed")]
     for kind in ("master", "exp_avg", "exp_avg_sq", "ema"):
-        for name in ends[0].shapes:
-            assert torch.equal(ends[0].weights(kind)[name], ends[1].weights(kind)[name])
+        assert set(ends[0].slices[kind]) == set(ends[1].slices[kind])
+        for parameter in ends[0].slices[kind]:
+            assert torch.equal(ends[0].weights(kind)[parameter], ends[1].weights(kind)[parameter])
 
 
 @pytest.mark.parametrize("name", ["stage_2", "recomputed"])
@@ -181,13 +211,47 @@ def test_validation_repeats_itself_and_leaves_training_alone(two_ranks):
     )
     assert validated == whole
     validations = [message for message in reports if message["event"] == "validation"]
-    assert [message["step"] for message in validations] == [4, 8, 12]
+    assert [message["step"] for message in validations] == [4, 8, 12, 16, 20]
     for message in validations:
         assert set(message["losses"]) == {"raw", "ema"}
-        names = {"loss", "task/a", "task/b", "level/0.17", "level/0.50", "level/0.83"}
+        names = {"loss", "task/a", "task/b", "level/0.17", "level/0.50", "level/0.83", "each"}
         assert set(message["losses"]["raw"]) == names
     raw = [message["losses"]["raw"]["loss"] for message in validations]
     assert raw[2] < raw[0]
+
+
+def test_validation_beside_training_finds_the_same_losses(two_ranks):
+    root, outcomes = two_ranks
+    settings = dataclasses.replace(config(3).validation, samples_per_task=2, levels=3)
+    validator, model = Validator(ToyRecipe(), [ToyDataset("toy://64")], settings), ToyRecipe().build_model()
+    messages = [message for message in outcomes["validated"][0][0] if message["event"] == "validation"]
+    checkpoint = CheckpointFolder(root / "validated" / "checkpoints").open(8)
+    for kind, name in (("master", "raw"), ("ema", "ema")):
+        load_checkpoint_weights(model, checkpoint, kind)
+        losses = validator.losses_alone(model, torch.device("cpu"), torch.float32)
+        expected = messages[1]["losses"][name]
+        assert losses.pop("each") == pytest.approx(expected.pop("each"), rel=1e-5)
+        assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_too_many_bad_steps_return_to_the_last_checkpoint(two_ranks):
+    _, outcomes = two_ranks
+    reports, final = outcomes["rolled_back"][0]
+    records = steps_of(reports)
+    assert [record["step"] for record in records] == list(range(1, 31))
+    skipped = [record["step"] for record in records if not record["updated"]]
+    returns = [(message["step"], message["to_step"]) for message in reports if message["event"] == "rollback"]
+    assert [step for step, _ in returns] == skipped
+    # Checkpoints are written every four steps.
+    assert all(0 < step - to_step <= 4 and to_step % 4 == 0 for step, to_step in returns)
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert final["steps"] == 30
+
+
+def test_out_of_memory_names_the_pack_and_a_budget(two_ranks):
+    for _, final in two_ranks[1]["hungry"]:
+        assert "out of memory in a pack of" in final["error"]
+        assert "tokens passed): lower training.pack.tokens=100 to about 80" in final["error"]
 
 
 def test_an_unreadable_sample_is_one_clear_error_on_all_ranks(two_ranks):

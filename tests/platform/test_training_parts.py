@@ -26,7 +26,7 @@ from loomvideo.platform.training.packing import PackPlanner
 from loomvideo.platform.training.progress import STEPS_FILE, Progress
 from loomvideo.platform.training.schedule import ema_decay, learning_rate
 from loomvideo.platform.training.simulate import simulate, suggest_budget
-from loomvideo.platform.training.validation import fixed_triples, mean_losses
+from loomvideo.platform.training.validation import fixed_triples, mean_losses, paired_change
 
 
 def test_learning_rate_warms_up_and_ends_where_it_says():
@@ -77,6 +77,16 @@ def test_mean_losses_weigh_samples_equally():
     assert mean_losses(rows) == {
         "loss": 3.0, "task/a": 2.0, "task/b": 5.0, "level/0.25": 3.0, "level/0.50": 3.0,
     }  # fmt: skip
+
+
+def test_paired_changes_carry_no_sampling_noise():
+    before = [1.0, 9.0, 4.0, 6.0, 2.0, 2.0]
+    after = [loss - 0.1 for loss in before]
+    assert paired_change(before, after, 2) == pytest.approx((-0.1, 0.0))
+    after[0] += 0.6
+    assert paired_change(before, after, 2) == pytest.approx((0.0, 0.1))
+    assert paired_change(before[:4], after, 2) is None
+    assert paired_change([], after, 2) is None
 
 
 def sources(lengths):

@@ -1,0 +1,103 @@
+"""Training from shards against encoding in the loop: the same samples, model and packs in one process.
+
+Run ``python benchmarks/encode_in_loop.py SAMPLES.jsonl SHARDS [--preset tiny] [--steps 20]``. Both make packs of the
+same samples and train on them; one reads latents and MLLM states from shards, the other decodes the files and encodes
+them with the frozen codec and MLLM. Nothing is prefetched, so the two parts of a step add up.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from loomvideo.jobs.recipe import LoomVideoRecipe
+from loomvideo.jobs.training_config import ObjectiveConfig
+from loomvideo.model.presets import preset
+from loomvideo.pipelines.encode import SampleEncoder, SampleLoader
+from loomvideo.pipelines.media_files import base_folder
+from loomvideo.pipelines.prepare_config import ClipOptions, FeatureOptions, PrepareConfig
+from loomvideo.pipelines.samples import read_jsonl
+from loomvideo.platform.config import load_config
+from loomvideo.platform.shards.reader import ShardDataset
+from loomvideo.platform.training.config import MixtureConfig, PackConfig
+from loomvideo.platform.training.order import SampleOrder, build_sources
+from loomvideo.platform.training.packing import PackPlanner
+from loomvideo.platform.training.randomness import SampleRandom
+
+
+class Encoding:
+    """Samples from files, encoded when they are asked for."""
+
+    def __init__(self, samples, dataset, model):
+        clips = load_config(ClipOptions, [f"{k}={v}" for k, v in dataset.manifest.config["clips"].items()])
+        self.samples = {sample.key: sample for sample in read_jsonl(Path(samples))}
+        self.encoder = SampleEncoder(model, FeatureOptions(), "cpu")
+        config = PrepareConfig(input=samples, output="", model=model.name, clips=clips)
+        self.loader = SampleLoader(config, base_folder(samples), self.encoder.fingerprints)
+
+    def __call__(self, row):
+        """The sample of an index row."""
+        return self.encoder.encode(self.loader.load(self.samples[row["key"]]), row["split"])
+
+
+def main():
+    """Print both as JSON."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("samples")
+    parser.add_argument("shards")
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=160)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    dataset, model = ShardDataset.open(arguments.shards), preset(arguments.preset)
+    recipe = LoomVideoRecipe(arguments.preset, ObjectiveConfig(), [dataset.shared()["null"]])
+    sources = build_sources(
+        [dataset.index], [dataset.index.column("dit_tokens").to_pylist()], "train", MixtureConfig(by_size=True)
+    )
+    encoding = Encoding(arguments.samples, dataset, model)
+    ways = {
+        "shards": lambda number, row, random: recipe.read(dataset, number, row, random),
+        "encoding": lambda number, row, random: encoding(row),
+    }
+    figures = {}
+    for name, read in ways.items():
+        planner = PackPlanner(SampleOrder(sources, 0), PackConfig(tokens=arguments.tokens), 1)
+        dit = recipe.build_model()
+        optimizer = torch.optim.AdamW(dit.parameters(), lr=1e-4, fused=True)
+        load_s = train_s = 0.0
+        num_samples, losses = 0, []
+        for step in range(arguments.steps + 2):
+            started = time.perf_counter()
+            examples = []
+            for draw in planner.next_step()[0]:
+                row = dataset.index.slice(draw.row, 1).to_pylist()[0]
+                random = SampleRandom(0, draw.key, draw.visit)
+                with torch.no_grad():
+                    examples.append(recipe.load_example(0, row, read(draw.row, row, random), random))
+            pack = recipe.collate(examples)
+            loaded = time.perf_counter()
+            output = recipe.loss(dit, pack)
+            (output.sum / pack.num_loss_elements).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(output.sum.detach()) / pack.num_loss_elements)
+            if step > 1:
+                load_s += loaded - started
+                train_s += time.perf_counter() - loaded
+                num_samples += len(examples)
+        figures[name] = {
+            "load_ms_per_sample": 1e3 * load_s / num_samples,
+            "train_ms_per_sample": 1e3 * train_s / num_samples,
+            "samples_per_s": num_samples / (load_s + train_s),
+            "last_loss": losses[-1],
+        }
+    encoding.loader.close()
+    figures["speedup"] = figures["shards"]["samples_per_s"] / figures["encoding"]["samples_per_s"]
+    print(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,463 @@
+"""Rehearse what training must survive, with the real command at the tiny preset: ``make drill-training``.
+
+Each drill trains 40 steps, breaks something, and checks how it ends: exit code, message, that every step was recorded
+once, and how many steps were computed again. A full disk is a small tmpfs on the checkpoints folder (needs root). The
+last two drills use a Ray cluster of several nodes on this machine. Results: a Markdown table and ``drills.json``.
+
+    python infra/drills/training_drill.py --folder /tmp/drill --shards SHARDS [--only worker,driver]
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+from local_cluster import LocalCluster
+
+from loomvideo.platform.shards.reader import ShardDataset
+from loomvideo.platform.shards.tensors import HEADER_SIZE_BYTES, parse_header
+from loomvideo.platform.training.checkpoint import CheckpointFolder
+from loomvideo.platform.training.config import MixtureConfig, PackConfig
+from loomvideo.platform.training.order import SampleOrder, build_sources
+from loomvideo.platform.training.packing import PackPlanner
+
+REPO = Path(__file__).resolve().parents[2]
+PATIENCE_S = 300.0
+NOTICE_S = 10.0
+STEPS, EVERY = 40, 5
+PACK_TOKENS, PACKS = 96, 2
+
+
+class DrillError(Exception):
+    """A drill that ended otherwise than documented."""
+
+
+@dataclass
+class Run:
+    """A training job of a drill.
+
+    Attributes:
+        name: Of the run.
+        folder: All runs' folder.
+        process: The job.
+        started: When it was started.
+    """
+
+    name: str
+    folder: Path
+    process: subprocess.Popen
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        return self.folder / "runs" / "pretrain" / self.name
+
+    @property
+    def log(self) -> str:
+        """What the job printed, over all its starts."""
+        return (self.folder / f"{self.name}.log").read_text()
+
+    def records(self) -> list[dict]:
+        """The recorded steps."""
+        path = self.path / "steps.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def steps(self) -> list[int]:
+        """Their numbers."""
+        return [record["step"] for record in self.records()]
+
+    def wait_for(self, what: str, ready: Callable[[], bool]) -> None:
+        """Wait for a condition while the job runs."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not ready():
+            if self.process.poll() is not None:
+                raise DrillError(f"{what}: the job ended with {self.process.returncode}: {self.tail()}")
+            if time.monotonic() > deadline:
+                raise DrillError(f"{what}: not within {PATIENCE_S:.0f} s")
+            time.sleep(0.1)
+
+    def wait_for_step(self, step: int) -> None:
+        """Wait until a step is recorded."""
+        self.wait_for(f"step {step}", lambda: max(self.steps(), default=0) >= step)
+
+    def finish(self, expected: int = 0) -> None:
+        """Wait for the end and compare the exit code."""
+        code = self.process.wait(PATIENCE_S)
+        if code != expected:
+            raise DrillError(f"{self.name}: exit code {code}, expected {expected}: {self.tail()}")
+
+    def tail(self) -> str:
+        """The end of the log in one line."""
+        return " / ".join(self.log.splitlines()[-4:])
+
+    def workers(self) -> list[psutil.Process]:
+        """The training workers' processes, oldest first."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if "RayTrainWorker" in " ".join(process.cmdline()):
+                    found.append(process)
+        return sorted(found, key=lambda process: process.create_time())
+
+    def check_complete(self, last: int = STEPS) -> None:
+        """Every step was recorded once, up to the last."""
+        if self.steps() != list(range(1, last + 1)):
+            raise DrillError(f"{self.name}: recorded steps {self.steps()}")
+
+    def expect(self, *texts: str) -> None:
+        """The log holds each text."""
+        for text in texts:
+            if text not in self.log:
+                raise DrillError(f"{self.name}: no {text!r} in the log: {self.tail()}")
+
+    def continued_at(self) -> int:
+        """The step at which the run went on last."""
+        lines = [line for line in self.log.splitlines() if "continuing at step" in line]
+        if not lines:
+            raise DrillError(f"{self.name}: started anew instead of continuing")
+        return int(lines[-1].split("continuing at step ")[1].split(":")[0])
+
+
+class Rehearsal:
+    """Where the drills run.
+
+    Args:
+        folder: New; keeps runs, logs and results.
+        shards: Dataset prepared for the tiny preset.
+    """
+
+    def __init__(self, folder: Path, shards: Path):
+        self.folder, self.shards = folder, shards
+        self.runs: list[Run] = []
+        self.environment = os.environ | {"OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+
+    def train(self, name: str, *arguments: str, shards: Path | None = None, environment: dict | None = None) -> Run:
+        """Start a job, or the same one again; later arguments win."""
+        command = [sys.executable, "-m", "loomvideo.jobs.cli", "pretrain", f"data.shards=[{shards or self.shards}]"]
+        values = {
+            "run": name,
+            "runs": self.folder / "runs",
+            "training.steps": STEPS,
+            "training.pack.tokens": PACK_TOKENS,
+            "training.pack.per_step": PACKS,
+            "training.log_every": 1,
+            "training.checkpoint.every_steps": EVERY,
+            "training.checkpoint.keep_last": 3,
+            "evaluation.samples": "",
+            "doctor": "false",
+        }
+        values |= dict(argument.split("=", 1) for argument in arguments)
+        with (self.folder / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [*command, *(f"{key}={value}" for key, value in values.items())],
+                env=environment or self.environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        run = Run(name, self.folder, process)
+        self.runs.append(run)
+        return run
+
+    def copy_of_shards(self, name: str) -> Path:
+        """A copy of the dataset that may be damaged; unchanged files are shared."""
+        target = self.folder / name
+        shutil.copytree(self.shards, target, copy_function=os.link)
+        return target
+
+    def drawn_in_step(self, step: int) -> tuple[Path, dict]:
+        """The shard (relative) and index row of the first sample that the run draws in a step."""
+        dataset = ShardDataset.open(self.shards)
+        tokens = [dataset.index.column("dit_tokens").to_pylist()]
+        # As the tiny preset has it.
+        sources = build_sources([dataset.index], tokens, "train", MixtureConfig(by_size=True))
+        planner = PackPlanner(SampleOrder(sources, 0), PackConfig(tokens=PACK_TOKENS), PACKS)
+        for _ in range(step):
+            packs = planner.next_step()
+        row = dataset.index.slice(packs[0][0].row, 1).to_pylist()[0]
+        return Path("shards") / f"{row['shard']}.tar", row
+
+    def stop(self) -> None:
+        """End what is left."""
+        for run in self.runs:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.process.pid, signal.SIGKILL)
+            run.process.wait()
+
+
+def drill_worker(rehearsal: Rehearsal) -> str:
+    """SIGKILL of one worker."""
+    run = rehearsal.train("worker-killed")
+    run.wait_for_step(12)
+    before = max(run.steps())
+    run.workers()[-1].kill()
+    run.finish()
+    run.check_complete()
+    again = before - run.continued_at()
+    return f"went on by itself from step {run.continued_at()}; {max(again, 0)} steps computed again"
+
+
+def drill_driver(rehearsal: Rehearsal) -> str:
+    """SIGKILL of the driver, then the same command."""
+    run = rehearsal.train("driver-killed")
+    run.wait_for_step(12)
+    left = psutil.Process(run.process.pid).children(recursive=True)
+    run.process.kill()
+    run.process.wait()
+    _, alive = psutil.wait_procs(left, timeout=30)
+    if alive:
+        raise DrillError(f"{len(alive)} processes outlive the driver, first {alive[0]}")
+    before = max(run.steps())
+    run = rehearsal.train("driver-killed")
+    run.finish()
+    run.check_complete()
+    return f"no process left; continued from step {run.continued_at()} of {before} recorded"
+
+
+def drill_notice(rehearsal: Rehearsal) -> str:
+    """SIGTERM with 10 s notice, then the same command."""
+    run = rehearsal.train("notice")
+    run.wait_for_step(12)
+    sent = time.time()
+    run.process.send_signal(signal.SIGTERM)
+    try:
+        code = run.process.wait(NOTICE_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(run.process.pid, signal.SIGKILL)
+        code = run.process.wait()
+    ended_s = time.time() - sent
+    folder = CheckpointFolder(run.path / "checkpoints")
+    newest = folder.newest()
+    if newest is None or newest.step != max(run.steps()):
+        raise DrillError(f"last recorded step {max(run.steps())}, checkpoint {newest and newest.step}")
+    written_s = (newest.path / "manifest.json").stat().st_mtime - sent
+    stopped_at = newest.step
+    run = rehearsal.train("notice")
+    run.finish()
+    run.check_complete()
+    if run.continued_at() != stopped_at:
+        raise DrillError(f"stopped at {stopped_at}, continued at {run.continued_at()}")
+    ended = f"exit code {code} after {ended_s:.1f} s" if code >= 0 else f"killed after {NOTICE_S:.0f} s"
+    return f"checkpoint of step {stopped_at} after {written_s:.1f} s, {ended}; continued there, no step lost"
+
+
+def drill_disk(rehearsal: Rehearsal) -> str:
+    """A full disk while a checkpoint is written."""
+    size_mb = sum(f.stat().st_size for f in _a_checkpoint(rehearsal).iterdir()) / 1e6
+    folder = rehearsal.folder / "runs" / "pretrain" / "disk-full" / "checkpoints"
+    folder.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o"]
+    subprocess.run([*mount, f"size={int(1.5 * size_mb) + 1}m", "none", folder], check=True)
+    try:
+        run = rehearsal.train("disk-full")
+        run.wait_for("a failed checkpoint", lambda: "was not written" in run.log)
+        failed_at = max(run.steps())
+        subprocess.run([*mount, "remount,size=2g", "none", folder], check=True)
+        run.finish()
+        run.check_complete()
+        checkpoints = CheckpointFolder(folder)
+        for step in checkpoints.steps():
+            checkpoints.open(step).verify()
+        left = [path.name for path in folder.iterdir() if path.name.startswith(".step")]
+        if left or STEPS not in checkpoints.steps():
+            raise DrillError(f"checkpoints {checkpoints.steps()}, left behind {left}")
+        message = next(line for line in run.log.splitlines() if "was not written" in line)
+        return f"at step {failed_at}: “{message.strip()}”; with room again: {checkpoints.steps()}, all whole"
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def drill_bit(rehearsal: Rehearsal) -> str:
+    """One flipped bit in the newest checkpoint, then the same command with more steps."""
+    source = rehearsal.folder / "runs" / "pretrain" / "worker-killed"
+    name = "bit-flipped"
+    shutil.copytree(source, source.with_name(name), ignore=shutil.ignore_patterns(".ray", "mlflow.json"))
+    folder = CheckpointFolder(source.with_name(name) / "checkpoints")
+    file = next(folder.at(STEPS).glob("rank-*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    run = rehearsal.train(name, f"training.steps={STEPS + EVERY}")
+    run.finish()
+    run.check_complete(STEPS + EVERY)
+    run.expect("checkpoint passed over", "content differs from the manifest's hash")
+    if run.continued_at() != STEPS - EVERY:
+        raise DrillError(f"continued at {run.continued_at()}")
+    return f"the damaged one was named and passed over; continued from step {run.continued_at()}"
+
+
+def drill_shard(rehearsal: Rehearsal) -> str:
+    """A shard that is gone."""
+    shards = rehearsal.copy_of_shards("shards-without-one")
+    name, _ = rehearsal.drawn_in_step(6)
+    (shards / name).unlink()
+    run = rehearsal.train("shard-gone", shards=shards)
+    run.finish(2)
+    message = next(line for line in reversed(run.log.splitlines()) if line.startswith("error:"))
+    if name.name not in message or "Traceback" in run.log:
+        raise DrillError(f"{name} is not named: {message}")
+    return f"after {len(run.steps())} steps, exit code 2: “{message.replace(str(shards), 'SHARDS')}”"
+
+
+def drill_nan(rehearsal: Rehearsal) -> str:
+    """A NaN in one sample's latents."""
+    shards = rehearsal.copy_of_shards("shards-with-nan")
+    name, row = rehearsal.drawn_in_step(8)
+    member = row["members"].index("target")
+    start = row["member_offsets"][member]
+    content = bytearray((shards / name).read_bytes())
+    length = int.from_bytes(content[start : start + HEADER_SIZE_BYTES], "little")
+    body = start + HEADER_SIZE_BYTES + length
+    for tensor, entry in parse_header(bytes(content[start + HEADER_SIZE_BYTES : body])).items():
+        if tensor.startswith("mean."):
+            at = body + entry["data_offsets"][0]
+            content[at : at + 2] = np.uint16(0x7FC0).tobytes()
+    (shards / name).unlink()
+    (shards / name).write_bytes(content)
+    run = rehearsal.train("nan", shards=shards)
+    run.finish()
+    run.check_complete()
+    skipped = [record["step"] for record in run.records() if not record["updated"]]
+    quarantined = json.loads((run.path / "quarantine.json").read_text())
+    if list(quarantined) != [row["key"]] or 8 not in skipped:
+        raise DrillError(f"quarantined {quarantined}, skipped {skipped}, planted in {row['key']}")
+    weights = CheckpointFolder(run.path / "checkpoints").open().weights()
+    if not all(weights[name].isfinite().all() for name in weights):
+        raise DrillError("weights are not finite")
+    return f"step {', '.join(map(str, skipped))} skipped on both workers, {row['key']} named and quarantined"
+
+
+def drill_elastic(rehearsal: Rehearsal) -> str:
+    """A node is lost with workers.min=1: fewer workers, the same packs."""
+    with cluster(rehearsal, "one", "two") as (nodes, environment):
+        run = rehearsal.train("elastic", "training.workers.min=1", environment=environment)
+        run.wait_for_step(12)
+        nodes.kill("two")
+        run.finish()
+    run.check_complete()
+    run.expect("2 workers", "1 workers")
+    reference = [r["keys_digest"] for r in Run("worker-killed", rehearsal.folder, run.process).records()]
+    if [record["keys_digest"] for record in run.records()] != reference:
+        raise DrillError("other samples than on two workers")
+    return f"2 workers to 1 at step {run.continued_at()}; all {STEPS} steps of the same samples as on two workers"
+
+
+def drill_preemption(rehearsal: Rehearsal) -> str:
+    """A node is drained with 25 s notice and then killed, max_failures=0."""
+    with cluster(rehearsal, "one", "two", "three") as (nodes, environment):
+        run = rehearsal.train(
+            "preempted", "training.workers.max_failures=0", "training.checkpoint.every_steps=1000",
+            "training.steps=150", environment=environment,
+        )  # fmt: skip
+        run.wait_for_step(12)
+        victim = next(name for name in ("one", "two") if _has_worker(nodes, name))
+        before = max(run.steps())
+        drain = "from loomvideo.platform.cluster.drain import drain; import ray; ray.init(address='auto', "
+        drain += "log_to_driver=False); node = [n for n in ray.nodes() if n['Alive'] and n['Resources'].get"
+        drain += f"('{victim}')][0]; drain(node['NodeID'], ray.get_runtime_context().gcs_address, 25)"
+        subprocess.run([sys.executable, "-c", drain], env=environment, check=True, capture_output=True)
+        drained = time.monotonic()
+        run.wait_for("a checkpoint on notice", lambda: bool(CheckpointFolder(run.path / "checkpoints").steps()))
+        written_s = time.monotonic() - drained
+        saved = CheckpointFolder(run.path / "checkpoints").steps()[-1]
+        time.sleep(max(0.0, 25 - written_s))
+        nodes.kill(victim)
+        run.finish()
+    run.check_complete(150)
+    if run.continued_at() < saved:
+        raise DrillError(f"saved {saved}, continued at {run.continued_at()}")
+    return (
+        f"notice after step {before}: checkpoint of step {saved} within {written_s:.1f} s; "
+        f"continued from step {run.continued_at()} on another node, not counted as a failure"
+    )
+
+
+def _has_worker(nodes: LocalCluster, name: str) -> bool:
+    children = psutil.Process(nodes.processes[name].pid).children(recursive=True)
+    return any("RayTrainWorker" in " ".join(process.cmdline()) for process in children if process.is_running())
+
+
+def _a_checkpoint(rehearsal: Rehearsal) -> Path:
+    folder = CheckpointFolder(rehearsal.folder / "runs" / "pretrain" / "worker-killed" / "checkpoints")
+    return folder.at(folder.steps()[-1])
+
+
+@contextlib.contextmanager
+def cluster(rehearsal: Rehearsal, *names: str) -> Iterator[tuple[LocalCluster, dict[str, str]]]:
+    """A head without CPUs and nodes of one CPU, each with a resource of its own name."""
+    with tempfile.TemporaryDirectory(prefix="lv") as short:
+        nodes = LocalCluster(Path(short))
+        try:
+            nodes.start_head(num_cpus=0)
+            for name in names:
+                nodes.start_worker(name, 1, resources={name: 1})
+            yield (
+                nodes,
+                nodes.variables()
+                | rehearsal.environment
+                | {"RAY_ADDRESS": nodes.gcs_address}
+                | {
+                    "RAY_AUTH_MODE": "token",
+                    "RAY_AUTH_TOKEN": nodes.token,
+                },
+            )
+        finally:
+            nodes.stop()
+
+
+DRILLS = {
+    "worker": drill_worker,
+    "driver": drill_driver,
+    "notice": drill_notice,
+    "disk": drill_disk,
+    "bit": drill_bit,
+    "shard": drill_shard,
+    "nan": drill_nan,
+    "elastic": drill_elastic,
+    "preemption": drill_preemption,
+}
+
+
+def main() -> int:
+    """Run the drills; exit code 1 when one ended otherwise than documented."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="folder for runs, logs and results")
+    parser.add_argument("--shards", type=Path, required=True, help="dataset prepared for the tiny preset")
+    parser.add_argument("--only", default=",".join(DRILLS), help=f"of {', '.join(DRILLS)}; disk, bit and elastic "
+                        "compare with worker's run in the same folder")  # fmt: skip
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    rehearsal = Rehearsal(options.folder.absolute(), options.shards.absolute())
+    results = []
+    try:
+        for name in options.only.split(","):
+            started = time.monotonic()
+            try:
+                outcome, passed = DRILLS[name](rehearsal), True
+            except (DrillError, TimeoutError, subprocess.SubprocessError) as error:
+                outcome, passed = str(error), False
+            seconds = time.monotonic() - started
+            what = DRILLS[name].__doc__.strip()
+            results.append({"drill": name, "what": what, "passed": passed, "seconds": seconds, "outcome": outcome})
+            print(f"| {what} | {'yes' if passed else 'NO'} | {seconds:.0f} s | {outcome} |", flush=True)
+    finally:
+        rehearsal.stop()
+    (options.folder / "drills.json").write_text(json.dumps(results, indent=2) + "\n")
+    return 0 if all(result["passed"] for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
