@@ -1,6 +1,7 @@
 """Files beside ours with which other readers open a dataset: wids' shard list and Energon's dataset description.
 
-Energon's own index (``.nv-meta/index.sqlite``) is its to write: run ``energon prepare`` on the folder.
+Energon's own index (``.nv-meta/index.sqlite`` and a list of offsets beside every tar) is its to write: run
+``energon prepare --tar-index-only`` on the folder.
 """
 
 import json
@@ -14,24 +15,31 @@ _ENERGON_SPLITS = {"train": "train", "heldout": "val"}
 
 
 def write_interop(storage: Storage, manifest: Manifest) -> None:
-    """Write ``wids.json``, ``.nv-meta/dataset.yaml`` and ``.nv-meta/split.yaml``."""
+    """Write ``wids.json``, and ``dataset.yaml``, ``split.yaml`` and ``.info.json`` in ``.nv-meta``."""
     storage.write_bytes(WIDS_FILE, wids_index(manifest).encode())
     storage.write_bytes(f"{ENERGON_FOLDER}/dataset.yaml", _DATASET_YAML.encode())
     storage.write_bytes(f"{ENERGON_FOLDER}/split.yaml", energon_split(manifest).encode())
+    storage.write_bytes(f"{ENERGON_FOLDER}/.info.json", energon_info(manifest).encode())
 
 
 def wids_index(manifest: Manifest) -> str:
-    """The shard list of wids; it counts what lies in the tars, removed samples too."""
-    removed = manifest.removed_by_shard
+    """The shard list of wids."""
+    counts = _samples_in_tars(manifest)
     shards = [
-        {
-            "url": shard.path,
-            "nsamples": shard.num_samples + len(removed.get(shard.name, ())),
-            "filesize": shard.num_bytes,
-        }
-        for shard in manifest.shards
+        {"url": shard.path, "nsamples": counts[shard.path], "filesize": shard.num_bytes} for shard in manifest.shards
     ]
     return json.dumps({"wids_version": 1, "name": "loomvideo", "shardlist": shards}, indent=1) + "\n"
+
+
+def energon_info(manifest: Manifest) -> str:
+    """Energon's number of samples a tar."""
+    return json.dumps({"shard_counts": _samples_in_tars(manifest)}, indent=1) + "\n"
+
+
+def _samples_in_tars(manifest: Manifest) -> dict[str, int]:
+    """What lies in the tars, removed samples too."""
+    removed = manifest.removed_by_shard
+    return {shard.path: shard.num_samples + len(removed.get(shard.name, ())) for shard in manifest.shards}
 
 
 def energon_split(manifest: Manifest) -> str:

@@ -187,6 +187,9 @@ def test_files_for_other_readers(copied, tmp_path):
     assert all((folder / shard["url"]).stat().st_size == shard["filesize"] for shard in listed["shardlist"])
     split = json.loads((folder / ".nv-meta/split.yaml").read_text())
     assert {Path(path).name[:5] for path in split["split_parts"]["train"]} == {"train"}
+    info = json.loads((folder / ".nv-meta/.info.json").read_text())["shard_counts"]
+    assert sorted(info) == sorted(path for paths in split["split_parts"].values() for path in paths)
+    assert sum(info.values()) == len(dataset)
     wids = pytest.importorskip("wids")
     shards = [{**shard, "url": str(folder / shard["url"])} for shard in listed["shardlist"]]
     # Its default decoding hands safetensors a stream where the library wants a path.
