@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from loomvideo.jobs.kernels_job import use_kernels
 from loomvideo.jobs.training_config import ObjectiveConfig
+from loomvideo.model import kernels as kernels_in_use
 from loomvideo.model import weights
 from loomvideo.model.config import LoRAConfig
 from loomvideo.model.dit import LoomVideoDiT
@@ -131,6 +132,11 @@ class LoomVideoRecipe(BaseRecipe):
             if self.lora is not None:
                 adapt(model, self.lora)
         return model
+
+    def warnings(self) -> Sequence[str]:
+        """Kernels that eager replaced on this rank, and why."""
+        replaced = kernels_in_use.report()["replaced"]
+        return [f"kernel {name} is replaced by eager: {why}" for name, why in replaced.items()]
 
     def layers(self, model: nn.Module) -> Sequence[nn.Module]:
         """The transformer blocks."""

@@ -39,6 +39,7 @@ from loomvideo.platform.shards.reader import ShardDataset
 from loomvideo.platform.tracking import Tracker
 from loomvideo.platform.training.checkpoint import CheckpointFolder
 from loomvideo.platform.training.driver import train
+from loomvideo.platform.training.progress import WARNINGS_FILE
 
 logger = logging.getLogger(__name__)
 console = Console()
@@ -128,6 +129,11 @@ def _train_and_evaluate(
             )
             # Again, with the nodes that joined on the way.
             tracker.log_artifact(folder.write_json("kernels.json", nodes))
+            if (folder.path / WARNINGS_FILE).exists():
+                tracker.log_artifact(folder.path / WARNINGS_FILE)
+        if result["first_step"] == result["steps"]:
+            # Nothing was left to train: what the run said when it did stays.
+            result |= folder.read_json("result.json") or {}
         weights = export_weights(config, build_recipe(), folder)
         result["weights"] = str(weights)
         if config.evaluation.samples:

@@ -18,6 +18,7 @@ from loomvideo.platform.training.validation import paired_change
 STEPS_FILE = "steps.jsonl"
 VALIDATION_FILE = "validation.jsonl"
 STARTS_FILE = "starts.json"
+WARNINGS_FILE = "warnings.json"
 LINE_INTERVAL_S = 10.0
 
 Predict = Callable[[dict[str, Any]], dict[str, float]]
@@ -119,6 +120,8 @@ class Progress:
             entry = self._tags.setdefault((name, value), [0.0, 0.0])
             entry[0] += loss_sum
             entry[1] += elements
+        if report.get("warnings"):
+            self._warn(report["warnings"])
         if report.get("system"):
             # Every node has its own series; the step is the newest one known here.
             figures = {f"system/{report['node']}/{name}": value for name, value in report["system"].items()}
@@ -138,6 +141,16 @@ class Progress:
             self._track(self._metrics(records), self._last_step)
         self._show(report["steps"])
 
+    def _warn(self, warnings: list[str]) -> None:
+        """Keep what ranks warn of with the run, and show each warning once."""
+        known = self.folder.read_json(WARNINGS_FILE) or []
+        fresh = [warning for warning in dict.fromkeys(warnings) if warning not in known]
+        for warning in fresh:
+            self.say(f"warning: {warning}")
+        if fresh:
+            self.folder.write_json(WARNINGS_FILE, known + fresh)
+            self._track({"run/warnings": len(known) + len(fresh)}, max(self._last_step, 0))
+
     def _write(self, lines: str) -> None:
         """Append to the step file; a full disk delays it and does not end the run."""
         self._unwritten += lines.encode()
@@ -147,7 +160,7 @@ class Progress:
             self._full = False
         except OSError as error:
             if not self._full:
-                self._say(f"{self._path}: {error.strerror}; steps are kept and written when there is room")
+                self.say(f"{self._path}: {error.strerror}; steps are kept and written when there is room")
             self._full = True
 
     def _metrics(self, records: list[dict[str, Any]]) -> dict[str, float]:

@@ -81,6 +81,10 @@ class Recipe(Protocol):
         """What ``load_example`` needs of a stored sample, on a loader thread."""
         ...
 
+    def warnings(self) -> Sequence[str]:
+        """What the run's record should say of this rank so far, such as a replaced kernel."""
+        ...
+
     def layers(self, model: nn.Module) -> Sequence[nn.Module]:
         """The repeated blocks, in order: units of activation checkpointing and compilation."""
         ...
@@ -126,6 +130,10 @@ class BaseRecipe:
     def flops(self, pack: Pack) -> float:
         """Unknown: no MFU is reported."""
         return 0.0
+
+    def warnings(self) -> Sequence[str]:
+        """None."""
+        return ()
 
     def layers(self, model: nn.Module) -> Sequence[nn.Module]:
         """None."""

@@ -450,6 +450,8 @@ class Worker:
         }
         if self.rank == 0:
             report["checkpoint_age_s"] = time.monotonic() - self._last_checkpoint_at
+        if warnings := list(self.recipe.warnings()):
+            report["warnings"] = warnings
         if figures := self._monitor.read(at_once=last):
             report |= {"node": self._monitor.node, "system": figures}
         if self.device.type == "cuda":

@@ -147,3 +147,10 @@ def test_of_a_large_sample_only_what_the_visit_needs_is_read(tmp_path, monkeypat
 
 def _full(sample):
     return [name for name in sample.tensors["mllm"] if name.startswith("full.")]
+
+
+def test_a_replaced_kernel_is_a_warning_of_the_run(monkeypatch):
+    recipe = LoomVideoRecipe("tiny", ObjectiveConfig(), [])
+    assert recipe.warnings() == []
+    monkeypatch.setattr(recipe_module.kernels_in_use, "report", lambda: {"replaced": {"cpp.rms_norm": "it is wrong"}})
+    assert recipe.warnings() == ["kernel cpp.rms_norm is replaced by eager: it is wrong"]

@@ -168,3 +168,13 @@ def test_a_full_disk_delays_recorded_steps_and_loses_none(tmp_path, capsys):
     progress.add({"event": "steps", "rank": 0, "tags": [], "steps": [record | {"step": 3}]})
     progress.close()
     assert [json.loads(line)["step"] for line in (tmp_path / "room").read_text().splitlines()] == [1, 2, 3]
+
+
+def test_warnings_of_ranks_are_kept_with_the_run_and_shown_once(tmp_path, capsys):
+    folder = RunFolder.open(tmp_path, "pretrain", "a")
+    progress = Progress(TrainingConfig(), folder, None)
+    for rank in (0, 1):
+        progress.add({"event": "steps", "rank": rank, "tags": [], "steps": [], "warnings": ["a kernel is replaced"]})
+    progress.close()
+    assert capsys.readouterr().err.count("warning: a kernel is replaced") == 1
+    assert folder.read_json("warnings.json") == ["a kernel is replaced"]
