@@ -102,9 +102,9 @@ class FeatureError:
             read = expanded(read, layers, len(next(iter(states.values()))))
         exact = torch.cat([states[name].float().cpu() for name in states], 1)
         kept = torch.cat([read[name].float() for name in states], 1)
-        # The embedder reads every layer; the first and the last stand for all.
-        ends = [0, -1]
-        behind = _relative(self._embedder(kept[ends]), self._embedder(exact[ends]))
+        # The embedder reads every layer; the first, the middle and the last stand for all.
+        some = sorted({0, len(exact) // 2, len(exact) - 1})
+        behind = _relative(self._embedder(kept[some]), self._embedder(exact[some]))
         return {
             "layers": [round(float(value), 6) for value in _relative(kept, exact).double().mean(1)],
             "embedder": round(float(behind.double().mean()), 6),
