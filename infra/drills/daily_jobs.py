@@ -46,7 +46,8 @@ def job_pretrain(rehearsal: Rehearsal) -> str:
     for built in rehearsal.cluster.caches.glob("*/cpp-*"):
         shutil.rmtree(built)
     samples = f"evaluation.samples={rehearsal.raw}/samples.jsonl"
-    rehearsal.train(run, samples, *(f"evaluation.{value}" for value in SHORT_EVALUATION), steps=JOB_STEPS)
+    short = (f"evaluation.{value}" for value in SHORT_EVALUATION)
+    rehearsal.train(run, str(rehearsal.shards), JOB_STEPS, samples, *short)
     rehearsal.finish(run)
     folder = rehearsal.run_folder(run)
     diagnosis = json.loads((folder / "doctor.json").read_text())
@@ -59,7 +60,7 @@ def job_pretrain(rehearsal: Rehearsal) -> str:
     return (
         f"doctor: {len(diagnosis['checks'])} checks in {diagnosis['seconds']:.0f} s; "
         f"kernels built on {', '.join(built)}; "
-        f"{rehearsal.check_complete(run, JOB_STEPS)}; MLflow {_status(rehearsal, run, 'pretrain')}"
+        f"{rehearsal.check_steps(run)}; MLflow {_status(rehearsal, run, 'pretrain')}"
     )
 
 
@@ -67,9 +68,10 @@ def job_finetune(rehearsal: Rehearsal) -> str:
     """`finetune-edit`: continues the pretrained weights."""
     run = "finetune"
     rehearsal.forget(run, rehearsal.run_folder(run, "finetune-edit"))
-    rehearsal.train(run, "evaluation.samples=", "from_run=pretrain/pretrain", job="finetune-edit", steps=JOB_STEPS)
+    start = ("evaluation.samples=", "from_run=pretrain/pretrain")
+    rehearsal.train(run, str(rehearsal.shards), JOB_STEPS, *start, job="finetune-edit")
     rehearsal.finish(run)
-    complete = rehearsal.check_complete(run, JOB_STEPS, "finetune-edit")
+    complete = rehearsal.check_steps(run, "finetune-edit")
     return f"{complete}; MLflow {_status(rehearsal, run, 'finetune-edit')}"
 
 
@@ -104,26 +106,6 @@ def job_plain(rehearsal: Rehearsal) -> str:
     if done.returncode != 0 or "succeeded" not in done.stdout:
         raise DrillError(f"exit code {done.returncode}: {rehearsal.tail('plain')}")
     return f"doctor: {next(line for line in done.stdout.splitlines() if 'checks in' in line).strip()}"
-
-
-def job_stop(rehearsal: Rehearsal) -> str:
-    """`jobs stop` ends a training run with a checkpoint of its last step; whoever follows it sees exit code 130."""
-    run = "stopped"
-    rehearsal.forget(run)
-    rehearsal.train_quickly(run, "training.checkpoint.every_steps=1000", steps=1000)
-    rehearsal.wait_for_step(run, 5)
-    loomvideo = [sys.executable, "-m", "loomvideo.jobs.cli", "jobs"]
-    where = {"cwd": REPO, "env": rehearsal.cluster.variables(), "capture_output": True, "text": True, "check": True}
-    cluster = ["--cluster", str(rehearsal.profile())]
-    subprocess.run([*loomvideo, "stop", run, *cluster], **where)
-    rehearsal.finish(run, expected=130)
-    listed = subprocess.run([*loomvideo, "ls", *cluster], **where).stdout
-    state = next(line.split()[3] for line in listed.splitlines() if f" {run} " in line)
-    checkpoints = [path.name for path in (rehearsal.run_folder(run) / "checkpoints").glob("step-*")]
-    last = max(rehearsal.steps(run))
-    if checkpoints != [f"step-{last:08d}"] or state != "STOPPED":
-        raise DrillError(f"{run}: {state} after step {last} with checkpoints {checkpoints}")
-    return f"{state} at step {last} with its checkpoint"
 
 
 def job_refusals(rehearsal: Rehearsal) -> str:
@@ -172,6 +154,5 @@ JOBS = {
     "finetune-edit": job_finetune,
     "evaluate": job_evaluate,
     "plain": job_plain,
-    "stop": job_stop,
     "refusals": job_refusals,
 }
