@@ -14,6 +14,7 @@ ENDLESS = 20_000
 # Enough to be sure that a run goes on.
 SOME_STEPS = 8
 CUT_S = 30
+SETTLED_S = 10
 MLFLOW_AWAY_S = 60
 OUTAGE_S = 15
 ERROR_RATE = 0.2
@@ -70,13 +71,17 @@ def fail_network(rehearsal: Rehearsal) -> str:
     rehearsal.cluster.pause(LOST_NODE)
     time.sleep(CUT_S)
     rehearsal.cluster.go_on(LOST_NODE)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        # A node that was given up ends itself; on Kubernetes its pod is then replaced.
-        rehearsal.cluster.processes[LOST_NODE].wait(10)
-        rehearsal.cluster.processes.pop(LOST_NODE)
+    time.sleep(SETTLED_S)
+    given_up = rehearsal.cluster.num_alive() < 1 + len(WORKERS)
+    if given_up:
+        # Its Ray ends by itself as soon as it hears so; on Kubernetes its pod is then started anew.
+        rehearsal.cluster.kill(LOST_NODE)
         rehearsal.cluster.start_worker(LOST_NODE)
+        rehearsal.wait_for_words(RUN, "continuing at step", starts + 1)
     goes_on = _goes_on(rehearsal)
-    how = _continued(rehearsal) if _num_continued(rehearsal) > starts else "waited and went on"
+    how = "waited and went on"
+    if _num_continued(rehearsal) > starts:
+        how = f"the head gave the node up, {_continued(rehearsal)}" if given_up else _continued(rehearsal)
     return f"cut off at step {at}, {how}; {goes_on}"
 
 

@@ -163,6 +163,8 @@ class LocalCluster:
             self._signal(name, signal.SIGCONT)
 
     def _signal(self, name: str, number: int) -> None:
+        if self.processes[name].poll() is not None:
+            return
         leader = psutil.Process(self.processes[name].pid)
         for process in [leader, *leader.children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):
