@@ -1,7 +1,8 @@
 """Figures of a running job as Prometheus metrics, through Ray's own exporter on the driver's node.
 
 The registry below is the one list of what we export; dashboards and alerts are tested against it. Ray prefixes every
-name with ``ray_`` and its exporter adds node and cluster labels.
+name with ``ray_`` and its exporter adds node and cluster labels. Figures of nodes (``system/…``) stay with the tracker:
+Ray exports its own.
 """
 
 import time
@@ -37,14 +38,21 @@ SINGLE = {
     "speed/step_s": Metric("step_seconds", "Duration of a step"),
     "speed/data_wait_share": Metric("data_wait_share", "Share of a step spent waiting for data"),
     "speed/tflops_per_worker": Metric("tflops_per_worker", "Model TFLOP/s a worker, without recomputation"),
+    "speed/mfu": Metric("mfu", "Model FLOPs utilisation: share of the accelerators' dense bf16 peak"),
+    "checkpoint/age_s": Metric("checkpoint_age_seconds", "Seconds since the newest whole checkpoint"),
+    "plan/achieved_over_predicted_speed": Metric("speed_over_plan", "Speed over what loomvideo plan predicts"),
+    "plan/achieved_over_predicted_memory": Metric("memory_over_plan", "Peak memory over what loomvideo plan predicts"),
     "packs/fill": Metric("pack_fill", "Used share of the token budget"),
     "packs/imbalance": Metric("pack_imbalance", "Largest pack over the mean one"),
     "memory/peak_gib": Metric("memory_peak_gib", "Peak accelerator memory of a worker"),
     "run/starts": Metric("run_starts", "Times the workers were started in this attempt"),
+    "run/restarts": Metric("run_restarts", "Times the workers were started again in the run's whole life"),
+    "run/warnings": Metric("run_warnings", "Different warnings of the run so far"),
     "run/workers": Metric("run_workers", "Workers in the process group"),
 }
 FAMILIES = {
     "loss_by_task": Metric("loss_by_task", "Mean loss by task", "task"),
+    "plan": Metric("planned", "What loomvideo plan predicts", "figure"),
     "loss_by_noise": Metric("loss_by_noise", "Mean loss by quarter of the timesteps, 0 the least noise", "noise"),
 }
 STEP = Metric("train_step", "Last reported step")

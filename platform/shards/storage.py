@@ -1,18 +1,27 @@
 """A dataset folder on local disk or any fsspec file system, with all-or-nothing writes and range reads."""
 
+import logging
 import os
 import tempfile
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import fsspec
 
 from loomvideo.platform.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 _MAX_OPEN_FILES = 64
+# Two minutes in all, after the client's own retries of some seconds: a GPU job must outlive a store's bad moment.
+RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
+# Clients raise errors of their own libraries when a connection breaks.
+CLIENT_LIBRARIES = ("aiohttp", "botocore")
 
 
 class Storage:
@@ -43,14 +52,28 @@ class Storage:
         """The file system's own name of ``path``."""
         return f"{self.root}/{path}" if path else self.root
 
+    def _patiently(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call the file system; what a remote one answers with an error is tried again for two minutes."""
+        for delay_s in () if self.is_local else RETRY_DELAYS_S:
+            try:
+                return call(*arguments, **options)
+            except (FileNotFoundError, PermissionError):
+                raise
+            except Exception as error:
+                if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in CLIENT_LIBRARIES:
+                    raise
+                logger.warning("%s: %s; again in %.0f s", self.url, error, delay_s)
+                time.sleep(delay_s)
+        return call(*arguments, **options)
+
     def exists(self, path: str) -> bool:
         """Whether a file of that name is complete and present."""
-        return self.fs.exists(self.full_path(path))
+        return self._patiently(self.fs.exists, self.full_path(path))
 
     def size(self, path: str) -> int | None:
         """Size in bytes, None when absent."""
         try:
-            return self.fs.info(self.full_path(path))["size"]
+            return self._patiently(self.fs.info, self.full_path(path))["size"]
         except FileNotFoundError:
             return None
 
@@ -58,7 +81,7 @@ class Storage:
         """Names of the files in ``folder``, sorted; empty when it does not exist. Temporaries are left out."""
         self.fs.invalidate_cache(self.full_path(folder))
         try:
-            entries = self.fs.ls(self.full_path(folder), detail=True)
+            entries = self._patiently(self.fs.ls, self.full_path(folder), detail=True)
         except FileNotFoundError:
             return []
         names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file")
@@ -71,7 +94,7 @@ class Storage:
             UserError: if it does not exist.
         """
         try:
-            return self.fs.cat_file(self.full_path(path))
+            return self._patiently(self.fs.cat_file, self.full_path(path))
         except FileNotFoundError as error:
             raise UserError(f"{self.url}/{path}: no such file") from error
 
@@ -85,8 +108,12 @@ class Storage:
             parts = [self._read_local(path, start, size) for start, size in ranges]
         else:
             name = self.full_path(path)
-            parts = self.fs.cat_ranges(
-                [name] * len(ranges), [s for s, _ in ranges], [s + n for s, n in ranges], on_error="raise"
+            parts = self._patiently(
+                self.fs.cat_ranges,
+                [name] * len(ranges),
+                [s for s, _ in ranges],
+                [s + n for s, n in ranges],
+                on_error="raise",
             )
             parts = [bytearray(part) for part in parts]
         for part, (start, size) in zip(parts, ranges, strict=True):
@@ -149,9 +176,9 @@ class Storage:
         with tempfile.TemporaryDirectory(prefix="loomvideo-") as folder:
             temporary = Path(folder) / "object"
             yield temporary
-            self.fs.put_file(str(temporary), destination)
+            self._patiently(self.fs.put_file, str(temporary), destination)
             self.fs.invalidate_cache()
-            size = self.fs.info(destination)["size"]
+            size = self._patiently(self.fs.info, destination)["size"]
             if size != temporary.stat().st_size:
                 raise OSError(f"{self.url}/{path}: uploaded {temporary.stat().st_size} bytes, storage holds {size}")
 

@@ -252,7 +252,10 @@ class _Follower(threading.Thread):
             logger.warning("training reports cannot be read: %s", error)
             return
         for report in reports:
-            self._progress.add(report)
+            try:
+                self._progress.add(report)
+            except OSError as error:  # a full disk; without this thread nobody would hear of the next reports
+                self._progress.say(f"a report of the {report['event']} was not recorded: {error}")
 
 
 def _run_worker(arguments: dict[str, Any]) -> None:

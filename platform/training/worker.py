@@ -118,7 +118,8 @@ class Worker:
         self._num_rollbacks = self._most_tokens = 0
         self._tags: dict[tuple[str, str], list[float]] = {}
         self._records: list[dict[str, Any]] = []
-        self._last_checkpoint_at = time.monotonic()
+        # When the newest checkpoint was begun, and the newest one known to be whole.
+        self._last_checkpoint_at = self._whole_at = time.monotonic()
         self._monitor = NodeMonitor(device, job.run_path)
 
     # -- state ----------------------------------------------------------------------------------------------------
@@ -194,6 +195,7 @@ class Worker:
             self._checkpoint_error = error
         elif self._saved_at is not None:
             self._checkpoint_error = ""
+            self._whole_at = self._last_checkpoint_at
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
@@ -449,7 +451,8 @@ class Worker:
             "tags": [[*tag, *sums] for tag, sums in self._tags.items()],
         }
         if self.rank == 0:
-            report["checkpoint_age_s"] = time.monotonic() - self._last_checkpoint_at
+            begun = self._whole_at if self._checkpoint_error else self._last_checkpoint_at
+            report["checkpoint_age_s"] = time.monotonic() - begun
         if warnings := list(self.recipe.warnings()):
             report["warnings"] = warnings
         if figures := self._monitor.read(at_once=last):

@@ -214,3 +214,29 @@ def test_memory_file_system(tmp_path):
         assert list(picked.tensors) == ["target"]
     local = write_dataset(tmp_path, SAMPLES, samples_per_shard=3)
     assert local.digest == dataset.digest
+
+
+def test_a_remote_store_that_fails_for_a_while_is_asked_again(monkeypatch):
+    storage = Storage("memory://flaky")
+    storage.write_bytes("a", b"0123")
+    waited, errors = [], [OSError(121, "internal error")] * 3
+    monkeypatch.setattr("loomvideo.platform.shards.storage.time.sleep", waited.append)
+    read = storage.fs.cat_ranges
+
+    def flaky(*arguments, **options):
+        if errors:
+            raise errors.pop()
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(storage.fs, "cat_ranges", flaky)
+    assert storage.read_ranges("a", [(1, 2)]) == [b"12"]
+    assert waited == [1.0, 2.0, 4.0]
+    errors += [OSError(121, "internal error")] * 20
+    with pytest.raises(OSError, match="internal error"):
+        storage.read_ranges("a", [(1, 2)])
+    assert sum(waited[3:]) == 120.0
+    errors[:] = [PermissionError("no")]
+    with pytest.raises(PermissionError):
+        storage.read_ranges("a", [(1, 2)])
+    assert storage.size("b") is None
+    assert len(waited) == 10
