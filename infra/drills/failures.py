@@ -176,7 +176,7 @@ def _running(rehearsal: Rehearsal) -> int:
     job = rehearsal.jobs.get(RUN)
     if job is None or job.poll() is not None:
         before = max(rehearsal.steps(RUN), default=0)
-        plain = ("evaluation.samples=", "doctor=false", f"runs={rehearsal.places[RUN]}")
+        plain = ("evaluation.samples=", "doctor=false", "kernels.backend=eager", f"runs={rehearsal.places[RUN]}")
         rehearsal.train(RUN, f"s3://{BUCKET}/shards", ENDLESS, *plain)
         rehearsal.wait_for_step(RUN, before + SOME_STEPS + 2)
     return max(rehearsal.steps(RUN))
