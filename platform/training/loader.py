@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from loomvideo.platform.errors import UserError
 from loomvideo.platform.training.order import Draw
 from loomvideo.platform.training.packing import PackPlanner, fill_and_imbalance, packs_of_rank
 from loomvideo.platform.training.randomness import SampleRandom
@@ -179,4 +180,5 @@ def load_draw(recipe: Recipe, datasets: Sequence[TrainingDataset], draw: Draw, s
             sample = recipe.read(dataset, draw.row, row, random)
             return recipe.load_example(draw.dataset, row, sample, random)
     except Exception as error:
-        raise SampleError(f"sample {draw.key} of {row['dataset']}: {type(error).__name__}: {error}") from error
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise SampleError(f"sample {draw.key} of {row['dataset']}: {reason}") from error

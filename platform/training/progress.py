@@ -14,6 +14,7 @@ from loomvideo.platform.runs import RunFolder
 from loomvideo.platform.training.config import TrainingConfig
 from loomvideo.platform.training.hardware import peak_tflops
 from loomvideo.platform.training.validation import paired_change
+from loomvideo.platform.training.writer import OTHER_WRITER
 
 STEPS_FILE = "steps.jsonl"
 VALIDATION_FILE = "validation.jsonl"
@@ -60,6 +61,7 @@ class Progress:
         self._tags: dict[tuple[str, str], list[float]] = {}
         self._peak_memory_bytes = 0
         self._checkpoint_age_s = 0.0
+        self._failed_checkpoint = -1
         # Losses of the newest validation, triple by triple.
         self._validated: dict[str, list[float]] = {}
         self._last_line_at = 0.0
@@ -248,7 +250,10 @@ class Progress:
             self.say(f"step {report['step']}: too many bad steps, back to the weights of step {report['to_step']}")
 
     def _on_checkpoint_failed(self, report: dict[str, Any]) -> None:
-        self.say(f"checkpoint of step {report['step']} was not written: {report['message']}; training goes on")
+        # The worker that failed says why; the others only that it was not they.
+        if report["message"] != OTHER_WRITER and report["step"] != self._failed_checkpoint:
+            self._failed_checkpoint = report["step"]
+            self.say(f"checkpoint of step {report['step']} was not written: {report['message']}; training goes on")
 
     def _on_fatal(self, report: dict[str, Any]) -> None:
         self.fatal = self.fatal or report["message"]

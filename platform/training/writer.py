@@ -11,6 +11,8 @@ from torch import Tensor
 from loomvideo.platform.training.checkpoint import MANIFEST_FILE, Checkpoint, CheckpointFolder
 from loomvideo.platform.training.config import CheckpointConfig
 
+OTHER_WRITER = "another worker could not write its part"
+
 
 class CheckpointWriter:
     """Writes this rank's part of checkpoints, one at a time; rank 0 also commits them.
@@ -63,7 +65,7 @@ class CheckpointWriter:
             # All ranks have stopped writing: give the room back, which may be what is missing.
             if self.rank == 0:
                 self.folder.discard(self._step)
-            return error or "another worker could not write its part"
+            return error or OTHER_WRITER
         return ""
 
     def _guarded(
