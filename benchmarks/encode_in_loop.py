@@ -19,7 +19,6 @@ from loomvideo.pipelines.encode import SampleEncoder, SampleLoader
 from loomvideo.pipelines.media_files import base_folder
 from loomvideo.pipelines.prepare_config import ClipOptions, FeatureOptions, PrepareConfig
 from loomvideo.pipelines.samples import read_jsonl
-from loomvideo.platform.config import load_config
 from loomvideo.platform.shards.reader import ShardDataset
 from loomvideo.platform.training.config import MixtureConfig, PackConfig
 from loomvideo.platform.training.order import SampleOrder, build_sources
@@ -31,7 +30,8 @@ class Encoding:
     """Samples from files, encoded when they are asked for."""
 
     def __init__(self, samples, dataset, model):
-        clips = load_config(ClipOptions, [f"{k}={v}" for k, v in dataset.manifest.config["clips"].items()])
+        stated = dataset.manifest.config.items()
+        clips = ClipOptions(**{k.removeprefix("clips."): v for k, v in stated if k.startswith("clips.")})
         self.samples = {sample.key: sample for sample in read_jsonl(Path(samples))}
         self.encoder = SampleEncoder(model, FeatureOptions(), "cpu")
         config = PrepareConfig(input=samples, output="", model=model.name, clips=clips)
