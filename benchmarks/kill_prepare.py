@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="number of the first round, to split a trial")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--builders", type=int, default=2)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     generator = random.Random(arguments.seed + arguments.first)
     folder = Path(tempfile.mkdtemp(prefix="kill-prepare-"))
     arguments.samples_file = subset(arguments.samples_file, folder, arguments.samples)
