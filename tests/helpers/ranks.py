@@ -1,6 +1,7 @@
 """Run a training worker on several gloo ranks without Ray, for tests of the loop itself."""
 
 import os
+import queue
 import shutil
 import socket
 import traceback
@@ -24,14 +25,22 @@ def run_ranks(function, world_size, *arguments):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = mp.get_context("spawn")
-    answers = context.SimpleQueue()
+    answers = context.Queue()
     processes = [
         context.Process(target=_rank, args=(answers, function, rank, world_size, port, arguments), daemon=True)
         for rank in range(world_size)
     ]
     for process in processes:
         process.start()
-    results = dict(answers.get() for _ in processes)
+    results = {}
+    while len(results) < world_size:
+        try:
+            results |= [answers.get(timeout=5)]
+        except queue.Empty:
+            # A rank that could not even start (its function cannot be imported there) answers nothing.
+            silent = [r for r, p in enumerate(processes) if p.exitcode not in (None, 0) and r not in results]
+            if silent:
+                raise AssertionError(f"ranks {silent} ended without an answer") from None
     for process in processes:
         process.join()
     for rank, (ok, value) in results.items():
