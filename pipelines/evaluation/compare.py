@@ -51,6 +51,7 @@ def compare_runs(
     metrics: Sequence[str] = (),
     alpha: float = 0.05,
     seed: int = 0,
+    by_category: bool = True,
 ) -> list[Comparison]:
     """Compare run ``b`` with run ``a`` on every shared suite.
 
@@ -60,6 +61,7 @@ def compare_runs(
         metrics: Metrics to test; all that both have when empty. Fewer metrics mean more power after Holm.
         alpha: Significance level of verdicts.
         seed: Of the resampling.
+        by_category: Also test each category.
 
     Raises:
         UserError: if no suite or no sample is shared.
@@ -84,7 +86,7 @@ def compare_runs(
             verdict = _verdict(metric, test.difference, adjusted[metric], alpha)
             found.append(Comparison(suite, metric, "", test, adjusted[metric], verdict))
             groups = sorted({categories[key] for key in keys})
-            if len(groups) < 2:
+            if len(groups) < 2 or not by_category:
                 continue
             tests = {}
             for group in groups:
