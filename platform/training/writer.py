@@ -1,6 +1,7 @@
 """Writing checkpoints beside training: copy, then write, commit, rotate and upload on a thread."""
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,17 +27,19 @@ class CheckpointWriter:
     def __init__(self, folder: CheckpointFolder, config: CheckpointConfig, rank: int, world_size: int):
         self.folder, self.config, self.rank, self.world_size = folder, config, rank, world_size
         self.best_step: int | None = None
+        # When the newest checkpoint that was committed was begun; on rank 0.
+        self.whole_since = time.monotonic()
         self._thread: threading.Thread | None = None
         self._written, self._cancelled = threading.Event(), threading.Event()
         self._error = ""
-        self._step = 0
+        self._step, self._begun_at = 0, 0.0
 
     def write(
         self, step: int, tensors: Mapping[str, Tensor], ranges: Mapping[str, list[int]], state: Mapping[str, Any]
     ) -> None:
         """Copy the tensors and start to write them; the checkpoint before must be settled."""
         copies = {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in tensors.items()}
-        self._step = step
+        self._step, self._begun_at = step, time.monotonic()
         self._written.clear()
         self._cancelled.clear()
         self._thread = threading.Thread(
@@ -87,6 +90,7 @@ class CheckpointWriter:
         checkpoint = self.folder.commit(step, self.world_size, state, self._cancelled)
         if checkpoint is None:
             return
+        self.whole_since = self._begun_at
         kept = [] if self.best_step is None else [self.best_step]
         self.folder.rotate(self.config.keep_last, self.config.keep_every, kept)
         if self.config.upload:

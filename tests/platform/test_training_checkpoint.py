@@ -93,11 +93,14 @@ def test_a_full_disk_is_said_and_gives_its_room_back(tmp_path, monkeypatch):
         write_rank(step, *arguments)
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    before = writer.whole_since
     monkeypatch.setattr(folder, "write_rank", full)
     writer.write(3, {"master/w": WEIGHT}, {"w": [0, 10]}, {"step": 3, "shapes": {"w": [10]}})
     assert "No space left on device" in writer.settle(float)
     assert list(tmp_path.iterdir()) == []
+    assert writer.whole_since == before
     monkeypatch.undo()
     writer.write(4, {"master/w": WEIGHT}, {"w": [0, 10]}, {"step": 4, "shapes": {"w": [10]}})
     assert writer.settle(float) == ""
     assert folder.steps() == [4]
+    assert writer.whole_since > before
