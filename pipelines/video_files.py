@@ -48,6 +48,10 @@ def write_video_stream(
                 piece = np.pad(piece, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
                 if not stream.codec_context.is_open:
                     stream.width, stream.height = piece.shape[2], piece.shape[1]
+                    if stream.width % 32 or stream.height % 32:
+                        # x264's macroblock tree then reads memory that nobody wrote, and files differ now and then.
+                        params = f"{options['x264-params']}:mbtree=0"
+                        stream.codec_context.options = options | {"x264-params": params}
                 for pixels in piece:
                     frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
                     yuv = reformatter.reformat(frame, format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
