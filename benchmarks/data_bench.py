@@ -25,8 +25,8 @@ from pathlib import Path
 PARTS = ("encode", "write", "read", "decode")
 
 
-def config_for(samples: Path, output: Path, count: int):
-    """The tiny preset on the first samples of a file."""
+def config_for(samples: Path, output: Path, count: int, bucket: int = 64):
+    """The tiny preset on samples spread over a file."""
     from loomvideo.jobs.command import job_config
     from loomvideo.pipelines.prepare_config import PrepareConfig
 
@@ -39,10 +39,11 @@ def config_for(samples: Path, output: Path, count: int):
                 row[name] = str((samples.parent / row[name]).absolute())
         row["references"] = [str((samples.parent / path).absolute()) for path in row.get("references", [])]
     chosen.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    return job_config(PrepareConfig, "data-prepare", [f"input={chosen}", f"output={output}", "shards.max_samples=16"])
+    arguments = [f"input={chosen}", f"output={output}", "shards.max_samples=16", f"clips.buckets=[{bucket}]"]
+    return job_config(PrepareConfig, "data-prepare", arguments)
 
 
-def plain_loop(samples: Path, folder: Path, count: int) -> dict[str, float]:
+def plain_loop(samples: Path, folder: Path, count: int, bucket: int) -> dict[str, float]:
     """Decode, encode and write one sample after another in one process, with webdataset's writer."""
     import safetensors.torch
     import torch
@@ -56,7 +57,7 @@ def plain_loop(samples: Path, folder: Path, count: int) -> dict[str, float]:
     from loomvideo.pipelines.inputs import read_inputs
 
     torch.set_num_threads(1)
-    config = config_for(samples, folder / "plain", count)
+    config = config_for(samples, folder / "plain", count, bucket)
     encoder = encode.SampleEncoder(preset(config.model), config.features)
     inputs = read_inputs(config).samples
     began, cpu = time.perf_counter(), time.process_time()
@@ -95,13 +96,13 @@ def _clip(media, indices, bucket, resize_and_crop):
     return resize_and_crop(np.concatenate(list(media.read(indices))), bucket)
 
 
-def prepared(samples: Path, folder: Path, count: int, builders: int) -> dict[str, float]:
+def prepared(samples: Path, folder: Path, count: int, builders: int, bucket: int) -> dict[str, float]:
     """The prepare job on Ray; timed from the first builder's start to the finished manifest, and as a whole."""
     import ray
 
     from loomvideo.pipelines.prepare import prepare
 
-    config = config_for(samples, folder / "prepared", count)
+    config = config_for(samples, folder / "prepared", count, bucket)
     config.workers.count = builders
     began = time.perf_counter()
     ray.init(num_cpus=builders, include_dashboard=False, logging_level="error")
@@ -121,12 +122,12 @@ def prepared(samples: Path, folder: Path, count: int, builders: int) -> dict[str
     }
 
 
-def builder_alone(samples: Path, folder: Path, count: int) -> dict[str, float]:
+def builder_alone(samples: Path, folder: Path, count: int, bucket: int) -> dict[str, float]:
     """One shard builder in this process, its decoder process counted: what a sample costs without Ray."""
     from loomvideo.pipelines import prepare as job
     from loomvideo.pipelines.builder import ShardBuilder
 
-    config = config_for(samples, folder / "alone", count)
+    config = config_for(samples, folder / "alone", count, bucket)
     found: dict[str, float] = {}
 
     def run(config, work):
@@ -147,19 +148,19 @@ def builder_alone(samples: Path, folder: Path, count: int) -> dict[str, float]:
 
 def bench_encode(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
     """Plain loop and prepare job."""
-    plain = plain_loop(arguments.input, folder, arguments.samples)
+    plain = plain_loop(arguments.input, folder, arguments.samples, arguments.bucket)
     rows = {
         "plain loop, 1 process": plain,
-        "one builder, 1 process": builder_alone(arguments.input, folder, arguments.samples),
+        "one builder, 1 process": builder_alone(arguments.input, folder, arguments.samples, arguments.bucket),
     }
     if arguments.ray:
-        ours = prepared(arguments.input, folder, arguments.samples, arguments.builders)
+        ours = prepared(arguments.input, folder, arguments.samples, arguments.builders, arguments.bucket)
         ours["speed_up"] = ours["samples_per_s"] / plain["samples_per_s"]
         rows[f"prepare, {arguments.builders} builders"] = ours
     return rows
 
 
-WRITE_SAMPLES, WRITE_BYTES, WRITE_TRIALS = 64, 4 * 2**20, 5
+WRITE_SAMPLES, WRITE_BYTES = 64, 4 * 2**20
 # Runs one writer in a process of its own and prints seconds, CPU seconds and added peak MB of the busiest process.
 WRITE_SCRIPT = """
 import sys, pathlib
@@ -260,7 +261,7 @@ def bench_write(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[s
     """Each writer in processes of its own, in turns; medians."""
     names = ["write_ours", "write_ours_without_sync", "write_webdataset", *(("write_ray",) if arguments.ray else ())]
     found: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
-    for _ in range(WRITE_TRIALS):
+    for _ in range(arguments.trials):
         for name in names:
             output = str(folder / name)
             code = WRITE_SCRIPT.format(folder=str(Path(__file__).parent), name=name, output=output)
@@ -287,10 +288,10 @@ def bench_read(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[st
 
     output = folder / "prepared"
     if not output.exists() and arguments.ray:
-        prepared(arguments.input, folder, arguments.samples, arguments.builders)
+        prepared(arguments.input, folder, arguments.samples, arguments.builders, arguments.bucket)
     elif not output.exists():
         output = folder / "alone"
-        builder_alone(arguments.input, folder, arguments.samples)
+        builder_alone(arguments.input, folder, arguments.samples, arguments.bucket)
     dataset = ShardDataset.open(output)
     order = random.Random(0).sample(range(len(dataset)), len(dataset))
 
@@ -389,6 +390,8 @@ def main() -> None:
     parser.add_argument("input", type=Path)
     parser.add_argument("--samples", type=int, default=96)
     parser.add_argument("--builders", type=int, default=2)
+    parser.add_argument("--bucket", type=int, default=64, help="clips.buckets of the encode part")
+    parser.add_argument("--trials", type=int, default=5, help="of the write part")
     parser.add_argument("--ray", action=argparse.BooleanOptionalAction, default=True, help="also what starts Ray")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     arguments = parser.parse_args()

@@ -2,10 +2,10 @@
 
     python benchmarks/kill_prepare.py data/sample/samples.jsonl --kills 10 shards.max_samples=8 curate=true
 
-Each round starts the command, waits a random part of an uninterrupted run's time, and sends SIGKILL to the driver, to
-one worker (a judge or a shard builder), or to every process of the run, Ray's included. A killed worker must not end
-the run; after the other two the command is started again, with another number of workers. At the end of every round
-the SHA-256 of all shards, of the index and of the manifest must equal the uninterrupted run's.
+Each round starts the command, waits a random part of the middle half of an uninterrupted run, and sends SIGKILL to
+the driver, to one worker (a judge or a shard builder), or to every process of the run, Ray's included. A killed worker
+must not end the run; after the other two the command is started again, with another number of workers. At the end of
+every round the SHA-256 of all shards, of the index and of the manifest must equal the uninterrupted run's.
 """
 
 import argparse
@@ -93,9 +93,19 @@ def kill_worker(process: subprocess.Popen, generator: random.Random) -> str:
 
 
 def wait_until_gone(members: list[psutil.Process], limit_s: float = 30.0) -> int:
-    """Wait for the processes of a killed run; returns how many are still there."""
-    _, alive = psutil.wait_procs(members, timeout=limit_s)
-    return len(alive)
+    """Wait for the processes of a killed run; returns how many still live."""
+    until = time.monotonic() + limit_s
+    while (left := sum(map(_lives, members))) and time.monotonic() < until:
+        time.sleep(0.1)
+    return left
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        # Where nobody reaps orphans, the dead stay in the table.
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def main() -> None:
@@ -123,7 +133,7 @@ def main() -> None:
         output = folder / f"round-{number}"
         victim = VICTIMS[number % len(VICTIMS)]
         process = start(arguments, output, arguments.builders)
-        delay_s = generator.uniform(0.1, 0.95) * duration_s
+        delay_s = generator.uniform(0.25, 0.75) * duration_s
         try:
             process.wait(delay_s)
         except subprocess.TimeoutExpired:
