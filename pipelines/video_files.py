@@ -22,8 +22,9 @@ def write_video_stream(
 ) -> None:
     """Write an mp4 (H.264, yuv420p, faststart) through a temporary name.
 
-    How the frames are cut into pieces does not change the file. Odd sides, which yuv420p cannot hold, are padded by
-    repeating the last row or column.
+    How the frames are cut into pieces does not change the file, and the same frames give the same file where sides are
+    multiples of 16, as all generated ones are (at other heights x264 varies). Odd sides, which yuv420p cannot hold, are
+    padded by repeating the last row or column.
 
     Args:
         path: The file to write; its folder is made.
