@@ -131,17 +131,24 @@ class Progress:
         if report["rank"] or not report["steps"]:
             return
         self._checkpoint_age_s = report.get("checkpoint_age_s", 0.0)
-        records = [record for record in report["steps"] if record["step"] > self._last_step]
         for record in report["steps"]:
             for name in ("step_s", "data_wait_s", "compute_s", "update_s", "tokens", "flops", "samples", "fill"):
                 self._totals[name] += record[name]
             self._totals["steps"] += 1
         self._latest = report["steps"][-1]
+        self._record(report["steps"])
+        self._show(report["steps"])
+
+    def _on_recorded(self, report: dict[str, Any]) -> None:
+        """Steps kept with the checkpoint that a run continues from: its workers may have outlived the driver before."""
+        self._record(report["steps"])
+
+    def _record(self, steps: list[dict[str, Any]]) -> None:
+        records = [record for record in steps if record["step"] > self._last_step]
         self._write("".join(json.dumps(record) + "\n" for record in records))
         if records:
             self._last_step = records[-1]["step"]
             self._track(self._metrics(records), self._last_step)
-        self._show(report["steps"])
 
     def _warn(self, warnings: list[str]) -> None:
         """Keep what ranks warn of with the run, and show each warning once."""

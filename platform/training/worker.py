@@ -4,6 +4,7 @@ A step: take this rank's packs, agree on the global number of loss elements, for
 on the loss, update or skip. All ranks take every decision from reduced values, so they never part.
 """
 
+import collections
 import dataclasses
 import hashlib
 import itertools
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 PREEMPTION_INTERVAL_S = 5.0
 REPORT_INTERVAL_S = 1.0
+RECENT_STEPS = 200
 OTHER_WORKER = "another worker could not load its samples"
 
 
@@ -111,6 +113,8 @@ class Worker:
         self._watchdog = Watchdog(self.config.guard.hang_s, job.run_path / "logs" / f"hang-rank-{self.rank}.txt")
         self._writer = CheckpointWriter(self.folder, self.config.checkpoint, self.rank, self.world_size)
         self._planner_state: dict[str, Any] | None = None
+        # Kept with checkpoints: a driver that was killed may not have recorded what the workers did until they ended.
+        self._recent: collections.deque[dict[str, Any]] = collections.deque(maxlen=RECENT_STEPS)
         if resumed is not None:
             self._restore(resumed)
         self._saved_at: int | None = None if resumed is None else resumed.step
@@ -157,6 +161,8 @@ class Worker:
         self.step, self.optimizer_step = state["step"], state["optimizer_step"]
         self._planner_state = state["planner"]
         self.guard.load_state(state["guard"])
+        if not self._recent:
+            self._recent.extend(state.get("records", ()))
         best_loss, self._writer.best_step = state.get("best", (None, None))
         self._best_loss = math.inf if best_loss is None else best_loss
 
@@ -167,6 +173,7 @@ class Worker:
             "planner": self._planner_state,
             "guard": self.guard.state(),
             "best": [None if math.isinf(self._best_loss) else self._best_loss, self._writer.best_step],
+            "records": list(self._recent),
             "shapes": {name: list(shape) for name, shape in self.engine.shapes.items()},
             "datasets": [dataset.digest for dataset in self.datasets],
             "config": dataclasses.asdict(self.config),
@@ -225,6 +232,8 @@ class Worker:
                 "device_name": device_name(self.device),
             }
         )
+        if self._recent and self.rank == 0:
+            self._report({"event": "recorded", "steps": list(self._recent)})
         self._watchdog.beat()
         while self.step < self.last_step and not self._stop_reason:
             loader = self._open_loader()
@@ -435,6 +444,7 @@ class Worker:
                 "imbalance": loaded.imbalance,
             }
             self._records.append(record)
+            self._recent.append(record)
         if self.step % self.config.log_every == 0 or self.step == 1:
             self._flush()
         elif self.rank == 0 and time.monotonic() - self._reported_at > REPORT_INTERVAL_S:

@@ -153,6 +153,9 @@ def test_resume_on_the_same_world_size_is_bitwise(two_ranks, prefix, name):
     stopped, resumed = outcomes[f"{prefix}stopped"][0], outcomes[f"{prefix}resumed"][0]
     assert stopped[1] == {"steps": STOP_STEP, "first_step": 0, "stopped": "asked to stop"}
     assert resumed[1]["first_step"] == STOP_STEP
+    # The checkpoint knows its steps, should the driver before have died with them.
+    (known,) = (message["steps"] for message in resumed[0] if message["event"] == "recorded")
+    assert [record["step"] for record in known] == list(range(1, STOP_STEP + 1))
     exact = ("step", "loss", "grad_norm", "keys_digest", "tokens", "learning_rate")
     whole = [[record[value] for value in exact] for record in steps_of(outcomes[name][0][0])]
     parts = [[record[value] for value in exact] for record in steps_of(stopped[0]) + steps_of(resumed[0])]

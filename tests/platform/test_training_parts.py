@@ -170,6 +170,20 @@ def test_a_full_disk_delays_recorded_steps_and_loses_none(tmp_path, capsys):
     assert [json.loads(line)["step"] for line in (tmp_path / "room").read_text().splitlines()] == [1, 2, 3]
 
 
+def test_steps_that_only_a_checkpoint_knows_are_recorded(tmp_path):
+    folder = RunFolder.open(tmp_path, "toy", "one")
+    names = ("loss", "grad_norm", "learning_rate", "tokens", "elements", "flops", "step_s", "data_wait_s", "samples")
+    steps = [dict.fromkeys((*names, "fill", "imbalance"), 1.0) | {"step": n, "updated": True} for n in range(1, 7)]
+    (folder.path / STEPS_FILE).write_text("".join(json.dumps(step) + "\n" for step in steps[:3]))
+    progress = Progress(TrainingConfig(), folder, None)
+    progress._world_size = 1
+    progress.add({"event": "recorded", "steps": steps[1:]})
+    progress.close()
+    lines = (folder.path / STEPS_FILE).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert progress.result()["train_s"] == 0
+
+
 def test_warnings_of_ranks_are_kept_with_the_run_and_shown_once(tmp_path, capsys):
     folder = RunFolder.open(tmp_path, "pretrain", "a")
     progress = Progress(TrainingConfig(), folder, None)
