@@ -443,6 +443,9 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(DRILLS), help=f"of {', '.join(DRILLS)}; disk, bit and elastic "
                         "compare with worker's run in the same folder")  # fmt: skip
     options = parser.parse_args()
+    # Both ways of being stopped take everything down again.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     options.folder.mkdir(parents=True, exist_ok=True)
     rehearsal = Rehearsal(options.folder.absolute(), options.shards.absolute())
     results = []

@@ -34,6 +34,7 @@ STOP_GRACE_S = 60.0
 FATAL_GRACE_S = 5.0
 PROCESS_GROUP_TIMEOUT_S = 1800
 WORKER_START_TIMEOUT_S = 300
+ELASTIC_START_TIMEOUT_S = 75
 
 
 class MetricsTracker(Protocol):
@@ -81,7 +82,10 @@ def train(
     """
     config.check()
     # A busy machine imports torch slowly; Ray gives a worker group one minute.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(WORKER_START_TIMEOUT_S))
+    # An elastic run first tries to start as many as before the loss, until Ray knows of it: not for long.
+    elastic = 0 < config.workers.min < config.workers.num
+    patience_s = ELASTIC_START_TIMEOUT_S if elastic else WORKER_START_TIMEOUT_S
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(patience_s))
     open_dataset = open_dataset or _open_shards
     for url in datasets:
         open_dataset(url)
@@ -99,7 +103,7 @@ def train(
         train_loop_config={"job": job, "mailbox": mailbox},
         torch_config=TorchConfig(timeout_s=PROCESS_GROUP_TIMEOUT_S),
         scaling_config=ScalingConfig(
-            num_workers=(workers.min, workers.num) if 0 < workers.min < workers.num else workers.num,
+            num_workers=(workers.min, workers.num) if elastic else workers.num,
             use_gpu=workers.gpus > 0,
             resources_per_worker={"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {}),
         ),
