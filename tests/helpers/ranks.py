@@ -96,6 +96,8 @@ def _train(scenario):
         return "asked to stop" if 0 < scenario.stop_after <= step else ""
 
     folder = Path(scenario.folder)
+    # As the driver does; workers look at its disk.
+    folder.mkdir(parents=True, exist_ok=True)
     job = WorkerJob(scenario.config, scenario.recipe, [scenario.url], ToyDataset, folder / "checkpoints", folder)
     try:
         final = Worker(job, torch.device("cpu"), report).run()
