@@ -261,6 +261,9 @@ def follow(
             if _unknown_job(error):
                 write(f"\nthe cluster does not know {submission_id}: its head was replaced; submit the run again\n")
                 return LOST_EXIT_CODE
+            if log.connected:
+                # It may have held for hours: the cluster is away only since now.
+                last_contact = time.monotonic()
             if time.monotonic() - last_contact > lost_after_s:
                 write(f"\nno answer for {lost_after_s:.0f} s ({error}); submit the run again to continue it\n")
                 return LOST_EXIT_CODE
@@ -277,10 +280,12 @@ class _Log:
     def __init__(self, client: "JobSubmissionClient", submission_id: str, write: Callable[[str], None]):
         self.client, self.submission_id, self.write = client, submission_id, write
         self.written = 0
+        self.connected = False
 
     async def tail(self) -> None:
-        position = 0
+        position, self.connected = 0, False
         async for piece in self.client.tail_job_logs(self.submission_id):
+            self.connected = True
             fresh = piece[max(0, self.written - position) :]
             position += len(piece)
             if fresh:

@@ -1,5 +1,6 @@
 """Submitting: what is shipped, what is refused, idempotence by run name, exit codes over broken connections."""
 
+import asyncio
 import json
 import os
 import shlex
@@ -207,6 +208,21 @@ def test_broken_connection_repeats_nothing_and_loses_nothing():
     done = job("pretrain-first-1", "SUCCEEDED")
     tails = [["a\n", "b", RuntimeError("closed unexpectedly")], ["a\nb", "c\n"], ["a\nbc\n", "d\n"]]
     assert follow_fake(tails=tails, statuses=[job("x", "RUNNING"), done]) == (0, "a\nbc\nd\n")
+
+
+def test_a_long_connection_that_breaks_is_taken_up_again():
+    class Slow(FakeClient):
+        async def tail_job_logs(self, submission_id):
+            for piece in self.tails.pop(0):
+                if isinstance(piece, Exception):
+                    await asyncio.sleep(0.2)
+                    raise piece
+                yield piece
+
+    client = Slow(tails=[["a\n", ConnectionError("gone")], ["a\n", "b\n"]], statuses=[job("x", "SUCCEEDED")])
+    pieces = []
+    assert follow(client, "pretrain-first-1", pieces.append, lost_after_s=0.1, retry_s=0.01) == 0
+    assert "".join(pieces) == "a\nb\n"
 
 
 def test_replaced_head_is_said_and_not_taken_for_success():
