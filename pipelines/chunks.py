@@ -77,14 +77,18 @@ def write_plan(
 
 def read_planned(storage: Storage, file: str, shard: str) -> list[dict[str, Any]]:
     """The rows ``{slot, key, sample, judged}`` of one shard or chunk of a plan, in slot order."""
-    with storage.fs.open(storage.full_path(file), "rb") as opened:
-        table = pq.ParquetFile(opened)
-        # By the statistics of the row groups, of which a shard has one: filtering would read them all.
-        for group in range(table.num_row_groups):
-            statistics = table.metadata.row_group(group).column(0).statistics
-            if statistics.min <= shard <= statistics.max:
-                return table.read_row_group(group, use_threads=False).to_pylist()
-    raise KeyError(f"{storage.url}/{file}: no {shard} in it")
+
+    def read() -> list[dict[str, Any]]:
+        with storage.fs.open(storage.full_path(file), "rb") as opened:
+            table = pq.ParquetFile(opened)
+            # By the statistics of the row groups, of which a shard has one: filtering would read them all.
+            for group in range(table.num_row_groups):
+                statistics = table.metadata.row_group(group).column(0).statistics
+                if statistics.min <= shard <= statistics.max:
+                    return table.read_row_group(group, use_threads=False).to_pylist()
+        raise KeyError(f"{storage.url}/{file}: no {shard} in it")
+
+    return storage.patiently(read)
 
 
 def read_chunk(storage: Storage, file: str, chunk: str) -> list[Sample]:

@@ -12,6 +12,7 @@ import fsspec
 
 from loomvideo.pipelines.decode import DecodeError
 from loomvideo.pipelines.fragments import split_fragment, with_fragment
+from loomvideo.platform.shards.storage import is_storage_error, patiently
 
 _READ_BYTES = 1 << 20
 
@@ -64,18 +65,24 @@ def local_copies(paths: list[str]) -> Iterator[dict[str, str]]:
                 continue
             folder = folder or tempfile.mkdtemp(prefix="loomvideo-media-")
             local = os.path.join(folder, f"{number}{Path(path).suffix}")
-            fs, remote = fsspec.url_to_fs(path)
             try:
-                fs.get(remote, local, recursive=fs.isdir(remote))
+                patiently(path, _download, path, local)
             except FileNotFoundError as error:
                 raise DecodeError("missing_file", f"{path}: no such object") from error
-            except OSError as error:
+            except Exception as error:
+                if not isinstance(error, OSError) and not is_storage_error(error):
+                    raise
                 raise DecodeError("download_failed", f"{path}: {error}") from error
             names[full] = with_fragment(local, fragment) if fragment else local
         yield names
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _download(path: str, local: str) -> None:
+    fs, remote = fsspec.url_to_fs(path)
+    fs.get(remote, local, recursive=fs.isdir(remote))
 
 
 def content_hash(path: str) -> str:

@@ -24,6 +24,26 @@ RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
 CLIENT_LIBRARIES = ("aiohttp", "botocore")
 
 
+def is_storage_error(error: BaseException) -> bool:
+    """Whether a remote file system, or the client library under it, failed for a reason that may pass."""
+    if isinstance(error, (FileNotFoundError, PermissionError)):
+        return False
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in CLIENT_LIBRARIES
+
+
+def patiently(name: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Call a remote file system; what it answers with an error that may pass is tried again for two minutes."""
+    for delay_s in RETRY_DELAYS_S:
+        try:
+            return call(*arguments, **options)
+        except Exception as error:
+            if not is_storage_error(error):
+                raise
+            logger.warning("%s: %s; again in %.0f s", name, error, delay_s)
+            time.sleep(delay_s)
+    return call(*arguments, **options)
+
+
 class Storage:
     """Files under one folder; paths are relative to it and use ``/``.
 
@@ -52,28 +72,18 @@ class Storage:
         """The file system's own name of ``path``."""
         return f"{self.root}/{path}" if path else self.root
 
-    def _patiently(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Call the file system; what a remote one answers with an error is tried again for two minutes."""
-        for delay_s in () if self.is_local else RETRY_DELAYS_S:
-            try:
-                return call(*arguments, **options)
-            except (FileNotFoundError, PermissionError):
-                raise
-            except Exception as error:
-                if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in CLIENT_LIBRARIES:
-                    raise
-                logger.warning("%s: %s; again in %.0f s", self.url, error, delay_s)
-                time.sleep(delay_s)
-        return call(*arguments, **options)
+    def patiently(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call the file system, or what reads through it; see :func:`patiently`."""
+        return call(*arguments, **options) if self.is_local else patiently(self.url, call, *arguments, **options)
 
     def exists(self, path: str) -> bool:
         """Whether a file of that name is complete and present."""
-        return self._patiently(self.fs.exists, self.full_path(path))
+        return self.patiently(self.fs.exists, self.full_path(path))
 
     def size(self, path: str) -> int | None:
         """Size in bytes, None when absent."""
         try:
-            return self._patiently(self.fs.info, self.full_path(path))["size"]
+            return self.patiently(self.fs.info, self.full_path(path))["size"]
         except FileNotFoundError:
             return None
 
@@ -81,7 +91,7 @@ class Storage:
         """Names of the files in ``folder``, sorted; empty when it does not exist. Temporaries are left out."""
         self.fs.invalidate_cache(self.full_path(folder))
         try:
-            entries = self._patiently(self.fs.ls, self.full_path(folder), detail=True)
+            entries = self.patiently(self.fs.ls, self.full_path(folder), detail=True)
         except FileNotFoundError:
             return []
         names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file")
@@ -94,7 +104,7 @@ class Storage:
             UserError: if it does not exist.
         """
         try:
-            return self._patiently(self.fs.cat_file, self.full_path(path))
+            return self.patiently(self.fs.cat_file, self.full_path(path))
         except FileNotFoundError as error:
             raise UserError(f"{self.url}/{path}: no such file") from error
 
@@ -108,7 +118,7 @@ class Storage:
             parts = [self._read_local(path, start, size) for start, size in ranges]
         else:
             name = self.full_path(path)
-            parts = self._patiently(
+            parts = self.patiently(
                 self.fs.cat_ranges,
                 [name] * len(ranges),
                 [s for s, _ in ranges],
@@ -176,9 +186,9 @@ class Storage:
         with tempfile.TemporaryDirectory(prefix="loomvideo-") as folder:
             temporary = Path(folder) / "object"
             yield temporary
-            self._patiently(self.fs.put_file, str(temporary), destination)
+            self.patiently(self.fs.put_file, str(temporary), destination)
             self.fs.invalidate_cache()
-            size = self._patiently(self.fs.info, destination)["size"]
+            size = self.patiently(self.fs.info, destination)["size"]
             if size != temporary.stat().st_size:
                 raise OSError(f"{self.url}/{path}: uploaded {temporary.stat().st_size} bytes, storage holds {size}")
 
@@ -194,7 +204,7 @@ class Storage:
         if descriptor is not None:
             os.close(descriptor)
         if self.exists(path):
-            self.fs.rm_file(self.full_path(path))
+            self.patiently(self.fs.rm_file, self.full_path(path))
             self.fs.invalidate_cache()
 
     def remove_temporaries(self, folder: str) -> int:
