@@ -226,7 +226,9 @@ def write_ray(folder: Path) -> tuple[float, float, float]:
     import psutil
     import ray
 
-    ray.init(num_cpus=1, include_dashboard=False, logging_level="error")
+    # Workers import this file to make the samples.
+    here = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
+    ray.init(num_cpus=1, include_dashboard=False, logging_level="error", runtime_env=here)
     ray.data.DataContext.get_current().enable_progress_bars = False
     ray.data.range(1).map(lambda row: row).materialize()
 
@@ -248,11 +250,13 @@ def write_ray(folder: Path) -> tuple[float, float, float]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     began = time.perf_counter()
-    rows = ray.data.range(WRITE_SAMPLES, override_num_blocks=4).map(sample)
-    rows.write_webdataset(str(folder), min_rows_per_file=WRITE_SAMPLES)
-    seconds = time.perf_counter() - began
-    finished.set()
-    watcher.join()
+    try:
+        rows = ray.data.range(WRITE_SAMPLES, override_num_blocks=4).map(sample)
+        rows.write_webdataset(str(folder), min_rows_per_file=WRITE_SAMPLES)
+        seconds = time.perf_counter() - began
+    finally:
+        finished.set()
+        watcher.join()
     ray.shutdown()
     return seconds, float("nan"), max(max(sizes) - sizes[0] for sizes in peaks.values()) / 2**20
 
