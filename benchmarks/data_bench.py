@@ -28,7 +28,7 @@ PARTS = ("encode", "write", "read", "decode")
 def config_for(samples: Path, output: Path, count: int, bucket: int = 64):
     """The tiny preset on samples spread over a file."""
     from loomvideo.jobs.command import job_config
-    from loomvideo.pipelines.prepare_config import PrepareConfig
+    from loomvideo.pipelines.prepare.config import PrepareConfig
 
     chosen = output.parent / f"bench-{count}.jsonl"
     lines = samples.read_text().splitlines()
@@ -51,10 +51,10 @@ def plain_loop(samples: Path, folder: Path, count: int, bucket: int) -> dict[str
 
     from loomvideo.model.buckets import resize_and_crop
     from loomvideo.model.presets import preset
-    from loomvideo.pipelines import encode
-    from loomvideo.pipelines.decode import open_media
-    from loomvideo.pipelines.geometry import plan_clips
-    from loomvideo.pipelines.inputs import read_inputs
+    from loomvideo.pipelines.media.decode import open_media
+    from loomvideo.pipelines.prepare.geometry import plan_clips
+    from loomvideo.pipelines.prepare.inputs import read_inputs
+    from loomvideo.pipelines.prepare.job import encode
 
     torch.set_num_threads(1)
     config = config_for(samples, folder / "plain", count, bucket)
@@ -100,7 +100,7 @@ def prepared(samples: Path, folder: Path, count: int, builders: int, bucket: int
     """The prepare job on Ray; timed from the first builder's start to the finished manifest, and as a whole."""
     import ray
 
-    from loomvideo.pipelines.prepare import prepare
+    from loomvideo.pipelines.prepare.job import prepare
 
     config = config_for(samples, folder / "prepared", count, bucket)
     config.workers.count = builders
@@ -124,8 +124,8 @@ def prepared(samples: Path, folder: Path, count: int, builders: int, bucket: int
 
 def builder_alone(samples: Path, folder: Path, count: int, bucket: int) -> dict[str, float]:
     """One shard builder in this process, its decoder process counted: what a sample costs without Ray."""
-    from loomvideo.pipelines import prepare as job
-    from loomvideo.pipelines.builder import ShardBuilder
+    from loomvideo.pipelines.prepare import job
+    from loomvideo.pipelines.prepare.builder import ShardBuilder
 
     config = config_for(samples, folder / "alone", count, bucket)
     found: dict[str, float] = {}
@@ -345,8 +345,8 @@ def bench_read(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[st
 
 def bench_decode(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
     """Frames a second of the clips of the samples."""
-    from loomvideo.pipelines.decode import open_media
-    from loomvideo.pipelines.decode_process import IsolatedDecoder
+    from loomvideo.pipelines.media.decode import open_media
+    from loomvideo.pipelines.media.decode_process import IsolatedDecoder
 
     rows = [json.loads(line) for line in arguments.input.read_text().splitlines()]
     paths = [str(arguments.input.parent / row["target"]) for row in rows if row["target"].endswith(".mp4")]

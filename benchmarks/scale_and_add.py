@@ -29,8 +29,8 @@ def run_case(preset_name: str, method: str, frames: int, seconds: float, threads
     import torch
 
     from loomvideo.model import kernels
+    from loomvideo.model.codec.live_bytes import PeakLiveBytes
     from loomvideo.model.dit import LoomVideoDiT
-    from loomvideo.model.live_bytes import PeakLiveBytes
     from loomvideo.model.packing import DiTSample, pack
     from loomvideo.model.presets import preset
 

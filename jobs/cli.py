@@ -4,19 +4,16 @@ import sys
 
 import typer
 
-from loomvideo.jobs import (
-    checkpoint_commands,
-    cluster_commands,
-    data_commands,
-    evaluate_commands,
-    generate_commands,
-    kernels_commands,
-    plan_commands,
-    serve_commands,
-    simulate_commands,
-    training_commands,
-    weights_commands,
-)
+from loomvideo.jobs.cluster import commands as cluster_commands
+from loomvideo.jobs.data import commands as data_commands
+from loomvideo.jobs.evaluation import commands as evaluate_commands
+from loomvideo.jobs.generation import commands as generate_commands
+from loomvideo.jobs.kernels import commands as kernels_commands
+from loomvideo.jobs.serving import commands as serve_commands
+from loomvideo.jobs.training import commands as training_commands
+from loomvideo.jobs.training import plan_commands, simulate_commands
+from loomvideo.jobs.weights import checkpoint_commands
+from loomvideo.jobs.weights import commands as weights_commands
 from loomvideo.platform.errors import UserError
 
 app = typer.Typer(

@@ -18,12 +18,12 @@ import numpy as np
 from loomvideo.pipelines.captions.options import CaptionOptions
 from loomvideo.pipelines.captions.requests import CaptionRequest, caption_request
 from loomvideo.pipelines.captions.schema import InvalidAnswerError, parse_answer
-from loomvideo.pipelines.decode import DecodeError
 from loomvideo.pipelines.evaluation.judges.clients import JudgeClient, JudgeError, OpenAIClient
 from loomvideo.pipelines.evaluation.judges.local import QwenVLClient
 from loomvideo.pipelines.evaluation.judges.requests import FrameSampling
 from loomvideo.pipelines.evaluation.judges.session import AnswerCache, Pace
-from loomvideo.pipelines.samples import Sample
+from loomvideo.pipelines.media.decode import DecodeError
+from loomvideo.pipelines.sources.samples import Sample
 
 MAX_BACKOFF_S = 60.0
 

@@ -13,8 +13,8 @@ from typing import Any
 from loomvideo.pipelines.captions.captioner import Captioner, CaptionResult, with_text
 from loomvideo.pipelines.captions.frames import FrameReader
 from loomvideo.pipelines.captions.options import CaptionOptions, CaptionWorkers
-from loomvideo.pipelines.samples import EDIT_TASKS, Sample, stored_sample
 from loomvideo.pipelines.sources import Rejected, open_source
+from loomvideo.pipelines.sources.samples import EDIT_TASKS, Sample, stored_sample
 from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
 

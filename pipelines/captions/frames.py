@@ -5,9 +5,9 @@ import threading
 import cv2
 import numpy as np
 
-from loomvideo.pipelines.decode_process import IsolatedDecoder
-from loomvideo.pipelines.media_files import local_copies, resolve
-from loomvideo.pipelines.samples import Sample
+from loomvideo.pipelines.media.decode_process import IsolatedDecoder
+from loomvideo.pipelines.media.files import local_copies, resolve
+from loomvideo.pipelines.sources.samples import Sample
 
 
 class FrameReader:

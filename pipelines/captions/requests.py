@@ -9,7 +9,7 @@ import numpy as np
 
 from loomvideo.pipelines.captions import schema
 from loomvideo.pipelines.evaluation.judges.requests import FrameSampling, JudgeRequest, Media, encode_media
-from loomvideo.pipelines.samples import EDIT_TASKS, Sample
+from loomvideo.pipelines.sources.samples import EDIT_TASKS, Sample
 
 # Part of every request's digest: raise it when a wording below changes.
 PROMPT_VERSION = 1

@@ -12,8 +12,8 @@ import numpy as np
 
 from loomvideo.model.buckets import choose_bucket, resize_and_crop
 from loomvideo.model.clips import TARGET_FPS, clip_indices, whole_latent_frames
-from loomvideo.pipelines.decode import open_media
 from loomvideo.pipelines.evaluation.suites.items import EvalItem
+from loomvideo.pipelines.media.decode import open_media
 
 IMAGE_TASKS = ("t2i", "image_edit")
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from loomvideo.pipelines.evaluation.metrics import check_video
-from loomvideo.pipelines.video_files import write_video_stream
+from loomvideo.pipelines.media.video_writer import write_video_stream
 
 BACKGROUND = (255, 255, 255)
 INK = (28, 30, 33)

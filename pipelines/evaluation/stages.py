@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from loomvideo.pipelines.decode import DecodeError
 from loomvideo.pipelines.evaluation import measures
 from loomvideo.pipelines.evaluation.distances import FEATURES_FILE
 from loomvideo.pipelines.evaluation.generators import Generator, IdentityGenerator
@@ -29,6 +28,7 @@ from loomvideo.pipelines.evaluation.media import save_png, stacked_filmstrips, t
 from loomvideo.pipelines.evaluation.store import Store, content_key, pixel_digest, read_lossless, write_lossless
 from loomvideo.pipelines.evaluation.suites.items import EvalItem, Manifest, file_digest
 from loomvideo.pipelines.evaluation.suites.registry import suite as find_suite
+from loomvideo.pipelines.media.decode import DecodeError
 from loomvideo.platform.errors import UserError
 
 Row = dict[str, Any]

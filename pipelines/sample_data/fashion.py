@@ -10,7 +10,7 @@ from loomvideo.pipelines.sample_data import backgrounds, media
 from loomvideo.pipelines.sample_data.config import SampleDataConfig
 from loomvideo.pipelines.sample_data.figures import MOTIONS, Figure, Look, Renderer, random_figure
 from loomvideo.pipelines.sample_data.garments import COLOURS, OUTFITS, PATTERNS, Garment, flat_lay
-from loomvideo.pipelines.samples import Sample
+from loomvideo.pipelines.sources.samples import Sample
 
 DATASET = "fashion-world"
 LICENCE = "CC0-1.0"

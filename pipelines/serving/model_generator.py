@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from loomvideo.model.clips import whole_latent_frames
-from loomvideo.pipelines.generation import FileGenerator, ModelSource
-from loomvideo.pipelines.generation_requests import Request
-from loomvideo.pipelines.generation_settings import Settings
+from loomvideo.pipelines.generation.generator import FileGenerator, ModelSource
+from loomvideo.pipelines.generation.requests import Request
+from loomvideo.pipelines.generation.settings import Settings
 from loomvideo.pipelines.serving.jobs import MENTION, GenerationRequest, Result
 from loomvideo.pipelines.serving.uploads import Upload
 from loomvideo.platform.errors import UserError

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from loomvideo.pipelines.decode import DecodeError, MediaInfo
-from loomvideo.pipelines.decode_process import IsolatedDecoder
+from loomvideo.pipelines.media.decode import DecodeError, MediaInfo
+from loomvideo.pipelines.media.decode_process import IsolatedDecoder
 from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
 

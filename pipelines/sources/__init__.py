@@ -1,7 +1,7 @@
 """Readers that turn datasets on disk or in object storage into samples.
 
-``open_source(path, format)`` yields a :class:`~loomvideo.pipelines.samples.Sample` or a :class:`Rejected` for every
-line and file, so that nothing is lost silently. Importing a module registers its formats.
+``open_source(path, format)`` yields a :class:`~loomvideo.pipelines.sources.samples.Sample` or a :class:`Rejected` for
+every line and file, so that nothing is lost silently. Importing a module registers its formats.
 """
 
 from loomvideo.pipelines.sources import catalogue, edits, native, tables, tryon, videos  # noqa: F401

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import fsspec
 
-from loomvideo.pipelines.samples import Sample
+from loomvideo.pipelines.sources.samples import Sample
 from loomvideo.platform.errors import UserError
 
 VIDEO_SUFFIXES = frozenset((".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".gif"))

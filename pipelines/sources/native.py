@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from loomvideo.pipelines.samples import Sample, parse_sample
 from loomvideo.pipelines.sources.base import Outcome, Place, Rejected, Root, build, checked, register
+from loomvideo.pipelines.sources.samples import Sample, parse_sample
 from loomvideo.pipelines.sources.tables import rows
 from loomvideo.platform.errors import UserError
 

@@ -4,7 +4,7 @@ import posixpath
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 
-from loomvideo.pipelines.fragments import Fragment, with_fragment
+from loomvideo.pipelines.media.fragments import Fragment, with_fragment
 from loomvideo.pipelines.sources.base import Components, Outcome, Place, Rejected, Root, register
 from loomvideo.pipelines.sources.fashion import CATEGORY_WORDS, GarmentShot, samples_of
 from loomvideo.pipelines.sources.tables import rows

@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, urlparse
 
-from loomvideo.pipelines.fragments import Fragment, with_fragment
+from loomvideo.pipelines.media.fragments import Fragment, with_fragment
 from loomvideo.pipelines.sources.base import VIDEO_SUFFIXES, Outcome, Place, Rejected, Root, build, register
 from loomvideo.pipelines.sources.tables import as_list, rows, table_files
 from loomvideo.platform.errors import UserError

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from loomvideo.pipelines.evaluation.suites.items import EvalItem, Manifest, build_manifest
-from loomvideo.pipelines.samples import EDIT_TASKS, Sample, read_jsonl
+from loomvideo.pipelines.sources.samples import EDIT_TASKS, Sample, read_jsonl
 from loomvideo.platform.errors import UserError
 
 FASHION_CATEGORIES = (

@@ -1,0 +1,1 @@
+"""``loomvideo data``: make, prepare and look at datasets."""

@@ -1,0 +1,85 @@
+"""``loomvideo data …``: make, prepare and look at datasets."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from loomvideo.jobs.command import config_command
+from loomvideo.jobs.data import tools as dataset_tools
+from loomvideo.pipelines.sample_data.config import SampleDataConfig
+from loomvideo.platform.config import option
+
+if TYPE_CHECKING:
+    from loomvideo.pipelines.captions.dataset import CaptionDatasetConfig
+    from loomvideo.pipelines.prepare.config import PrepareConfig
+
+app = typer.Typer(name="data", help="Make, prepare and look at datasets.", no_args_is_help=True)
+
+
+def prepare_schema() -> type:
+    """The schema of ``data prepare``, imported late: it knows the model presets."""
+    from loomvideo.pipelines.prepare.config import PrepareConfig
+
+    return PrepareConfig
+
+
+def caption_schema() -> type:
+    """The schema of ``data caption``, imported late as the above."""
+    from loomvideo.pipelines.captions.dataset import CaptionDatasetConfig
+
+    return CaptionDatasetConfig
+
+
+@dataclass
+class SampleCommandConfig(SampleDataConfig):
+    """Where the sample dataset goes, and what is in it."""
+
+    output: str = option("data/sample", "folder of the dataset: samples.jsonl, media/, overview.png")
+
+
+@config_command(app, "sample", "data-sample", lambda: SampleCommandConfig)
+def sample(config: SampleCommandConfig) -> None:
+    """Make a small dataset of all six tasks: a rendered fashion world and real clips and photos out of wheels."""
+    from loomvideo.pipelines.sample_data import make_sample_data
+
+    summary = make_sample_data(Path(config.output), config)
+    title = f"{summary.output}: {summary.num_samples} samples, {summary.num_bytes / 1e6:.1f} MB"
+    title += ", as before" if summary.reused else f" in {summary.seconds:.1f} s"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    tasks = sorted({task for counts in summary.tasks.values() for task in counts})
+    for header in ("split", *tasks):
+        table.add_column(header)
+    for split, counts in summary.tasks.items():
+        table.add_row(split, *(str(counts.get(task, 0)) for task in tasks))
+    Console().print(table)
+
+
+@config_command(app, "prepare", "data-prepare", prepare_schema)
+def prepare(config: "PrepareConfig") -> None:
+    """Encode samples into shards: latents and MLLM features, up to date with input and configuration."""
+    from loomvideo.jobs.data.prepare import run
+
+    run(config)
+
+
+@config_command(app, "caption", "data-caption", caption_schema)
+def caption(config: "CaptionDatasetConfig") -> None:
+    """Write captions or edit instructions for a dataset with a vision-language model: a sample file for `prepare`."""
+    from loomvideo.jobs.data.caption import run
+
+    run(config)
+
+
+@app.command()
+def inspect(folder: Annotated[str, typer.Argument(metavar="DIR", help="dataset folder or URL")]) -> None:
+    """Print what a dataset holds: counts, sizes, tasks, buckets and one sample's members."""
+    from loomvideo.jobs.data.inspection import inspect_dataset
+
+    inspect_dataset(folder, Console())
+
+
+dataset_tools.register(app)

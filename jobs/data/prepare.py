@@ -1,0 +1,166 @@
+"""``loomvideo data prepare``: a Ray session around the prepare pipeline, with progress and a summary."""
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from loomvideo.jobs.data.tools import report_codec
+from loomvideo.pipelines.prepare.builder import SHARED_TASK
+from loomvideo.pipelines.prepare.config import PrepareConfig
+from loomvideo.pipelines.prepare.job import PrepareResult, prepare
+from loomvideo.pipelines.prepare.report import write_report
+from loomvideo.platform.config import flatten
+from loomvideo.platform.runs import RunFolder
+from loomvideo.platform.shards.manifest import SHARD_FOLDER
+from loomvideo.platform.shards.reader import ShardDataset
+from loomvideo.platform.shards.storage import Storage
+from loomvideo.platform.tracking import Tracker
+
+# Stages before the builders and the figure that counts their samples.
+_KINDS = {"judge": "judged", "caption": "captioned"}
+
+
+class PrepareProgress:
+    """Bars of chunks judged, captioned and shards built, with throughput and the limiting stage; also to a tracker."""
+
+    def __init__(self, console: Console, track: Callable[[dict[str, float], int], None]):
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._track = track
+        self._tasks: dict[str, TaskID] = {}
+        self._started: dict[str, float] = {}
+        self._total: Counter[str] = Counter()
+
+    def __enter__(self) -> "PrepareProgress":
+        self._begun = time.perf_counter()
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, report: dict[str, Any], total: int) -> None:
+        """Count one finished shard or chunk."""
+        kind = next((kind for kind, name in _KINDS.items() if name in report), "build")
+        if kind not in self._tasks:
+            self._tasks[kind] = self._bar.add_task(kind, total=total, rate="")
+            self._started[kind] = self._begun
+            self._begun = time.perf_counter()
+        self._total.update({k: v for k, v in report.items() if isinstance(v, (int, float))})
+        seconds = time.perf_counter() - self._started[kind]
+        if kind in _KINDS:
+            done = self._total[_KINDS[kind]]
+            rate = f"{done / seconds:.1f} samples/s"
+            self._track({_KINDS[kind]: done}, done)
+        else:
+            rate = self._build_rate(report, seconds)
+        self._bar.update(self._tasks[kind], advance=1, rate=rate)
+
+    def _build_rate(self, report: dict[str, Any], seconds: float) -> str:
+        total = self._total
+        if report["shard"] == SHARED_TASK:
+            return ""
+        figures = {
+            "written": total["written"],
+            "lost": total["lost"],
+            "megabytes": total["num_bytes"] / 1e6,
+            "samples_per_s": total["written"] / seconds,
+            "decode_wait_share": total["wait_s"] / max(total["wait_s"] + total["encode_s"], 1e-9),
+        }
+        self._track(figures, total["written"] + total["lost"])
+        limit = "decoding" if total["wait_s"] > total["encode_s"] else "encoding"
+        return f"{figures['samples_per_s']:.1f} samples/s, {figures['megabytes']:.0f} MB, {limit} limits"
+
+
+class PrepareRun:
+    """The job as an MLflow run in the folder ``config.runs``, opened at the first figures: only when work is done."""
+
+    def __init__(self, config: PrepareConfig):
+        self.config = config
+        self._tracker: Tracker | None = None
+
+    def log(self, figures: dict[str, float], step: int) -> None:
+        """Log progress."""
+        if not self.config.runs:
+            return
+        if self._tracker is None:
+            folder = RunFolder.open(self.config.runs, "data-prepare", self.config.run or None)
+            self._tracker = Tracker(folder, tags={"loomvideo.output": self.config.output})
+            self._tracker.log_params(flatten(self.config))
+        self._tracker.log_metrics(figures, step)
+
+    def complete(self, result: PrepareResult) -> None:
+        """Log what came out."""
+        if self._tracker is None:
+            return
+        summary = result.summary()
+        self._tracker.set_tags({"dataset.digest": result.manifest.digest, "state": result.reason})
+        self._tracker.log_metrics({k: v for k, v in summary.items() if isinstance(v, (int, float))})
+        self._tracker.log_text(result.manifest.to_json(), "manifest.json")
+        self._tracker.folder.write_json("result.json", summary)
+
+    def __enter__(self) -> "PrepareRun":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if self._tracker is not None:
+            killed = kind is not None and issubclass(kind, KeyboardInterrupt)
+            self._tracker.finish("KILLED" if killed else "FAILED" if kind else "FINISHED")
+
+
+def run(config: PrepareConfig, again: Collection[str] = ()) -> None:
+    """Prepare, and print what was done.
+
+    Args:
+        config: The job.
+        again: Shards, and paths of chunks' results, to do again though they are up to date.
+    """
+    console = Console()
+
+    @contextlib.contextmanager
+    def session() -> Iterator[None]:
+        from loomvideo.platform.ray_session import ray_session
+
+        try:
+            with ray_session():
+                yield
+        finally:
+            # Builders that were stopped midway leave their temporaries.
+            Storage(config.output).remove_temporaries(SHARD_FOLDER)
+
+    with PrepareRun(config) as tracked:
+        with PrepareProgress(console, tracked.log) as progress:
+            result = prepare(config, session, progress, again)
+        if result.reason != "up to date":
+            dataset = ShardDataset.open(config.output)
+            write_report(dataset, lambda: report_codec(dataset))
+        tracked.complete(result)
+    summary = result.summary()
+    if not result.built_shards and result.reason == "up to date":
+        console.print(f"{config.output}: up to date, nothing to do ({summary['written']} samples)", soft_wrap=True)
+        return
+    table = Table(title=f"{config.output}: {result.reason}", title_justify="left", show_header=False)
+    for key, value in summary.items():
+        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+    console.print(table)

@@ -1,0 +1,207 @@
+"""``loomvideo data diff|plan|verify|report|quarantine|remove|compact``: before and after a prepare."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from loomvideo.jobs.command import job_config
+
+if TYPE_CHECKING:
+    from loomvideo.model.codec import Codec
+
+DatasetFolder = Annotated[str, typer.Argument(metavar="DIR", help="dataset folder or URL")]
+Overrides = Annotated[list[str], typer.Argument(metavar="[KEY=VALUE]…", help="as for `data prepare`")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to ``loomvideo data``."""
+    app.command()(diff)
+    app.command()(plan)
+    app.command()(verify)
+    app.command()(report)
+    app.command()(remove)
+    app.command()(compact)
+    quarantine = typer.Typer(name="quarantine", help="What was not written, and why.", no_args_is_help=True)
+    quarantine.command("ls")(quarantine_ls)
+    quarantine.command("retry")(quarantine_retry)
+    quarantine.command("export")(quarantine_export)
+    app.add_typer(quarantine)
+
+
+def _prepare_config(overrides: list[str]) -> Any:
+    from loomvideo.pipelines.prepare.config import PrepareConfig
+
+    return job_config(PrepareConfig, "data-prepare", overrides)
+
+
+def diff(overrides: Overrides) -> None:
+    """Say what of a dataset is stale and why, with the arguments of `data prepare`; exit code 1 when something is."""
+    from loomvideo.pipelines.prepare.staleness import stale_parts
+
+    found = stale_parts(_prepare_config(overrides))
+    if not found:
+        Console().print("up to date")
+        return
+    _print_rows(Console(), "", [vars(part) for part in found[:200]])
+    if len(found) > 200:
+        Console().print(f"and {len(found) - 200} more")
+    raise typer.Exit(1)
+
+
+def plan(
+    overrides: Overrides,
+    probes: Annotated[int, typer.Option(help="samples to make for real; 0 measures nothing")] = 20,
+    workers: Annotated[int, typer.Option(help="builders that the duration is stated for")] = 1,
+    read_gb_per_s: Annotated[float, typer.Option(help="gigabytes a second of storage for one training GPU")] = 1.0,
+    recompute_us_per_token: Annotated[
+        float, typer.Option(help="microseconds of the MLLM a token on a training GPU; 55 is estimated for an H100")
+    ] = 55.0,
+) -> None:
+    """Say what `data prepare` with these arguments will cost, and which feature mode fits the storage."""
+    from loomvideo.pipelines.prepare.cost import estimate_cost
+
+    config = _prepare_config(overrides)
+    cost = estimate_cost(config, probes, read_gb_per_s, recompute_us_per_token)
+    console = Console()
+    console.print(f"{cost.num_samples} samples in {cost.num_shards} shards")
+    rows = [
+        {
+            "features": mode["mode"],
+            "KB a sample": f"{mode['bytes_per_sample'] / 1e3:.1f}",
+            "GB": f"{mode['total_bytes'] / 1e9:.3f}",
+            "read ms a sample": f"{mode['read_s_per_sample'] * 1e3:.2f}",
+        }
+        for mode in cost.modes
+    ]
+    _print_rows(console, "sizes (estimated from the largest bucket)", rows)
+    if cost.measured:
+        stages = ", ".join(f"{name} {value:.3g}" for name, value in cost.measured.items())
+        console.print(f"measured on this machine: {stages}")
+        limit = "decoding" if cost.measured["load_s"] > cost.measured["encode_s"] else "encoding"
+        rate = 1 / max(cost.measured["load_s"], cost.measured["encode_s"])
+        unit = "GPU" if config.workers.gpus else "worker"
+        console.print(f"{rate:.2f} samples/s a worker, {limit} limits; {cost.hours(workers):.2f} h on {workers}, "
+                      f"{cost.hours(1):.2f} {unit}-hours")  # fmt: skip
+    else:
+        console.print("nothing measured: the encoders' weights are not here, or --probes 0")
+    if cost.losses:
+        console.print("losses among them: " + ", ".join(f"{count} {reason}" for reason, count in cost.losses.items()))
+    console.print(f"recommended: features {cost.recommended}: {cost.why}", soft_wrap=True)
+
+
+def verify(
+    folder: DatasetFolder,
+    samples: Annotated[int, typer.Option(help="samples to make again from their files and compare")] = 0,
+) -> None:
+    """Check checksums, offsets, shapes and accounts; exit code 1 when something is wrong."""
+    from loomvideo.pipelines.prepare.quarantine import saved_config
+    from loomvideo.pipelines.prepare.verify import Problem, verify, verify_content
+    from loomvideo.platform.shards.reader import ShardDataset
+
+    dataset = ShardDataset.open(folder)
+    found = list(verify(dataset))
+    if samples and not found:
+        for line in verify_content(dataset, saved_config(folder), samples):
+            if isinstance(line, Problem):
+                found.append(line)
+            else:
+                print(line)
+    for problem in found:
+        print(f"{problem.where}: {problem.what}")
+    print(f"{folder}: {len(dataset)} samples in {len(dataset.manifest.shards)} shards, {len(found)} problems")
+    if found:
+        raise typer.Exit(1)
+
+
+def report(
+    folder: DatasetFolder,
+    samples: Annotated[int, typer.Option(help="samples shown")] = 24,
+) -> None:
+    """Write DIR/report.html: accounts, losses, distributions and contact sheets in one file."""
+    from loomvideo.pipelines.prepare.report import write_report
+    from loomvideo.platform.shards.reader import ShardDataset
+
+    dataset = ShardDataset.open(folder)
+    Console().print(write_report(dataset, lambda: report_codec(dataset), samples), soft_wrap=True)
+
+
+def report_codec(dataset: Any) -> "Codec | None":
+    """The codec that shows a dataset's latents, when it needs no weights."""
+    from loomvideo.model.codec import build_codec
+    from loomvideo.model.presets import preset
+
+    name = dataset.manifest.config.get("model")
+    if name is None or preset(name).codec.kind != "dct":
+        return None
+    return build_codec(preset(name).codec)
+
+
+def remove(
+    folder: DatasetFolder,
+    source: Annotated[list[str], typer.Option(help="key, group, media path, source_id or sku; repeatable")],
+) -> None:
+    """Take samples down: hidden at once and left out by later prepares; `data compact` rewrites their tars."""
+    from loomvideo.platform.shards.takedown import remove
+
+    keys = remove(folder, source)
+    print(f"{folder}: removed {len(keys)} samples: {', '.join(keys[:10])}{' …' if len(keys) > 10 else ''}")
+
+
+def compact(folder: DatasetFolder) -> None:
+    """Rewrite the tars that hold removed samples."""
+    from loomvideo.platform.shards.takedown import compact
+
+    shards = compact(folder)
+    print(f"{folder}: rewrote {len(shards)} shards" if shards else f"{folder}: nothing to compact")
+
+
+def quarantine_ls(
+    folder: DatasetFolder,
+    reason: Annotated[str, typer.Option(help="list the samples of this reason")] = "",
+) -> None:
+    """Count losses by reason, or list the samples of one."""
+    from loomvideo.pipelines.prepare.quarantine import by_reason, ledger
+
+    rows = ledger(folder)
+    if not reason:
+        names = ("outcome", "stage", "reason", "samples")
+        _print_rows(Console(), f"{len(rows)} losses", [dict(zip(names, row, strict=True)) for row in by_reason(rows)])
+        return
+    chosen = [row for row in rows if row["reason"] == reason]
+    _print_rows(Console(), "", [{name: row[name] for name in ("key", "dataset", "retriable", "message")}
+                                for row in chosen])  # fmt: skip
+
+
+def quarantine_retry(folder: DatasetFolder) -> None:
+    """Judge, caption and build again what misses samples that another attempt may write."""
+    from loomvideo.jobs.data.prepare import run
+    from loomvideo.pipelines.prepare.quarantine import retriable_work, saved_config
+
+    work = retriable_work(folder)
+    if not work:
+        print(f"{folder}: nothing retriable")
+        return
+    run(saved_config(folder), again=work)
+
+
+def quarantine_export(
+    folder: DatasetFolder,
+    path: Annotated[Path, typer.Argument(help="JSONL file to write")],
+    reason: Annotated[str, typer.Option(help="only this reason")] = "",
+) -> None:
+    """Write the lost samples as JSONL."""
+    from loomvideo.pipelines.prepare.quarantine import export
+
+    print(f"{path}: {export(folder, path, reason)} samples")
+
+
+def _print_rows(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
+    table = Table(title=title or None, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for name in rows[0] if rows else ():
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    console.print(table)

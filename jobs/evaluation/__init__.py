@@ -1,0 +1,1 @@
+"""``loomvideo evaluate``, ``compare``, ``gate``, ``arena`` and ``agreement``."""

@@ -1,0 +1,80 @@
+"""``loomvideo evaluate``, ``compare``, ``gate``, ``arena``, ``agreement``: measure checkpoints and decide."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loomvideo.jobs.command import config_command
+from loomvideo.jobs.evaluation.config import EvaluateConfig
+
+app = typer.Typer()
+
+
+@config_command(app, "evaluate", "evaluate", lambda: EvaluateConfig)
+def evaluate(config: EvaluateConfig) -> None:
+    """Run benchmarks on a checkpoint: generate, measure, judge, and report to MLflow; a rerun resumes."""
+    from loomvideo.jobs.evaluation.job import run
+
+    run(config)
+
+
+@app.command("compare")
+def compare(
+    run_a: Annotated[str, typer.Argument(help="the baseline: an evaluation run's name")],
+    run_b: Annotated[str, typer.Argument(help="the candidate: an evaluation run's name")],
+    metrics: Annotated[str, typer.Option(help="metrics to test, comma-separated; fewer give more power")] = "",
+    runs: Annotated[Path, typer.Option(help="folder of all runs")] = Path("runs"),
+    everything: Annotated[bool, typer.Option("--all", help="also list metrics without a difference")] = False,
+    tracking_uri: Annotated[str, typer.Option(help="MLflow; default as in evaluate")] = "",
+) -> None:
+    """Paired tests of two evaluations on the samples both have, corrected for testing many metrics."""
+    from loomvideo.jobs.evaluation.compare import run_compare
+
+    run_compare(run_a, run_b, [m for m in metrics.split(",") if m], runs, everything, tracking_uri)
+
+
+@app.command("gate")
+def gate(
+    baseline: Annotated[str, typer.Option(help="evaluation run that the candidate must hold against")],
+    candidate: Annotated[str, typer.Option(help="evaluation run of the candidate")],
+    metric: Annotated[str, typer.Option(help="SUITE/METRIC, such as openve/judge")],
+    min_delta: Annotated[float, typer.Option(help="least gain of the suite's mean; negative tolerates a loss")] = 0.0,
+    max_regress: Annotated[float, typer.Option(help="largest real loss of a category")] = float("inf"),
+    p: Annotated[float, typer.Option(help="significance level")] = 0.05,
+    model: Annotated[str, typer.Option(help="registered model to move the alias of; empty moves none")] = "",
+    alias: Annotated[str, typer.Option(help="alias to move on success")] = "champion",
+    runs: Annotated[Path, typer.Option(help="folder of all runs")] = Path("runs"),
+    tracking_uri: Annotated[str, typer.Option(help="MLflow; default as in evaluate")] = "",
+) -> None:
+    """Exit 0 and move a registry alias when the candidate holds against the baseline, else exit 1 and say why."""
+    from loomvideo.jobs.evaluation.compare import run_gate
+
+    passed = run_gate(baseline, candidate, metric, min_delta, max_regress, p, model, alias, runs, tracking_uri)
+    raise typer.Exit(0 if passed else 1)
+
+
+@app.command("arena")
+def arena(
+    names: Annotated[list[str], typer.Argument(metavar="RUN RUN…", help="two or more evaluation runs")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of evaluate, as judge.kind=…")] = None,
+    runs: Annotated[Path, typer.Option(help="folder of all runs")] = Path("runs"),
+) -> None:
+    """Judge runs against each other pair by pair, in both orders: Bradley-Terry ratings with intervals."""
+    from loomvideo.jobs.evaluation.compare import run_arena
+
+    run_arena(names, [*(overrides or []), f"runs={runs}"], runs)
+
+
+@app.command("agreement")
+def agreement(
+    run: Annotated[str, typer.Argument(help="an evaluation run's name")],
+    labels: Annotated[Path, typer.Option(help="CSV with suite,key,score; written empty when it does not exist")],
+    runs: Annotated[Path, typer.Option(help="folder of all runs")] = Path("runs"),
+    items: Annotated[int, typer.Option(help="samples to ask people about, when the CSV is made")] = 40,
+    tracking_uri: Annotated[str, typer.Option(help="MLflow; default as in evaluate")] = "",
+) -> None:
+    """Compare the judge with people: first makes a sheet of samples to label, then reads it and logs the agreement."""
+    from loomvideo.jobs.evaluation.compare import run_agreement
+
+    run_agreement(run, labels, runs, items, tracking_uri)

@@ -1,0 +1,222 @@
+"""``loomvideo compare``, ``gate``, ``arena`` and ``agreement``."""
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+from mlflow.tracking import MlflowClient
+from rich.console import Console
+from rich.table import Table
+
+from loomvideo.jobs.command import job_config
+from loomvideo.jobs.evaluation.config import EvaluateConfig
+from loomvideo.jobs.evaluation.setup import JOB, judge_client, judge_session, store_folder, wide_console
+from loomvideo.pipelines.evaluation import mlflow_report
+from loomvideo.pipelines.evaluation.arena import bradley_terry, position_bias
+from loomvideo.pipelines.evaluation.compare import GateRule, check_gate, compare_runs, differing_headers
+from loomvideo.pipelines.evaluation.judges.pairwise import judge_pairs
+from loomvideo.pipelines.evaluation.judges.requests import FrameSampling
+from loomvideo.pipelines.evaluation.results import SavedSuite, clean, load_suites
+from loomvideo.pipelines.evaluation.stages import MODEL
+from loomvideo.pipelines.evaluation.statistics import Agreement
+from loomvideo.pipelines.evaluation.statistics import agreement as judge_agreement
+from loomvideo.pipelines.evaluation.store import Store
+from loomvideo.platform.errors import UserError
+from loomvideo.platform.runs import RunFolder
+from loomvideo.platform.tracking import default_tracking_uri
+
+
+def run_compare(a: str, b: str, metrics: list[str], runs: Path, everything: bool, tracking_uri: str) -> None:
+    """Print and log the comparison of two runs."""
+    left, right = _load(runs, a), _load(runs, b)
+    console = wide_console()
+    for line in differing_headers(left, right):
+        console.print(f"not comparable: {line}", style="yellow", highlight=False)
+    found = compare_runs(left, right, metrics)
+    table = Table(title=f"{b} minus {a}", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for header in ("metric", "difference", "95 % interval", "p (Holm)", "Wilcoxon", "n", "detectable", ""):
+        table.add_column(header, justify="left" if header in ("metric", "") else "right")
+    for c in found:
+        if not everything and (c.category or c.metric.startswith("judge/")) and c.verdict == "no difference found":
+            continue
+        t = c.test
+        name = "/".join(x for x in (c.suite, c.metric, c.category) if x)
+        color = {"better": "green", "worse": "red"}.get(c.verdict, "")
+        verdict = f"[{color}]{c.verdict}[/]" if color else c.verdict
+        cells = [f"{t.difference:+.3f}", f"{t.low:+.3f} … {t.high:+.3f}", f"{c.adjusted_p:.4f}", f"{t.wilcoxon_p:.4f}"]
+        table.add_row(name, *cells, str(t.num_samples), f"{t.detectable:.3f}", verdict)
+    console.print(table)
+    content = clean([dataclasses.asdict(c) for c in found])
+    folder = RunFolder(runs.absolute(), JOB, b)
+    folder.write_text(f"compare-{a}.json", json.dumps(content, indent=1))
+    client, run_id = _mlflow(folder, tracking_uri)
+    client.log_artifact(run_id, str(folder.path / f"compare-{a}.json"), "compare")
+    overall = [c for c in found if not c.category and not np.isnan(c.test.difference)]
+    values = {f"compare/{a}/{c.suite}/{c.metric}": c.test.difference for c in overall}
+    values |= {f"compare/{a}/{c.suite}/{c.metric}/p": c.adjusted_p for c in overall}
+    mlflow_report.log_metrics(client, run_id, values)
+
+
+def run_gate(
+    baseline: str,
+    candidate: str,
+    metric: str,
+    min_delta: float,
+    max_regress: float,
+    p: float,
+    model: str,
+    alias: str,
+    runs: Path,
+    tracking_uri: str,
+) -> bool:
+    """Decide, log the decision, and move the alias when the candidate passes."""
+    suite, separator, name = metric.partition("/")
+    if not separator:
+        raise UserError(f"--metric {metric}: expected SUITE/METRIC, such as openve/judge")
+    a, b = _load(runs, baseline), _load(runs, candidate)
+    if suite not in a or suite not in b:
+        raise UserError(f"--metric {metric}: suite {suite} is not in both runs")
+    reasons = check_gate(GateRule(suite, name, min_delta, max_regress, p), a, b)
+    folder = RunFolder(runs.absolute(), JOB, candidate)
+    client, run_id = _mlflow(folder, tracking_uri)
+    client.set_tag(run_id, "gate", "passed" if not reasons else "failed: " + "; ".join(reasons)[:4000])
+    console = Console()
+    for reason in reasons:
+        console.print(f"gate: {reason}", style="red", highlight=False)
+    if reasons:
+        return False
+    console.print(f"gate: {candidate} holds against {baseline} on {metric}", style="green", highlight=False)
+    if model:
+        weights = client.get_run(run_id).data.tags.get("loomvideo.weights", "")
+        if not weights:
+            raise UserError(f"{candidate}: its run names no weights to register")
+        tags = {"gate": f"{metric} against {baseline}"}
+        version = mlflow_report.move_alias(client, model, alias, weights, run_id, tags)
+        console.print(f"registry: {model}@{alias} is now version {version}", highlight=False)
+    return True
+
+
+def run_agreement(run: str, labels: Path, runs: Path, items: int, tracking_uri: str) -> None:
+    """Make a sheet to label, or read it and log how far the judge agrees with people."""
+    suites = {name: saved for name, saved in _load(runs, run).items() if saved.header["judge"] != "none"}
+    if not suites:
+        raise UserError(f"{run}: no judged suite in this run; evaluate with judge.kind set")
+    console = wide_console()
+    if not labels.exists():
+        count = _write_sheet(suites, labels, items)
+        console.print(f"{labels}: {count} samples to label; fill in score (1 to 5) and run again", highlight=False)
+        return
+    human = _read_labels(labels, suites)
+    folder = RunFolder(runs.absolute(), JOB, run)
+    client, run_id = _mlflow(folder, tracking_uri)
+    table = Table(title="judge against people", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for header in ("suite", "items", "equal", "within one", "weighted kappa", "rank correlation", "judge minus people"):
+        table.add_column(header, justify="left" if header == "suite" else "right")
+    for name, scores in human.items():
+        values = suites[name].values()
+        judge = np.array([values[key].get("judge", np.nan) for key in scores])
+        found: Agreement = judge_agreement(judge, np.array(list(scores.values())))
+        cells = [found.exact, found.within_one, found.weighted_kappa, found.spearman, found.bias]
+        table.add_row(name, str(found.num_items), *(f"{value:.2f}" for value in cells))
+        logged = {f"{name}/human/{k}": v for k, v in dataclasses.asdict(found).items() if not np.isnan(v)}
+        mlflow_report.log_metrics(client, run_id, logged)
+    client.log_artifact(run_id, str(labels), "human")
+    console.print(table)
+
+
+def run_arena(names: list[str], overrides: list[str], runs: Path) -> None:
+    """Judge every pair of runs on their shared samples; print and log the ratings."""
+    if len(set(names)) < 2:
+        raise UserError("arena: name two or more different evaluation runs")
+    config = job_config(EvaluateConfig, JOB, overrides)
+    config.judge.check()
+    if config.judge.kind == "none":
+        raise UserError("arena: set a judge, such as --set judge.kind=openai")
+    loaded = {name: _load(runs, name) for name in names}
+    shared = sorted(set.intersection(*(set(suites) for suites in loaded.values())))
+    if not shared:
+        raise UserError(f"arena: the runs {', '.join(names)} share no suite")
+    j = config.judge
+    session = judge_session(config, judge_client(config))
+    sampling = FrameSampling(j.num_frames, j.max_side, as_video=j.as_video)
+    console = wide_console()
+    for suite in shared:
+        rows = {
+            name: {row["key"]: row for row in suites[suite].rows if row["series"] == MODEL}
+            for name, suites in loaded.items()
+        }
+        found = judge_pairs(rows, Store(store_folder(config)), session, sampling, j.threads)
+        if not found.matches:
+            reasons = ", ".join(sorted(set(found.failures))) or "no sample is in both"
+            raise UserError(f"arena: no pair of suite {suite} could be judged ({reasons})")
+        strengths = bradley_terry(found.matches)
+        bias = position_bias(found.orders)
+        title = f"{suite}: {len(found.matches)} pairs, {bias:.0%} change with the order"
+        table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+        for header in ("run", "rating", "95 % interval", "pairs"):
+            table.add_column(header, justify="left" if header == "run" else "right")
+        for s in strengths:
+            table.add_row(s.model, f"{s.rating:.0f}", f"{s.low:.0f} … {s.high:.0f}", str(s.num_matches))
+        console.print(table)
+        if found.failures:
+            console.print(f"  {len(found.failures)} pairs failed: {', '.join(sorted(set(found.failures)))}")
+        content = {"ratings": [dataclasses.asdict(s) for s in strengths], "order_changes": bias, "judge": j.kind}
+        for s in strengths:
+            folder = RunFolder(runs.absolute(), JOB, s.model)
+            path = folder.write_text(f"arena-{suite}.json", json.dumps(clean(content), indent=1))
+            client, run_id = _mlflow(folder, config.tracking_uri)
+            client.log_artifact(run_id, str(path), "arena")
+            values = {f"{suite}/arena/rating": s.rating, f"{suite}/arena/rating/ci95_low": s.low}
+            values |= {f"{suite}/arena/rating/ci95_high": s.high, f"{suite}/arena/order_changes": bias}
+            mlflow_report.log_metrics(client, run_id, values)
+
+
+def _write_sheet(suites: dict[str, SavedSuite], path: Path, items: int) -> int:
+    rows = []
+    share = max(1, items // len(suites))
+    for name, saved in suites.items():
+        values = saved.values()
+        judged = sorted((v["judge"], key) for key, v in values.items() if not np.isnan(v.get("judge", np.nan)))
+        # Spread over the judge's scores: agreement on one level only would say nothing.
+        chosen = [judged[i * len(judged) // share][1] for i in range(min(share, len(judged)))]
+        texts = {row["key"]: row["item"]["text"] for row in saved.rows}
+        rows += [(name, key, "", texts[key], f"suites/{name}/media/{key}") for key in dict.fromkeys(chosen)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as out:
+        csv.writer(out).writerows([("suite", "key", "score", "text", "media"), *sorted(rows)])
+    return len(rows)
+
+
+def _read_labels(path: Path, suites: dict[str, SavedSuite]) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    with path.open(newline="", encoding="utf-8-sig") as stream:
+        for number, row in enumerate(csv.DictReader(stream), 2):
+            if not (row.get("score") or "").strip():
+                continue
+            suite, key = row["suite"], row["key"]
+            if suite not in suites or key not in suites[suite].values():
+                raise UserError(f"{path}:{number}: {suite}/{key} is not a judged sample of this run")
+            try:
+                score = float(row["score"])
+            except ValueError:
+                score = float("nan")
+            if not 1 <= score <= 5:
+                raise UserError(f"{path}:{number}: score {row['score']!r} is not between 1 and 5")
+            found.setdefault(suite, {})[key] = score
+    if not found:
+        raise UserError(f"{path}: no scores filled in yet")
+    return found
+
+
+def _load(runs: Path, name: str) -> dict[str, SavedSuite]:
+    return load_suites(RunFolder(runs.absolute(), JOB, name).path)
+
+
+def _mlflow(folder: RunFolder, tracking_uri: str) -> tuple[MlflowClient, str]:
+    known = folder.read_json("mlflow.json")
+    if known is None:
+        raise UserError(f"{folder.path}: no MLflow run is recorded here")
+    uri = tracking_uri or known["tracking_uri"] or default_tracking_uri(folder.root)
+    return MlflowClient(tracking_uri=uri), known["run_id"]

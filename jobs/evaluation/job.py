@@ -1,0 +1,272 @@
+"""``loomvideo evaluate``: a checkpoint through suites, to figures in MLflow."""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mlflow.tracking import MlflowClient
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from loomvideo.jobs.evaluation.config import EvaluateConfig
+from loomvideo.jobs.evaluation.setup import (
+    JOB,
+    Checkpoint,
+    evaluation_folder,
+    find_checkpoint,
+    judge_builder,
+    judge_client,
+    load_manifest,
+    store_folder,
+    wide_console,
+)
+from loomvideo.pipelines.evaluation import mlflow_report, review
+from loomvideo.pipelines.evaluation.aggregate import SuiteResult, aggregate_suite
+from loomvideo.pipelines.evaluation.charts import save_bars, save_radar
+from loomvideo.pipelines.evaluation.generators import sample_seed
+from loomvideo.pipelines.evaluation.graph import Resources, run_graph
+from loomvideo.pipelines.evaluation.inputs import InputOptions
+from loomvideo.pipelines.evaluation.judges.rubrics import OWN_FILE, official_rubrics, own_rubrics
+from loomvideo.pipelines.evaluation.learned import LearnedMetric, learned_metrics
+from loomvideo.pipelines.evaluation.results import load_suites, save_suite
+from loomvideo.pipelines.evaluation.review import OtherRun
+from loomvideo.pipelines.evaluation.stages import (
+    IDENTITY,
+    MODEL,
+    GenerateStage,
+    JudgeStage,
+    MeasureStage,
+    NormaliseStage,
+    PrepareStage,
+    Row,
+    check_rows,
+    initial_rows,
+)
+from loomvideo.pipelines.evaluation.store import Store, content_key
+from loomvideo.pipelines.evaluation.suites.external import export_results, import_scores
+from loomvideo.pipelines.evaluation.suites.items import Manifest
+from loomvideo.pipelines.evaluation.suites.registry import Suite
+from loomvideo.pipelines.evaluation.suites.registry import suite as find_suite
+from loomvideo.platform.config import flatten, to_yaml
+from loomvideo.platform.ray_session import ray_session
+from loomvideo.platform.runs import RunFolder
+from loomvideo.platform.tracking import Tracker
+
+
+def run(config: EvaluateConfig) -> dict[str, Any]:
+    """Evaluate, log and print; returns what goes to ``result.json``.
+
+    Raises:
+        UserError: for missing data, checkpoints or keys, before anything is generated.
+    """
+    config.check()
+    checkpoint = find_checkpoint(config)
+    suites = [find_suite(name) for name in config.suites]
+    manifests = [load_manifest(config, suite) for suite in suites]
+    learned = learned_metrics(config.learned, config.learned_weights, config.inputs.num_frames)
+    judge = judge_builder(config, suites, manifests)
+    other = load_suites(evaluation_folder(config, config.compare_with).path) if config.compare_with else None
+    folder = RunFolder.open(config.runs, JOB, config.run or None)
+    folder.write_text("config.yaml", to_yaml(config))
+    tracker = Tracker(folder, config.tracking_uri or None, tags=_tags(config, checkpoint, manifests))
+    status = "FAILED"
+    try:
+        tracker.log_params(flatten(config))
+        client = MlflowClient(tracking_uri=tracker.uri)
+        tags = {"loomvideo.fingerprint": checkpoint.fingerprint, "loomvideo.weights": checkpoint.weights}
+        # MLflow's names take none of / : . % and quotes.
+        name = re.sub(r"[^0-9A-Za-z_-]+", "-", checkpoint.name)
+        params = {"checkpoint": checkpoint.name, "preset": checkpoint.preset, **flatten(config.generation)}
+        model_id = mlflow_report.register_model(client, tracker.experiment_id, tracker.run_id, name, params, tags)
+        rows = _generate_and_measure(config, checkpoint, manifests, learned, judge)
+        result: dict[str, Any] = {"checkpoint": checkpoint.name, "fingerprint": checkpoint.fingerprint}
+        for suite, manifest in zip(suites, manifests, strict=True):
+            own = [row for row in rows if row["suite"] == manifest.suite]
+            found = _finish_suite(config, suite, manifest, own, folder, tracker, model_id, checkpoint, other)
+            result |= _headline(found)
+        complete = all(result[f"{m.suite}/status"] == "complete" for m in manifests)
+        result["status"] = "complete" if complete else "partial"
+        tracker.set_tags({"status": result["status"]})
+        status = "FINISHED"
+        folder.finish(result)
+        tracker.log_artifact(folder.path / "result.json")
+        return result
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.finish(status)
+
+
+def _generate_and_measure(
+    config: EvaluateConfig,
+    checkpoint: Checkpoint,
+    manifests: list[Manifest],
+    learned: list[LearnedMetric],
+    judge: Callable[[], JudgeStage] | None,
+) -> list[Row]:
+    store = Store(store_folder(config))
+    i = config.inputs
+    options = InputOptions(
+        tuple(i.bucket_classes), tuple(i.reference_classes), i.num_frames, i.fps, (i.text_width, i.text_height)
+    )
+    series = (MODEL, IDENTITY) if config.identity and config.generator != "identity" else (MODEL,)
+    rows = []
+    for manifest in manifests:
+        rows += initial_rows(manifest, series, lambda suite, key: sample_seed(config.seed, suite, key))
+    g = config.generation
+    resources = Resources(g.actors, g.gpus, g.cpus)
+    # The generator actor holds its CPUs for the whole run; a local cluster needs one more for the other stages.
+    cpus = max(os.cpu_count() or 1, int(g.actors * g.cpus) + 1)
+    finished = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with ray_session(num_cpus=cpus), Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        bar = progress.add_task("samples", total=len(rows))
+        for row in run_graph(
+            rows,
+            PrepareStage(store, options),
+            lambda: GenerateStage(store, checkpoint.build, checkpoint.fingerprint),
+            NormaliseStage(store),
+            MeasureStage(store, learned),
+            judge,
+            resources,
+        ):
+            finished.append(row)
+            progress.advance(bar)
+    check_rows(finished)
+    return finished
+
+
+def _finish_suite(
+    config: EvaluateConfig,
+    suite: Suite,
+    manifest: Manifest,
+    rows: list[Row],
+    folder: RunFolder,
+    parent: Tracker,
+    model_id: str,
+    checkpoint: Checkpoint,
+    other: dict[str, Any] | None,
+) -> SuiteResult:
+    judged = config.judge.kind != "none" and suite.judged
+    store = Store(store_folder(config))
+    result = aggregate_suite(suite.name, rows, config.judge.mode, judged, store)
+    if suite.name in config.external:
+        scores = import_scores(suite.scorer, Path(config.external[suite.name]))
+        result = dataclasses.replace(result, official=scores)
+    header = _header(config, manifest, suite, judged)
+    place = save_suite(folder.path, result, rows, header)
+    if suite.scorer:
+        export_results(suite.scorer, rows, store, place / "for-scorer")
+    review.publish_media(store, rows, place)
+    _draw_charts(result, place)
+    child_folder = RunFolder(folder.path, "suites", suite.name)
+    tags = {"suite": suite.name, "status": result.status, **header}
+    child = Tracker(child_folder, parent.uri, tags, parent.run_id, experiment=f"loomvideo/{JOB}")
+    status = "FAILED"
+    try:
+        other_run = None
+        if other and suite.name in other:
+            label = config.compare_with
+            compared = evaluation_folder(config, label)
+            note = RunFolder(compared.path, "suites", suite.name).read_json("mlflow.json") or {}
+            other_run = OtherRun(label, note.get("run_id", ""), other[suite.name])
+        subtitle = f"{checkpoint.name} · judge {header['judge']} · rubrics {header['prompt_set']} · seed {config.seed}"
+        review.write_review_page(place, store, result, rows, folder.name, child.run_id, subtitle, other_run)
+        source = {"name": suite.name, "digest": manifest.digest, "source": str(manifest.root)}
+        mlflow_report.log_suite(child, place, store, result, rows, source, model_id, config.step, config.max_films)
+        status = "FINISHED"
+    finally:
+        child.finish(status)
+    client = MlflowClient(tracking_uri=parent.uri)
+    client.set_tag(child.run_id, "mlflow.runName", f"{folder.name} · {suite.name}")
+    mlflow_report.log_tables(client, parent.run_id, suite.name, store, rows, config.step)
+    values = mlflow_report.headline(result.figures)
+    values |= {f"{suite.name}/official/{k}": v for k, v in result.official.items() if v == v}
+    mlflow_report.log_metrics(client, parent.run_id, values, config.step, model_id, source)
+    _print_suite(result)
+    return result
+
+
+def _draw_charts(result: SuiteResult, place: Path) -> None:
+    spec = review.radar_spec(result)
+    if spec:
+        save_radar(spec, place / "charts" / "radar.png")
+    identity = {f.metric: [g for g in result.identity if g.metric == f.metric] for f in result.figures}
+    for metric in ("judge", "gain_psnr_db", "edit_psnr_db", "outside_psnr_db", "warp_error"):
+        chosen = [f for f in result.figures if f.metric == metric]
+        if chosen:
+            save_bars(chosen, identity[metric], f"{result.suite}: {metric}", place / "charts" / f"{metric}.png")
+
+
+def _header(config: EvaluateConfig, manifest: Manifest, suite: Suite, judged: bool) -> dict[str, str]:
+    j = config.judge
+    prompt_set = "none"
+    if judged:
+        official = suite.protocols.get(j.mode, suite.protocols["strict"]).rubric_names is not None
+        prompt_set = (
+            official_rubrics(Path(j.official_rubrics[suite.name])).digest
+            if official
+            else own_rubrics(Path(j.rubrics) if j.rubrics else OWN_FILE).digest
+        )
+    sampling = f"{j.num_frames} frames, {j.max_side} px, {'film' if j.as_video else 'pictures'}"
+    identity = json.dumps(judge_client(config).identity(), sort_keys=True) if judged else "none"
+    return {
+        "manifest": manifest.digest,
+        "judge": f"{j.kind} {j.model}".strip() if judged else "none",
+        "judge_identity": identity,
+        "prompt_set": prompt_set,
+        "mode": j.mode if judged else "none",
+        "sampling": sampling if judged else "none",
+        "inputs": content_key(dataclasses.asdict(config.inputs))[:12],
+    }
+
+
+def _tags(config: EvaluateConfig, checkpoint: Checkpoint, manifests: list[Manifest]) -> dict[str, str]:
+    settings = [checkpoint.fingerprint, config.seed, [m.digest for m in manifests], dataclasses.asdict(config.judge)]
+    tags = {
+        "checkpoint": checkpoint.name,
+        "loomvideo.fingerprint": checkpoint.fingerprint,
+        "loomvideo.weights": checkpoint.weights,
+        "eval_key": content_key(settings, dataclasses.asdict(config.inputs))[:16],
+        "judge": f"{config.judge.kind} {config.judge.model}".strip(),
+        "status": "running",
+    }
+    if checkpoint.training_run:
+        tags["training_run"] = checkpoint.training_run
+    return tags | {f"manifest.{m.suite}": m.digest for m in manifests}
+
+
+def _headline(result: SuiteResult) -> dict[str, Any]:
+    values: dict[str, Any] = {f"{result.suite}/status": result.status, f"{result.suite}/coverage": result.coverage}
+    for f in result.figures:
+        if not f.category and f.metric in review.HEADLINE:
+            values |= {f.name: f.value, f"{f.name}/ci95": [f.low, f.high]}
+    values |= {f"{result.suite}/official/{name}": value for name, value in result.official.items()}
+    if result.cost_usd:
+        values[f"{result.suite}/cost_usd"] = result.cost_usd
+    return values
+
+
+def _print_suite(result: SuiteResult) -> None:
+    identity = {f.metric: f.value for f in result.identity if not f.category}
+    title = f"{result.suite}: {result.status}, coverage {result.coverage:.0%}"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for header in ("metric", "value", "95 % interval", "source copied", "valid", "failed"):
+        table.add_column(header, justify="left" if header == "metric" else "right")
+    by_metric = {f.metric: f for f in result.figures if not f.category}
+    for metric in [m for m in review.HEADLINE if m in by_metric]:
+        f = by_metric[metric]
+        interval = f"{f.low:.3f} … {f.high:.3f}" if f.low == f.low else "–"
+        copied = f"{identity[metric]:.3f}" if metric in identity else "–"
+        table.add_row(metric, f"{f.value:.3f}", interval, copied, str(f.num_valid), str(f.num_failed))
+    console = wide_console()
+    console.print(table)
+    for reason, count in {**result.failures, **result.defects}.items():
+        console.print(f"  {count} × {reason}", highlight=False)

@@ -1,0 +1,200 @@
+"""What an evaluation needs before it starts: checkpoint, manifests, judge; every user mistake surfaces here."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from loomvideo.jobs.evaluation.config import EvaluateConfig
+from loomvideo.jobs.weights.references import find_weights
+from loomvideo.model.presets import stated_preset
+from loomvideo.pipelines.evaluation.generators import BlendGenerator, Generator, IdentityGenerator
+from loomvideo.pipelines.evaluation.judges.clients import GeminiClient, JudgeClient, OpenAIClient, api_key
+from loomvideo.pipelines.evaluation.judges.fake import PixelJudge
+from loomvideo.pipelines.evaluation.judges.local import QwenVLClient
+from loomvideo.pipelines.evaluation.judges.requests import FrameSampling
+from loomvideo.pipelines.evaluation.judges.rubrics import OWN_FILE, official_rubrics, own_rubrics
+from loomvideo.pipelines.evaluation.judges.session import AnswerCache, Budget, JudgeSession, Pace, Prices, check_budget
+from loomvideo.pipelines.evaluation.model_generator import ModelGenerator, ModelOptions, model_fingerprint
+from loomvideo.pipelines.evaluation.stages import JudgeStage
+from loomvideo.pipelines.evaluation.store import Store
+from loomvideo.pipelines.evaluation.suites.items import Manifest
+from loomvideo.pipelines.evaluation.suites.registry import Suite
+from loomvideo.platform.errors import UserError
+from loomvideo.platform.runs import RunFolder
+
+JOB = "evaluate"
+DEFAULT_DATA = {"sample": "data/sample", "fashion": "data/sample"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is evaluated.
+
+    Attributes:
+        name: Shown everywhere.
+        fingerprint: Of weights and sampler.
+        build: Makes the generator inside its actor.
+        weights: Path of the weights; empty for generators without.
+        training_run: MLflow run that trained it; empty when unknown.
+        preset: Model preset.
+    """
+
+    name: str
+    fingerprint: str
+    build: Callable[[], Generator]
+    weights: str = ""
+    training_run: str = ""
+    preset: str = ""
+
+
+def find_checkpoint(config: EvaluateConfig) -> Checkpoint:
+    """Resolve what to evaluate.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    if config.generator == "identity":
+        return Checkpoint("identity", "identity", IdentityGenerator)
+    g = config.generation
+    if config.generator == "blend":
+        blend = BlendGenerator(g.blend_skill, g.blend_noise)
+        return Checkpoint(blend.fingerprint, blend.fingerprint, lambda: blend)
+    run, weights = find_weights(config.checkpoint, config.runs)
+    preset = g.preset or stated_preset(weights)
+    if not preset:
+        raise UserError(f"checkpoint={config.checkpoint}: set generation.preset (5b for the published model)")
+    options = ModelOptions(
+        str(weights), preset, g.codec_folder, g.mllm_folder, g.steps, g.edit_scale, g.generate_scale, g.visual_scale
+    )
+    fingerprint = model_fingerprint(options)
+    tracking = run.read_json("mlflow.json") if run else None
+    return Checkpoint(
+        name=f"{run.job}/{run.name}" if run else weights.name,
+        fingerprint=fingerprint,
+        build=lambda: ModelGenerator(options, fingerprint),
+        weights=str(weights),
+        training_run=(tracking or {}).get("run_id", ""),
+        preset=preset,
+    )
+
+
+def load_manifest(config: EvaluateConfig, suite: Suite) -> Manifest:
+    """Convert a suite's download, report deviations and missing files.
+
+    Raises:
+        UserError: if its data are not there, or files are missing and ``allow_missing`` is off.
+    """
+    path = config.data.get(suite.name) or DEFAULT_DATA.get(suite.name)
+    if path is None:
+        raise UserError(f"suite {suite.name}: set data.{suite.name}=FOLDER to its official download")
+    manifest = suite.convert(Path(path))
+    console = Console(stderr=True)
+    for problem in manifest.problems:
+        console.print(f"{suite.name}: {problem}", style="yellow", highlight=False)
+    manifest = dataclasses.replace(manifest.limited(config.limit), suite=suite.name)
+    manifest = dataclasses.replace(
+        manifest, items=tuple(dataclasses.replace(item, suite=suite.name) for item in manifest.items)
+    )
+    missing = manifest.missing()
+    if missing and not config.allow_missing:
+        raise UserError(
+            f"suite {suite.name}: {len(missing)} files are not on disk, first {missing[0]} under {manifest.root}; "
+            f"add them or set allow_missing=true"
+        )
+    return manifest
+
+
+def judge_builder(
+    config: EvaluateConfig, suites: list[Suite], manifests: list[Manifest]
+) -> Callable[[], JudgeStage] | None:
+    """What makes the judge stage inside its actor; checks rubrics, key and budget before anything runs."""
+    j = config.judge
+    if j.kind == "none" or not any(suite.judged for suite in suites):
+        return None
+    rubrics = own_rubrics(Path(j.rubrics) if j.rubrics else OWN_FILE)
+    official = {name: official_rubrics(Path(path)) for name, path in j.official_rubrics.items()}
+    client = judge_client(config)
+    prices = Prices(j.input_usd, j.output_usd, j.tokens_per_frame)
+    sampling = FrameSampling(j.num_frames, j.max_side, as_video=j.as_video)
+    items = [item for suite, m in zip(suites, manifests, strict=True) if suite.judged for item in m.items]
+    calls = len(items) * j.repeats
+    tokens = sum(400 + j.tokens_per_frame * (j.num_frames * (1 + bool(i.source)) + len(i.references)) for i in items)
+    expected = prices.cost_usd(tokens * j.repeats, prices.expected_output_tokens * calls)
+    check_budget(j.budget_usd, expected, calls)
+    if expected:
+        Console(stderr=True).print(f"judge: at most {calls} calls, about {expected:.2f} USD", highlight=False)
+
+    def build() -> JudgeStage:
+        return JudgeStage(
+            Store(store_folder(config)), judge_session(config, client), sampling, rubrics, official,
+            j.mode, j.repeats, j.threads, j.judge_identity,
+        )  # fmt: skip
+
+    stage = build()
+    for item in items:
+        stage.question(item)
+    return build
+
+
+def judge_session(config: EvaluateConfig, client: JudgeClient) -> JudgeSession:
+    """A judge with the configured cache, prices, budget and pace."""
+    j = config.judge
+    return JudgeSession(
+        client,
+        AnswerCache(store_folder(config) / "answers"),
+        prices=Prices(j.input_usd, j.output_usd, j.tokens_per_frame),
+        budget=Budget(j.budget_usd),
+        pace=Pace(j.calls_per_minute),
+        max_attempts=j.max_attempts,
+    )
+
+
+def judge_client(config: EvaluateConfig) -> JudgeClient:
+    """The configured judge.
+
+    Raises:
+        UserError: if its key is not in the environment.
+    """
+    j = config.judge
+    if j.kind == "fake":
+        return PixelJudge()
+    if j.kind == "transformers":
+        return QwenVLClient(j.model, j.max_tokens, setting="judge.model")
+    if j.kind == "openai":
+        client = OpenAIClient(
+            j.base_url, j.model, j.api_key_env or "OPENAI_API_KEY",
+            j.temperature, j.max_tokens, j.timeout_s, j.structured,
+        )  # fmt: skip
+    else:
+        base = j.base_url or GeminiClient("").base_url
+        client = GeminiClient(
+            j.model, base, j.api_key_env or "GEMINI_API_KEY", j.temperature, max(j.max_tokens, 8192), j.timeout_s
+        )
+    api_key(client.api_key_env, client.base_url)
+    return client
+
+
+def wide_console() -> Console:
+    """A console whose tables do not wrap when the output goes to a file or a log."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
+def store_folder(config: EvaluateConfig) -> Path:
+    """Where results are kept by content."""
+    return Path(config.store or Path(config.runs) / "evaluation-store").absolute()
+
+
+def evaluation_folder(config: EvaluateConfig, name: str) -> RunFolder:
+    """The folder of an evaluation run.
+
+    Raises:
+        UserError: if there is none of that name.
+    """
+    folder = RunFolder(Path(config.runs).absolute(), JOB, name)
+    if not folder.path.is_dir():
+        raise UserError(f"{folder.path}: no such evaluation run")
+    return folder

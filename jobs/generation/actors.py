@@ -1,0 +1,132 @@
+"""Generators in processes of their own: groups of Ray actors, each group making one file at a time."""
+
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+
+import torch
+import torch.distributed as dist
+
+from loomvideo.jobs.generation.config import GenerateConfig
+from loomvideo.jobs.weights.model_choice import model_source
+from loomvideo.model.parallel import Ranks
+from loomvideo.pipelines.generation.generator import FileGenerator
+from loomvideo.pipelines.generation.requests import Request
+from loomvideo.platform.errors import UserError
+
+Outcome = tuple[str, str]
+"""``done``, ``kept`` or ``failed``, and a failure's message."""
+# Ranks fail alike on a bad request; one that fails alone leaves the others waiting for it.
+STRAGGLER_S = 20.0
+
+
+class GeneratorActor:
+    """A loaded generator, alone or one rank of a group."""
+
+    def __init__(self, config: GenerateConfig):
+        self.config, self.rank = config, 0
+
+    def load(self) -> str:
+        """Load the model; returns where the ranks of a group with this one as the first can meet."""
+        self.generator = FileGenerator.load(model_source(self.config, drop_exact=True), self.config)
+        import ray
+
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+
+    def join(self, rank: int, world: int, address: str) -> None:
+        """Become one rank of a group."""
+        self.rank = rank
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo", init_method=address, rank=rank, world_size=world
+        )
+        self.generator.pipeline.ranks = Ranks.split(self.config.sequence_ranks)
+
+    def generate(self, request: Request) -> Outcome:
+        """Make one file, together with the other ranks; the first one writes it."""
+        try:
+            prepared = self.generator.prepare(request)
+            latents = self.generator.sample(prepared)
+            if self.rank == 0:
+                self.generator.write(prepared, latents)
+        except UserError as error:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            return "failed", str(error)
+        return "done", ""
+
+    def is_done(self, request: Request) -> bool:
+        """Whether the file was made from exactly this already."""
+        try:
+            return self.generator.is_done(request)
+        except UserError:
+            return False  # `generate` says what is wrong
+
+
+class GeneratorGroup:
+    """Actors that make one file at a time together: ``config.ranks`` of them.
+
+    Raises:
+        UserError: if the model cannot be loaded or divided among them.
+    """
+
+    def __init__(self, config: GenerateConfig):
+        self.config = config
+        self._start()
+
+    def generate(self, request: Request) -> Outcome:
+        """Make one file, unless it is there."""
+        import ray
+
+        if ray.get(self.actors[0].is_done.remote(request)):
+            return "kept", ""
+        pending = [actor.generate.remote(request) for actor in self.actors]
+        outcomes: list[Outcome] = []
+        while pending:
+            failed = any(outcome == "failed" for outcome, _ in outcomes)
+            ready, pending = ray.wait(pending, timeout=STRAGGLER_S if failed else None)
+            outcomes += ray.get(ready)
+            if failed and not ready:
+                self._restart()
+                break
+        return next((outcome for outcome in outcomes if outcome[0] == "failed"), outcomes[0])
+
+    def _start(self) -> None:
+        import ray
+
+        actor = ray.remote(num_gpus=self.config.gpus, num_cpus=1)(GeneratorActor)
+        self.actors = [actor.remote(self.config) for _ in range(self.config.ranks)]
+        try:
+            address, *_ = ray.get([actor.load.remote() for actor in self.actors])
+            if self.config.ranks > 1:
+                joins = [a.join.remote(rank, self.config.ranks, address) for rank, a in enumerate(self.actors)]
+                ray.get(joins)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+
+    def _restart(self) -> None:
+        import ray
+
+        for actor in self.actors:
+            ray.kill(actor)
+        self._start()
+
+
+def generate_all(config: GenerateConfig, requests: Sequence[Request]) -> Iterator[tuple[Request, Outcome]]:
+    """Make every request on ``config.workers`` groups; results come in the order of the requests."""
+    groups: SimpleQueue[GeneratorGroup] = SimpleQueue()
+
+    def make(request: Request) -> Outcome:
+        group = groups.get()
+        try:
+            return group.generate(request)
+        finally:
+            groups.put(group)
+
+    with ThreadPoolExecutor(min(config.workers, len(requests))) as threads:
+        start: Callable[[int], GeneratorGroup] = lambda _: GeneratorGroup(config)  # noqa: E731
+        for group in threads.map(start, range(min(config.workers, len(requests)))):
+            groups.put(group)
+        yield from zip(requests, threads.map(make, requests), strict=True)

@@ -1,0 +1,113 @@
+"""``loomvideo generate``: one file, or a batch over a pool of Ray actors."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from loomvideo.jobs.generation.config import GenerateConfig
+from loomvideo.jobs.weights.model_choice import model_source
+from loomvideo.pipelines.generation.generator import FileGenerator
+from loomvideo.pipelines.generation.requests import Request, read_requests
+from loomvideo.pipelines.generation.shortcut_error import ShortcutError, measure_shortcuts, num_runs
+from loomvideo.platform.errors import UserError
+
+console = Console()
+
+
+def run(config: GenerateConfig) -> None:
+    """Generate what the configuration says.
+
+    Raises:
+        UserError: in one line, for whatever cannot be done.
+    """
+    requests = list(read_requests(Path(config.batch))) if config.batch else [single_request(config)]
+    config.check()
+    for key in ("workers", "ranks", "sequence_ranks"):
+        if getattr(config, key) < 1:
+            raise UserError(f"{key}={getattr(config, key)}: must be at least 1")
+    if config.ranks % config.sequence_ranks:
+        raise UserError(f"sequence_ranks={config.sequence_ranks}: must divide ranks={config.ranks}")
+    if config.batch or config.ranks > 1:
+        _run_on_ray(config, requests)
+    else:
+        _run_here(config, requests[0])
+
+
+def single_request(config: GenerateConfig) -> Request:
+    """The request of the command line, checked as far as it can be without its files."""
+    for key in ("task", "prompt", "out"):
+        if not getattr(config, key):
+            raise UserError(f"{key}: set {key}=…, or batch=FILE.jsonl")
+    request = Request(
+        config.task, config.prompt, config.out, config.source, list(config.refs), config.negative_prompt, config.seed
+    )
+    request.check()
+    return request
+
+
+def _run_here(config: GenerateConfig, request: Request) -> None:
+    measures = config.measure_error and bool(config.shortcuts.alone())
+    generator = FileGenerator.load(model_source(config, drop_exact=not measures), config)
+    rows: list[ShortcutError] = []
+    try:
+        prepared = generator.prepare(request)
+        with _progress() as bar:
+            task = bar.add_task("denoising", total=config.shortcuts.steps or config.steps)
+            if measures:
+                bar.update(task, total=num_runs(config.shortcuts))
+                latents, rows = measure_shortcuts(generator, prepared, lambda name: bar.advance(task))
+            else:
+                latents = generator.sample(
+                    prepared, on_step=lambda step, total: bar.update(task, completed=step, total=total)
+                )
+        path = generator.write(prepared, latents)
+    finally:
+        generator.close()
+    if rows:
+        _print_errors(rows)
+    elif config.shortcuts.alone():
+        console.print(f"approximate: {', '.join(config.shortcuts.alone())}; measure_error=true prints the error")
+    console.print(f"{path}", soft_wrap=True)
+
+
+def _print_errors(rows: list[ShortcutError]) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for header in ("denoising", "seconds", "faster", "latent error", "PSNR"):
+        table.add_column(header, justify="left" if header == "denoising" else "right")
+    for row in rows:
+        error = ("", "") if row.name == "exact" else (f"{row.latent_error:.2%}", f"{row.psnr_db:.1f} dB")
+        table.add_row(row.name, f"{row.seconds:.2f}", f"{row.speedup:.2f}x", *error)
+    console.print(table)
+
+
+def _run_on_ray(config: GenerateConfig, requests: list[Request]) -> None:
+    from loomvideo.jobs.generation.actors import generate_all
+    from loomvideo.platform.ray_session import ray_session
+
+    if not requests:
+        raise UserError(f"batch={config.batch}: holds no request")
+    outcomes: dict[str, list[str]] = {"done": [], "kept": [], "failed": []}
+    messages = []
+    with ray_session(), _progress() as bar:
+        task = bar.add_task("generating", total=len(requests))
+        for request, (outcome, message) in generate_all(config, requests):
+            outcomes[outcome].append(request.out)
+            if message:
+                messages.append(message)
+                bar.console.print(f"{request.out}: {message}", soft_wrap=True)
+            bar.advance(task)
+    if config.shortcuts.alone():
+        console.print(f"approximate: {', '.join(config.shortcuts.alone())}; one file alone prints the error")
+    console.print(", ".join(f"{len(paths)} {outcome}" for outcome, paths in outcomes.items()))
+    if len(requests) == 1 and messages:
+        raise UserError(messages[0])
+    if messages:
+        raise UserError(f"{len(messages)} of {len(requests)} requests failed; fix them and run the same line again")
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    )

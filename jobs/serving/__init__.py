@@ -1,0 +1,1 @@
+"""``loomvideo serve``."""

@@ -1,0 +1,24 @@
+"""The configuration of ``loomvideo serve``."""
+
+from dataclasses import dataclass
+
+from loomvideo.jobs.weights.model_choice import ModelChoice
+from loomvideo.pipelines.generation.settings import Settings
+from loomvideo.pipelines.serving.deployment import ReplicaConfig
+from loomvideo.pipelines.serving.jobs import RequestLimits
+from loomvideo.pipelines.serving.uploads import UploadLimits
+from loomvideo.platform.config import option
+
+
+@dataclass
+class ServeConfig(ModelChoice):
+    """What is served, where, and what is accepted."""
+
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 for every network")
+    port: int = option(8000, "port to listen on")
+    token: str = option("", "what people must enter first; better set as LOOMVIDEO_SERVE_TOKEN; empty lets everyone in")
+    title: str = option("LoomVideo", "name on the page")
+    generation: Settings = option(Settings, "what a request that does not say gets")
+    replicas: ReplicaConfig = option(ReplicaConfig, "generators")
+    uploads: UploadLimits = option(UploadLimits, "what may be uploaded")
+    requests: RequestLimits = option(RequestLimits, "what may be asked for")

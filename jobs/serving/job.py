@@ -1,0 +1,60 @@
+"""``loomvideo serve``: the page on Ray Serve until it is interrupted."""
+
+import functools
+import ipaddress
+import os
+import threading
+
+from ray import serve
+from rich.console import Console
+
+from loomvideo.jobs.serving.config import ServeConfig
+from loomvideo.jobs.weights.model_choice import model_source
+from loomvideo.pipelines.serving.app import PageConfig
+from loomvideo.pipelines.serving.deployment import APPLICATION, build_application
+from loomvideo.pipelines.serving.model_generator import PageGenerator
+from loomvideo.platform.ray_session import ray_session
+
+TOKEN_VARIABLE = "LOOMVIDEO_SERVE_TOKEN"
+
+
+def run(config: ServeConfig) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    Raises:
+        UserError: if there is no such checkpoint, or its preset is unknown.
+    """
+    console = Console()
+    config.generation.check()
+    source = model_source(config, drop_exact=True)
+    token = config.token or os.environ.get(TOKEN_VARIABLE, "")
+    width, height = config.generation.size()
+    defaults = {
+        "steps": config.generation.steps,
+        "num_frames": config.generation.num_frames,
+        "width": width,
+        "height": height,
+    }
+    page = PageConfig(token, config.title, config.uploads, config.requests, defaults)
+    load = functools.partial(PageGenerator.load, source, config.generation)
+    # A busy machine takes longer than Serve's 5 s to start its proxy.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+    if not token and not _is_local(config.host):
+        console.print(f"[yellow]warning:[/] everyone who reaches {config.host} can use this; set {TOKEN_VARIABLE}")
+    with ray_session():
+        try:
+            serve.start(http_options={"host": config.host, "port": config.port})
+            serve.run(build_application(load, page, config.replicas), name=APPLICATION, route_prefix="/")
+            console.print(f"serving {source.weights} on http://{config.host}:{config.port}; Ctrl-C stops it")
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            console.print("stopping")
+        finally:
+            serve.shutdown()
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,1 @@
+"""``loomvideo pretrain``, ``finetune-edit`` and ``plan``."""

@@ -1,0 +1,69 @@
+"""Held-out samples made from a run's checkpoints while it trains: ``samples/step-00000500/`` and MLflow."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loomvideo.jobs.training.config import TrainingJobConfig
+from loomvideo.jobs.training.heldout import HeldoutResult, evaluate_heldout
+from loomvideo.jobs.training.recipe import LoomVideoRecipe
+from loomvideo.model.codec import build_codec
+from loomvideo.model.conditioning.mllm import FrozenMLLM
+from loomvideo.model.pipeline import LoomVideoPipeline
+from loomvideo.model.presets import preset, with_folders
+from loomvideo.platform.runs import RunFolder
+from loomvideo.platform.tracking import Tracker
+from loomvideo.platform.training.beside import CheckpointTask, load_checkpoint_weights
+from loomvideo.platform.training.checkpoint import Checkpoint
+
+SAMPLES_FOLDER = "samples"
+
+
+def sampling_tasks(
+    config: TrainingJobConfig,
+    build_recipe: Callable[[], LoomVideoRecipe],
+    folder: RunFolder,
+    tracker: Tracker,
+    tasks: set[str],
+) -> list[CheckpointTask]:
+    """The task that samples from checkpoints; none when ``samples.every_steps`` is 0.
+
+    Args:
+        config: Of the run.
+        build_recipe: Builds the model.
+        folder: Of the run.
+        tracker: Gets figures and files.
+        tasks: What the run trains.
+    """
+    samples = config.samples
+    if not samples.every_steps:
+        return []
+    heldout = dataclasses.replace(
+        config.evaluation, num_edits=samples.num_edits, num_generated=samples.num_generated, num_films=2
+    )
+
+    def sample(path: str) -> HeldoutResult:
+        checkpoint = Checkpoint(path)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        model = with_folders(preset(config.model), config.codec_folder, config.mllm_folder)
+        dit = build_recipe().build_model().to(device, dtype)
+        load_checkpoint_weights(dit, checkpoint, "ema" if "ema" in checkpoint.kinds else "master")
+        mllm = FrozenMLLM.from_preset(model, device, dtype)
+        pipeline = LoomVideoPipeline(dit, build_codec(model.codec, device, dtype), mllm, model.scheduler)
+        return evaluate_heldout(pipeline, heldout, tasks, _folder_of(folder, checkpoint.step))
+
+    def record(step: int, result: Any) -> None:
+        where = _folder_of(folder, step)
+        tracker.log_metrics({f"samples/{name}": value for name, value in result.figures.items()}, step)
+        tracker.log_artifact(where, f"{SAMPLES_FOLDER}/{where.name}")
+
+    resources = {"num_cpus": samples.cpus, "num_gpus": samples.gpus}
+    return [CheckpointTask("samples", samples.every_steps, sample, record, resources)]
+
+
+def _folder_of(folder: RunFolder, step: int) -> Path:
+    return folder.path / SAMPLES_FOLDER / f"step-{step:08d}"

@@ -1,0 +1,212 @@
+"""``loomvideo pretrain`` and ``loomvideo finetune-edit``: train, export, evaluate, record."""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from rich.console import Console
+
+from loomvideo.jobs.kernels import build as kernels_job
+from loomvideo.jobs.training.checkpoint_samples import sampling_tasks
+from loomvideo.jobs.training.config import TrainingJobConfig
+from loomvideo.jobs.training.feature_pool import feature_pool
+from loomvideo.jobs.training.heldout import HeldoutResult, evaluate_heldout
+from loomvideo.jobs.training.recipe import LoomVideoRecipe
+from loomvideo.jobs.training.setup import (
+    START_FILE,
+    Start,
+    check_fits,
+    predictor,
+    recipe_factory,
+    start_of,
+    tasks_of,
+    with_absolute_paths,
+)
+from loomvideo.model.pipeline import LoomVideoPipeline
+from loomvideo.model.presets import PIPELINE_FILE, ModelPreset, preset, with_folders
+from loomvideo.platform.cluster.doctor import Diagnosis, examine_cluster, preflight
+from loomvideo.platform.cluster.metrics import ExportingTracker
+from loomvideo.platform.config import flatten, to_yaml
+from loomvideo.platform.ray_session import in_cluster, ray_session
+from loomvideo.platform.runs import RunFolder
+from loomvideo.platform.shards.reader import ShardDataset
+from loomvideo.platform.tracking import Tracker
+from loomvideo.platform.training.checkpoint import CheckpointFolder
+from loomvideo.platform.training.driver import train
+from loomvideo.platform.training.progress import WARNINGS_FILE
+
+logger = logging.getLogger(__name__)
+console = Console()
+
+
+def run_training(job: str, config: TrainingJobConfig, default_parent: str | None = None) -> None:
+    """Run or continue one training job.
+
+    Args:
+        job: ``pretrain`` or ``finetune-edit``.
+        config: The resolved configuration.
+        default_parent: The job whose newest finished run is continued when the configuration names no start.
+
+    Raises:
+        UserError: for a mistake in configuration or data.
+        KeyboardInterrupt: when interrupted, after a checkpoint.
+    """
+    config.check()
+    config = with_absolute_paths(config)
+    model = with_folders(preset(config.model), config.codec_folder, config.mllm_folder)
+    datasets = [ShardDataset.open(url) for url in config.data.shards]
+    for url, dataset in zip(config.data.shards, datasets, strict=True):
+        check_fits(url, dataset, datasets[0], model)
+    start = start_of(config, job, default_parent)
+    folder = RunFolder.open(config.runs, job, config.run or None)
+    folder.write_text("config.yaml", to_yaml(config))
+    folder.write_json(START_FILE, dataclasses.asdict(start))
+    tracker = Tracker(folder, config.tracking_uri or None, tags=_lineage(config, datasets, start))
+    console.print(f"{job} {folder.name}: {folder.path}", soft_wrap=True)
+    status = "FAILED"
+    try:
+        tracker.log_params(flatten(config))
+        tracker.log_artifact(folder.path / "config.yaml")
+        result = _train_and_evaluate(config, model, datasets, start.weights or None, folder, tracker)
+        tracker.log_artifact(folder.path / "result.json")
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        console.print(f"interrupted; run={folder.name} continues it")
+        raise
+    finally:
+        tracker.finish(status)
+    folder.finish(result)
+
+
+def _lineage(config: TrainingJobConfig, datasets: list[ShardDataset], start: Start) -> dict[str, str]:
+    tags = {"loomvideo.model": config.model}
+    for number, (url, dataset) in enumerate(zip(config.data.shards, datasets, strict=True)):
+        tags[f"loomvideo.dataset.{number}"] = f"{url} {dataset.digest}"
+    parent = start.parent_folder(config.runs)
+    if parent is not None:
+        tags["loomvideo.parent_run"] = start.parent
+        known = parent.read_json("mlflow.json")
+        if known:
+            tags["loomvideo.parent_mlflow_run"] = known["run_id"]
+    return tags
+
+
+def _train_and_evaluate(
+    config: TrainingJobConfig,
+    model: ModelPreset,
+    datasets: list[ShardDataset],
+    initial_weights: str | None,
+    folder: RunFolder,
+    tracker: Tracker,
+) -> dict[str, Any]:
+    with ray_session(num_cpus=_local_cpus(config)):
+        if config.doctor and in_cluster():
+            _check_cluster(config, folder, tracker)
+        exporting = ExportingTracker(tracker, folder.job, folder.name)
+        shape = kernels_job.model_shape(model.dit)
+        with (
+            kernels_job.kernels_on_every_node(config.kernels, shape) as nodes,
+            feature_pool(config.features, model, datasets) as features,
+        ):
+            tracker.log_metrics(kernels_job.summary(nodes))
+            tracker.log_artifact(folder.write_json("kernels.json", nodes))
+            build_recipe = recipe_factory(config, datasets, initial_weights, config.kernels, features)
+            result = train(
+                config.training,
+                build_recipe,
+                config.data.shards,
+                folder,
+                exporting,
+                predict=predictor(config, model, datasets),
+                checkpoint_tasks=sampling_tasks(config, build_recipe, folder, tracker, tasks_of(config, datasets)),
+            )
+            # Again, with the nodes that joined on the way.
+            tracker.log_artifact(folder.write_json("kernels.json", nodes))
+            if (folder.path / WARNINGS_FILE).exists():
+                tracker.log_artifact(folder.path / WARNINGS_FILE)
+        if result["first_step"] == result["steps"]:
+            # Nothing was left to train: what the run said when it did stays.
+            result |= folder.read_json("result.json") or {}
+        weights = export_weights(config, build_recipe(), folder)
+        result["weights"] = str(weights)
+        if config.evaluation.samples:
+            cpus = _evaluation_cpus(config)
+            task = ray.remote(evaluate_weights).options(num_gpus=min(config.training.workers.gpus, 1), num_cpus=cpus)
+            console.print("evaluating on held-out samples")
+            tasks = tasks_of(config, datasets)
+            heldout = ray.get(task.remote(config, str(weights), tasks, str(folder.path / "heldout"), cpus))
+            _record(heldout, folder, tracker, result["steps"])
+            result |= heldout.figures
+    folder.write_json("result.json", result)
+    return result
+
+
+def _check_cluster(config: TrainingJobConfig, folder: RunFolder, tracker: Tracker) -> None:
+    """Refuse to train on a cluster with a sick node; the findings are kept with the run either way."""
+    from loomvideo.jobs.cluster.doctor_probes import kernels
+
+    def examine() -> Diagnosis:
+        diagnosis = examine_cluster(str(Path(config.runs).absolute()), tracker.uri, extra=(kernels,))
+        tracker.log_artifact(folder.write_json("doctor.json", diagnosis.as_dict()))
+        return diagnosis
+
+    preflight(examine)
+
+
+def export_weights(config: TrainingJobConfig, recipe: LoomVideoRecipe, folder: RunFolder) -> Path:
+    """Write the averaged weights (the raw ones without an average) of the newest checkpoint to ``weights/``."""
+    checkpoint = CheckpointFolder(folder.path / "checkpoints").open()
+    kind = "ema" if config.training.ema.decay else "master"
+    target, staged = folder.path / "weights", folder.path / "weights.partial"
+    shutil.rmtree(staged, ignore_errors=True)
+    recipe.export(checkpoint.weights(kind), staged)
+    note = {"model": config.model, "step": checkpoint.step, "weights": kind, "run": f"{folder.job}/{folder.name}"}
+    (staged / PIPELINE_FILE).write_text(json.dumps(note, indent=2) + "\n")
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(staged, target)
+    return target
+
+
+def evaluate_weights(
+    config: TrainingJobConfig, weights: str, tasks: set[str], folder: str, num_threads: int
+) -> HeldoutResult:
+    """Load exported weights and evaluate them; runs as a Ray task."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        torch.set_num_threads(num_threads)
+    kernels_job.use_kernels(config.kernels)
+    model = with_folders(preset(config.model), config.codec_folder, config.mllm_folder)
+    pipeline = LoomVideoPipeline.from_parts(model, weights, device)
+    return evaluate_heldout(pipeline, config.evaluation, tasks, Path(folder))
+
+
+def _record(heldout: HeldoutResult, folder: RunFolder, tracker: Tracker, step: int) -> None:
+    folder.write_json("heldout.json", dataclasses.asdict(heldout))
+    tracker.log_metrics({f"heldout/{name}": value for name, value in heldout.figures.items()}, step)
+    tracker.log_artifact(folder.path / "heldout", "heldout")
+
+
+def _evaluation_cpus(config: TrainingJobConfig) -> int:
+    """What all workers had, as far as one node has that many."""
+    workers = config.training.workers
+    if workers.gpus:
+        return 1
+    largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+    return max(1, min(workers.num * workers.cpus, int(largest)))
+
+
+def _local_cpus(config: TrainingJobConfig) -> int:
+    # A laptop with fewer cores than a job asks for still runs it, more slowly.
+    training, wanted = config.training, config.training.workers.num * config.training.workers.cpus
+    if training.validation.beside:
+        wanted += training.validation.cpus
+    if config.samples.every_steps:
+        wanted += config.samples.cpus
+    return max(os.cpu_count() or 1, wanted + config.features.actors * config.features.cpus)

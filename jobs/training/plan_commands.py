@@ -1,0 +1,100 @@
+"""``loomvideo plan``: memory, operations, communication and time of a training run before launch."""
+
+from dataclasses import dataclass
+
+import typer
+
+from loomvideo.jobs.command import config_command
+from loomvideo.platform.config import option
+from loomvideo.platform.errors import UserError
+
+
+@dataclass
+class PlanConfig:
+    """A model, a pack and a cluster."""
+
+    model: str = option("5b", "model preset")
+    machine: str = option("h100", "h100, h200 or a100")
+    ranks: list[int] = option([8, 64], "GPUs")
+    lengths: list[int] = option([12090, 4294], "tokens of each sample of a pack")
+    mllm_lengths: list[int] = option([1030, 250], "their MLLM tokens")
+    steps: int = option(10000, "optimiser steps, for the time of the whole run")
+    packs_per_rank: int = option(1, "packs of a rank in a step")
+    recompute: bool = option(True, "activation checkpointing of all layers")
+    efficiency: float = option(0.45, "share of the GPU's peak that executed operations reach; measure it")
+    hpz: bool = option(True, "gather weights inside the node (zero.hpz_partition_size=8) where there are several nodes")
+    hourly_price: float = option(0.0, "price of a GPU hour, for the cost of the run; 0 leaves it out")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+
+    @config_command(app, "plan", "plan", lambda: PlanConfig)
+    def plan_command(config: PlanConfig) -> None:
+        """Estimate memory, FLOPs, communication, step time and duration of a training run."""
+        print_plan(config)
+
+
+def print_plan(config: PlanConfig) -> None:
+    """Print one column for every number of ranks.
+
+    Raises:
+        UserError: for an unknown machine or lengths that do not match.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from loomvideo.jobs.training.plan import MACHINES, plan
+    from loomvideo.model.presets import preset
+
+    if config.machine not in MACHINES:
+        raise UserError(f"machine={config.machine}: use one of {', '.join(MACHINES)}")
+    if len(config.lengths) != len(config.mllm_lengths):
+        raise UserError("lengths and mllm_lengths: give one number for every sample of the pack")
+    machine, dit = MACHINES[config.machine], preset(config.model).dit
+    plans = [
+        plan(
+            dit,
+            config.lengths,
+            config.mllm_lengths,
+            machine,
+            ranks,
+            config.recompute,
+            config.efficiency,
+            hpz=config.hpz and ranks > machine.gpus_per_node,
+            micro_steps=config.packs_per_rank,
+        )
+        for ranks in config.ranks
+    ]
+    table = Table("estimate, a GPU and step", *(f"{ranks} {config.machine}" for ranks in config.ranks), box=None)
+    gib, tera = 2**30, 1e12
+    rows = {
+        "weights, gradients, optimiser, average": [f"{p.state_bytes / gib:.1f} GiB" for p in plans],
+        "gathered layers": [f"{p.layer_bytes / gib:.1f} GiB" for p in plans],
+        "activations": [f"{p.activation_bytes / gib:.1f} GiB" for p in plans],
+        "buckets and runtime": [f"{p.buffer_bytes / gib:.1f} GiB" for p in plans],
+        f"memory of {machine.memory_gib:.0f} GiB": [f"{p.memory_bytes / gib:.1f} GiB" for p in plans],
+        "FLOPs, model": [f"{p.train_flops / tera:,.1f} T" for p in plans],
+        "FLOPs, with recomputation": [f"{p.executed_flops / tera:,.1f} T" for p in plans],
+        "communication": [f"{p.communication_bytes / 1e9:.1f} GB" for p in plans],
+        "compute": [f"{p.compute_s:.2f} s" for p in plans],
+        "communication, hidden up to compute": [f"{p.communication_s:.2f} s" for p in plans],
+        "step": [f"{p.step_s:.2f} s" for p in plans],
+        "MFU": [f"{p.train_flops / p.step_s / machine.peak_tflops / tera:.0%}" for p in plans],
+        "tokens/s, all": [f"{p.tokens_per_s:,.0f}" for p in plans],
+        "samples/day, all": [f"{p.samples_per_day:,.0f}" for p in plans],
+        f"{config.steps:,} steps": [f"{config.steps * p.step_s / 3600:.1f} h" for p in plans],
+    }
+    if config.hourly_price:
+        cost = [config.steps * p.step_s / 3600 * p.num_ranks * config.hourly_price for p in plans]
+        rows["cost"] = [f"{value:,.0f}" for value in cost]
+    for name, values in rows.items():
+        table.add_row(name, *values)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{plans[0].num_parameters / 1e9:.2f} G parameters; training.pack.attention_tokens="
+        f"{plans[0].attention_tokens}; nothing here is measured (efficiency={config.efficiency})"
+    )
+    if any(p.memory_bytes > 0.92 * machine.memory_gib * gib for p in plans):
+        console.print("memory is short: shorter packs, more GPUs, recompute=true or zero.offload_optimizer=true")

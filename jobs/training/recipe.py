@@ -1,0 +1,275 @@
+"""The LoomVideo training recipe: stored latents and MLLM features to the flow-matching loss.
+
+Everything random about a sample (clip window, posterior sample, guidance dropout, timestep, noise) is drawn from
+(run seed, key, visit), so that world size, packing and resume cannot change it.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from loomvideo.jobs.kernels.build import use_kernels
+from loomvideo.jobs.training.config import ObjectiveConfig
+from loomvideo.model import kernels as kernels_in_use
+from loomvideo.model import weights
+from loomvideo.model.config import LoRAConfig
+from loomvideo.model.dit import LoomVideoDiT
+from loomvideo.model.flops import pack_flops
+from loomvideo.model.flow import noised_and_target, sample_timestep
+from loomvideo.model.lora import MergedWeights, adapt
+from loomvideo.model.packing import DiTSample, PackedBatch, pack
+from loomvideo.model.presets import preset
+from loomvideo.platform.nodes.config import KernelConfig
+from loomvideo.platform.shards.sample import ShardSample
+from loomvideo.platform.training.randomness import SampleRandom
+from loomvideo.platform.training.recipe import BaseRecipe, LossOutput, TrainingDataset
+
+SOURCE_KEYS = ("source_patch_embedding.*",)
+WHOLE_READ_BYTES = 1_000_000
+"""Samples up to this size are read in one request; of larger ones only the tensors that the visit needs."""
+
+
+class StateSource(Protocol):
+    """What computes MLLM states that are not stored; ``jobs.feature_pool.FeaturePool`` is one."""
+
+    def states(self, member: Mapping[str, Tensor], entry: int, variant: str) -> Tensor:
+        """States [layers, tokens, dim] of entry ``entry``, ``full`` or ``visual``, of a streamed member."""
+        ...
+
+
+@dataclass
+class Example:
+    """A sample of a pack with what the loss needs."""
+
+    key: str
+    task: str
+    sample: DiTSample
+    target: Tensor
+    """Velocity [channels, frames, height, width]."""
+
+
+@dataclass
+class TrainingPack:
+    """A packed batch with its targets."""
+
+    keys: list[str]
+    tasks: list[str]
+    batch: PackedBatch
+    target: Tensor
+    """Velocity patches [video tokens, patch dim], float32."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of self-attention."""
+        return self.batch.num_tokens
+
+    @property
+    def num_loss_elements(self) -> int:
+        """Elements of all velocities."""
+        return self.batch.num_loss_elements
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "TrainingPack":
+        """Move to a device; activations in ``dtype``, targets in float32."""
+        return dataclasses.replace(
+            self, batch=self.batch.to(device, dtype), target=self.target.to(device, non_blocking=True)
+        )
+
+    def pin_memory(self) -> "TrainingPack":
+        """Copy into page-locked memory, from which copies to a GPU overlap with work."""
+        return dataclasses.replace(self, batch=self.batch.pin_memory(), target=self.target.pin_memory())
+
+
+class LoomVideoRecipe(BaseRecipe):
+    """Flow matching on packed LoomVideo samples.
+
+    Args:
+        model: Name of the model preset.
+        objective: What is learned.
+        null_states: For each dataset, MLLM states of the empty message [layers, tokens, dim].
+        initial_weights: A weights folder or file to start from; None starts from seeded random weights.
+        seed: Seed of the random weights.
+        kernels: Which kernels a rank loads before it builds the model; None keeps what is in use.
+        lora: Adapters to train instead of the weights; None or rank 0 for none.
+        features: Computes the states of samples whose features are streamed.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        objective: ObjectiveConfig,
+        null_states: Sequence[Tensor],
+        initial_weights: str | None = None,
+        seed: int = 0,
+        kernels: KernelConfig | None = None,
+        lora: LoRAConfig | None = None,
+        features: StateSource | None = None,
+    ):
+        self.config = dataclasses.replace(preset(model).dit, use_source_embedding=objective.use_source_embedding)
+        self.objective = objective
+        self.null_states = null_states
+        self.initial_weights = initial_weights
+        self.seed = seed
+        self.kernels = kernels
+        self.lora = lora if lora and lora.rank else None
+        self.features = features
+
+    def build_model(self) -> nn.Module:
+        """The transformer in float32 with its starting weights."""
+        if self.kernels is not None:
+            use_kernels(self.kernels)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            if self.initial_weights is not None:
+                # Stage 1 trains without a source embedding; the stage after starts it at zero.
+                model = weights.load_dit(self.initial_weights, config=self.config, allow=SOURCE_KEYS)
+            else:
+                model = LoomVideoDiT(self.config)
+            if self.lora is not None:
+                adapt(model, self.lora)
+        return model
+
+    def warnings(self) -> Sequence[str]:
+        """Kernels that eager replaced on this rank, and why."""
+        replaced = kernels_in_use.report()["replaced"]
+        return [f"kernel {name} is replaced by eager: {why}" for name, why in replaced.items()]
+
+    def layers(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The transformer blocks."""
+        return model.blocks
+
+    def read(
+        self, dataset: TrainingDataset, row_number: int, row: Mapping[str, Any], random: SampleRandom
+    ) -> ShardSample:
+        """The sample; of a large one only the visit's window, and the states it may be conditioned on."""
+        if row["num_bytes"] <= WHOLE_READ_BYTES:
+            return dataset.read(row_number)
+        window = _window(row["num_windows"], random)
+        # Without a source the MLLM is told the same for every window.
+        entry = window if "source" in row["members"] else 0
+        needs_visual = self._variant(random.uniform("dropout")) == "visual"
+
+        def select(member: str, name: str) -> bool:
+            if member == "refs":
+                return True
+            kind, _, number = name.rpartition(".")
+            if member == "mllm":
+                return number == str(entry) and (needs_visual or kind != "visual")
+            return number == str(window)
+
+        return dataset.read(row_number, select)
+
+    def load_example(
+        self, dataset_index: int, row: Mapping[str, Any], sample: ShardSample, random: SampleRandom
+    ) -> Example:
+        """Draw window, posterior sample, dropout, timestep and noise of one visit."""
+        dropped = random.uniform("dropout")
+        return self._example(dataset_index, sample, random, dropped=dropped, level=None)
+
+    def load_validation_example(
+        self, dataset_index: int, row: Mapping[str, Any], sample: ShardSample, random: SampleRandom, level: float
+    ) -> Example:
+        """The same at a fixed noise level in (0, 1), nothing dropped."""
+        return self._example(dataset_index, sample, random, dropped=1.0, level=level)
+
+    def _example(
+        self, dataset_index: int, sample: ShardSample, random: SampleRandom, dropped: float, level: float | None
+    ) -> Example:
+        window = _window(sample.metadata["num_windows"], random)
+        target, source = sample.tensors["target"], sample.tensors.get("source")
+        clean = _posterior_sample(target, window, random, "target")
+        source_latents = None if source is None else _posterior_sample(source, window, random, "source")
+        references = sample.tensors.get("refs", {})
+        num_references = sum(name.startswith("mean.") for name in references)
+        reference_latents = [_posterior_sample(references, j, random, f"reference{j}") for j in range(num_references)]
+        variant = self._variant(dropped)
+        states = None if variant is None else self._states(sample, window, variant)
+        if variant is None:
+            source_latents, reference_latents = None, []
+        if states is None:
+            states = self.null_states[dataset_index]
+        _, frames, height, width = clean.shape
+        num_tokens = frames * (height // self.config.patch_size[1]) * (width // self.config.patch_size[2])
+        objective = self.objective
+        t = level
+        if t is None:
+            generator = random.generator("timestep")
+            t = sample_timestep(generator, num_tokens, objective.shift_scale, objective.shift_base_tokens)
+        noise = random.normal("noise", clean.shape)
+        noised, velocity = noised_and_target(clean, noise, t)
+        dit_sample = DiTSample(
+            latents=noised,
+            timestep=1000.0 * t,
+            mllm_states=states,
+            source=source_latents,
+            source_scale=t,
+            references=reference_latents,
+        )
+        return Example(key=sample.key, task=sample.metadata["task"], sample=dit_sample, target=velocity)
+
+    def _variant(self, dropped: float) -> str | None:
+        """What the MLLM is told, by the draw of guidance dropout in [0, 1): all, pictures alone, or nothing."""
+        if dropped < self.objective.drop_all:
+            return None
+        return "visual" if dropped < self.objective.drop_all + self.objective.drop_text else "full"
+
+    def _states(self, sample: ShardSample, window: int, variant: str) -> Tensor | None:
+        """MLLM states of a window; None for ``visual`` where the sample shows the MLLM no pictures."""
+        member, entry = sample.tensors["mllm"], sample.metadata["mllm_index"][window]
+        if sample.metadata.get("features", "stored") == "stored":
+            states = member.get(f"{variant}.{entry}")
+            return None if states is None else states.float()
+        if variant == "visual" and f"visual_input_ids.{entry}" not in member:
+            return None
+        return self.features.states(member, entry, variant)
+
+    def collate(self, examples: Sequence[Example]) -> TrainingPack:
+        """Pack the examples into one sequence."""
+        batch = pack([example.sample for example in examples], self.config.patch_size)
+        return TrainingPack(
+            keys=[example.key for example in examples],
+            tasks=[example.task for example in examples],
+            batch=batch,
+            target=batch.pack_targets([example.target for example in examples]),
+        )
+
+    def loss(self, model: nn.Module, pack: TrainingPack) -> LossOutput:
+        """Squared error of the velocity, summed."""
+        squared_error = (model(pack.batch).float() - pack.target).square()
+        return LossOutput(
+            sum=squared_error.sum(),
+            per_sample_sum=pack.batch.sum_per_sample(squared_error.detach()),
+            per_sample_elements=pack.batch.sum_per_sample(torch.ones_like(squared_error)),
+            tags=[
+                {"task": task, "noise": f"{int(min(timestep, 999.0) // 250)}"}
+                for task, timestep in zip(pack.tasks, pack.batch.timesteps.tolist(), strict=True)
+            ],
+        )
+
+    def flops(self, pack: TrainingPack) -> float:
+        """Forward and backward without recomputation."""
+        return 3.0 * pack_flops(self.config, pack.batch).total
+
+    def export(self, state: Mapping[str, Tensor], folder: Path) -> None:
+        """Write a LoomVideo weights folder."""
+        weights.save_dit(self.published(state), self.config, folder)
+
+    def published(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A state dict under the published names, adapters merged."""
+        return state if self.lora is None else MergedWeights(state, self.lora)
+
+
+def _posterior_sample(tensors: Mapping[str, Tensor], index: int, random: SampleRandom, name: str) -> Tensor:
+    mean = tensors[f"mean.{index}"].float()
+    std = tensors.get(f"std.{index}")
+    if std is None:
+        return mean
+    return mean + std.float() * random.normal(f"posterior.{name}", mean.shape)
+
+
+def _window(num_windows: int, random: SampleRandom) -> int:
+    return int(random.uniform("window") * num_windows)

@@ -1,0 +1,179 @@
+"""What a training job is made of: its start, its datasets, its recipe, and what was planned for it."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from loomvideo.jobs.training.config import TrainingJobConfig
+from loomvideo.jobs.training.plan import Machine, machine_named, plan
+from loomvideo.jobs.training.recipe import LoomVideoRecipe, StateSource
+from loomvideo.model.presets import ModelPreset
+from loomvideo.platform.errors import UserError
+from loomvideo.platform.nodes.config import KernelConfig
+from loomvideo.platform.runs import RunFolder
+from loomvideo.platform.shards.reader import ShardDataset
+from loomvideo.platform.training.hardware import peak_tflops
+from loomvideo.platform.training.order import SampleOrder, build_sources
+from loomvideo.platform.training.packing import PackPlanner
+
+START_FILE = "start.json"
+
+
+def with_absolute_paths(config: TrainingJobConfig) -> TrainingJobConfig:
+    """The same configuration for workers, which run in other folders; URLs and empty values stay."""
+
+    def absolute(path: str) -> str:
+        return path if not path or "://" in path else os.path.abspath(path)
+
+    return dataclasses.replace(
+        config,
+        from_weights=absolute(config.from_weights),
+        codec_folder=absolute(config.codec_folder),
+        mllm_folder=absolute(config.mllm_folder),
+        data=dataclasses.replace(config.data, shards=[absolute(url) for url in config.data.shards]),
+        evaluation=dataclasses.replace(config.evaluation, samples=absolute(config.evaluation.samples)),
+    )
+
+
+def check_fits(url: str, dataset: ShardDataset, first: ShardDataset, model: ModelPreset) -> None:
+    """Refuse shards that were encoded for another model, or otherwise than the first dataset.
+
+    Raises:
+        UserError: naming the dataset and the fix.
+    """
+    stated = dataset.manifest.config.get("model")
+    if stated != model.name:
+        raise UserError(
+            f"data.shards {url}: encoded for model={stated}, this run is model={model.name}; prepare it again"
+        )
+    if dataset.manifest.encoders != first.manifest.encoders:
+        raise UserError(
+            f"data.shards {url}: encoded by other encoders than the first dataset; prepare one of them again"
+        )
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts.
+
+    Attributes:
+        weights: A weights folder or file; empty for random weights.
+        parent: ``JOB/NAME`` of the run they come from, if any.
+    """
+
+    weights: str = ""
+    parent: str = ""
+
+    def parent_folder(self, runs: str) -> RunFolder | None:
+        """The parent's folder."""
+        job, _, name = self.parent.rpartition("/")
+        return RunFolder(Path(runs).absolute(), job, name) if name else None
+
+
+def start_of(config: TrainingJobConfig, job: str, default_parent: str | None) -> Start:
+    """Where a run starts; one that names no start and is continued keeps that of its first start.
+
+    Otherwise a pretrain run that finished in between would change what a continued finetune run stands on.
+
+    Raises:
+        UserError: if the named run or its weights do not exist.
+    """
+    start = _named_start(config, default_parent)
+    if start is None:
+        known = RunFolder(Path(config.runs).absolute(), job, config.run).read_json(START_FILE) if config.run else None
+        start = Start(**known) if known else _default_start(config, default_parent)
+    if start.weights and not Path(start.weights).exists():
+        raise UserError(f"{start.weights}: no such weights; did that run finish?")
+    return start
+
+
+def _named_start(config: TrainingJobConfig, default_parent: str | None) -> Start | None:
+    if config.from_weights:
+        return Start(config.from_weights)
+    if not config.from_run:
+        return None
+    job, _, name = config.from_run.rpartition("/")
+    parent = RunFolder(Path(config.runs).absolute(), job or default_parent or "pretrain", name)
+    if not parent.path.is_dir():
+        raise UserError(f"from_run={config.from_run}: {parent.path} does not exist")
+    return Start(str(parent.path / "weights"), f"{parent.job}/{parent.name}")
+
+
+def _default_start(config: TrainingJobConfig, default_parent: str | None) -> Start:
+    if default_parent is None:
+        return Start()
+    newest = RunFolder.newest(config.runs, default_parent)
+    if newest is None:
+        raise UserError(
+            f"no finished {default_parent} run in {config.runs}; run it first, or set from_run or from_weights"
+        )
+    return Start(str(newest.path / "weights"), f"{newest.job}/{newest.name}")
+
+
+def recipe_factory(
+    config: TrainingJobConfig,
+    datasets: Sequence[ShardDataset],
+    initial_weights: str | None = None,
+    kernels: KernelConfig | None = None,
+    features: StateSource | None = None,
+) -> Callable[[], LoomVideoRecipe]:
+    """A picklable function that builds the run's recipe on a worker."""
+    return partial(
+        LoomVideoRecipe,
+        config.model,
+        config.objective,
+        [dataset.shared()["null"] for dataset in datasets],
+        initial_weights,
+        config.training.seed,
+        kernels,
+        config.lora,
+        features,
+    )
+
+
+def tasks_of(config: TrainingJobConfig, datasets: Sequence[ShardDataset]) -> set[str]:
+    """The tasks that a run trains."""
+    present = {task for dataset in datasets for task in dataset.index.column("task").to_pylist()}
+    return present - {task for task, weight in config.training.mixture.tasks.items() if weight == 0}
+
+
+def predictor(
+    config: TrainingJobConfig, model: ModelPreset, datasets: Sequence[ShardDataset]
+) -> Callable[[dict[str, Any]], dict[str, float]]:
+    """What ``loomvideo plan`` expects of a step of this run, from the workers' ``ready`` report.
+
+    The pack is the middle one of the first step by cost. Nothing is predicted for a device whose peak is not known.
+    """
+
+    def predict(ready: dict[str, Any]) -> dict[str, float]:
+        machine = machine_named(ready["device_name"])
+        if machine is None:
+            peak = peak_tflops(ready["device_name"], config.training.peak_tflops)
+            machine = Machine(peak, float("inf"), float("inf"), float("inf"), ready["world_size"])
+        if not machine.peak_tflops:
+            return {}
+        training, num_packs, ranks = config.training, ready["packs_per_step"], ready["world_size"]
+        tokens = [dataset.index.column("dit_tokens").to_pylist() for dataset in datasets]
+        sources = build_sources([d.index for d in datasets], tokens, training.split, training.mixture)
+        packs = PackPlanner(SampleOrder(sources, training.seed), training.pack, num_packs).next_step()
+        draws = packs[len(packs) // 2]
+        mllm = [datasets[draw.dataset].index.column("mllm_tokens")[draw.row].as_py() for draw in draws]
+        planned = plan(
+            dataclasses.replace(model.dit, use_source_embedding=config.objective.use_source_embedding),
+            [draw.tokens for draw in draws],
+            mllm,
+            machine,
+            ranks,
+            recompute=training.activation_checkpointing == "all",
+            efficiency=training.efficiency,
+            average=training.ema.decay > 0,
+            hpz=training.zero.hpz_partition_size > 1,
+            micro_steps=-(-num_packs // ranks),
+        )
+        return {"step_s": planned.step_s, "memory_gib": planned.memory_bytes / 2**30}
+
+    return predict

@@ -1,0 +1,142 @@
+"""``loomvideo data simulate`` and ``loomvideo audit-resume``: look at a training run before it starts and after."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loomvideo.jobs.command import config_command
+from loomvideo.platform.config import option
+from loomvideo.platform.errors import UserError
+from loomvideo.platform.training.config import MixtureConfig, PackConfig
+
+
+@dataclass
+class SimulateConfig:
+    """Which data, and for how many ranks."""
+
+    shards: list[str] = option([], "dataset folders or URLs made by `loomvideo data prepare`")
+    ranks: list[int] = option([2, 8, 64, 512], "packs a step to simulate")
+    steps: int = option(50, "steps to simulate for each")
+    split: str = option("train", "index split")
+    pack: PackConfig = option(PackConfig, "")
+    mixture: MixtureConfig = option(MixtureConfig, "")
+
+
+def register(app: typer.Typer, data_app: typer.Typer) -> None:
+    """Add the commands."""
+
+    @config_command(data_app, "simulate", "data-simulate", lambda: SimulateConfig)
+    def simulate(config: SimulateConfig) -> None:
+        """Print fill, imbalance between ranks and samples seen of every dataset, without reading a shard."""
+        print_simulation(config)
+
+    @app.command("audit-resume")
+    def audit(
+        run: Annotated[Path, typer.Argument(help="a run's folder, such as runs/pretrain/NAME")],
+        step: Annotated[int, typer.Option(help="checkpoint to start from; 0 takes the newest that can be checked")] = 0,
+        steps: Annotated[int, typer.Option(help="steps to repeat")] = 5,
+        workers: Annotated[int, typer.Option(help="number of workers; 0 takes the run's")] = 0,
+    ) -> None:
+        """Repeat steps of a run from one of its checkpoints and compare losses, gradient norms and samples."""
+        print_audit(run, step, steps, workers)
+
+
+def print_simulation(config: SimulateConfig) -> None:
+    """Simulate and print.
+
+    Raises:
+        UserError: if no shards are named.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from loomvideo.platform.shards.reader import ShardDataset
+    from loomvideo.platform.training.order import build_sources
+    from loomvideo.platform.training.simulate import simulate, suggest_budget
+
+    if not config.shards:
+        raise UserError("shards: name at least one folder made by `loomvideo data prepare`")
+    indexes = [ShardDataset.open(url).index for url in config.shards]
+    tokens = [index.column("dit_tokens").to_pylist() for index in indexes]
+    sources = build_sources(indexes, tokens, config.split, config.mixture)
+    table = Table(
+        "ranks", "fill", "imbalance", "worst", "tokens/step", "samples/step", "held", box=None, padding=(0, 2)
+    )
+    for ranks in config.ranks:
+        result = simulate(sources, config.pack, ranks, config.steps)
+        table.add_row(
+            str(ranks),
+            f"{result.fill:.1%}",
+            f"{result.imbalance:.2%}",
+            f"{result.worst_imbalance:.2%}",
+            f"{result.tokens_per_step:,.0f}",
+            f"{result.samples_per_step:,.1f}",
+            str(result.num_held),
+        )
+    console = Console()
+    console.print(table)
+    seen = Table(f"source (after {config.steps} steps)", "samples", "drawn", "epochs", box=None, padding=(0, 2))
+    for source in sources:
+        drawn = result.draws.get(source.name, 0)
+        seen.add_row(source.name, str(len(source.key)), str(drawn), f"{drawn / len(source.key):.2f}")
+    console.print(seen)
+    if result.fill < 0.95:
+        better = suggest_budget(sources, config.pack, min(config.ranks))
+        advice = f"try pack.tokens={better}" if better else "the lengths of these samples do not add up to any budget"
+        console.print(f"fill is under 95 %: {advice}")
+
+
+def print_audit(run: Path, step: int, steps: int, workers: int) -> None:
+    """Audit and print.
+
+    Raises:
+        UserError: if the run cannot be repeated, or a repeated step differs.
+    """
+    import tempfile
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from loomvideo.jobs.training.config import TrainingJobConfig
+    from loomvideo.jobs.training.feature_pool import feature_pool
+    from loomvideo.jobs.training.setup import recipe_factory
+    from loomvideo.model.presets import preset, with_folders
+    from loomvideo.platform.config import load_config
+    from loomvideo.platform.ray_session import ray_session
+    from loomvideo.platform.shards.reader import ShardDataset
+    from loomvideo.platform.training.audit import audit_resume
+
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run}/config.yaml: not found; name a run's folder such as runs/pretrain/NAME")
+    config = load_config(TrainingJobConfig, preset_file=run / "config.yaml")
+    same_world = workers in (0, config.training.workers.num)
+    config.training.workers.num = workers or config.training.workers.num
+    datasets = [ShardDataset.open(url) for url in config.data.shards]
+    model = with_folders(preset(config.model), config.codec_folder, config.mllm_folder)
+    num_cpus = max(2, config.training.workers.num * config.training.workers.cpus)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        ray_session(num_cpus=num_cpus + config.features.actors * config.features.cpus),
+        feature_pool(config.features, model, datasets) as features,
+    ):
+        factory = recipe_factory(config, datasets, kernels=config.kernels, features=features)
+        rows = audit_resume(run, config.training, factory, config.data.shards, Path(scratch), step, steps)
+    table = Table("step", "samples", "loss", "repeated", "gradient norm", "repeated", "", box=None, padding=(0, 2))
+    for row in rows:
+        verdict = "equal" if row.same_bits else "close" if row.is_close else "DIFFERS"
+        table.add_row(
+            str(row.step),
+            "same" if row.same_keys else "OTHER",
+            f"{row.loss:.8f}",
+            f"{row.repeated_loss:.8f}",
+            f"{row.grad_norm:.8f}",
+            f"{row.repeated_grad_norm:.8f}",
+            verdict,
+        )
+    Console().print(table)
+    passed = all(row.same_keys and (row.same_bits if same_world else row.is_close) for row in rows)
+    if not passed:
+        raise UserError(f"{run}: the repetition differs from what the run recorded")
+    print("resume audit passed: " + ("equal bit by bit" if same_world else "same samples, losses within tolerance"))

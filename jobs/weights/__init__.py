@@ -1,0 +1,1 @@
+"""``loomvideo weights`` and ``loomvideo checkpoint``: what a checkpoint is and which one a command means."""

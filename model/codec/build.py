@@ -1,0 +1,29 @@
+"""From a configuration to a codec."""
+
+import torch
+
+from loomvideo.model.codec.embedded import DCTCodec
+from loomvideo.model.codec.protocol import Codec, CodecConfig
+from loomvideo.platform.errors import UserError
+
+
+def build_codec(config: CodecConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Codec:
+    """The codec a configuration names; only ``"wan"`` has weights to place on ``device`` in ``dtype``.
+
+    Raises:
+        UserError: for an unknown kind, or a folder that holds no such codec.
+    """
+    if config.kind == "dct":
+        return DCTCodec(config.latent_channels)
+    if config.kind == "wan":
+        from loomvideo.model.codec.wan import WanVAE  # diffusers takes seconds to import
+
+        if not config.folder:
+            raise UserError("codec kind=wan: set its folder to the vae folder of Wan2.2-TI2V-5B-Diffusers")
+        codec = WanVAE.from_pretrained(config.folder, device, dtype, config.memory_limit_bytes)
+        if codec.latent_channels != config.latent_channels:
+            raise UserError(
+                f"{config.folder}: a VAE of {codec.latent_channels} channels, the model takes {config.latent_channels}"
+            )
+        return codec
+    raise UserError(f"codec kind={config.kind!r}: choose dct or wan")

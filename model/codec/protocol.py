@@ -1,0 +1,84 @@
+"""What a video codec is here.
+
+A codec maps 4k+1 frames to k+1 latent frames, smaller in space by its stride: the first frame alone, then four frames a
+latent. Latents are normalised per channel, so that flow matching sees unit variance whichever codec made them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+
+from loomvideo.platform.errors import UserError
+
+SPATIAL_STRIDE = 16
+TEMPORAL_STRIDE = 4
+STREAM_FRAMES = 4
+"""Latent frames of a piece of a streamed video."""
+
+
+@dataclass
+class CodecConfig:
+    """Which codec a preset uses.
+
+    ``kind`` ``"dct"`` is the embedded :class:`DCTCodec`; ``"wan"`` reads a diffusers ``AutoencoderKLWan`` from
+    ``folder`` (for example ``Wan2.2-TI2V-5B-Diffusers/vae``). ``memory_limit_bytes`` bounds the
+    activations of ``"wan"``.
+    """
+
+    kind: Literal["dct", "wan"] = "dct"
+    latent_channels: int = 24
+    folder: str = ""
+    memory_limit_bytes: int = 12 * 2**30
+
+
+class LatentMoments(NamedTuple):
+    """Normalised posterior of a video: ``mean`` and ``std``, both ``[batch, channels, frames, height, width]``."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def sample(self, generator: torch.Generator | None = None) -> torch.Tensor:
+        """A draw from the posterior; the mean itself where ``std`` is zero."""
+        noise = torch.randn(self.mean.shape, generator=generator, dtype=torch.float32)
+        return self.mean + self.std * noise.to(self.mean.device, self.mean.dtype)
+
+
+class Codec(Protocol):
+    """A causal video codec with normalised latents."""
+
+    latent_channels: int
+    spatial_stride: int
+    temporal_stride: int
+    fingerprint: str
+
+    def encode(self, video: torch.Tensor) -> LatentMoments:
+        """``[batch, 3, 4k+1, height, width]`` in [-1, 1] to moments ``[batch, channels, k+1, height/16, width/16]``."""
+        ...
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """``[batch, channels, k+1, height, width]`` to a video ``[batch, 3, 4k+1, 16 height, 16 width]`` in [-1, 1]."""
+        ...
+
+    def decode_stream(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+        """:meth:`decode` of one sample, piece by piece in time."""
+        ...
+
+
+def check_video_shape(
+    video: torch.Tensor, temporal_stride: int = TEMPORAL_STRIDE, spatial_stride: int = SPATIAL_STRIDE
+) -> None:
+    """Refuse what a causal codec of these strides cannot encode.
+
+    Raises:
+        UserError: naming the shape and what it must be.
+    """
+    if video.ndim != 5 or video.shape[1] != 3:
+        raise UserError(f"video of shape {list(video.shape)}: expected [batch, 3, frames, height, width]")
+    frames, height, width = video.shape[2:]
+    if frames % temporal_stride != 1 or height % spatial_stride or width % spatial_stride:
+        raise UserError(
+            f"video of {frames} frames, {width}x{height}: "
+            f"need {temporal_stride}k+1 frames and sides divisible by {spatial_stride}"
+        )

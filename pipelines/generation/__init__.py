@@ -1,0 +1,1 @@
+"""From files to a generated file: requests, settings, the generator, results."""

@@ -1,0 +1,271 @@
+"""One generation from files to a file: read source and references, run the pipeline, write the result and its facts."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from loomvideo.model import kernels
+from loomvideo.model.buckets import choose_bucket, resize_and_crop
+from loomvideo.model.clips import TARGET_FPS, clip_indices
+from loomvideo.model.fingerprints import weights_fingerprint
+from loomvideo.model.pipeline import Conditions, LoomVideoPipeline
+from loomvideo.model.shortcuts import Shortcuts
+from loomvideo.pipelines.generation.requests import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Request
+from loomvideo.pipelines.generation.results import content_hash, digest, sidecar_path, write_result
+from loomvideo.pipelines.generation.settings import Settings
+from loomvideo.pipelines.media.decode import DecodeError, MediaInfo
+from loomvideo.pipelines.media.decode_process import IsolatedDecoder
+from loomvideo.platform.errors import UserError
+
+MAX_SIDE = 4096
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A checkpoint and what its preset needs.
+
+    Attributes:
+        weights: A weights folder or file.
+        preset: Its model preset.
+        codec_folder: The codec's weights, for presets that need them.
+        mllm_folder: The MLLM, for presets that need one.
+        kernels: Back end of the fused operations.
+        compile: Compile the transformer's blocks.
+        drop_exact: With ``shortcuts.fp8``, free the exact weights.
+    """
+
+    weights: str
+    preset: str
+    codec_folder: str = ""
+    mllm_folder: str = ""
+    kernels: str = "auto"
+    compile: bool = False
+    drop_exact: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request whose files are read and encoded."""
+
+    request: Request
+    task: str
+    conditions: Conditions
+    facts: dict[str, Any]
+
+
+class FileGenerator:
+    """Generates files with a loaded pipeline; media are decoded in a process of their own.
+
+    Args:
+        pipeline: The model.
+        settings: How to generate; may be replaced between requests.
+        checkpoint: What the results' facts say of the model.
+    """
+
+    def __init__(self, pipeline: LoomVideoPipeline, settings: Settings, checkpoint: dict[str, Any]):
+        self.pipeline, self.settings, self.checkpoint = pipeline, settings, checkpoint
+        self.decoder = IsolatedDecoder()
+
+    @classmethod
+    def load(cls, source: ModelSource, settings: Settings) -> "FileGenerator":
+        """Load a checkpoint onto the GPU, or the CPU where there is none.
+
+        Raises:
+            UserError: if it cannot be read or does not fit.
+        """
+        kernels.set_backend(source.kernels)
+        with _memory_errors(f"checkpoint={source.weights}: does not fit into memory"):
+            pipeline = LoomVideoPipeline.from_pretrained(
+                source.weights, source.preset, source.codec_folder, source.mllm_folder
+            )
+            if settings.shortcuts.fp8 and source.drop_exact:
+                pipeline.keep_float8_only()
+        if source.compile:
+            pipeline.dit.compile_blocks()
+        checkpoint = {
+            "path": source.weights,
+            "fingerprint": weights_fingerprint(source.weights),
+            "model": source.preset,
+        }
+        return cls(pipeline, settings, checkpoint)
+
+    def close(self) -> None:
+        """End the decoder process."""
+        self.decoder.close()
+
+    def facts(self, request: Request) -> dict[str, Any]:
+        """What determines the result: request, settings, checkpoint and the content of its files."""
+        files = {path: content_hash(path) for path in [request.source, *request.refs] if path}
+        settings = self.settings.facts()
+        return {**asdict(request), "settings": settings, "checkpoint": self.checkpoint, "inputs": files}
+
+    def is_done(self, request: Request) -> bool:
+        """Whether the file is there and was made from exactly this."""
+        sidecar = sidecar_path(request.out)
+        if not (Path(request.out).is_file() and sidecar.is_file()):
+            return False
+        return json.loads(sidecar.read_text())["digest"] == digest(self.facts(request))
+
+    def generate(self, request: Request, on_step: Callable[[int, int], None] | None = None) -> Path:
+        """Generate one file and the JSON of its facts beside it.
+
+        Args:
+            request: What to generate.
+            on_step: Called after each step with the steps done and all.
+
+        Raises:
+            UserError: for a file that cannot be used, a size that cannot be made, or too little memory.
+        """
+        prepared = self.prepare(request)
+        return self.write(prepared, self.sample(prepared, on_step=on_step))
+
+    def prepare(self, request: Request) -> Prepared:
+        """Read and encode what a request names.
+
+        Raises:
+            UserError: as :meth:`generate`.
+        """
+        request.check()
+        settings = self.settings
+        settings.check()
+        if max(settings.size()) > MAX_SIDE:
+            raise UserError(f"width={settings.width} height={settings.height}: sides of at most {MAX_SIDE} are made")
+        source_info = self._probe("source", request.source) if request.source else None
+        task = _resolved_task(request.task, source_info)
+        is_image = task in ("t2i", "image_edit")
+        accepted = IMAGE_SUFFIXES if is_image else VIDEO_SUFFIXES
+        if Path(request.out).suffix.lower() not in accepted:
+            made = "a picture" if is_image else "a video"
+            raise UserError(f"out={request.out}: {task} makes {made}, name a {' or '.join(accepted)} file")
+        with self._memory_errors(request):
+            source = self._clip(request.source, source_info, task) if source_info else None
+            references = [self._picture(path) for path in request.refs]
+            conditions = self.pipeline.encode(
+                task,
+                request.prompt,
+                source,
+                references,
+                None if source is not None else settings.size(),
+                1 if is_image else settings.num_frames,
+                request.negative_prompt,
+            )
+        return Prepared(request, task, conditions, self.facts(request))
+
+    def sample(
+        self,
+        prepared: Prepared,
+        shortcuts: Shortcuts | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> torch.Tensor:
+        """Denoise: latents [channels, frames, height, width].
+
+        Args:
+            prepared: From :meth:`prepare`.
+            shortcuts: Approximations; None takes those of the settings.
+            on_step: Called after each step with the steps done and all.
+
+        Raises:
+            UserError: for too little memory, or shortcuts that cannot be used.
+        """
+        settings = self.settings
+        shortcuts = settings.shortcuts if shortcuts is None else shortcuts
+        steps = shortcuts.steps or settings.steps
+        with self._memory_errors(prepared.request):
+            return self.pipeline.sample(
+                prepared.conditions,
+                settings.steps,
+                settings.guidance(prepared.task),
+                prepared.request.seed,
+                settings.batch_branches,
+                on_step=(lambda step, _: on_step(step + 1, steps)) if on_step else None,
+                shortcuts=shortcuts,
+            )
+
+    def write(self, prepared: Prepared, latents: torch.Tensor) -> Path:
+        """Decode latents and write the file, decoding while it is encoded.
+
+        Raises:
+            UserError: for too little memory.
+        """
+        path = Path(prepared.request.out)
+        _, frames, height, width = prepared.conditions.latent_shape
+        facts = {
+            **prepared.facts,
+            "digest": digest(prepared.facts),
+            "task": prepared.task,
+            "num_frames": 4 * (frames - 1) + 1,
+            "size": [16 * width, 16 * height],
+        }
+        with self._memory_errors(prepared.request):
+            write_result(path, self.pipeline.decode_stream(latents), facts)
+        return path
+
+    def _memory_errors(self, request: Request) -> contextlib.AbstractContextManager[None]:
+        return _memory_errors(f"out={request.out}: out of memory; lower width, height, buckets or num_frames")
+
+    def _probe(self, key: str, path: str) -> MediaInfo:
+        try:
+            info = self.decoder.probe(path, TARGET_FPS)
+        except DecodeError as error:
+            raise UserError(f"{key}={path}: {error}") from error
+        if max(info.width, info.height) > MAX_SIDE:
+            raise UserError(
+                f"{key}={path}: {info.width}x{info.height} pixels, sides of at most {MAX_SIDE} are accepted"
+            )
+        if info.num_frames < 1:
+            raise UserError(f"{key}={path}: has no frames")
+        return info
+
+    def _clip(self, path: str, info: MediaInfo, task: str) -> np.ndarray:
+        """Frames of the source at the published rate, brought to its bucket."""
+        is_image = task == "image_edit"
+        indices = [0]
+        if not is_image:
+            indices = clip_indices(info.fps or TARGET_FPS, info.num_frames, self.settings.num_frames, 0.0)
+        if bool(self.settings.width) != bool(self.settings.height):
+            raise UserError("width and height: set both, or neither to keep the source's shape")
+        bucket = (self.settings.width, self.settings.height)
+        if not self.settings.width:
+            bucket = choose_bucket(info.width, info.height, self.settings.buckets, "image" if is_image else "video")
+        return resize_and_crop(torch.from_numpy(self._read("source", path, indices)), bucket).numpy()
+
+    def _picture(self, path: str) -> np.ndarray:
+        info = self._probe("refs", path)
+        bucket = choose_bucket(info.width, info.height, self.settings.buckets, "image")
+        return resize_and_crop(torch.from_numpy(self._read("refs", path, [0])), bucket).numpy()[0]
+
+    def _read(self, key: str, path: str, indices: list[int]) -> np.ndarray:
+        try:
+            return np.concatenate(list(self.decoder.read(path, indices, TARGET_FPS)))
+        except DecodeError as error:
+            raise UserError(f"{key}={path}: {error}") from error
+
+
+def _resolved_task(task: str, source: MediaInfo | None) -> str:
+    """``edit`` is an image or a video edit by what the source is."""
+    if source is None:
+        return task
+    if task == "edit":
+        return "image_edit" if source.kind == "image" else "video_edit"
+    if task == "video_edit" and source.kind == "image":
+        raise UserError("task=video_edit: the source is a picture; use task=edit or task=image_edit")
+    return task
+
+
+@contextlib.contextmanager
+def _memory_errors(message: str) -> Iterator[None]:
+    """Say in one line that memory ran out, on the GPU or beside it."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UserError(message) from error
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        raise UserError(message) from error

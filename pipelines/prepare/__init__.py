@@ -1,0 +1,1 @@
+"""Raw samples to shards: plan, assess, caption, encode, write, account."""

@@ -1,0 +1,129 @@
+"""The configuration of ``loomvideo data prepare``."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from loomvideo.model.presets import PRESETS, preset
+from loomvideo.pipelines.captions.options import CaptionOptions, CaptionWorkers
+from loomvideo.pipelines.prepare.curation.options import StageOptions
+from loomvideo.platform.config import option
+from loomvideo.platform.errors import UserError
+
+FEATURE_MODES = ("stored", "streamed", "text")
+FEATURE_DTYPES = ("bf16", "fp8", "int8")
+DECODERS = ("auto", "decord", "pyav")
+
+
+@dataclass
+class ClipOptions:
+    """How clips are cut from files."""
+
+    num_frames: int = option(33, "frames of a clip, 4k+1; shorter files give fewer")
+    fps: float = option(24.0, "frame rate of clips; files are resampled to it")
+    windows: int = option(1, "clips cut from one file, at seeded places")
+    buckets: list[int] = option([128], "resolution classes to choose from: 64, 128, 256, 640, 960")
+    min_frames: int = option(5, "video samples with fewer frames are filtered out")
+
+
+@dataclass
+class FeatureOptions:
+    """How MLLM features are kept."""
+
+    mode: str = option(
+        "stored", "stored: all layers; streamed: the MLLM's inputs; text: only those of text-only samples"
+    )
+    dtype: str = option("bf16", "stored features as bf16, fp8 (unit RMS rows) or int8 (rows)")
+    layers: list[int] = option([], "layers that are stored, 0 first; empty: all; others are read as the nearest stored")
+    max_error: float = option(0.1, "largest relative error of features as read in any layer; above it the run stops")
+
+
+@dataclass
+class ShardOptions:
+    """How samples are dealt into shards."""
+
+    target_bytes: int = option(1_000_000_000, "size aimed at for a shard")
+    max_samples: int = option(256, "samples aimed at for a shard at most")
+
+
+@dataclass
+class WorkerOptions:
+    """The pool of shard builders. Nothing here changes what is written."""
+
+    count: int = option(0, "builders; 0 takes as many as the cluster's CPUs and GPUs allow")
+    cpus: float = option(1.0, "CPUs a builder reserves")
+    gpus: float = option(0.0, "GPUs a builder reserves")
+    decode_timeout_s: float = option(60.0, "longest time for one read of one file")
+    prefetch: int = option(2, "decoded samples held ready by a builder")
+
+
+@dataclass
+class LimitOptions:
+    """When losses stop being normal."""
+
+    max_loss: float = option(0.05, "the run fails when one reason quarantines more than this share of the inputs")
+
+
+@dataclass
+class PrepareConfig:
+    """Raw samples to shards."""
+
+    input: str = option("???", "samples.jsonl or a dataset in a known layout; a local path or URL")
+    format: str = option("auto", "layout of the input; `auto` recognises it, see docs/sources.md")
+    source_options: dict[str, Any] = option({}, "options of the layout, for example {columns: {target: video}}")
+    output: str = option("???", "dataset folder, a local path or URL")
+    model: str = option("tiny", "model preset whose codec and MLLM encode: " + ", ".join(PRESETS))
+    codec_folder: str = option("", "folder of the codec's weights, for presets that need one")
+    mllm_folder: str = option("", "folder of the MLLM, for presets that need one")
+    heldout_fraction: float = option(0.05, "share of groups held out, where the samples do not say")
+    seed: int = option(0, "order of samples in shards and places of clips")
+    decoder: str = option("auto", "video decoder: auto (decord, PyAV for what decord mishandles), decord or pyav")
+    clips: ClipOptions = option(ClipOptions, "")
+    features: FeatureOptions = option(FeatureOptions, "")
+    shards: ShardOptions = option(ShardOptions, "")
+    workers: WorkerOptions = option(WorkerOptions, "")
+    limits: LimitOptions = option(LimitOptions, "")
+    runs: str = option("", "folder of runs: the job becomes an MLflow run there; empty tracks nothing")
+    run: str = option("", "name of that run; by default the time")
+    curate: bool = option(False, "judge samples before encoding: shots, quality, text, pairs, duplicates (stages.*)")
+    stages: StageOptions = option(StageOptions, "")
+    captions: CaptionOptions = option(CaptionOptions, "")
+    caption_workers: CaptionWorkers = option(CaptionWorkers, "")
+
+    @property
+    def makes_texts(self) -> bool:
+        """Whether the graph has a caption stage."""
+        return self.captions.backend != "existing"
+
+    def check(self) -> None:
+        """Check values that types cannot.
+
+        Raises:
+            UserError: naming the key and the fix.
+        """
+        choices = {
+            "model": (self.model, PRESETS),
+            "decoder": (self.decoder, DECODERS),
+            "features.mode": (self.features.mode, FEATURE_MODES),
+            "features.dtype": (self.features.dtype, FEATURE_DTYPES),
+        }
+        for key, (value, valid) in choices.items():
+            if value not in valid:
+                raise UserError(f"{key}={value}: choose one of {', '.join(valid)}")
+        if self.clips.num_frames < 1 or self.clips.num_frames % 4 != 1:
+            nearest = max(round((self.clips.num_frames - 1) / 4), 0) * 4 + 1
+            raise UserError(f"clips.num_frames={self.clips.num_frames}: must be 4k+1, for example {nearest}")
+        for key, value in {
+            "clips.windows": self.clips.windows,
+            "shards.max_samples": self.shards.max_samples,
+            "shards.target_bytes": self.shards.target_bytes,
+            "workers.prefetch": self.workers.prefetch,
+        }.items():
+            if value < 1:
+                raise UserError(f"{key}={value}: must be at least 1")
+        self.stages.check()
+        self.captions.check()
+        layers, num_layers = self.features.layers, preset(self.model).dit.num_layers
+        if sorted(set(layers)) != layers or (layers and not 0 <= layers[0] <= layers[-1] < num_layers):
+            raise UserError(f"features.layers={layers}: list each layer once, ascending, from 0 to {num_layers - 1}")
+        if not 0 <= self.heldout_fraction < 1:
+            raise UserError(f"heldout_fraction={self.heldout_fraction}: must be in [0, 1)")

@@ -1,0 +1,128 @@
+"""Before a prepare: what it will cost, from a few samples made for real, and which feature mode the storage favours."""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from loomvideo.model.presets import ModelPreset, preset, with_folders
+from loomvideo.pipelines.media.decode import DecodeError
+from loomvideo.pipelines.media.files import base_folder
+from loomvideo.pipelines.prepare.config import PrepareConfig
+from loomvideo.pipelines.prepare.encode import SampleEncoder, SampleLoader
+from loomvideo.pipelines.prepare.estimate import estimated_bytes, estimated_tokens
+from loomvideo.pipelines.prepare.geometry import Filtered
+from loomvideo.pipelines.prepare.inputs import read_inputs
+from loomvideo.pipelines.prepare.job import make_plan
+
+MODES = (("stored", "bf16"), ("stored", "fp8"), ("stored", "int8"), ("text", "bf16"), ("streamed", "bf16"))
+
+
+@dataclass
+class CostEstimate:
+    """What preparing the input costs.
+
+    Attributes:
+        num_samples: Of the input.
+        num_shards: That the plan has.
+        modes: A row a feature mode: bytes a sample, total, and read seconds a sample when training.
+        measured: Seconds a sample of one worker, by stage; empty when the encoders cannot run here.
+        losses: Reason codes met in the measured samples.
+        recompute_s: Seconds a sample to run the MLLM while training instead of reading its features.
+        recommended: Feature mode.
+        why: One line.
+    """
+
+    num_samples: int
+    num_shards: int
+    modes: list[dict[str, Any]]
+    measured: dict[str, float]
+    losses: dict[str, int]
+    recompute_s: float
+    recommended: str
+    why: str
+
+    def hours(self, workers: int) -> float:
+        """Duration with this many workers; nan when nothing was measured."""
+        if not self.measured:
+            return float("nan")
+        slowest = max(self.measured["load_s"], self.measured["encode_s"])
+        return self.num_samples * slowest / workers / 3600
+
+
+def estimate_cost(
+    config: PrepareConfig, num_probes: int, read_gb_per_s: float, recompute_us_per_token: float
+) -> CostEstimate:
+    """Plan, measure a few samples in this process, and compare feature modes.
+
+    Args:
+        config: The job.
+        num_probes: Samples to make; 0 measures nothing.
+        read_gb_per_s: Gigabytes a second that storage gives one training GPU.
+        recompute_us_per_token: Microseconds of the MLLM a token on a training GPU.
+    """
+    config.check()
+    inputs = read_inputs(config)
+    model = with_folders(preset(config.model), config.codec_folder, config.mllm_folder)
+    plan = make_plan(inputs, config)
+    modes = []
+    for mode, dtype in MODES:
+        features = dataclasses.replace(config.features, mode=mode, dtype=dtype)
+        variant = dataclasses.replace(config, features=features)
+        total = sum(estimated_bytes(sample, variant, model) for sample in inputs.samples)
+        each = total / len(inputs.samples)
+        modes.append({"mode": f"{mode} {dtype}", "bytes_per_sample": each, "total_bytes": total,
+                      "read_s_per_sample": each / config.clips.windows / (read_gb_per_s * 1e9)})  # fmt: skip
+    tokens = sum(sum(estimated_tokens(sample, config)) for sample in inputs.samples) / len(inputs.samples)
+    recompute_s = tokens * recompute_us_per_token * 1e-6
+    measured, losses = _measure(config, model, inputs.samples[:: max(len(inputs.samples) // max(num_probes, 1), 1)],
+                                num_probes)  # fmt: skip
+    recommended, why = _recommend(modes, recompute_s)
+    return CostEstimate(len(inputs.samples), len(plan), modes, measured, losses, recompute_s, recommended, why)
+
+
+def _recommend(modes: list[dict[str, Any]], recompute_s: float) -> tuple[str, str]:
+    times = {row["mode"]: row["read_s_per_sample"] for row in modes}
+    # Text alone may take fewer bytes as features than pictures as input.
+    extra_s = max(times["stored bf16"] - times["streamed bf16"], 0.0)
+    if extra_s <= recompute_s:
+        return "stored bf16", f"reading features takes {extra_s:.4f} s a sample, computing them {recompute_s:.4f} s"
+    small_s = times["stored fp8"] - times["streamed bf16"]
+    if small_s <= recompute_s:
+        return "stored fp8", f"fp8 features read in {small_s:.4f} s a sample, computing them takes {recompute_s:.4f} s"
+    return (
+        "text bf16",
+        f"computing features takes {recompute_s:.4f} s a sample, reading them {small_s:.4f} s even in fp8",
+    )
+
+
+def _measure(
+    config: PrepareConfig, model: ModelPreset, samples: list, num_probes: int
+) -> tuple[dict[str, float], dict[str, int]]:
+    needs_weights = model.codec.kind != "dct" and not model.codec.folder
+    if num_probes < 1 or needs_weights:
+        return {}, {}
+    began = time.perf_counter()
+    encoder = SampleEncoder(model, config.features, "cuda" if config.workers.gpus else "cpu")
+    loader = SampleLoader(config, base_folder(config.input), encoder.fingerprints)
+    start_s = time.perf_counter() - began
+    load_s = encode_s = 0.0
+    done, losses = 0, {}
+    try:
+        for sample in samples[:num_probes]:
+            began = time.perf_counter()
+            try:
+                loaded = loader.load(sample)
+            except (DecodeError, Filtered) as error:
+                losses[error.reason] = losses.get(error.reason, 0) + 1
+                continue
+            middle = time.perf_counter()
+            encoder.encode(loaded, "train")
+            load_s += middle - began
+            encode_s += time.perf_counter() - middle
+            done += 1
+    finally:
+        loader.close()
+    if not done:
+        return {}, losses
+    return {"start_s": start_s, "load_s": load_s / done, "encode_s": encode_s / done, "samples": done}, losses

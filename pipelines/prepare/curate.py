@@ -1,0 +1,313 @@
+"""Judging samples before they are encoded: shots, quality, text overlay, pairs, duplicates.
+
+A judgement is made of two parts: what the frames say (scores, hashes), which takes decoding, and what the limits say of
+that, which does not. The first is kept in the chunk's result: after a new caption or another limit nothing is decoded.
+Only scores and decisions leave a worker, never pixels.
+"""
+
+import dataclasses
+import json
+import math
+import traceback
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import cv2
+import numpy as np
+
+from loomvideo.pipelines.media.decode import DecodeError
+from loomvideo.pipelines.media.decode_process import IsolatedDecoder
+from loomvideo.pipelines.media.files import base_folder, content_hash, local_copies, media_stamp, resolve
+from loomvideo.pipelines.prepare.chunks import chunk_path, read_chunk
+from loomvideo.pipelines.prepare.config import PrepareConfig
+from loomvideo.pipelines.prepare.curation.assess import Assessor, Clip, drops, reasons_of
+from loomvideo.pipelines.prepare.curation.duplicates import exact_duplicates, near_duplicates
+from loomvideo.pipelines.prepare.curation.options import StageOptions
+from loomvideo.pipelines.prepare.curation.pair_audit import in_step_paths
+from loomvideo.pipelines.prepare.curation.shots import build_detector, shot_samples, shot_thumbnails, shots
+from loomvideo.pipelines.sources.samples import EDIT_TASKS, Sample, media_paths, stored_sample
+from loomvideo.platform.errors import UserError
+from loomvideo.platform.shards.plan import PlannedShard, digest
+from loomvideo.platform.shards.storage import Storage
+
+# Raise when the same frames and options give other judgements.
+JUDGEMENT_VERSION = 2
+CURATION_FOLDER = "work/curation"
+CURATION_PLAN = "work/curation.parquet"
+# Frames of a clip that are looked at; of longer ones every second, third ...
+MAX_FRAMES = 240
+LONGER_SIDE = 320
+# Pairs would fall out of step, and references belong to the whole clip.
+TASKS_CUT_INTO_SHOTS = ("t2v",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What the frames of a sample, or of one shot of it, say.
+
+    Attributes:
+        key: Of the sample or the shot.
+        target: Media path of the same.
+        group: Of the same.
+        scores: For the index.
+        signature: Perceptual hashes of key frames, as integers.
+        content: Hash of the files.
+        fps: Of the target's file.
+        stride: 1 when every frame was looked at.
+    """
+
+    key: str
+    target: str
+    group: str
+    scores: dict[str, float]
+    signature: tuple[int, ...]
+    content: str
+    fps: float
+    stride: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """What is decided of one sample, or of one shot of it.
+
+    Attributes:
+        sample: JSON of the sample.
+        outcome: ``kept``, ``filtered`` or ``quarantined``.
+        stage: Where it was decided.
+        reason: Its code, empty for kept ones.
+        message: One line for a person.
+        reasons: All reason codes, also those that did not drop it.
+        scores: For the index.
+        identity: Hash of files and text.
+        signature: Perceptual hashes of key frames, as integers.
+    """
+
+    sample: str
+    outcome: str
+    stage: str = ""
+    reason: str = ""
+    message: str = ""
+    reasons: tuple[str, ...] = ()
+    scores: dict[str, float] = dataclasses.field(default_factory=dict)
+    identity: str = ""
+    signature: tuple[int, ...] = ()
+
+
+class SampleJudge:
+    """Judges the samples of a chunk; one a Ray actor.
+
+    Args:
+        config: Of the job.
+    """
+
+    def __init__(self, config: PrepareConfig):
+        cv2.setNumThreads(1)
+        self.options = config.stages
+        self.storage = Storage(config.output)
+        self.base = base_folder(config.input)
+        self.decoder = IsolatedDecoder(config.workers.decode_timeout_s, config.decoder)
+        self.assessor = Assessor(config.stages)
+        self.detector = None if config.stages.shots.detector == "off" else build_detector(config.stages.shots)
+        self._scoring = digest(JUDGEMENT_VERSION, config.decoder, json.dumps(scoring_options(config.stages)))
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Judge the chunk that a row names and commit the result."""
+        before = self._before(row["chunk"])
+        decoded = 0
+        judgements, media, measured = [], {}, {}
+        for sample in read_chunk(self.storage, CURATION_PLAN, row["chunk"]):
+            stamps = {path: media_stamp(resolve(path, self.base)) for path in media_paths(sample)}
+            media |= stamps
+            basis = self._basis(sample, stamps)
+            known = before.get(sample.key, {})
+            if known.get("basis") == basis:
+                parts = [Measured(**{**part, "signature": tuple(part["signature"])}) for part in known["parts"]]
+            else:
+                parts = self.measure(sample)
+                decoded += 1
+            judgements += judgements_of(sample, parts, self.options)
+            if all(isinstance(part, Measured) for part in parts):
+                measured[sample.key] = {"basis": basis, "parts": [dataclasses.asdict(part) for part in parts]}
+        record = {
+            "recipe": row["recipe"],
+            "media": media,
+            "measured": measured,
+            "judgements": [dataclasses.asdict(judgement) for judgement in judgements],
+        }
+        path = chunk_path(CURATION_FOLDER, row["chunk"])
+        self.storage.write_bytes(path, json.dumps(record, sort_keys=True).encode())
+        return {"chunk": row["chunk"], "judged": len(judgements), "decoded": decoded}
+
+    def measure(self, sample: Sample) -> list[Measured | Judgement]:
+        """What the frames say: one part, or one a shot; a judgement where they cannot be had."""
+        try:
+            parts = self._shots(sample)
+        except DecodeError as error:
+            return [Judgement(sample.to_json(), "quarantined", "probe", error.reason, str(error))]
+        return [self._measure_part(part) for part in parts]
+
+    def _measure_part(self, sample: Sample) -> Measured | Judgement:
+        try:
+            with local_copies([resolve(path, self.base) for path in media_paths(sample)]) as copies:
+                local = {path: copies[resolve(path, self.base)] for path in media_paths(sample)}
+                fps = float(sample.extra.get("fps", 24.0))
+                target = self._clip(local[sample.target], fps)
+                source = self._clip(local[sample.source], fps) if sample.source else None
+                hashes = [content_hash(name) for name in local.values()]
+            scores = self.assessor.score(sample.task, target, source, str(sample.extra.get("use", "")))
+        except DecodeError as error:
+            return Judgement(sample.to_json(), "quarantined", "probe", error.reason, str(error))
+        except Exception:
+            message = traceback.format_exc(limit=-4)
+            return Judgement(sample.to_json(), "quarantined", "judge", "judge_error", message)
+        stride = max(clip.stride for clip in (target, source) if clip is not None)
+        return Measured(
+            key=sample.key,
+            target=sample.target,
+            group=sample.group,
+            scores=scores.values,
+            signature=tuple(int(value) for value in scores.signature),
+            content=digest(*hashes),
+            fps=target.fps * target.stride,
+            stride=stride,
+        )
+
+    def _before(self, chunk: str) -> dict[str, Any]:
+        path = chunk_path(CURATION_FOLDER, chunk)
+        if not self.storage.exists(path):
+            return {}
+        return json.loads(self.storage.read_bytes(path)).get("measured", {})
+
+    def _basis(self, sample: Sample, stamps: Mapping[str, list | None]) -> str:
+        """Names all that a sample's scores depend on."""
+        known = (sample.task, sample.target, sample.source, sample.references, sample.key, sample.group)
+        return digest(self._scoring, known, sample.extra.get("fps"), sample.extra.get("use"), sorted(stamps.items()))
+
+    def _shots(self, sample: Sample) -> list[Sample]:
+        if self.detector is None or sample.task not in TASKS_CUT_INTO_SHOTS or sample.source:
+            return [sample]
+        with local_copies([resolve(sample.target, self.base)]) as copies:
+            (path,) = copies.values()
+            fps = float(sample.extra.get("fps", 24.0))
+            info = self.decoder.probe(path, fps)
+            thumbnails = shot_thumbnails(self.decoder.read(path, range(info.num_frames), fps))
+        kept = shots(self.detector.boundaries(thumbnails, info.fps), info.num_frames, info.fps, self.options.shots)
+        return shot_samples(sample, kept, info.num_frames)
+
+    def _clip(self, path: str, fps: float) -> Clip:
+        info = self.decoder.probe(path, fps)
+        stride = math.ceil(info.num_frames / MAX_FRAMES)
+        scale = min(LONGER_SIDE / max(info.width, info.height), 1.0)
+        size = (max(round(info.width * scale), 2), max(round(info.height * scale), 2))
+        indices = range(0, info.num_frames, stride)
+        chosen = set(self.assessor.text_positions(len(indices)))
+        frames, full = [], []
+        for chunk in self.decoder.read(path, indices, fps):
+            for frame in chunk:
+                if len(frames) in chosen:
+                    full.append(frame.copy())
+                frames.append(cv2.resize(frame, size, interpolation=cv2.INTER_AREA))
+        rate = (info.fps or fps) / stride
+        return Clip(np.stack(frames), rate, info.width, info.height, text_frames=full, stride=stride)
+
+
+def scoring_options(options: StageOptions) -> dict[str, Any]:
+    """The options that scores depend on; the others are limits on them."""
+    return {
+        "quality": options.quality.enabled,
+        "text": [getattr(options.text, name) for name in ("enabled", "num_frames", "side", "min_confidence")],
+        "pairs": options.pairs.enabled,
+        "shots": dataclasses.asdict(options.shots),
+    }
+
+
+def judgements_of(sample: Sample, parts: list[Measured | Judgement], options: StageOptions) -> list[Judgement]:
+    """What the limits say of a sample's parts."""
+    if not parts:
+        return [Judgement(sample.to_json(), "filtered", "shots", "no_shot", "no shot is long enough")]
+    return [part if isinstance(part, Judgement) else _judgement(sample, part, options) for part in parts]
+
+
+def _judgement(sample: Sample, measured: Measured, options: StageOptions) -> Judgement:
+    part = dataclasses.replace(sample, key=measured.key, target=measured.target, group=measured.group)
+    reasons = reasons_of(measured.scores, options)
+    dropping = [reason for reason in reasons if drops([reason], options)]
+    # A shift is known to the frame only when every frame was looked at.
+    if "temporal_offset" in dropping and options.pairs.realign and measured.stride == 1:
+        source, target = in_step_paths(part.source, part.target, measured.scores, measured.fps)
+        part = dataclasses.replace(part, source=source, target=target)
+        dropping.remove("temporal_offset")
+    return Judgement(
+        sample=part.to_json(),
+        outcome="filtered" if dropping else "kept",
+        stage="judge" if dropping else "",
+        reason=dropping[0] if dropping else "",
+        message=", ".join(reasons),
+        reasons=tuple(reasons),
+        scores=measured.scores,
+        identity=digest(sample.task, sample.text, measured.content),
+        signature=measured.signature,
+    )
+
+
+def chunk_recipe_parts(config: PrepareConfig) -> tuple[object, ...]:
+    """What a chunk's judgements depend on besides its samples."""
+    return JUDGEMENT_VERSION, json.dumps(dataclasses.asdict(config.stages), sort_keys=True)
+
+
+def judgements(storage: Storage, chunks: list[PlannedShard]) -> Iterator[Judgement]:
+    """All judgements."""
+    for chunk in chunks:
+        record = json.loads(storage.read_bytes(chunk_path(CURATION_FOLDER, chunk.name)))
+        for values in record["judgements"]:
+            yield Judgement(**{**values, "reasons": tuple(values["reasons"]), "signature": tuple(values["signature"])})
+
+
+def decide(
+    found: list[Judgement], config: PrepareConfig
+) -> tuple[list[tuple[Sample, Judgement]], list[dict[str, Any]]]:
+    """Who is kept, after duplicates over the whole input are out.
+
+    Returns:
+        Kept samples with their judgements in key order, and outcomes of the others.
+    """
+    parsed = sorted(((stored_sample(j.sample), j) for j in found), key=lambda pair: pair[0].key)
+    outcomes = [
+        _outcome(sample, j.outcome, j.stage, j.reason, j.message) for sample, j in parsed if j.outcome != "kept"
+    ]
+    kept = [pair for pair in parsed if pair[1].outcome == "kept"]
+    limits = config.stages.duplicates
+    repeats: dict[int, tuple[str, int]] = {}
+    if limits.exact:
+        repeats = {
+            p: ("exact_duplicate", first) for p, first in exact_duplicates([j.identity for _, j in kept]).items()
+        }
+    if limits.perceptual:
+        labels = [(s.text, s.source) if s.task in EDIT_TASKS else (s.task, s.text) for s, _ in kept]
+        signatures = [np.array(j.signature, np.uint64) for _, j in kept]
+        near = near_duplicates(signatures, labels, limits)
+        repeats = {p: ("near_duplicate", first) for p, first in near.items()} | repeats
+    final = []
+    for position, (sample, judgement) in enumerate(kept):
+        reason, first = repeats.get(position, ("", 0))
+        if reason and not config.stages.score_only and reason not in config.stages.keep_reasons:
+            outcomes.append(_outcome(sample, "duplicates", "duplicates", reason, f"repeats {kept[first][0].key}"))
+        else:
+            reasons = (*judgement.reasons, reason) if reason else judgement.reasons
+            final.append((sample, dataclasses.replace(judgement, reasons=reasons)))
+    keys = [sample.key for sample, _ in final]
+    if len(set(keys)) != len(keys):
+        raise UserError("two shots have the same key; give the samples keys that differ before -shot")
+    return final, outcomes
+
+
+def _outcome(sample: Sample, outcome: str, stage: str, reason: str, message: str) -> dict[str, Any]:
+    return {
+        "key": sample.key,
+        "dataset": sample.dataset,
+        "outcome": outcome,
+        "stage": stage,
+        "reason": reason,
+        "message": message,
+        "sample": sample.to_json(),
+    }

@@ -1,0 +1,93 @@
+"""The ledger of what was not written: list it, try it again, export it."""
+
+import io
+import json
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from loomvideo.pipelines.prepare.accounts import RETRIABLE, is_retriable
+from loomvideo.pipelines.prepare.caption_stage import CAPTION_FOLDER
+from loomvideo.pipelines.prepare.config import PrepareConfig
+from loomvideo.pipelines.prepare.curate import CURATION_FOLDER
+from loomvideo.pipelines.prepare.job import CONFIG_FILE
+from loomvideo.pipelines.sources.samples import stored_sample, write_jsonl
+from loomvideo.platform.config import load_config
+from loomvideo.platform.errors import UserError
+from loomvideo.platform.shards.manifest import QUARANTINE_FILE
+from loomvideo.platform.shards.storage import Storage
+from loomvideo.platform.shards.writer import RECORD_FOLDER, read_record
+
+
+def ledger(url: str) -> list[dict[str, Any]]:
+    """Rows ``{key, dataset, outcome, stage, reason, retriable, message, sample}``.
+
+    Raises:
+        UserError: if there is none.
+    """
+    storage = Storage(url)
+    if not storage.exists(QUARANTINE_FILE):
+        raise UserError(f"{url}: no {QUARANTINE_FILE}; run `loomvideo data prepare` first")
+    return pq.read_table(io.BytesIO(storage.read_bytes(QUARANTINE_FILE))).to_pylist()
+
+
+def by_reason(rows: list[dict[str, Any]]) -> list[tuple[str, str, str, int]]:
+    """``(outcome, stage, reason, count)``, most frequent first."""
+    counts = Counter((row["outcome"], row["stage"], row["reason"]) for row in rows)
+    return [(*group, count) for group, count in counts.most_common()]
+
+
+def retriable_work(url: str) -> set[str]:
+    """What to do again for samples that another attempt may write: names of shards, and paths of chunks' results."""
+    wanted = {row["key"] for row in ledger(url) if row["retriable"]}
+    storage = Storage(url)
+    work = set()
+    for name in storage.names(RECORD_FOLDER):
+        record = read_record(storage, name.removesuffix(".json"))
+        if record and any(o["key"] in wanted and is_retriable(o) for o in record.outcomes):
+            work.add(record.name)
+    for folder, lost in ((CURATION_FOLDER, _lost_by_judges), (CAPTION_FOLDER, _lost_by_captions)):
+        for name in storage.names(folder):
+            record = json.loads(storage.read_bytes(f"{folder}/{name}"))
+            if wanted & lost(record):
+                work.add(f"{folder}/{name}")
+    return work
+
+
+def _lost_by_judges(record: dict[str, Any]) -> set[str]:
+    return {stored_sample(found["sample"]).key for found in record["judgements"] if is_retriable(found)}
+
+
+def _lost_by_captions(record: dict[str, Any]) -> set[str]:
+    return {result["key"] for result in record["results"] if result["status"] in RETRIABLE}
+
+
+def saved_config(url: str) -> PrepareConfig:
+    """The configuration of the last prepare that worked on the dataset.
+
+    Raises:
+        UserError: if none did.
+    """
+    storage = Storage(url)
+    if not storage.exists(CONFIG_FILE):
+        raise UserError(f"{url}: no {CONFIG_FILE}; run `loomvideo data prepare` with its configuration")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_bytes(storage.read_bytes(CONFIG_FILE))
+        return load_config(PrepareConfig, [f"output={url}"], file)
+
+
+def export(url: str, path: Path, reason: str = "") -> int:
+    """Write the ledger's samples as JSONL that prepare can read; returns how many.
+
+    Args:
+        url: The dataset.
+        path: Of the file to write; media paths in it are those of the input.
+        reason: Only of this reason.
+    """
+    chosen = [row for row in ledger(url) if row["sample"] and (not reason or row["reason"] == reason)]
+    write_jsonl((stored_sample(row["sample"]) for row in chosen), path)
+    return len(chosen)

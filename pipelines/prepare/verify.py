@@ -1,0 +1,171 @@
+"""Is a dataset what its manifest says? Checksums, offsets, shapes, and a few samples made again from their files."""
+
+import hashlib
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from loomvideo.model.codec import SPATIAL_STRIDE, TEMPORAL_STRIDE
+from loomvideo.model.presets import preset, with_folders
+from loomvideo.pipelines.media.files import base_folder
+from loomvideo.pipelines.prepare.config import PrepareConfig
+from loomvideo.pipelines.prepare.encode import SampleEncoder, SampleLoader
+from loomvideo.pipelines.sources.samples import Sample
+from loomvideo.platform.shards.layers import expanded
+from loomvideo.platform.shards.manifest import ShardEntry, check_counts, shard_path
+from loomvideo.platform.shards.quantize import restore
+from loomvideo.platform.shards.reader import ShardDataset
+from loomvideo.platform.shards.sample import ShardSample, member_file_name
+
+_READ_BYTES = 1 << 22
+# A latent decoded and compared with its frames: above what the embedded codec loses on noise, below any mix-up.
+MIN_PSNR_DB = 12.0
+MIN_COSINE = 0.98
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is not as it should be."""
+
+    where: str
+    what: str
+
+
+def verify(dataset: ShardDataset) -> Iterator[Problem]:
+    """Check everything that needs no raw file: each tar is read once."""
+    manifest, index = dataset.manifest, dataset.index
+    try:
+        check_counts(manifest.counts)
+    except RuntimeError as error:
+        yield Problem("manifest.json", str(error))
+    keys = index.column("key").to_pylist()
+    if len(set(keys)) != len(keys):
+        yield Problem("index.parquet", "keys repeat")
+    splits: dict[str, str] = {}
+    groups, names = index.column("group").to_pylist(), index.column("split").to_pylist()
+    for group, split in zip(groups, names, strict=True):
+        if group and splits.setdefault(group, split) != split:
+            yield Problem("index.parquet", f"group {group!r} is in splits {splits[group]} and {split}")
+    rows: dict[str, list[int]] = {}
+    for row, shard in enumerate(index.column("shard").to_pylist()):
+        rows.setdefault(shard, []).append(row)
+    for shard in manifest.shards:
+        yield from _verify_shard(dataset, shard, rows.pop(shard.name, []))
+    for name in rows:
+        yield Problem("index.parquet", f"shard {name} is not in the manifest")
+
+
+def _verify_shard(dataset: ShardDataset, shard: ShardEntry, rows: list[int]) -> Iterator[Problem]:
+    storage, path = dataset.storage, shard_path(shard.name)
+    size = storage.size(path)
+    if size != shard.num_bytes:
+        yield Problem(path, f"{'missing' if size is None else f'{size} bytes'}, the manifest says {shard.num_bytes}")
+        return
+    hasher = hashlib.sha256()
+    with storage.fs.open(storage.full_path(path), "rb") as opened:
+        while chunk := opened.read(_READ_BYTES):
+            hasher.update(chunk)
+        if hasher.hexdigest() != shard.sha256:
+            yield Problem(path, "checksum differs from the manifest's")
+            return
+        opened.seek(0)
+        with tarfile.open(fileobj=opened) as tar:
+            found = {member.name: (member.offset_data, member.size) for member in tar}
+    if len(rows) != shard.num_samples:
+        yield Problem(path, f"{len(rows)} index rows, the manifest says {shard.num_samples}")
+    for row in rows:
+        place = dataset.index.slice(row, 1).to_pylist()[0]
+        for member, offset, num_bytes in zip(
+            place["members"], place["member_offsets"], place["member_bytes"], strict=True
+        ):
+            if found.get(member_file_name(place["key"], member)) != (offset, num_bytes):
+                yield Problem(f"{path}:{place['key']}", f"member {member} is not where the index says")
+                break
+        else:
+            for what in shape_problems(dataset.read(row)):
+                yield Problem(f"{path}:{place['key']}", what)
+
+
+def shape_problems(sample: ShardSample) -> Iterator[str]:
+    """What of a sample's tensors contradicts its metadata or the rules of the format."""
+    metadata, tensors = sample.metadata, sample.tensors
+    width, height = metadata["bucket"]
+    frames = (metadata["num_frames"] - 1) // TEMPORAL_STRIDE + 1
+    if (metadata["num_frames"] - 1) % TEMPORAL_STRIDE:
+        yield f"{metadata['num_frames']} frames are not 4k+1"
+    shape = (frames, height // SPATIAL_STRIDE, width // SPATIAL_STRIDE)
+    for member in ("target", "source"):
+        for name, tensor in tensors.get(member, {}).items():
+            if tuple(tensor.shape[1:]) != shape:
+                yield f"{member} {name} is {list(tensor.shape[1:])}, the bucket says {list(shape)}"
+    windows = {f"mean.{w}" for w in range(metadata["num_windows"])}
+    for member in ("target", *(("source",) if "source" in tensors else ())):
+        if {name for name in tensors.get(member, {}) if name.startswith("mean.")} != windows:
+            yield f"{member} does not have {metadata['num_windows']} windows"
+    prefix = "full" if metadata.get("features", "stored") == "stored" else "input_ids"
+    for entry in set(metadata["mllm_index"]):
+        if f"{prefix}.{entry}" not in tensors.get("mllm", {}):
+            yield f"mllm has no {prefix}.{entry}"
+    for member, part in tensors.items():
+        for name, tensor in part.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+                yield f"{member} {name} has values that are not finite"
+
+
+def verify_content(dataset: ShardDataset, config: PrepareConfig, num_samples: int) -> Iterator[Problem | str]:
+    """Make some samples again from their files: decoded latents against frames, features against new ones.
+
+    Yields:
+        A problem, or a line that says how close a sample is.
+    """
+    model = with_folders(preset(config.model), config.codec_folder, config.mllm_folder)
+    encoder = SampleEncoder(model, config.features, "cuda" if config.workers.gpus else "cpu")
+    loader = SampleLoader(config, base_folder(config.input), encoder.fingerprints)
+    step = max(len(dataset) // num_samples, 1)
+    try:
+        for row in range(0, len(dataset), step)[:num_samples]:
+            stored = dataset.read(row)
+            loaded = loader.load(_sample(stored))
+            again = encoder.encode(loaded, stored.metadata["split"])
+            restored = restore(again.tensors["mllm"])
+            if config.features.layers:
+                restored = expanded(restored, config.features.layers, model.dit.num_layers)
+            psnr_db = _psnr_db(encoder, stored, loaded.target[0])
+            cosines = [
+                float(torch.nn.functional.cosine_similarity(tensor.float(), new.float(), dim=-1).mean())
+                for name, tensor in stored.tensors["mllm"].items()
+                if tensor.is_floating_point() and (new := restored.get(name)) is not None
+            ]
+            cosine = min(cosines, default=1.0)
+            line = f"{stored.key}: target {psnr_db:.1f} dB, features cosine {cosine:.4f}"
+            if psnr_db < MIN_PSNR_DB or cosine < MIN_COSINE:
+                yield Problem(stored.key, f"made again it differs: {line}")
+            else:
+                yield line
+    finally:
+        loader.close()
+
+
+def _sample(stored: ShardSample) -> Sample:
+    metadata = stored.metadata
+    media = metadata["media"]
+    return Sample(
+        key=stored.key,
+        task=metadata["task"],
+        dataset=metadata["dataset"],
+        target=media["target"],
+        source=media["source"],
+        references=media["references"],
+        caption=metadata["text"],
+        extra=metadata.get("extra", {}),
+    )
+
+
+def _psnr_db(encoder: SampleEncoder, stored: ShardSample, frames: torch.Tensor) -> float:
+    latents = stored.tensors["target"]["mean.0"][None].to(encoder.device, encoder.dtype)
+    with torch.no_grad():
+        shown = encoder.codec.decode(latents)[0].float().cpu().permute(1, 2, 3, 0) * 127.5 + 127.5
+    error = (shown - frames.float()).square().mean().clamp_min(1e-9)
+    return float(10 * torch.log10(255**2 / error))

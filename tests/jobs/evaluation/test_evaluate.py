@@ -1,0 +1,235 @@
+"""Evaluate, compare, gate and agreement as a person runs them, on made-up clips, reporting to a real MLflow store."""
+
+import contextlib
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow.tracking import MlflowClient
+
+from loomvideo.jobs.evaluation import compare as compare_job
+from loomvideo.jobs.evaluation import job as evaluate_job
+from loomvideo.jobs.evaluation.config import EvaluateConfig
+from loomvideo.jobs.evaluation.setup import find_checkpoint, judge_builder, load_manifest
+from loomvideo.pipelines.evaluation import media
+from loomvideo.pipelines.evaluation.judges.fake import FakeJudgeServer
+from loomvideo.pipelines.evaluation.stages import run_local
+from loomvideo.pipelines.evaluation.suites.registry import suite
+from loomvideo.pipelines.sources.samples import Sample, write_jsonl
+from loomvideo.platform.config import load_config
+from loomvideo.platform.errors import UserError
+
+NUM_SOURCES = 8
+
+
+def clip(colour, shift):
+    y, x = np.mgrid[0:64, 0:64]
+    video = np.stack([np.stack([x * 2, (y * 2 + shift) % 256, (x + y + 4 * i) % 256], -1) for i in range(5)])
+    video = video.astype(np.uint8)
+    video[:, 16:48, 16:48] = colour
+    return video
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    samples = []
+    for n in range(NUM_SOURCES):
+        media.write_video(folder / f"s{n}.mp4", clip((200, 20 * n, 40), 9 * n), 24)
+        kind, colour = ("recolour", (20, 200, 30 + 9 * n)) if n % 2 else ("background", (30, 20 * n, 220))
+        media.write_video(folder / f"t{n}.mp4", clip(colour, 9 * n), 24)
+        samples.append(
+            Sample(f"edit-{n}", "video_edit", "fashion-world", f"t{n}.mp4", f"s{n}.mp4", instruction=f"edit {n}",
+                   group=f"g{n}", split="heldout", extra={"edit": {"kind": kind}})
+        )  # fmt: skip
+    write_jsonl(samples, folder / "samples.jsonl")
+    return folder
+
+
+@pytest.fixture
+def local(monkeypatch):
+    """The same stages without a Ray cluster, which has a test of its own."""
+
+    def graph(rows, prepare, generate, normalise, measure, judge, resources):
+        return run_local(rows, [prepare, generate(), normalise, measure], judge() if judge else None)
+
+    monkeypatch.setattr(evaluate_job, "run_graph", graph)
+    monkeypatch.setattr(evaluate_job, "ray_session", lambda num_cpus: contextlib.nullcontext())
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def config(data, runs, name, *overrides):
+    base = [f"run={name}", f"runs={runs}", "suites=[fashion]", f"data.fashion={data}", "generator=blend"]
+    sizes = ["inputs.bucket_classes=[64]", "inputs.reference_classes=[64]", "inputs.num_frames=5"]
+    return load_config(EvaluateConfig, base + sizes + ["judge.num_frames=2", *overrides])
+
+
+def test_two_checkpoints_from_figures_to_a_moved_alias(tmp_path, data, local, capsys):
+    runs = tmp_path / "runs"
+    fake = ["judge.kind=fake", "judge.repeats=2"]
+    weak, strong = ["generation.blend_skill=0.5"], ["generation.blend_skill=0.9"]
+    first = evaluate_job.run(config(data, runs, "weak", *weak, *fake))
+    evaluate_job.run(config(data, runs, "weak-again", *weak, *fake, "seed=1"))
+    second = evaluate_job.run(config(data, runs, "strong", *strong, *fake, "compare_with=weak"))
+    assert second["fashion/gain_psnr_db"] > first["fashion/gain_psnr_db"] + 5
+    assert second["status"] == "complete"
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{runs}/mlflow.db")
+    experiment = client.get_experiment_by_name("loomvideo/evaluate")
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    found = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id], max_results=20)}
+    parent = found["strong"]
+    nested = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    (child,) = client.search_runs([experiment.experiment_id], nested)
+    assert child.info.run_name == "strong · fashion"
+    names = child.data.metrics.keys()
+    for name in ("judge", "judge/ci95_low", "judge/n_failed", "gain_psnr_db/garment_text", "identity/gain_psnr_db"):
+        assert f"fashion/{name}" in names
+    assert "fashion/retest/icc" in names or "fashion/retest/deviation" in names
+    assert parent.data.metrics["fashion/gain_psnr_db"] == pytest.approx(second["fashion/gain_psnr_db"])
+    assert child.inputs.dataset_inputs[0].dataset.name == "fashion"
+    artifacts = {a.path for a in client.list_artifacts(child.info.run_id)}
+    assert {"review.html", "rows.jsonl", "media", "charts"} <= artifacts
+    assert "samples-fashion.json" in {a.path for a in client.list_artifacts(parent.info.run_id)}
+    models = client.search_logged_models([experiment.experiment_id])
+    assert len({m.tags["loomvideo.fingerprint"] for m in models}) == 2
+    assert str(models[0].status) in ("READY", "LoggedModelStatus.READY")
+
+    page = (runs / "evaluate/strong/suites/fashion/review.html").read_text()
+    content = json.loads(page.split('type="application/json">')[1].split("</script>")[0])
+    assert content["other"]["label"] == "weak"
+    assert {"source", "target", "weak", "result"} == {m["label"] for m in content["rows"][0]["media"]}
+    assert content["rows"][0]["media"][-1]["label"] == "result"
+    for row in content["rows"]:
+        for medium in row["media"]:
+            if medium["label"] != "weak":
+                assert (runs / "evaluate/strong/suites/fashion" / medium["path"]).is_file()
+
+    capsys.readouterr()
+    compare_job.run_compare("weak", "strong", ["gain_psnr_db", "judge"], runs, True, "")
+    lines = capsys.readouterr().out.splitlines()
+    assert any("fashion/gain_psnr_db " in line and "better" in line for line in lines)
+    compare_job.run_compare("weak", "weak-again", ["gain_psnr_db"], runs, True, "")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "fashion/gain_psnr_db " in line]
+    assert "no difference found" in lines[0]
+
+    compare_job.run_arena(["weak", "weak-again", "strong"], ["judge.kind=fake", f"runs={runs}"], runs)
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{3 * NUM_SOURCES} pairs" in lines[0]
+    ratings = [line.split()[0] for line in lines if line.startswith(("weak", "strong"))]
+    assert sorted(ratings) == ["strong", "weak", "weak-again"]
+    assert "fashion/arena/rating" in client.get_run(parent.info.run_id).data.metrics
+
+    def gate(baseline, candidate, **changes):
+        rule = {"metric": "fashion/gain_psnr_db", "min_delta": 0.5, "max_regress": 0.5, "p": 0.05} | changes
+        return compare_job.run_gate(baseline, candidate, model="loom", alias="champion", runs=runs, tracking_uri="",
+                                    **rule)  # fmt: skip
+
+    with pytest.raises(UserError, match="names no weights"):
+        gate("weak", "strong")
+    client.set_tag(parent.info.run_id, "loomvideo.weights", str(tmp_path / "weights"))
+    assert not gate("strong", "weak")
+    with pytest.raises(Exception, match="loom"):
+        client.get_model_version_by_alias("loom", "champion")
+    assert gate("weak", "strong")
+    assert client.get_model_version_by_alias("loom", "champion").run_id == parent.info.run_id
+    assert client.get_run(parent.info.run_id).data.tags["gate"] == "passed"
+    with pytest.raises(UserError, match="neither high nor low"):
+        gate("weak", "strong", metric="fashion/sharpness")
+
+    labels = tmp_path / "labels.csv"
+    compare_job.run_agreement("strong", labels, runs, 6, "")
+    with labels.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 6
+    with pytest.raises(UserError, match="no scores filled in"):
+        compare_job.run_agreement("strong", labels, runs, 6, "")
+    with labels.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(row | {"score": str(1 + n % 5)} for n, row in enumerate(rows))
+    compare_job.run_agreement("strong", labels, runs, 6, "")
+    assert client.get_run(parent.info.run_id).data.metrics["fashion/human/num_items"] == 6
+
+
+def test_a_rerun_asks_the_judge_nothing_new_and_keeps_its_mlflow_run(tmp_path, data, local, monkeypatch):
+    with FakeJudgeServer().running() as server:
+        judge = ["judge.kind=openai", "judge.model=m", f"judge.base_url={server.base_url}/v1"]
+        evaluate_job.run(config(data, tmp_path, "a", *judge))
+        assert len(server.calls) == NUM_SOURCES
+        run_id = json.loads((tmp_path / "evaluate/a/mlflow.json").read_text())["run_id"]
+        evaluate_job.run(config(data, tmp_path, "a", *judge))
+        assert len(server.calls) == NUM_SOURCES
+        assert json.loads((tmp_path / "evaluate/a/mlflow.json").read_text())["run_id"] == run_id
+        client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+        table = json.loads(Path(client.download_artifacts(run_id, "samples-fashion.json", str(tmp_path))).read_text())
+        assert len(table["data"]) == NUM_SOURCES
+
+
+def test_training_probes_are_logged_at_their_step(tmp_path, data, local):
+    evaluate_job.run(config(data, tmp_path, "probe", "step=10"))
+    evaluate_job.run(config(data, tmp_path, "probe", "step=20", "generation.blend_skill=0.9"))
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    run_id = json.loads((tmp_path / "evaluate/probe/mlflow.json").read_text())["run_id"]
+    history = client.get_metric_history(run_id, "fashion/gain_psnr_db")
+    assert [m.step for m in history] == [10, 20]
+    folder = tmp_path / "evaluate/probe/suites/fashion"
+    rows = map(json.loads, (folder / "rows.jsonl").read_text().splitlines())
+    newest = {row["key"]: row for row in rows if row["series"] == "model"}
+    stored = tmp_path / "evaluation-store/media"
+    for key, row in newest.items():
+        film = stored / row["media"][:2] / row["media"] / "video.mp4"
+        assert (folder / "media" / key / "result.mp4").samefile(film)
+    child = json.loads((folder / "mlflow.json").read_text())["run_id"]
+    assert any(a.path == "images" for a in client.list_artifacts(child))
+
+
+def test_mistakes_are_found_before_anything_runs(tmp_path, data, monkeypatch):
+    def message(*overrides):
+        with pytest.raises(UserError) as error:
+            start(config(data, tmp_path, "x", *overrides))
+        return str(error.value)
+
+    def start(c):
+        c.check()
+        find_checkpoint(c)
+        suites = [suite(name) for name in c.suites]
+        judge_builder(c, suites, [load_manifest(c, s) for s in suites])
+
+    monkeypatch.delenv("GEMINI_API_KEY", raising=False)
+    assert "suites: 'nope' is unknown" in message("suites=[nope]")
+    assert "set data.openve=FOLDER" in message("suites=[openve]")
+    assert "no finished training run" in message("generator=model")
+    assert "judge.kind=openai: set judge.model" in message("judge.kind=openai")
+    assert "set GEMINI_API_KEY" in message("judge.kind=gemini", "judge.model=g")
+    expensive = ["judge.kind=openai", "judge.model=m", "judge.base_url=http://localhost:1/v1", "judge.input_usd=500"]
+    assert "judge.budget_usd=0.01" in message(*expensive, "judge.budget_usd=0.01")
+    assert "must be 4k+1" in message("inputs.num_frames=8")
+    (data / "s0.mp4").rename(data / "hidden.mp4")
+    try:
+        assert "files are not on disk, first edit-0: s0.mp4" in message()
+    finally:
+        (data / "hidden.mp4").rename(data / "s0.mp4")
+
+
+def test_outside_scorers_get_their_layout_and_their_verdicts_come_back(tmp_path, data, local):
+    bench = tmp_path / "geneval"
+    bench.mkdir()
+    rows = [
+        {"tag": tag, "include": [{"class": "cup", "count": 1}], "prompt": f"a cup {n}"}
+        for n, tag in enumerate(["counting", "colors", "colors"])
+    ]
+    (bench / "evaluation_metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    verdicts = tmp_path / "results.jsonl"
+    verdicts.write_text("".join(json.dumps({"tag": r["tag"], "correct": n != 2}) + "\n" for n, r in enumerate(rows)))
+    runs = tmp_path / "runs"
+    result = evaluate_job.run(
+        config(data, runs, "g", "suites=[geneval]", f"data.geneval={bench}", f"external.geneval={verdicts}",
+               "inputs.text_width=64", "inputs.text_height=64")
+    )  # fmt: skip
+    assert result["geneval/official/overall"] == 0.75
+    folder = runs / "evaluate/g/suites/geneval/for-scorer/00002"
+    assert json.loads((folder / "metadata.jsonl").read_text())["tag"] == "colors"
+    assert (folder / "samples/0000.png").is_file()

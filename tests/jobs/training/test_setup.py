@@ -1,0 +1,91 @@
+"""Where a run starts, and what is planned for it."""
+
+import json
+import os
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pytest
+
+from loomvideo.jobs.training.config import TrainingJobConfig
+from loomvideo.jobs.training.plan import MACHINES, machine_named, plan
+from loomvideo.jobs.training.setup import START_FILE, Start, predictor, start_of
+from loomvideo.model.presets import preset
+from loomvideo.platform.errors import UserError
+
+
+def finished(runs, name, time):
+    folder = runs / "pretrain" / name
+    (folder / "weights").mkdir(parents=True)
+    (folder / "result.json").write_text("{}")
+    os.utime(folder / "result.json", (time, time))
+
+
+def test_a_continued_run_keeps_its_start(tmp_path):
+    config = TrainingJobConfig(runs=str(tmp_path), run="edit")
+    with pytest.raises(UserError, match="no finished pretrain run in"):
+        start_of(config, "finetune-edit", "pretrain")
+    finished(tmp_path, "one", 1000)
+    first = start_of(config, "finetune-edit", "pretrain")
+    assert first == Start(str(tmp_path / "pretrain/one/weights"), "pretrain/one")
+    folder = tmp_path / "finetune-edit" / "edit"
+    folder.mkdir(parents=True)
+    (folder / START_FILE).write_text(json.dumps({"weights": first.weights, "parent": first.parent}))
+    finished(tmp_path, "two", 2000)
+    assert start_of(config, "finetune-edit", "pretrain") == first
+    config.run = "other"
+    assert start_of(config, "finetune-edit", "pretrain").parent == "pretrain/two"
+    config.run, config.from_run = "edit", "two"
+    assert start_of(config, "finetune-edit", "pretrain").parent == "pretrain/two"
+    config.from_run, config.from_weights = "", str(tmp_path / "absent")
+    with pytest.raises(UserError, match="absent: no such weights"):
+        start_of(config, "finetune-edit", "pretrain")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora.rank": 4, "training.optimizer.trainable": ["blocks.*"]}, "name the patterns in lora.unfreeze"),
+        ({"samples.every_steps": 30, "training.checkpoint.every_steps": 20}, "use a multiple of"),
+        ({"samples.every_steps": 500}, "set evaluation.samples"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(change, message):
+    config = TrainingJobConfig()
+    config.data.shards = ["shards"]
+    for key, value in change.items():
+        *path, last = key.split(".")
+        section = config
+        for name in path:
+            section = getattr(section, name)
+        setattr(section, last, value)
+    with pytest.raises(UserError, match=message):
+        config.check()
+
+
+def test_the_plan_of_the_5b_model():
+    eight, many = (plan(preset("5b").dit, [12_090], [1_030], MACHINES["h100"], ranks) for ranks in (8, 64))
+    assert eight.num_parameters == pytest.approx(5.07e9, rel=0.01)
+    # bf16 weights, float32 gradients, master weights, two moments and an average.
+    assert eight.state_bytes == pytest.approx(eight.num_parameters * 22 / 8)
+    assert many.state_bytes == pytest.approx(eight.state_bytes / 8)
+    assert eight.memory_bytes < 80e9
+    assert eight.train_flops == many.train_flops
+    assert machine_named("NVIDIA H100 80GB HBM3") is MACHINES["h100"]
+    assert machine_named("") is None
+
+
+def test_predictions_need_a_peak_and_scale_with_it():
+    names = {"key": ["a", "b"], "task": ["t2v"] * 2, "dataset": ["d"] * 2, "split": ["train"] * 2}
+    table = pa.table(names | {"dit_tokens": [12, 20], "mllm_tokens": [9, 9]})
+    config, datasets = TrainingJobConfig(), [SimpleNamespace(index=table)]
+    config.training.pack.tokens = 64
+    ready = {"device_name": "", "world_size": 2, "packs_per_step": 2}
+    assert predictor(config, preset("tiny"), datasets)(ready) == {}
+    config.training.peak_tflops = 0.1
+    slow = predictor(config, preset("tiny"), datasets)(ready)
+    config.training.peak_tflops = 0.2
+    assert predictor(config, preset("tiny"), datasets)(ready)["step_s"] == pytest.approx(slow["step_s"] / 2)
+    gpu = predictor(config, preset("tiny"), datasets)(ready | {"device_name": "NVIDIA H200"})
+    assert 0 < gpu["step_s"] < slow["step_s"]
+    assert slow["memory_gib"] > 0

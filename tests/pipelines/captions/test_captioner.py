@@ -1,0 +1,201 @@
+"""Captions: the right text on the right sample, whatever the server does."""
+
+import dataclasses
+import json
+import random
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loomvideo.pipelines.captions import Captioner, CaptionOptions
+from loomvideo.pipelines.captions.schema import InvalidAnswerError, answer_schema, parse_answer
+from loomvideo.pipelines.evaluation.judges.clients import JudgeError, Reply
+from loomvideo.pipelines.evaluation.judges.fake import FakeJudgeServer
+from loomvideo.pipelines.evaluation.judges.requests import JudgeRequest, decode_frames
+from loomvideo.pipelines.sources.samples import Sample
+from loomvideo.platform.errors import UserError
+
+GARMENT = {"category": "dress", "colour": "red", "pattern": "plain", "fabric": "silk", "fit": "flared",
+           "neckline": "round"}  # fmt: skip
+
+
+def sample(number: int, **fields) -> Sample:
+    values = {"key": f"s{number}", "task": "t2v", "dataset": "d", "target": f"{number}.mp4"}
+    return Sample(**(values | fields))
+
+
+def frames(sample: Sample) -> tuple[np.ndarray, np.ndarray | None]:
+    """A clip whose brightness is the sample's number."""
+    number = int(sample.key[1:])
+    clip = np.full((9, 32, 32, 3), 10 * number, np.uint8)
+    return clip, clip + 5 if sample.source else None
+
+
+class Model:
+    """Describes the brightness it is shown; may fail as told."""
+
+    def __init__(self, *failures: str | Exception):
+        self.failures = list(failures)
+        self.requests: list[JudgeRequest] = []
+        self.lock = threading.Lock()
+
+    def identity(self) -> dict[str, Any]:
+        return {"kind": "test", "model": "m1"}
+
+    def complete(self, request: JudgeRequest) -> Reply:
+        with self.lock:
+            self.requests.append(request)
+            failure = self.failures.pop(0) if self.failures else None
+        if isinstance(failure, Exception):
+            raise failure
+        if failure:
+            return Reply(failure, "m1", 1, 1, 0.0)
+        time.sleep(random.random() * 0.01)
+        level = round(float(decode_frames(request.media[-1]).mean()) / 10)
+        answer = {"id": request.code, "sentence": f"a grey field of level {level}"}
+        if request.mode == "fashion":
+            answer |= {"garments": [GARMENT], "background": "a studio", "motion": "walking"}
+        if request.mode == "instruction":
+            answer = {"id": request.code, "instruction": "make it darker"}
+        return Reply(json.dumps(answer), "m1", 1, 1, 0.0)
+
+
+def captioner(tmp_path, model, **options) -> Captioner:
+    values = {"backend": "openai", "mode": "caption", "cache": str(tmp_path / "cache"), "concurrency": 4} | options
+    return Captioner(CaptionOptions(**values), model, sleep=lambda _: None)
+
+
+def test_every_text_lands_on_its_sample_whatever_the_order(tmp_path):
+    model = Model()
+    results = list(captioner(tmp_path, model).run((sample(n) for n in range(20)), frames))
+    assert len(results) == 20
+    for captioned, result in results:
+        assert captioned.caption == f"a grey field of level {captioned.key[1:]}"
+        assert captioned.extra["captions"]["digest"] == result.digest
+        assert result.status == "made"
+
+
+def test_answers_are_paid_for_once(tmp_path):
+    model = Model()
+    for expected in ("made", "cached"):
+        results = list(captioner(tmp_path, model).run([sample(3), sample(4)], frames))
+        assert {r.status for _, r in results} == {expected}
+        assert {s.caption for s, _ in results} == {"a grey field of level 3", "a grey field of level 4"}
+    assert len(model.requests) == 2
+    other = dataclasses.replace(sample(3), key="s5")
+    assert captioner(tmp_path, model).caption(other, frames).status == "made"
+
+
+def test_a_swapped_answer_is_seen_and_asked_again(tmp_path):
+    swapped = json.dumps({"id": "deadbeef", "sentence": "somebody else's picture"})
+    model = Model(swapped)
+    result = captioner(tmp_path, model).caption(sample(2), frames)
+    assert (result.status, result.fields["sentence"]) == ("made", "a grey field of level 2")
+    always = Model(*[swapped] * 9)
+    (kept, result), *_ = captioner(tmp_path, always, max_attempts=3).run([sample(6, caption=None)], frames)
+    assert (result.status, kept.caption, len(always.requests)) == ("mixed_up", None, 3)
+    assert captioner(tmp_path, Model()).caption(sample(6), frames).status == "made"
+
+
+def test_failures_are_retried_or_counted_by_reason(tmp_path):
+    limited = JudgeError("rate limited", retryable=True, retry_after_s=0.5)
+    slept: list[float] = []
+    made = Captioner(CaptionOptions(backend="openai", mode="caption", cache=str(tmp_path)), Model(limited, limited),
+                     sleep=slept.append).caption(sample(1), frames)  # fmt: skip
+    assert made.status == "made"
+    assert slept == [0.5, 0.5]
+    blocked = Model(JudgeError("blocked", retryable=False))
+    result = captioner(tmp_path, blocked).caption(sample(7), frames)
+    assert (result.status, len(blocked.requests), result.succeeded) == ("blocked", 1, False)
+    garbage = Model(*["The video looks nice."] * 5)
+    assert captioner(tmp_path, garbage).caption(sample(8), frames).status == "invalid_answer"
+
+
+def test_fashion_attributes_and_a_sentence(tmp_path):
+    (captioned, _), *_ = captioner(tmp_path, Model(), mode="fashion").run([sample(1)], frames)
+    assert captioned.extra["captions"]["attributes"]["garments"] == [GARMENT]
+    assert captioned.caption.startswith("a grey field")
+
+
+def test_instructions_are_written_from_pairs(tmp_path):
+    pair = sample(2, task="video_edit", source="s.mp4")
+    (captioned, _), *_ = captioner(tmp_path, Model(), mode="instruction").run([pair], frames)
+    assert captioned.instruction == "make it darker"
+    with pytest.raises(ValueError, match="needs source and target"):
+        captioner(tmp_path, Model(), mode="instruction").caption(sample(1), frames)
+
+
+def test_existing_texts_are_kept(tmp_path):
+    model = Model()
+    kept = captioner(tmp_path, model).caption(sample(1, caption="mine"), frames)
+    assert (kept.status, model.requests) == ("existing", [])
+    again = captioner(tmp_path, model, overwrite=True).caption(sample(1, caption="mine"), frames)
+    assert again.status == "made"
+    existing = Captioner(CaptionOptions())
+    assert existing.caption(sample(1, caption="mine"), frames).status == "existing"
+    assert existing.caption(sample(1), frames).status == "no_text"
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"garments": [GARMENT | {"colour": "reddish"}]}, "garments/0/colour"),
+        ({"garments": []}, "garments"),
+        ({"motion": None}, "motion"),
+        ({"sentence": "short"}, "sentence"),
+        ({"mood": "happy"}, "mood"),
+    ],
+)
+def test_the_schema_holds(change, where):
+    good = {
+        "id": "x",
+        "garments": [GARMENT],
+        "background": "a beach",
+        "motion": "walking",
+        "sentence": "a red dress walks",
+    }
+    assert parse_answer("```json\n" + json.dumps(good) + "\n```", "fashion", "x")["motion"] == "walking"
+    with pytest.raises(InvalidAnswerError, match=where):
+        parse_answer(json.dumps(good | change), "fashion", "x")
+
+
+def test_the_openai_protocol_with_a_flaky_server(tmp_path, monkeypatch):
+    class Server(FakeJudgeServer):
+        def _answer(self, path: str, body: dict[str, Any], act: str) -> dict[str, Any]:
+            form = body["response_format"]["json_schema"]["schema"]
+            content = json.dumps({"id": form["properties"]["id"]["enum"][0], "sentence": "a plain grey field"})
+            return {"model": "qwen", "choices": [{"message": {"content": content}, "finish_reason": "stop"}]}
+
+    monkeypatch.setenv("CAPTION_KEY", "secret")
+    with Server(lambda call: "429" if call == 0 else "500" if call == 1 else "ok").running() as server:
+        options = CaptionOptions(backend="openai", mode="caption", base_url=f"{server.base_url}/v1", num_frames=3,
+                                 api_key_env="CAPTION_KEY", cache=str(tmp_path))  # fmt: skip
+        result = Captioner(options, sleep=lambda _: None).caption(sample(3), frames)
+    assert (result.status, result.model, len(server.calls)) == ("made", "qwen", 3)
+    assert server.calls[2][2]["Authorization"] == "Bearer secret"
+    assert len(server.pictures(2)) == 3
+    assert server.calls[2][1]["response_format"]["json_schema"]["schema"]["properties"]["sentence"]["minLength"] == 8
+    assert "secret" not in "".join(p.read_text() for p in tmp_path.rglob("*.json"))
+
+
+def test_a_slow_reader_is_not_run_ahead_of(tmp_path):
+    drawn = []
+
+    def supply():
+        for number in range(50):
+            drawn.append(number)
+            yield sample(number % 20)
+
+    results = captioner(tmp_path, Model(), concurrency=2).run(supply(), frames)
+    next(results)
+    assert len(drawn) <= 5
+    results.close()
+
+
+def test_mistakes_name_the_fix():
+    with pytest.raises(UserError, match=r"captions.backend=openapi: choose one of existing, openai, transformers"):
+        Captioner(CaptionOptions(backend="openapi"))
+    assert answer_schema("instruction", "c")["required"] == ["id", "instruction"]

@@ -1,0 +1,211 @@
+"""Before and after a prepare: plan, diff, verify, report, quarantine, take-downs, other readers' files."""
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from fixtures.raw import prepare_config, raw_samples, without_ray
+from typer.testing import CliRunner
+
+from loomvideo.jobs.data.commands import app
+from loomvideo.pipelines.prepare.config import ClipOptions, LimitOptions
+from loomvideo.pipelines.prepare.cost import estimate_cost
+from loomvideo.pipelines.prepare.job import prepare
+from loomvideo.pipelines.prepare.quarantine import by_reason, export, ledger, retriable_work, saved_config
+from loomvideo.pipelines.prepare.staleness import stale_parts
+from loomvideo.pipelines.prepare.verify import verify
+from loomvideo.pipelines.sources.samples import read_jsonl
+from loomvideo.platform.errors import UserError
+from loomvideo.platform.shards.reader import ShardDataset
+from loomvideo.platform.shards.takedown import compact, remove
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory):
+    """Raw files and a finished dataset with one sample lost."""
+    folder = tmp_path_factory.mktemp("tools")
+    samples = raw_samples(folder / "raw", 12)
+    (folder / "raw" / samples[3].target).rename(folder / "hidden.mp4")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        without_ray(monkeypatch)
+        prepare(prepare_config(folder / "raw", folder / "out", limits=LimitOptions(max_loss=0.5)))
+    return folder, samples
+
+
+@pytest.fixture
+def copied(origin, tmp_path, monkeypatch):
+    """A copy to change: its folder, configuration, and what prepare builds."""
+    built = without_ray(monkeypatch)
+    shutil.copytree(origin[0] / "out", tmp_path / "out")
+    config = prepare_config(origin[0] / "raw", tmp_path / "out", limits=LimitOptions(max_loss=0.5))
+    return tmp_path / "out", config, built
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_verify_finds_nothing_wrong_with_a_good_dataset(copied):
+    assert list(verify(ShardDataset.open(copied[0]))) == []
+    assert run("verify", copied[0]).exit_code == 0
+
+
+def test_verify_finds_changed_bytes(copied):
+    tar = sorted(copied[0].glob("shards/*.tar"))[0]
+    data = bytearray(tar.read_bytes())
+    data[3000] ^= 1
+    tar.write_bytes(data)
+    problems = list(verify(ShardDataset.open(copied[0])))
+    assert [p.what for p in problems] == ["checksum differs from the manifest's"]
+    result = run("verify", copied[0])
+    assert result.exit_code == 1
+    assert "1 problems" in result.output
+
+
+def test_verify_finds_a_wrong_offset_and_a_lost_count(copied):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(copied[0] / "index.parquet")
+    rows = table.to_pylist()
+    rows[0]["member_offsets"][0] += 512
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), copied[0] / "index.parquet")
+    manifest = json.loads((copied[0] / "manifest.json").read_text())
+    manifest["counts"]["bars"]["inputs"] += 1
+    (copied[0] / "manifest.json").write_text(json.dumps(manifest))
+    found = [problem.what for problem in verify(ShardDataset.open(copied[0]))]
+    assert any("inputs but" in what for what in found)
+    assert any("is not where the index says" in what for what in found)
+
+
+def test_verify_makes_samples_again(copied):
+    result = run("verify", copied[0], "--samples", 2)
+    assert result.exit_code == 0, result.output
+    assert result.output.count("features cosine") == 2
+
+
+def test_inspect_and_report(copied):
+    assert "11 samples" in run("inspect", copied[0]).output
+    assert run("report", copied[0]).exit_code == 0
+    page = (copied[0] / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") > 10
+    assert "missing_file" in page
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_quarantine(copied, origin, tmp_path):
+    folder, _, built = copied
+    assert by_reason(ledger(folder)) == [("quarantined", "decode", "missing_file", 1)]
+    listed = run("quarantine", "ls", folder, "--reason", "missing_file").output
+    assert "sample-003" in listed
+    assert export(folder, tmp_path / "lost.jsonl") == 1
+    (lost,) = read_jsonl(tmp_path / "lost.jsonl")
+    assert lost == origin[1][3]
+    (shard,) = retriable_work(folder)
+    config = saved_config(folder)
+    assert config.clips.num_frames == 9
+    assert config.output == str(folder)
+    prepare(config, again=[shard])
+    assert built == [shard]
+
+
+def test_diff(copied, origin, tmp_path):
+    folder, config, _ = copied
+    assert stale_parts(config) == []
+    config.clips.num_frames = 5
+    assert [(p.what, p.name, p.why) for p in stale_parts(config)] == [("config", "clips.num_frames", "9 -> 5")]
+    config.clips.num_frames = 9
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "media").symlink_to(origin[0] / "raw" / "media")
+    lines = [json.loads(sample.to_json()) for sample in origin[1][1:]]
+    lines[4]["caption"] = "new words"
+    (raw / "samples.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config.input = str(raw / "samples.jsonl")
+    found = {(p.name, p.members, p.why) for p in stale_parts(config)}
+    assert ("sample-005", "mllm", "text changed") in found
+    assert ("sample-000", "removed", "no longer in the input") in found
+    sorted(folder.glob("shards/*.tar"))[0].unlink()
+    assert any(p.what == "shard" for p in stale_parts(config))
+
+
+def test_plan(origin):
+    config = prepare_config(origin[0] / "raw", origin[0] / "out")
+    cost = estimate_cost(config, num_probes=4, read_gb_per_s=1.0, recompute_us_per_token=55.0)
+    sizes = {row["mode"]: row["bytes_per_sample"] for row in cost.modes}
+    assert sizes["stored int8"] < sizes["stored bf16"]
+    assert cost.measured["encode_s"] > 0
+    assert cost.hours(2) == pytest.approx(cost.hours(1) / 2)
+    stored = ShardDataset.open(origin[0] / "out")
+    actual = sum(stored.index.column("num_bytes").to_pylist()) / len(stored)
+    assert sizes["stored bf16"] == pytest.approx(actual, rel=0.6)
+    config.model, config.clips = "5b", ClipOptions(num_frames=121, buckets=[640])
+    slow = estimate_cost(config, 4, read_gb_per_s=0.5, recompute_us_per_token=55.0)
+    fast = estimate_cost(config, 0, read_gb_per_s=100.0, recompute_us_per_token=55.0)
+    assert (slow.recommended, fast.recommended) == ("text bf16", "stored bf16")
+    assert slow.measured == {}  # the 5b encoders' weights are not here
+
+
+def test_take_down_and_compact(copied):
+    folder, config, _ = copied
+    before = ShardDataset.open(folder)
+    with pytest.raises(UserError, match="no sample has key, group, media path, source_id or sku 'nobody'"):
+        remove(folder, ["nobody"])
+    assert remove(folder, ["group-0"]) == ["sample-000", "sample-001"]
+    hidden = ShardDataset.open(folder)
+    assert len(hidden) == len(before) - 2
+    assert hidden.digest != before.digest
+    assert hidden.manifest.counts["stripes"]["removed"] == 1
+    exclude = json.loads((folder / ".nv-meta/split.yaml").read_text())["exclude"]
+    assert len(exclude) == 2
+    assert list(verify(hidden)) == []
+    shards = compact(folder)
+    assert shards
+    assert compact(folder) == []
+    after = ShardDataset.open(folder)
+    assert list(verify(after)) == []
+    for tar in folder.glob("shards/*.tar"):
+        with tarfile.open(tar) as opened:
+            assert not [name for name in opened.getnames() if name.startswith(("sample-000.", "sample-001."))]
+    for key, row in after.rows_by_key.items():
+        assert after.read(row).key == key
+    # A later prepare does not bring them back.
+    result = prepare(config)
+    assert set(ShardDataset.open(folder).rows_by_key) == set(after.rows_by_key)
+    assert result.summary()["removed"] == 2
+
+
+def test_files_for_other_readers(copied, tmp_path):
+    folder = copied[0]
+    dataset = ShardDataset.open(folder)
+    listed = json.loads((folder / "wids.json").read_text())
+    assert sum(shard["nsamples"] for shard in listed["shardlist"]) == len(dataset)
+    assert all((folder / shard["url"]).stat().st_size == shard["filesize"] for shard in listed["shardlist"])
+    split = json.loads((folder / ".nv-meta/split.yaml").read_text())
+    assert {Path(path).name[:5] for path in split["split_parts"]["train"]} == {"train"}
+    info = json.loads((folder / ".nv-meta/.info.json").read_text())["shard_counts"]
+    assert sorted(info) == sorted(path for paths in split["split_parts"].values() for path in paths)
+    assert sum(info.values()) == len(dataset)
+    wids = pytest.importorskip("wids")
+    shards = [{**shard, "url": str(folder / shard["url"])} for shard in listed["shardlist"]]
+    # Its default decoding hands safetensors a stream where the library wants a path.
+    opened = wids.ShardListDataset(shards, cache_dir=str(tmp_path / "cache"), transformations=[])
+    found = {opened[i]["__key__"]: opened[i] for i in range(len(opened))}
+    assert set(found) == set(dataset.rows_by_key)
+    for key, row in dataset.rows_by_key.items():
+        latents = safetensors.torch.load(found[key][".target.safetensors"].read())
+        assert torch.equal(latents["mean.0"], dataset.read(row).tensors["target"]["mean.0"])
+
+
+def test_diff_command_exit_codes(copied, origin):
+    folder, config, _ = copied
+    arguments = [f"input={config.input}", f"output={folder}", "preset=tiny", "clips.num_frames=9", "clips.buckets=[64]",
+                 "shards.max_samples=4", "heldout_fraction=0.4", "workers.decode_timeout_s=30"]  # fmt: skip
+    assert run("diff", *arguments).output.strip() == "up to date"
+    changed = run("diff", *arguments, "seed=3")
+    assert changed.exit_code == 1
+    assert "0 -> 3" in changed.output
