@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from loomvideo.jobs.training.config import ObjectiveConfig
-from loomvideo.jobs.training.recipe import LoomVideoRecipe
 from loomvideo.model.presets import preset
 from loomvideo.pipelines.media.files import base_folder
 from loomvideo.pipelines.prepare.config import ClipOptions, FeatureOptions, PrepareConfig
 from loomvideo.pipelines.prepare.encode import SampleEncoder, SampleLoader
 from loomvideo.pipelines.sources.samples import read_jsonl
+from loomvideo.pipelines.training.config import ObjectiveConfig
+from loomvideo.pipelines.training.recipe import LoomVideoRecipe
 from loomvideo.platform.shards.reader import ShardDataset
 from loomvideo.platform.training.config import MixtureConfig, PackConfig
 from loomvideo.platform.training.order import SampleOrder, build_sources

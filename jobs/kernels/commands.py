@@ -44,7 +44,8 @@ class BenchConfig:
 @config_command(app, "build", "kernels", lambda: BuildConfig)
 def build(config: BuildConfig) -> None:
     """Build or fetch everything that training needs: on this machine, for an image, or on every node of a cluster."""
-    from loomvideo.jobs.kernels.build import kernels_on_every_node, prepare_this_node
+    from loomvideo.jobs.kernels.build import kernels_on_every_node
+    from loomvideo.model.kernels.node import prepare_this_node
 
     shape = _shape(config.model)
     if config.nodes == "all":
@@ -72,9 +73,9 @@ def status(config: StatusConfig) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from loomvideo.jobs.kernels.build import gpu_architectures
     from loomvideo.model import kernels
     from loomvideo.model.kernels import cpp_build
+    from loomvideo.model.kernels.node import gpu_architectures
     from loomvideo.platform.nodes.artifacts import ArtifactStore
     from loomvideo.platform.nodes.jit_caches import NETWORK_FILESYSTEMS, filesystem_type, point_jit_caches
 
@@ -140,7 +141,7 @@ def clear(config: StatusConfig) -> None:
 
 
 def _shape(model: str) -> tuple[int, int, int]:
-    from loomvideo.jobs.kernels.build import model_shape
+    from loomvideo.model.kernels.node import model_shape
     from loomvideo.model.presets import preset
 
     return model_shape(preset(model).dit)

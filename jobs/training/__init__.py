@@ -1,1 +1,1 @@
-"""``loomvideo pretrain``, ``finetune-edit`` and ``plan``."""
+"""``loomvideo pretrain``, ``finetune-edit``, ``plan`` and ``audit-resume``."""

@@ -9,11 +9,11 @@ import torch
 
 from loomvideo.jobs.training.config import TrainingJobConfig
 from loomvideo.jobs.training.heldout import HeldoutResult, evaluate_heldout
-from loomvideo.jobs.training.recipe import LoomVideoRecipe
 from loomvideo.model.codec import build_codec
 from loomvideo.model.conditioning.mllm import FrozenMLLM
 from loomvideo.model.pipeline import LoomVideoPipeline
 from loomvideo.model.presets import preset, with_folders
+from loomvideo.pipelines.training.recipe import LoomVideoRecipe
 from loomvideo.platform.runs import RunFolder
 from loomvideo.platform.tracking import Tracker
 from loomvideo.platform.training.beside import CheckpointTask, load_checkpoint_weights

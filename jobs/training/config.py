@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from loomvideo.model.config import LoRAConfig
+from loomvideo.pipelines.training.config import FeaturePoolConfig, ObjectiveConfig
 from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.nodes.config import KernelConfig
@@ -14,22 +15,6 @@ class DataConfig:
     """What is trained on."""
 
     shards: list[str] = option([], "dataset folders or URLs made by `loomvideo data prepare`")
-
-
-@dataclass
-class ObjectiveConfig:
-    """What is learned from a sample."""
-
-    use_source_embedding: bool = option(True, "Scale-and-Add is on; off in stage 1")
-    shift_scale: float = option(0.5, "timestep shift added per doubling of tokens over the base; 0.65 in stage 1")
-    shift_base_tokens: int = option(64, "tokens up to which timesteps are not shifted; small videos need fewer")
-    drop_all: float = option(0.1, "share of visits trained without any conditioning, for guidance")
-    drop_text: float = option(0.1, "share of visits trained without text, pictures kept, for guidance")
-
-    def check(self) -> None:
-        """Raise UserError for shares that are none."""
-        if min(self.drop_all, self.drop_text) < 0 or self.drop_all + self.drop_text > 1:
-            raise UserError("objective.drop_all and objective.drop_text: shares that add up to at most 1")
 
 
 @dataclass
@@ -47,15 +32,6 @@ class HeldoutConfig:
     visual_scale: float = option(1.5, "guidance scale of the source and references")
     generate_scale: float = option(5.0, "guidance scale of generation without a source")
     seed: int = option(0, "seed of the noise")
-
-
-@dataclass
-class FeaturePoolConfig:
-    """The actors that compute MLLM states for datasets prepared with features.mode=streamed or text."""
-
-    actors: int = option(1, "frozen MLLMs")
-    gpus: float = option(0.0, "GPUs of each; 0 computes on CPUs")
-    cpus: int = option(1, "CPUs of each, also its compute threads on CPU")
 
 
 @dataclass

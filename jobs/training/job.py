@@ -15,9 +15,7 @@ from rich.console import Console
 from loomvideo.jobs.kernels import build as kernels_job
 from loomvideo.jobs.training.checkpoint_samples import sampling_tasks
 from loomvideo.jobs.training.config import TrainingJobConfig
-from loomvideo.jobs.training.feature_pool import feature_pool
 from loomvideo.jobs.training.heldout import HeldoutResult, evaluate_heldout
-from loomvideo.jobs.training.recipe import LoomVideoRecipe
 from loomvideo.jobs.training.setup import (
     START_FILE,
     Start,
@@ -28,8 +26,11 @@ from loomvideo.jobs.training.setup import (
     tasks_of,
     with_absolute_paths,
 )
+from loomvideo.model.kernels.node import model_shape, use_kernels
 from loomvideo.model.pipeline import LoomVideoPipeline
 from loomvideo.model.presets import PIPELINE_FILE, ModelPreset, preset, with_folders
+from loomvideo.pipelines.training.feature_pool import feature_pool
+from loomvideo.pipelines.training.recipe import LoomVideoRecipe
 from loomvideo.platform.cluster.doctor import Diagnosis, examine_cluster, preflight
 from loomvideo.platform.cluster.metrics import ExportingTracker
 from loomvideo.platform.config import flatten, to_yaml
@@ -110,7 +111,7 @@ def _train_and_evaluate(
         if config.doctor and in_cluster():
             _check_cluster(config, folder, tracker)
         exporting = ExportingTracker(tracker, folder.job, folder.name)
-        shape = kernels_job.model_shape(model.dit)
+        shape = model_shape(model.dit)
         with (
             kernels_job.kernels_on_every_node(config.kernels, shape) as nodes,
             feature_pool(config.features, model, datasets) as features,
@@ -181,7 +182,7 @@ def evaluate_weights(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         torch.set_num_threads(num_threads)
-    kernels_job.use_kernels(config.kernels)
+    use_kernels(config.kernels)
     model = with_folders(preset(config.model), config.codec_folder, config.mllm_folder)
     pipeline = LoomVideoPipeline.from_parts(model, weights, device)
     return evaluate_heldout(pipeline, config.evaluation, tasks, Path(folder))

@@ -10,8 +10,8 @@ from typing import Any
 
 from loomvideo.jobs.training.config import TrainingJobConfig
 from loomvideo.jobs.training.plan import Machine, machine_named, plan
-from loomvideo.jobs.training.recipe import LoomVideoRecipe, StateSource
 from loomvideo.model.presets import ModelPreset
+from loomvideo.pipelines.training.recipe import LoomVideoRecipe, StateSource
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.nodes.config import KernelConfig
 from loomvideo.platform.runs import RunFolder

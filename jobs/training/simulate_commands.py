@@ -100,9 +100,9 @@ def print_audit(run: Path, step: int, steps: int, workers: int) -> None:
     from rich.table import Table
 
     from loomvideo.jobs.training.config import TrainingJobConfig
-    from loomvideo.jobs.training.feature_pool import feature_pool
     from loomvideo.jobs.training.setup import recipe_factory
     from loomvideo.model.presets import preset, with_folders
+    from loomvideo.pipelines.training.feature_pool import feature_pool
     from loomvideo.platform.config import load_config
     from loomvideo.platform.ray_session import ray_session
     from loomvideo.platform.shards.reader import ShardDataset

@@ -138,10 +138,10 @@ def export(
     import torch
 
     from loomvideo.jobs.training.config import TrainingJobConfig
-    from loomvideo.jobs.training.recipe import LoomVideoRecipe
     from loomvideo.model.lora import save_adapter
     from loomvideo.model.presets import PIPELINE_FILE
     from loomvideo.model.weights import save_dit
+    from loomvideo.pipelines.training.recipe import LoomVideoRecipe
     from loomvideo.platform.config import load_config
 
     if weights not in ("", "ema", "raw") or dtype not in ("bfloat16", "float16", "float32"):

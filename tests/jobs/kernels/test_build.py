@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from loomvideo.jobs.kernels.build import prepare_this_node, summary, use_kernels
+from loomvideo.jobs.kernels.build import summary
 from loomvideo.model import kernels
 from loomvideo.model.kernels import cpp, cpp_build
+from loomvideo.model.kernels.node import prepare_this_node, use_kernels
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.nodes.config import KernelConfig
 from loomvideo.platform.nodes.jit_caches import SUBFOLDERS

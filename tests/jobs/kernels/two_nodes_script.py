@@ -11,7 +11,8 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 import ray
 from ray.cluster_utils import Cluster
 
-from loomvideo.jobs.kernels.build import kernels_on_every_node, summary, use_kernels
+from loomvideo.jobs.kernels.build import kernels_on_every_node, summary
+from loomvideo.model.kernels.node import use_kernels
 from loomvideo.platform.nodes.config import KernelConfig
 
 

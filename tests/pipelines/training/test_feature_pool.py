@@ -6,12 +6,12 @@ import pytest
 import ray
 import torch
 
-from loomvideo.jobs.training.config import FeaturePoolConfig, ObjectiveConfig
-from loomvideo.jobs.training.feature_pool import FeatureActor, FeaturePool, feature_pool
-from loomvideo.jobs.training.recipe import LoomVideoRecipe
 from loomvideo.model.conditioning.inputs import build_inputs
 from loomvideo.model.presets import preset
 from loomvideo.pipelines.prepare.features import stored_members, streamed_members
+from loomvideo.pipelines.training.config import FeaturePoolConfig, ObjectiveConfig
+from loomvideo.pipelines.training.feature_pool import FeatureActor, FeaturePool, feature_pool
+from loomvideo.pipelines.training.recipe import LoomVideoRecipe
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.sample import ShardSample
 from loomvideo.platform.training.randomness import SampleRandom

@@ -16,10 +16,10 @@ import ray
 import torch
 from torch import Tensor
 
-from loomvideo.jobs.training.config import FeaturePoolConfig
 from loomvideo.model.conditioning.mllm import FrozenMLLM
 from loomvideo.model.presets import ModelPreset
 from loomvideo.pipelines.prepare.features import streamed_inputs
+from loomvideo.pipelines.training.config import FeaturePoolConfig
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.reader import ShardDataset
 

@@ -13,17 +13,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from loomvideo.jobs.kernels.build import use_kernels
-from loomvideo.jobs.training.config import ObjectiveConfig
 from loomvideo.model import kernels as kernels_in_use
 from loomvideo.model import weights
 from loomvideo.model.config import LoRAConfig
 from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.flops import pack_flops
 from loomvideo.model.flow import noised_and_target, sample_timestep
+from loomvideo.model.kernels.node import use_kernels
 from loomvideo.model.lora import MergedWeights, adapt
 from loomvideo.model.packing import DiTSample, PackedBatch, pack
 from loomvideo.model.presets import preset
+from loomvideo.pipelines.training.config import ObjectiveConfig
 from loomvideo.platform.nodes.config import KernelConfig
 from loomvideo.platform.shards.sample import ShardSample
 from loomvideo.platform.training.randomness import SampleRandom
@@ -35,7 +35,7 @@ WHOLE_READ_BYTES = 1_000_000
 
 
 class StateSource(Protocol):
-    """What computes MLLM states that are not stored; ``jobs.feature_pool.FeaturePool`` is one."""
+    """What computes MLLM states that are not stored, such as the pool of frozen MLLMs."""
 
     def states(self, member: Mapping[str, Tensor], entry: int, variant: str) -> Tensor:
         """States [layers, tokens, dim] of entry ``entry``, ``full`` or ``visual``, of a streamed member."""

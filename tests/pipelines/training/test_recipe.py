@@ -4,11 +4,11 @@ import pytest
 import torch
 from fixtures.datasets import make_sample, write_dataset
 
-from loomvideo.jobs.training import recipe as recipe_module
-from loomvideo.jobs.training.config import ObjectiveConfig
-from loomvideo.jobs.training.recipe import LoomVideoRecipe
 from loomvideo.model.flow import EPS
 from loomvideo.model.presets import preset
+from loomvideo.pipelines.training import recipe as recipe_module
+from loomvideo.pipelines.training.config import ObjectiveConfig
+from loomvideo.pipelines.training.recipe import LoomVideoRecipe
 from loomvideo.platform.shards.sample import ShardSample
 from loomvideo.platform.training.randomness import SampleRandom
 
