@@ -110,7 +110,7 @@ bench: bench-model bench-kernels bench-data bench-training bench-generation ## e
 
 bench-training: shards ## the loop against a plain one, packing, pre-encoded against encoding in the loop
 	$(BIN)/python benchmarks/training_loop.py $(ARGS)
-	$(BIN)/python benchmarks/training_loop.py --preset small --steps 5 --tokens 256
+	$(BIN)/python benchmarks/training_loop.py --model small --steps 5 --tokens 256
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/encode_in_loop.py $(DATA)/samples.jsonl $(SHARDS)
 

@@ -50,7 +50,7 @@ def plain_loop(samples: Path, folder: Path, count: int, bucket: int) -> dict[str
     import webdataset
 
     from loomvideo.model.buckets import resize_and_crop
-    from loomvideo.model.presets import preset
+    from loomvideo.model.sizes import model_size
     from loomvideo.pipelines.media.decode import open_media
     from loomvideo.pipelines.prepare.geometry import plan_clips
     from loomvideo.pipelines.prepare.inputs import read_inputs
@@ -58,7 +58,7 @@ def plain_loop(samples: Path, folder: Path, count: int, bucket: int) -> dict[str
 
     torch.set_num_threads(1)
     config = config_for(samples, folder / "plain", count, bucket)
-    encoder = encode.SampleEncoder(preset(config.model), config.features)
+    encoder = encode.SampleEncoder(model_size(config.model), config.features)
     inputs = read_inputs(config).samples
     began, cpu = time.perf_counter(), time.process_time()
     (folder / "plain").mkdir()

@@ -1,6 +1,6 @@
 """Training from shards against encoding in the loop: the same samples, model and packs in one process.
 
-Run ``python benchmarks/encode_in_loop.py SAMPLES.jsonl SHARDS [--preset tiny] [--steps 20]``. Both make packs of the
+Run ``python benchmarks/encode_in_loop.py SAMPLES.jsonl SHARDS [--model tiny] [--steps 20]``. Both make packs of the
 same samples and train on them; one reads latents and MLLM states from shards, the other decodes the files and encodes
 them with the frozen codec and MLLM. Nothing is prefetched, so the two parts of a step add up.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from loomvideo.model.presets import preset
+from loomvideo.model.sizes import model_size
 from loomvideo.pipelines.media.files import base_folder
 from loomvideo.pipelines.prepare.config import ClipOptions, FeatureOptions, PrepareConfig
 from loomvideo.pipelines.prepare.encode import SampleEncoder, SampleLoader
@@ -47,13 +47,13 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("samples")
     parser.add_argument("shards")
-    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--model", default="tiny")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=160)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    dataset, model = ShardDataset.open(arguments.shards), preset(arguments.preset)
-    recipe = LoomVideoRecipe(arguments.preset, ObjectiveConfig(), [dataset.shared()["null"]])
+    dataset, model = ShardDataset.open(arguments.shards), model_size(arguments.model)
+    recipe = LoomVideoRecipe(arguments.model, ObjectiveConfig(), [dataset.shared()["null"]])
     sources = build_sources(
         [dataset.index], [dataset.index.column("dit_tokens").to_pylist()], "train", MixtureConfig(by_size=True)
     )

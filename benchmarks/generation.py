@@ -1,6 +1,6 @@
 """Denoising steps a second: the plain loop (every branch from scratch at every step) against ours, by task.
 
-    python benchmarks/generation.py [--preset small] [--steps 3] [--rounds 2] [--json results.json]
+    python benchmarks/generation.py [--model small] [--steps 3] [--rounds 2] [--json results.json]
 
 Plain is what a straightforward implementation does: at each step it packs each branch, embeds its MLLM states,
 projects their keys and values, embeds the timestep and runs the blocks. Ours computes once a generation what does not
@@ -22,8 +22,8 @@ from loomvideo.model import kernels
 from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.guidance import FULL, UNCONDITIONAL, VISUAL, Guidance
 from loomvideo.model.packing import DiTSample, pack
-from loomvideo.model.presets import preset
 from loomvideo.model.sampler import Branch, SchedulerConfig, sample
+from loomvideo.model.sizes import model_size
 
 # Latents (frames, height, width) and MLLM tokens of the branches: 33 frames of 256x256 and a picture of 640x640.
 TASKS = {
@@ -108,7 +108,7 @@ def figures(rounds: list[list[tuple[float, float]]]) -> dict[str, float]:
 def main() -> None:
     """Time every case of every task and print a table a task."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="small")
+    parser.add_argument("--model", default="small")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--steps", type=int, default=3)
@@ -118,7 +118,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    model = LoomVideoDiT(preset(arguments.preset).dit).eval()
+    model = LoomVideoDiT(model_size(arguments.model).dit).eval()
     torch.nn.init.normal_(model.proj_out.weight, std=0.02)
     results = {}
     for task in arguments.tasks:
@@ -134,7 +134,7 @@ def main() -> None:
                 rounds[name].append(stamps)
         grid, mllm_tokens = TASKS[task]
         tokens = grid[0] * grid[1] * grid[2] // 4
-        print(f"\n{task}: {tokens} tokens, MLLM tokens {mllm_tokens}, {arguments.preset}, {arguments.threads} threads")
+        print(f"\n{task}: {tokens} tokens, MLLM tokens {mllm_tokens}, {arguments.model}, {arguments.threads} threads")
         print("| implementation | steps/s | CPU s a step | faster | first step, CPU s | later step, CPU s |")
         print("|---|---|---|---|---|---|")
         results[task], expected = {}, latents[arguments.cases[0]]

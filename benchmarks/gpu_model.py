@@ -1,6 +1,6 @@
 """The 5B transformer on one GPU in bf16: training step and sampling step, time, peak memory, MFU.
 
-    python benchmarks/gpu_model.py --output results.json [--preset 5b] [--only train sample] [--quick]
+    python benchmarks/gpu_model.py --output results.json [--model 5b] [--only train sample] [--quick]
 
 Needs torch (and Triton for its kernels) alone: without an installed ``loomvideo`` the checkout is imported in place.
 Weights are random. Every configuration is reported as it finishes; one that fails is reported with its error.
@@ -276,7 +276,7 @@ def main() -> None:
     """Parse arguments, build the model, measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT", ".")) / "gpu_model.json")
-    parser.add_argument("--preset", default="5b")
+    parser.add_argument("--model", default="5b")
     parser.add_argument("--only", nargs="+", choices=["train", "sample"], default=["train", "sample"])
     parser.add_argument("--quick", action="store_true", help="small sequences, to try the script itself")
     parser.add_argument("--time-limit-s", type=float, default=540, help="start no configuration after this")
@@ -285,14 +285,14 @@ def main() -> None:
     make_importable()
 
     from loomvideo.model.dit import LoomVideoDiT
-    from loomvideo.model.presets import preset
+    from loomvideo.model.sizes import model_size
 
     device = torch.device("cuda")
     name = torch.cuda.get_device_name(0)
     peak = next((value for key, value in PEAK_FLOPS.items() if key in name), float("nan"))
     report = Report(arguments.output, peak, deadline)
     with torch.device("meta"):
-        model = LoomVideoDiT(preset(arguments.preset).dit)
+        model = LoomVideoDiT(model_size(arguments.model).dit)
     model = model.bfloat16().to_empty(device=device)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,6 +1,6 @@
 """Forward and backward of a pack of eight mixed samples against a dense, unpacked implementation, on CPU in fp32.
 
-    python benchmarks/model_pack.py [--presets tiny small] [--rounds 3] [--json results.json]
+    python benchmarks/model_pack.py [--models tiny small] [--rounds 3] [--json results.json]
 
 Every case runs in a process of its own, so that its peak memory is its own; cases take turns for several rounds, so
 that a busy moment of the machine hits all of them. Memory is the peak resident set less that of the built model and
@@ -50,12 +50,12 @@ def run_case(preset_name: str, case: str, seconds: float, threads: int) -> dict:
 
     from loomvideo.model import kernels
     from loomvideo.model.packing import pack
-    from loomvideo.model.presets import preset
+    from loomvideo.model.sizes import model_size
 
     options = CASES[case]
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    config = preset(preset_name).dit
+    config = model_size(preset_name).dit
     model = random_model(config)
     samples = [
         random_sample(config, grid, tokens, references, source, seed)
@@ -121,7 +121,7 @@ def _resident_bytes() -> int:
 def main() -> None:
     """Run every case in turn and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--presets", nargs="+", default=["tiny", "small"])
+    parser.add_argument("--models", nargs="+", default=["tiny", "small"])
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0, help="of repetitions a case and round")
@@ -134,7 +134,7 @@ def main() -> None:
         return
 
     results: dict[str, dict[str, list[dict]]] = {}
-    for preset_name in arguments.presets:
+    for preset_name in arguments.models:
         by_case = results[preset_name] = {case: [] for case in arguments.cases}
         for _ in range(arguments.rounds):
             for case in arguments.cases:

@@ -1,6 +1,6 @@
 """What Scale-and-Add saves: a denoising step of an edit against the same network with the source as extra tokens.
 
-    python benchmarks/scale_and_add.py [--preset small] [--frames 2 4 8 16 32] [--chart curve.png] [--json results.json]
+    python benchmarks/scale_and_add.py [--model small] [--frames 2 4 8 16 32] [--chart curve.png] [--json results.json]
 
 Concatenation appends the source's patches to the sequence (as the references' are), so every block works on twice
 the tokens; the weights are the same, the source embedding's are not used. Both keep keys, values and timestep
@@ -32,12 +32,12 @@ def run_case(preset_name: str, method: str, frames: int, seconds: float, threads
     from loomvideo.model.codec.live_bytes import PeakLiveBytes
     from loomvideo.model.dit import LoomVideoDiT
     from loomvideo.model.packing import DiTSample, pack
-    from loomvideo.model.presets import preset
+    from loomvideo.model.sizes import model_size
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     kernels.set_backend("auto")
-    config = preset(preset_name).dit
+    config = model_size(preset_name).dit
     model = LoomVideoDiT(config).eval()
     if method == "concatenation":
         model.config = dataclasses.replace(config, use_source_embedding=False)
@@ -85,9 +85,9 @@ def concatenated(sample, patch_size):
 def step_flops(preset_name: str, tokens: int, method: str) -> int:
     """Operations of a denoising step of one branch, without what is kept over the steps."""
     from loomvideo.model.flops import sequence_flops
-    from loomvideo.model.presets import preset
+    from loomvideo.model.sizes import model_size
 
-    config = preset(preset_name).dit
+    config = model_size(preset_name).dit
     if method == "concatenation":
         config = dataclasses.replace(config, use_source_embedding=False)
     length = tokens if method == "scale-and-add" else 2 * tokens
@@ -126,7 +126,7 @@ def draw(path: Path, preset_name: str, measured: dict[int, float]) -> None:
 def main() -> None:
     """Run every case and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="small")
+    parser.add_argument("--model", default="small")
     parser.add_argument(
         "--frames", nargs="+", type=int, default=[2, 4, 8, 16, 32], help="latent frames, 64 tokens each"
     )
@@ -139,9 +139,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.run:
         method, frames = arguments.run
-        print(json.dumps(run_case(arguments.preset, method, int(frames), arguments.seconds, arguments.threads)))
+        print(json.dumps(run_case(arguments.model, method, int(frames), arguments.seconds, arguments.threads)))
         return
-    print(f"{arguments.preset}, {MLLM_TOKENS} MLLM tokens, {arguments.threads} threads")
+    print(f"{arguments.model}, {MLLM_TOKENS} MLLM tokens, {arguments.threads} threads")
     print(
         "| tokens | CPU ms | concatenation | CPU time | wall time | MiB | concatenation | memory | operations | 5b's |"
     )
@@ -156,25 +156,25 @@ def main() -> None:
         tokens = frames * SIDE * SIDE // 4
         ratios = {key: appended[key] / added[key] for key in added}
         curve[tokens] = ratios["cpu_s"]
-        results.append({"tokens": tokens, **row, "flops_ratio": flops_ratio(arguments.preset, tokens)})
+        results.append({"tokens": tokens, **row, "flops_ratio": flops_ratio(arguments.model, tokens)})
         print(
             f"| {tokens} | {added['cpu_s'] * 1e3:.0f} | {appended['cpu_s'] * 1e3:.0f} "
             f"| {ratios['cpu_s']:.2f}x | {ratios['wall_s']:.2f}x "
             f"| {added['memory_bytes'] / 2**20:.1f} | {appended['memory_bytes'] / 2**20:.1f} "
             f"| {ratios['memory_bytes']:.2f}x "
-            f"| {flops_ratio(arguments.preset, tokens):.2f}x | {flops_ratio('5b', tokens):.2f}x |",
+            f"| {flops_ratio(arguments.model, tokens):.2f}x | {flops_ratio('5b', tokens):.2f}x |",
             flush=True,
         )
     for tokens in (9_750, 12_090, 27_280):
         print(f"5b, {tokens} tokens: {flops_ratio('5b', tokens):.2f}x the operations")
     if arguments.chart:
-        draw(arguments.chart, arguments.preset, curve)
+        draw(arguments.chart, arguments.model, curve)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2))
 
 
 def _measure(arguments: argparse.Namespace, method: str, frames: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--preset", arguments.preset, "--run", method, str(frames)]
+    command = [sys.executable, __file__, "--model", arguments.model, "--run", method, str(frames)]
     command += ["--seconds", str(arguments.seconds), "--threads", str(arguments.threads)]
     completed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(completed.stdout.splitlines()[-1])

@@ -1,6 +1,6 @@
 """The training loop against a plain PyTorch loop with the same model, packs and optimiser.
 
-Run ``python benchmarks/training_loop.py [--preset tiny] [--steps 60] [--workers 2]`` on an idle machine. The plain loop
+Run ``python benchmarks/training_loop.py [--model tiny] [--steps 60] [--workers 2]`` on an idle machine. The plain loop
 is one process with as many threads as there are workers; the loop is Ray Train with ZeRO-3 on that many one-thread
 workers. Samples are random latents of the sizes that the sample dataset has.
 """
@@ -20,7 +20,7 @@ import torch
 from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.flow import noised_and_target
 from loomvideo.model.packing import DiTSample, pack
-from loomvideo.model.presets import preset
+from loomvideo.model.sizes import model_size
 from loomvideo.platform.ray_session import ray_session
 from loomvideo.platform.runs import RunFolder
 from loomvideo.platform.training.config import TrainingConfig
@@ -79,7 +79,7 @@ class RandomRecipe(BaseRecipe):
     """Flow matching on random latents."""
 
     def __init__(self, name, side, num_mllm_tokens=48):
-        self.config, self.side, self.num_mllm_tokens = preset(name).dit, side, num_mllm_tokens
+        self.config, self.side, self.num_mllm_tokens = model_size(name).dit, side, num_mllm_tokens
 
     def build_model(self):
         """Seeded weights."""
@@ -156,13 +156,13 @@ def warm_steps(arguments):
 def main():
     """Print both and the loop's breakdown as JSON."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--model", default="tiny")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=768)
     parser.add_argument("--side", type=int, default=8)
     arguments = parser.parse_args()
-    recipe = RandomRecipe(arguments.preset, arguments.side)
+    recipe = RandomRecipe(arguments.model, arguments.side)
     url = f"random://{arguments.side}"
     plain_s, tokens = plain_step(arguments, recipe, RandomDataset(url))
     figures = {

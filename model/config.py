@@ -13,7 +13,7 @@ from loomvideo.platform.errors import UserError
 class DiTConfig:
     """Sizes of a Wan-style transformer with Deepstack conditioning and Scale-and-Add.
 
-    The defaults are what every published size has in common; the 5B sizes are ``presets.preset("5b").dit``.
+    The defaults are what every published size has in common; the 5B sizes are ``sizes.model_size("5b").dit``.
     """
 
     num_layers: int

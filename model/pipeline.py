@@ -18,9 +18,9 @@ from loomvideo.model.float8 import float8_blocks
 from loomvideo.model.guidance import NUM_STEPS, Guidance
 from loomvideo.model.media_inputs import Clip, Picture, as_clip, as_picture, fit_clip, fit_picture
 from loomvideo.model.parallel import Ranks
-from loomvideo.model.presets import PIPELINE_FILE, ModelPreset, preset, stated_preset, with_folders
 from loomvideo.model.sampler import Branch, SchedulerConfig, sample
 from loomvideo.model.shortcuts import Shortcuts
+from loomvideo.model.sizes import PIPELINE_FILE, ModelSize, model_size, stated_size, with_folders
 from loomvideo.model.weights import load_dit, open_checkpoint
 from loomvideo.platform.errors import UserError
 
@@ -84,33 +84,33 @@ class LoomVideoPipeline:
 
         Args:
             checkpoint: The ``weights`` folder of a run, an exported folder, or the published ``gen_model.pth``.
-            model: Preset; None takes what the folder states.
-            codec_folder: The codec's weights (``Wan2.2-TI2V-5B-Diffusers/vae``), for presets that need them.
-            mllm_folder: The MLLM (``Qwen3-VL-8B-Instruct``), for presets that need one.
+            model: Its size, tiny, small or 5b; None takes what the folder states.
+            codec_folder: The codec's weights (``Wan2.2-TI2V-5B-Diffusers/vae``), for model sizes that need them.
+            mllm_folder: The MLLM (``Qwen3-VL-8B-Instruct``), for model sizes that need one.
             device: Where to run; None takes CUDA where there is one.
             dtype: Of the transformer and the MLLM; None takes bf16 on CUDA, fp32 elsewhere.
 
         Raises:
-            UserError: if the checkpoint cannot be read or does not say its preset.
+            UserError: if the checkpoint cannot be read or does not say its model size.
         """
-        model = model or stated_preset(checkpoint)
+        model = model or stated_size(checkpoint)
         if model is None:
-            raise UserError(f"{checkpoint}: has no {PIPELINE_FILE}; name its preset with model=")
+            raise UserError(f"{checkpoint}: has no {PIPELINE_FILE}; name its size with model=")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls.from_parts(with_folders(preset(model), codec_folder, mllm_folder), checkpoint, device, dtype)
+        return cls.from_parts(with_folders(model_size(model), codec_folder, mllm_folder), checkpoint, device, dtype)
 
     @classmethod
     def from_parts(
         cls,
-        model: ModelPreset,
+        model: ModelSize,
         weights: str | Path,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
     ) -> "LoomVideoPipeline":
-        """Build a preset's codec and MLLM around a transformer's weights.
+        """Build a size's codec and MLLM around a transformer's weights.
 
         Args:
-            model: The preset, its folders filled in where it needs them.
+            model: The model size, its folders filled in where it needs them.
             weights: A weights folder or file, see :func:`loomvideo.model.weights.open_checkpoint`.
             device: Where everything runs.
             dtype: Of the transformer and the MLLM; None takes bf16 on CUDA, fp32 elsewhere.
@@ -120,7 +120,7 @@ class LoomVideoPipeline:
         stated = open_checkpoint(weights).config
         dit = load_dit(weights, stated or model.dit, device, dtype)
         codec = build_codec(model.codec, device, dtype)
-        return cls(dit, codec, FrozenMLLM.from_preset(model, device, dtype), model.scheduler)
+        return cls(dit, codec, FrozenMLLM.of_size(model, device, dtype), model.scheduler)
 
     @torch.inference_mode()
     def encode(

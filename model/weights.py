@@ -42,7 +42,7 @@ class WeightsError(UserError):
         kinds = {"missing": self.missing, "unexpected": self.unexpected, "misshapen": self.misshapen}
         parts = [f"{len(keys)} {kind} ({_shorten(keys)})" for kind, keys in kinds.items() if keys]
         super().__init__(
-            f"{path}: keys do not fit the model: {'; '.join(parts)}; use the right preset, or allow=PATTERN to accept"
+            f"{path}: keys do not fit the model: {'; '.join(parts)}; use the right model=, or allow=PATTERN to accept"
         )
 
 
@@ -131,7 +131,7 @@ def load_dit(
     """
     checkpoint = open_checkpoint(path)
     if config is None and checkpoint.config is None:
-        raise UserError(f"{path}: this checkpoint does not state its sizes; give preset=… (5b for the published one)")
+        raise UserError(f"{path}: this checkpoint does not state its sizes; give model=… (5b for the published one)")
     config = config or checkpoint.config
     _check_sizes(checkpoint, config)
     with torch.device("meta"):
@@ -203,7 +203,7 @@ def save_dit(
 
     Args:
         weights: The model, its state, or pairs of name and tensor (for states that are never whole).
-        config: Sizes, so that the folder loads without a preset.
+        config: Sizes, so that the folder loads without a model size.
         folder: Created; must not hold weights already.
         dtype: Of the saved tensors; None keeps theirs.
         max_shard_bytes: Size at which a new shard starts.
@@ -320,7 +320,7 @@ def _check_sizes(checkpoint: Checkpoint, config: DiTConfig) -> None:
         if not same and name != "use_source_embedding":
             raise UserError(
                 f"{checkpoint.path / 'config.json'}: {name} is {value}, the model's is {values[name]}; "
-                f"use the preset of this checkpoint"
+                f"use the model size of this checkpoint"
             )
 
 

@@ -21,7 +21,7 @@ app = typer.Typer(name="data", help="Make, prepare and look at datasets.", no_ar
 
 
 def prepare_schema() -> type:
-    """The schema of ``data prepare``, imported late: it knows the model presets."""
+    """The schema of ``data prepare``, imported late: it knows the model sizes."""
     from loomvideo.pipelines.prepare.config import PrepareConfig
 
     return PrepareConfig

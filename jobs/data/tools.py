@@ -131,12 +131,12 @@ def report(
 def report_codec(dataset: Any) -> "Codec | None":
     """The codec that shows a dataset's latents, when it needs no weights."""
     from loomvideo.model.codec import build_codec
-    from loomvideo.model.presets import preset
+    from loomvideo.model.sizes import model_size
 
     name = dataset.manifest.config.get("model")
-    if name is None or preset(name).codec.kind != "dct":
+    if name is None or model_size(name).codec.kind != "dct":
         return None
-    return build_codec(preset(name).codec)
+    return build_codec(model_size(name).codec)
 
 
 def remove(

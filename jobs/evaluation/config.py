@@ -29,9 +29,11 @@ class GenerationConfig:
     actors: int = option(1, "copies of the model that generate at once")
     gpus: float = option(0.0, "GPUs of each copy")
     cpus: float = option(1.0, "CPUs of each copy")
-    preset: str = option("", "model preset; empty takes the training run's")
-    codec_folder: str = option("", "weights of the codec, for presets that need them")
-    mllm_folder: str = option("", "weights of the MLLM, for presets that need them")
+    model: str = option(
+        "", "model size of a checkpoint that does not state one: tiny, small or 5b; empty takes the training run's"
+    )
+    codec_folder: str = option("", "weights of the codec, for model sizes that need them")
+    mllm_folder: str = option("", "weights of the MLLM, for model sizes that need them")
     blend_skill: float = option(0.7, "generator=blend: 1 gives the target, 0 the source")
     blend_noise: float = option(8.0, "generator=blend: noise in grey levels")
 

@@ -81,7 +81,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         tags = {"loomvideo.fingerprint": checkpoint.fingerprint, "loomvideo.weights": checkpoint.weights}
         # MLflow's names take none of / : . % and quotes.
         name = re.sub(r"[^0-9A-Za-z_-]+", "-", checkpoint.name)
-        params = {"checkpoint": checkpoint.name, "preset": checkpoint.preset, **flatten(config.generation)}
+        params = {"checkpoint": checkpoint.name, "model": checkpoint.model, **flatten(config.generation)}
         model_id = mlflow_report.register_model(client, tracker.experiment_id, tracker.run_id, name, params, tags)
         rows = _generate_and_measure(config, checkpoint, manifests, learned, judge)
         result: dict[str, Any] = {"checkpoint": checkpoint.name, "fingerprint": checkpoint.fingerprint}

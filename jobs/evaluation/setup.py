@@ -9,7 +9,7 @@ from rich.console import Console
 
 from loomvideo.jobs.evaluation.config import EvaluateConfig
 from loomvideo.jobs.weights.references import find_weights
-from loomvideo.model.presets import stated_preset
+from loomvideo.model.sizes import stated_size
 from loomvideo.pipelines.evaluation.generators import BlendGenerator, Generator, IdentityGenerator
 from loomvideo.pipelines.evaluation.judges.clients import GeminiClient, JudgeClient, OpenAIClient, api_key
 from loomvideo.pipelines.evaluation.judges.fake import PixelJudge
@@ -39,7 +39,7 @@ class Checkpoint:
         build: Makes the generator inside its actor.
         weights: Path of the weights; empty for generators without.
         training_run: MLflow run that trained it; empty when unknown.
-        preset: Model preset.
+        model: Its size.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Checkpoint:
     build: Callable[[], Generator]
     weights: str = ""
     training_run: str = ""
-    preset: str = ""
+    model: str = ""
 
 
 def find_checkpoint(config: EvaluateConfig) -> Checkpoint:
@@ -63,11 +63,11 @@ def find_checkpoint(config: EvaluateConfig) -> Checkpoint:
         blend = BlendGenerator(g.blend_skill, g.blend_noise)
         return Checkpoint(blend.fingerprint, blend.fingerprint, lambda: blend)
     run, weights = find_weights(config.checkpoint, config.runs)
-    preset = g.preset or stated_preset(weights)
-    if not preset:
-        raise UserError(f"checkpoint={config.checkpoint}: set generation.preset (5b for the published model)")
+    model = g.model or stated_size(weights)
+    if not model:
+        raise UserError(f"checkpoint={config.checkpoint}: set generation.model (5b for the published model)")
     options = ModelOptions(
-        str(weights), preset, g.codec_folder, g.mllm_folder, g.steps, g.edit_scale, g.generate_scale, g.visual_scale
+        str(weights), model, g.codec_folder, g.mllm_folder, g.steps, g.edit_scale, g.generate_scale, g.visual_scale
     )
     fingerprint = model_fingerprint(options)
     tracking = run.read_json("mlflow.json") if run else None
@@ -77,7 +77,7 @@ def find_checkpoint(config: EvaluateConfig) -> Checkpoint:
         build=lambda: ModelGenerator(options, fingerprint),
         weights=str(weights),
         training_run=(tracking or {}).get("run_id", ""),
-        preset=preset,
+        model=model,
     )
 
 

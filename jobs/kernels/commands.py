@@ -19,7 +19,7 @@ class BuildConfig:
 
     kernels: KernelConfig = option(KernelConfig, "where kernels are kept")
     architectures: list[int] = option([], "GPU architectures to compile Triton kernels for, as [80,90]; [] this node's")
-    model: str = option("5b", "model preset whose width the Triton kernels are compiled for")
+    model: str = option("5b", "model size whose width the Triton kernels are compiled for")
     nodes: str = option("this", "this machine, or all nodes of the running Ray cluster")
 
 
@@ -36,7 +36,7 @@ class BenchConfig:
 
     kernels: KernelConfig = option(KernelConfig, "where kernels are kept")
     tokens: int = option(4096, "tokens of the packed sequence")
-    model: str = option("5b", "model preset whose width is timed")
+    model: str = option("5b", "model size whose width is timed")
     dtypes: list[str] = option(["float32", "bfloat16"], "activations")
     repeats: int = option(9, "timed calls; the median counts")
 
@@ -142,9 +142,9 @@ def clear(config: StatusConfig) -> None:
 
 def _shape(model: str) -> tuple[int, int, int]:
     from loomvideo.model.kernels.node import model_shape
-    from loomvideo.model.presets import preset
+    from loomvideo.model.sizes import model_size
 
-    return model_shape(preset(model).dit)
+    return model_shape(model_size(model).dit)
 
 
 def _print_node(node: str, row: dict[str, Any]) -> None:

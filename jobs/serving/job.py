@@ -22,7 +22,7 @@ def run(config: ServeConfig) -> None:
     """Serve until SIGINT or SIGTERM.
 
     Raises:
-        UserError: if there is no such checkpoint, or its preset is unknown.
+        UserError: if there is no such checkpoint, or its size is unknown.
     """
     console = Console()
     config.generation.check()

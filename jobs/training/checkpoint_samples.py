@@ -12,7 +12,7 @@ from loomvideo.jobs.training.heldout import HeldoutResult, evaluate_heldout
 from loomvideo.model.codec import build_codec
 from loomvideo.model.conditioning.mllm import FrozenMLLM
 from loomvideo.model.pipeline import LoomVideoPipeline
-from loomvideo.model.presets import preset, with_folders
+from loomvideo.model.sizes import model_size, with_folders
 from loomvideo.pipelines.training.recipe import LoomVideoRecipe
 from loomvideo.platform.runs import RunFolder
 from loomvideo.platform.tracking import Tracker
@@ -49,10 +49,10 @@ def sampling_tasks(
         checkpoint = Checkpoint(path)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        model = with_folders(preset(config.model), config.codec_folder, config.mllm_folder)
+        model = with_folders(model_size(config.model), config.codec_folder, config.mllm_folder)
         dit = build_recipe().build_model().to(device, dtype)
         load_checkpoint_weights(dit, checkpoint, "ema" if "ema" in checkpoint.kinds else "master")
-        mllm = FrozenMLLM.from_preset(model, device, dtype)
+        mllm = FrozenMLLM.of_size(model, device, dtype)
         pipeline = LoomVideoPipeline(dit, build_codec(model.codec, device, dtype), mllm, model.scheduler)
         return evaluate_heldout(pipeline, heldout, tasks, _folder_of(folder, checkpoint.step))
 

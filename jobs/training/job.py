@@ -28,7 +28,7 @@ from loomvideo.jobs.training.setup import (
 )
 from loomvideo.model.kernels.node import model_shape, use_kernels
 from loomvideo.model.pipeline import LoomVideoPipeline
-from loomvideo.model.presets import PIPELINE_FILE, ModelPreset, preset, with_folders
+from loomvideo.model.sizes import PIPELINE_FILE, ModelSize, model_size, with_folders
 from loomvideo.pipelines.training.feature_pool import feature_pool
 from loomvideo.pipelines.training.recipe import LoomVideoRecipe
 from loomvideo.platform.cluster.doctor import Diagnosis, examine_cluster, preflight
@@ -60,7 +60,7 @@ def run_training(job: str, config: TrainingJobConfig, default_parent: str | None
     """
     config.check()
     config = with_absolute_paths(config)
-    model = with_folders(preset(config.model), config.codec_folder, config.mllm_folder)
+    model = with_folders(model_size(config.model), config.codec_folder, config.mllm_folder)
     datasets = [ShardDataset.open(url) for url in config.data.shards]
     for url, dataset in zip(config.data.shards, datasets, strict=True):
         check_fits(url, dataset, datasets[0], model)
@@ -101,7 +101,7 @@ def _lineage(config: TrainingJobConfig, datasets: list[ShardDataset], start: Sta
 
 def _train_and_evaluate(
     config: TrainingJobConfig,
-    model: ModelPreset,
+    model: ModelSize,
     datasets: list[ShardDataset],
     initial_weights: str | None,
     folder: RunFolder,
@@ -183,7 +183,7 @@ def evaluate_weights(
     if device == "cpu":
         torch.set_num_threads(num_threads)
     use_kernels(config.kernels)
-    model = with_folders(preset(config.model), config.codec_folder, config.mllm_folder)
+    model = with_folders(model_size(config.model), config.codec_folder, config.mllm_folder)
     pipeline = LoomVideoPipeline.from_parts(model, weights, device)
     return evaluate_heldout(pipeline, config.evaluation, tasks, Path(folder))
 

@@ -13,7 +13,7 @@ from loomvideo.platform.errors import UserError
 class PlanConfig:
     """A model, a pack and a cluster."""
 
-    model: str = option("5b", "model preset")
+    model: str = option("5b", "model size: tiny, small or 5b")
     machine: str = option("h100", "h100, h200 or a100")
     ranks: list[int] = option([8, 64], "GPUs")
     lengths: list[int] = option([12090, 4294], "tokens of each sample of a pack")
@@ -45,13 +45,13 @@ def print_plan(config: PlanConfig) -> None:
     from rich.table import Table
 
     from loomvideo.jobs.training.plan import MACHINES, plan
-    from loomvideo.model.presets import preset
+    from loomvideo.model.sizes import model_size
 
     if config.machine not in MACHINES:
         raise UserError(f"machine={config.machine}: use one of {', '.join(MACHINES)}")
     if len(config.lengths) != len(config.mllm_lengths):
         raise UserError("lengths and mllm_lengths: give one number for every sample of the pack")
-    machine, dit = MACHINES[config.machine], preset(config.model).dit
+    machine, dit = MACHINES[config.machine], model_size(config.model).dit
     plans = [
         plan(
             dit,

@@ -10,7 +10,7 @@ from typing import Any
 
 from loomvideo.jobs.training.config import TrainingJobConfig
 from loomvideo.jobs.training.plan import Machine, machine_named, plan
-from loomvideo.model.presets import ModelPreset
+from loomvideo.model.sizes import ModelSize
 from loomvideo.pipelines.training.recipe import LoomVideoRecipe, StateSource
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.nodes.config import KernelConfig
@@ -39,7 +39,7 @@ def with_absolute_paths(config: TrainingJobConfig) -> TrainingJobConfig:
     )
 
 
-def check_fits(url: str, dataset: ShardDataset, first: ShardDataset, model: ModelPreset) -> None:
+def check_fits(url: str, dataset: ShardDataset, first: ShardDataset, model: ModelSize) -> None:
     """Refuse shards that were encoded for another model, or otherwise than the first dataset.
 
     Raises:
@@ -142,7 +142,7 @@ def tasks_of(config: TrainingJobConfig, datasets: Sequence[ShardDataset]) -> set
 
 
 def predictor(
-    config: TrainingJobConfig, model: ModelPreset, datasets: Sequence[ShardDataset]
+    config: TrainingJobConfig, model: ModelSize, datasets: Sequence[ShardDataset]
 ) -> Callable[[dict[str, Any]], dict[str, float]]:
     """What ``loomvideo plan`` expects of a step of this run, from the workers' ``ready`` report.
 

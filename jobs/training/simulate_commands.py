@@ -101,7 +101,7 @@ def print_audit(run: Path, step: int, steps: int, workers: int) -> None:
 
     from loomvideo.jobs.training.config import TrainingJobConfig
     from loomvideo.jobs.training.setup import recipe_factory
-    from loomvideo.model.presets import preset, with_folders
+    from loomvideo.model.sizes import model_size, with_folders
     from loomvideo.pipelines.training.feature_pool import feature_pool
     from loomvideo.platform.config import load_config
     from loomvideo.platform.ray_session import ray_session
@@ -114,7 +114,7 @@ def print_audit(run: Path, step: int, steps: int, workers: int) -> None:
     same_world = workers in (0, config.training.workers.num)
     config.training.workers.num = workers or config.training.workers.num
     datasets = [ShardDataset.open(url) for url in config.data.shards]
-    model = with_folders(preset(config.model), config.codec_folder, config.mllm_folder)
+    model = with_folders(model_size(config.model), config.codec_folder, config.mllm_folder)
     num_cpus = max(2, config.training.workers.num * config.training.workers.cpus)
     with (
         tempfile.TemporaryDirectory() as scratch,

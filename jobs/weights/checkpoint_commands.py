@@ -139,7 +139,7 @@ def export(
 
     from loomvideo.jobs.training.config import TrainingJobConfig
     from loomvideo.model.lora import save_adapter
-    from loomvideo.model.presets import PIPELINE_FILE
+    from loomvideo.model.sizes import PIPELINE_FILE
     from loomvideo.model.weights import save_dit
     from loomvideo.pipelines.training.recipe import LoomVideoRecipe
     from loomvideo.platform.config import load_config

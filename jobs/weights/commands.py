@@ -12,7 +12,7 @@ app = typer.Typer(name="weights", help="Inspect and convert checkpoints of the t
 Source = Annotated[Path, typer.Argument(help="weights folder, gen_model.pth, .safetensors, or a Wan2.2 folder")]
 Settings = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]…", help="preset=NAME, dtype=NAME, source=true|false, allow=PATTERN,…"),
+    typer.Argument(metavar="[KEY=VALUE]…", help="model=NAME, dtype=NAME, source=true|false, allow=PATTERN,…"),
 ]
 _DTYPES = ("keep", "bfloat16", "float16", "float32")
 
@@ -28,29 +28,29 @@ def _settings(arguments: list[str] | None, valid: tuple[str, ...]) -> dict[str, 
 
 
 def _dit_config(settings: dict[str, str]):
-    """Sizes from ``preset=`` and ``source=``; None without a preset."""
+    """Sizes from ``model=`` and ``source=``; None without a model size."""
     import dataclasses
 
-    from loomvideo.model.presets import preset
+    from loomvideo.model.sizes import model_size
 
-    if "preset" not in settings:
+    if "model" not in settings:
         return None
     source = settings.get("source", "true")
     if source not in ("true", "false"):
         raise UserError(f"source={source}: use true or false")
-    return dataclasses.replace(preset(settings["preset"]).dit, use_source_embedding=source == "true")
+    return dataclasses.replace(model_size(settings["model"]).dit, use_source_embedding=source == "true")
 
 
 @app.command()
 def inspect(path: Source, settings: Settings = None) -> None:
-    """Print what a checkpoint holds and, with preset=NAME, every key that does not fit that model."""
+    """Print what a checkpoint holds and, with model=NAME, every key that does not fit that model."""
     import fnmatch
     import math
     from collections import Counter
 
     from loomvideo.model import weights
 
-    config = _dit_config(_settings(settings, ("preset", "source")))
+    config = _dit_config(_settings(settings, ("model", "source")))
     checkpoint = weights.open_checkpoint(path)
     sizes = {name: math.prod(shape) for name, shape in checkpoint.shapes.items()}
     dead = [name for name in sizes if any(fnmatch.fnmatchcase(name, pattern) for pattern in weights.DEAD_KEYS)]
@@ -66,7 +66,7 @@ def inspect(path: Source, settings: Settings = None) -> None:
         print(f"{name:<22}{value}")
     config = config or checkpoint.config
     if config is None:
-        print("give preset=NAME to compare the keys with a model's")
+        print("give model=NAME to compare the keys with a model's")
         return
     expected = weights.expected_shapes(config)
     missing, unexpected, misshapen = weights.compare_keys(checkpoint, expected)
@@ -84,7 +84,7 @@ def inspect(path: Source, settings: Settings = None) -> None:
 def convert(
     path: Source, output: Annotated[Path, typer.Argument(help="new weights folder")], settings: Settings = None
 ) -> None:
-    """Write a checkpoint as a weights folder (safetensors and config.json) that loads without a preset.
+    """Write a checkpoint as a weights folder (safetensors and config.json) that loads without a model size.
 
     A Wan2.2 folder gets the conditioning a fresh LoomVideo starts with: an embedder whose last layer is zero and a zero
     source embedding.
@@ -93,7 +93,7 @@ def convert(
 
     from loomvideo.model import weights
 
-    values = _settings(settings, ("preset", "source", "dtype", "allow"))
+    values = _settings(settings, ("model", "source", "dtype", "allow"))
     dtype_name = values.get("dtype", "keep")
     if dtype_name not in _DTYPES:
         raise UserError(f"dtype={dtype_name}: use one of {', '.join(_DTYPES)}")

@@ -1,4 +1,4 @@
-"""Which model a command runs: a checkpoint, its preset, and how its operations are computed."""
+"""Which model a command runs: a checkpoint, its size, and how its operations are computed."""
 
 from dataclasses import dataclass
 
@@ -12,32 +12,32 @@ class ModelChoice:
 
     checkpoint: str = option("", "JOB/NAME of a run, a weights folder or gen_model.pth; empty takes the newest run")
     runs: str = option("runs", "folder of all runs")
-    model: str = option("", "model preset of a checkpoint that does not state one: tiny, small or 5b")
-    codec_folder: str = option("", "folder of the codec's weights, for presets that need one")
-    mllm_folder: str = option("", "folder of the MLLM, for presets that need one")
+    model: str = option("", "model size of a checkpoint that does not state one: tiny, small or 5b")
+    codec_folder: str = option("", "folder of the codec's weights, for model sizes that need one")
+    mllm_folder: str = option("", "folder of the MLLM, for model sizes that need one")
     kernels: str = option("auto", "back end of the fused operations: auto, eager, cpp or triton")
     compile: bool = option(False, "compile the transformer's blocks: slower to start, faster on a GPU")
 
 
 def model_source(choice: ModelChoice, drop_exact: bool = False) -> "ModelSource":  # noqa: F821 - imported late
-    """The checkpoint and its preset.
+    """The checkpoint and its model size.
 
     Args:
         choice: What the command was told.
         drop_exact: With ``shortcuts.fp8``, free the exact weights.
 
     Raises:
-        UserError: if there is no such checkpoint, or its preset is unknown.
+        UserError: if there is no such checkpoint, or its size is unknown.
     """
     from loomvideo.jobs.weights.references import find_weights
-    from loomvideo.model.presets import preset, stated_preset
+    from loomvideo.model.sizes import model_size, stated_size
     from loomvideo.pipelines.generation.generator import ModelSource
 
     _, weights = find_weights(choice.checkpoint, choice.runs)
-    name = stated_preset(weights) or choice.model
+    name = stated_size(weights) or choice.model
     if not name:
-        raise UserError(f"checkpoint={weights}: does not state its preset; set model= (5b for the published model)")
-    preset(name)
+        raise UserError(f"checkpoint={weights}: does not state its model size; set model= (5b for the published model)")
+    model_size(name)
     return ModelSource(
         str(weights), name, choice.codec_folder, choice.mllm_folder, choice.kernels, choice.compile, drop_exact
     )

@@ -20,7 +20,7 @@ STREAM_FRAMES = 4
 
 @dataclass
 class CodecConfig:
-    """Which codec a preset uses.
+    """Which codec a model size uses.
 
     ``kind`` ``"dct"`` is the embedded :class:`DCTCodec`; ``"wan"`` reads a diffusers ``AutoencoderKLWan`` from
     ``folder`` (for example ``Wan2.2-TI2V-5B-Diffusers/vae``). ``memory_limit_bytes`` bounds the

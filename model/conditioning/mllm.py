@@ -86,11 +86,11 @@ class FrozenMLLM:
         return cls(model, num_states, tokenizer, config.processor, fingerprint)
 
     @classmethod
-    def from_preset(
-        cls, preset: object, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    def of_size(
+        cls, size: object, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> "FrozenMLLM":
-        """The MLLM of a model preset (its ``mllm`` section), aligned with the preset's DiT."""
-        return cls.from_config(preset.mllm, preset.dit.num_layers, device, dtype)
+        """The MLLM of a model size (its ``mllm`` section), aligned with its DiT."""
+        return cls.from_config(size.mllm, size.dit.num_layers, device, dtype)
 
     @classmethod
     def from_pretrained(

@@ -1,4 +1,4 @@
-"""A Qwen3-VL of random weights for presets that run without downloads."""
+"""A Qwen3-VL of random weights for model sizes that run without downloads."""
 
 import torch
 from transformers import Qwen3VLConfig, Qwen3VLModel

@@ -1,4 +1,4 @@
-"""The small vocabulary of the tiny preset: byte-level BPE in which the words of fashion captions are one token each.
+"""The vocabulary of the tiny and small models: byte-level BPE in which the fashion words are one token each.
 
 ``tokenizer.json`` beside this file is what :func:`build` makes; it is shipped so that token ids never depend on the
 version of the library that trains it. ``python -m loomvideo.model.conditioning.vocabulary`` writes it anew.

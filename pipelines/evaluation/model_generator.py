@@ -19,9 +19,9 @@ class ModelOptions:
 
     Attributes:
         weights: Weights folder or file.
-        preset: Model preset.
-        codec_folder: The codec's weights, for presets that need them.
-        mllm_folder: The MLLM, for presets that need one.
+        model: Model size.
+        codec_folder: The codec's weights, for model sizes that need them.
+        mllm_folder: The MLLM, for model sizes that need one.
         steps: Denoising steps.
         edit_scale: Guidance scale of edits.
         generate_scale: Guidance scale of generation.
@@ -29,7 +29,7 @@ class ModelOptions:
     """
 
     weights: str
-    preset: str = "tiny"
+    model: str = "tiny"
     codec_folder: str = ""
     mllm_folder: str = ""
     steps: int = 50
@@ -71,10 +71,10 @@ class ModelGenerator:
         import torch
 
         from loomvideo.model.pipeline import LoomVideoPipeline
-        from loomvideo.model.presets import preset, with_folders
+        from loomvideo.model.sizes import model_size, with_folders
 
         o = self.options
-        model = with_folders(preset(o.preset), o.codec_folder, o.mllm_folder)
+        model = with_folders(model_size(o.model), o.codec_folder, o.mllm_folder)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return LoomVideoPipeline.from_parts(model, o.weights, device)
 

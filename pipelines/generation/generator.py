@@ -28,20 +28,20 @@ MAX_SIDE = 4096
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A checkpoint and what its preset needs.
+    """A checkpoint and what its size needs.
 
     Attributes:
         weights: A weights folder or file.
-        preset: Its model preset.
-        codec_folder: The codec's weights, for presets that need them.
-        mllm_folder: The MLLM, for presets that need one.
+        model: Its model size.
+        codec_folder: The codec's weights, for model sizes that need them.
+        mllm_folder: The MLLM, for model sizes that need one.
         kernels: Back end of the fused operations.
         compile: Compile the transformer's blocks.
         drop_exact: With ``shortcuts.fp8``, free the exact weights.
     """
 
     weights: str
-    preset: str
+    model: str
     codec_folder: str = ""
     mllm_folder: str = ""
     kernels: str = "auto"
@@ -82,7 +82,7 @@ class FileGenerator:
         kernels.set_backend(source.kernels)
         with _memory_errors(f"checkpoint={source.weights}: does not fit into memory"):
             pipeline = LoomVideoPipeline.from_pretrained(
-                source.weights, source.preset, source.codec_folder, source.mllm_folder
+                source.weights, source.model, source.codec_folder, source.mllm_folder
             )
             if settings.shortcuts.fp8 and source.drop_exact:
                 pipeline.keep_float8_only()
@@ -91,7 +91,7 @@ class FileGenerator:
         checkpoint = {
             "path": source.weights,
             "fingerprint": weights_fingerprint(source.weights),
-            "model": source.preset,
+            "model": source.model,
         }
         return cls(pipeline, settings, checkpoint)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from loomvideo.model.presets import preset, with_folders
+from loomvideo.model.sizes import model_size, with_folders
 from loomvideo.pipelines.media.decode import DecodeError
 from loomvideo.pipelines.media.files import base_folder, media_stamp, resolve
 from loomvideo.pipelines.prepare.chunks import read_planned
@@ -76,7 +76,7 @@ class ShardBuilder:
         if device == "cpu":
             # Sums over threads depend on their number: one thread makes the same bytes on every machine.
             torch.set_num_threads(1)
-        model = with_folders(preset(config.model), config.codec_folder, config.mllm_folder)
+        model = with_folders(model_size(config.model), config.codec_folder, config.mllm_folder)
         self.encoder = SampleEncoder(model, config.features, device)
         self.loader = SampleLoader(config, self.base, self.encoder.fingerprints)
 

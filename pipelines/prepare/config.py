@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from loomvideo.model.presets import PRESETS, preset
+from loomvideo.model.sizes import SIZES, model_size
 from loomvideo.pipelines.captions.options import CaptionOptions, CaptionWorkers
 from loomvideo.pipelines.prepare.curation.options import StageOptions
 from loomvideo.platform.config import option
@@ -71,9 +71,9 @@ class PrepareConfig:
     format: str = option("auto", "layout of the input; `auto` recognises it, see docs/sources.md")
     source_options: dict[str, Any] = option({}, "options of the layout, for example {columns: {target: video}}")
     output: str = option("???", "dataset folder, a local path or URL")
-    model: str = option("tiny", "model preset whose codec and MLLM encode: " + ", ".join(PRESETS))
-    codec_folder: str = option("", "folder of the codec's weights, for presets that need one")
-    mllm_folder: str = option("", "folder of the MLLM, for presets that need one")
+    model: str = option("tiny", "model size whose codec and MLLM encode: " + ", ".join(SIZES))
+    codec_folder: str = option("", "folder of the codec's weights, for model sizes that need one")
+    mllm_folder: str = option("", "folder of the MLLM, for model sizes that need one")
     heldout_fraction: float = option(0.05, "share of groups held out, where the samples do not say")
     seed: int = option(0, "order of samples in shards and places of clips")
     decoder: str = option("auto", "video decoder: auto (decord, PyAV for what decord mishandles), decord or pyav")
@@ -101,7 +101,7 @@ class PrepareConfig:
             UserError: naming the key and the fix.
         """
         choices = {
-            "model": (self.model, PRESETS),
+            "model": (self.model, SIZES),
             "decoder": (self.decoder, DECODERS),
             "features.mode": (self.features.mode, FEATURE_MODES),
             "features.dtype": (self.features.dtype, FEATURE_DTYPES),
@@ -122,7 +122,7 @@ class PrepareConfig:
                 raise UserError(f"{key}={value}: must be at least 1")
         self.stages.check()
         self.captions.check()
-        layers, num_layers = self.features.layers, preset(self.model).dit.num_layers
+        layers, num_layers = self.features.layers, model_size(self.model).dit.num_layers
         if sorted(set(layers)) != layers or (layers and not 0 <= layers[0] <= layers[-1] < num_layers):
             raise UserError(f"features.layers={layers}: list each layer once, ascending, from 0 to {num_layers - 1}")
         if not 0 <= self.heldout_fraction < 1:

@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from loomvideo.model.presets import ModelPreset, preset, with_folders
+from loomvideo.model.sizes import ModelSize, model_size, with_folders
 from loomvideo.pipelines.media.decode import DecodeError
 from loomvideo.pipelines.media.files import base_folder
 from loomvideo.pipelines.prepare.config import PrepareConfig
@@ -63,7 +63,7 @@ def estimate_cost(
     """
     config.check()
     inputs = read_inputs(config)
-    model = with_folders(preset(config.model), config.codec_folder, config.mllm_folder)
+    model = with_folders(model_size(config.model), config.codec_folder, config.mllm_folder)
     plan = make_plan(inputs, config)
     modes = []
     for mode, dtype in MODES:
@@ -97,7 +97,7 @@ def _recommend(modes: list[dict[str, Any]], recompute_s: float) -> tuple[str, st
 
 
 def _measure(
-    config: PrepareConfig, model: ModelPreset, samples: list, num_probes: int
+    config: PrepareConfig, model: ModelSize, samples: list, num_probes: int
 ) -> tuple[dict[str, float], dict[str, int]]:
     needs_weights = model.codec.kind != "dct" and not model.codec.folder
     if num_probes < 1 or needs_weights:

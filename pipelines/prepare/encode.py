@@ -18,7 +18,7 @@ from loomvideo.model.codec import build_codec
 from loomvideo.model.conditioning import prompts
 from loomvideo.model.conditioning.inputs import MLLMInputs, build_inputs
 from loomvideo.model.conditioning.mllm import FrozenMLLM
-from loomvideo.model.presets import ModelPreset
+from loomvideo.model.sizes import ModelSize
 from loomvideo.pipelines.media.decode_process import IsolatedDecoder
 from loomvideo.pipelines.media.files import content_hash, local_copies, resolve
 from loomvideo.pipelines.prepare.config import FeatureOptions, PrepareConfig
@@ -164,22 +164,22 @@ class SampleLoader:
 
 
 class SampleEncoder:
-    """The frozen codec and MLLM of a model preset.
+    """The frozen codec and MLLM of a model size.
 
     Args:
-        preset: Which ones.
+        model: Which ones.
         features: How MLLM features are kept.
         device: Where they run.
     """
 
-    def __init__(self, preset: ModelPreset, features: FeatureOptions, device: str = "cpu"):
+    def __init__(self, model: ModelSize, features: FeatureOptions, device: str = "cpu"):
         self.device = torch.device(device)
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.features = features
-        self.codec = build_codec(preset.codec, self.device, dtype)
-        self.mllm = FrozenMLLM.from_preset(preset, self.device, dtype)
+        self.codec = build_codec(model.codec, self.device, dtype)
+        self.mllm = FrozenMLLM.of_size(model, self.device, dtype)
         self.dtype = dtype
-        self.patch_size = tuple(preset.dit.patch_size)
+        self.patch_size = tuple(model.dit.patch_size)
         self.error = FeatureError(self.mllm.hidden_size)
 
     @property
@@ -298,9 +298,9 @@ def prompt_kind(sample: Sample) -> str:
     return "mi2i" if sample.task == "t2i" and sample.references else sample.task
 
 
-def encoder_identity(preset: ModelPreset) -> str:
-    """A hash of which encoders a preset names, without loading them."""
-    return hashlib.sha256(repr((preset.codec, preset.mllm, preset.dit.num_layers)).encode()).hexdigest()[:16]
+def encoder_identity(model: ModelSize) -> str:
+    """A hash of which encoders a model size names, without loading them."""
+    return hashlib.sha256(repr((model.codec, model.mllm, model.dit.num_layers)).encode()).hexdigest()[:16]
 
 
 def _media(sample: Sample) -> list[str]:

@@ -1,7 +1,7 @@
 """How large a sample becomes, from its description and the configuration alone."""
 
 from loomvideo.model.codec import SPATIAL_STRIDE, TEMPORAL_STRIDE
-from loomvideo.model.presets import ModelPreset
+from loomvideo.model.sizes import ModelSize
 from loomvideo.pipelines.prepare.config import PrepareConfig
 from loomvideo.pipelines.prepare.geometry import IMAGE_TASKS
 from loomvideo.pipelines.sources.samples import Sample
@@ -29,7 +29,7 @@ def estimated_tokens(sample: Sample, config: PrepareConfig) -> tuple[int, int]:
     return mllm_tokens(sample, max(config.clips.buckets) ** 2)
 
 
-def estimated_bytes(sample: Sample, config: PrepareConfig, model: ModelPreset) -> int:
+def estimated_bytes(sample: Sample, config: PrepareConfig, model: ModelSize) -> int:
     """Bytes of a sample in a shard; the largest bucket class is assumed."""
     pixels = max(config.clips.buckets) ** 2
     is_image = sample.task in IMAGE_TASKS

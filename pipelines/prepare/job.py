@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
-from loomvideo.model.presets import preset, with_folders
+from loomvideo.model.sizes import model_size, with_folders
 from loomvideo.pipelines.media.files import base_folder, media_stamp, resolve
 from loomvideo.pipelines.prepare.accounts import check_losses, count_outcomes, quarantine_table
 from loomvideo.pipelines.prepare.builder import PLAN_FILE, SHARED_RECORD, SHARED_TASK, ShardBuilder
@@ -126,7 +126,7 @@ Progress = Callable[[dict[str, Any], int], None]
 
 def make_plan(inputs: Inputs, config: PrepareConfig) -> list[PlannedShard]:
     """Deal the samples into shards."""
-    model = preset(config.model)
+    model = model_size(config.model)
     items = (
         PlanItem(sample.key, sample.assigned_split(config.heldout_fraction), estimated_bytes(sample, config, model))
         for sample in inputs.samples
@@ -137,7 +137,7 @@ def make_plan(inputs: Inputs, config: PrepareConfig) -> list[PlannedShard]:
 def recipe_parts(inputs: Inputs, config: PrepareConfig) -> dict[str, str]:
     """What the dataset's content depends on, part by part, so that a stale one can say why."""
     values = {k: v for k, v in flatten(config).items() if not k.startswith(NOT_IN_RECIPE)}
-    model = with_folders(preset(config.model), config.codec_folder, config.mllm_folder)
+    model = with_folders(model_size(config.model), config.codec_folder, config.mllm_folder)
     parts = {
         "input": inputs.digest,
         "config": digest(json.dumps(values, sort_keys=True)),
@@ -406,7 +406,7 @@ def _finish(
             "mode": config.features.mode,
             "dtype": config.features.dtype,
             "layers": config.features.layers,
-            "num_layers": preset(config.model).dit.num_layers,
+            "num_layers": model_size(config.model).dit.num_layers,
             "error": combined_error([record.facts.get("feature_error") for record in records]),
         },
         counts=counts,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from loomvideo.model.codec import SPATIAL_STRIDE, TEMPORAL_STRIDE
-from loomvideo.model.presets import preset, with_folders
+from loomvideo.model.sizes import model_size, with_folders
 from loomvideo.pipelines.media.files import base_folder
 from loomvideo.pipelines.prepare.config import PrepareConfig
 from loomvideo.pipelines.prepare.encode import SampleEncoder, SampleLoader
@@ -120,7 +120,7 @@ def verify_content(dataset: ShardDataset, config: PrepareConfig, num_samples: in
     Yields:
         A problem, or a line that says how close a sample is.
     """
-    model = with_folders(preset(config.model), config.codec_folder, config.mllm_folder)
+    model = with_folders(model_size(config.model), config.codec_folder, config.mllm_folder)
     encoder = SampleEncoder(model, config.features, "cuda" if config.workers.gpus else "cpu")
     loader = SampleLoader(config, base_folder(config.input), encoder.fingerprints)
     step = max(len(dataset) // num_samples, 1)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from loomvideo.model.conditioning.mllm import FrozenMLLM
-from loomvideo.model.presets import ModelPreset
+from loomvideo.model.sizes import ModelSize
 from loomvideo.pipelines.prepare.features import streamed_inputs
 from loomvideo.pipelines.training.config import FeaturePoolConfig
 from loomvideo.platform.errors import UserError
@@ -32,11 +32,11 @@ class FeatureActor:
         num_threads: CPU threads.
     """
 
-    def __init__(self, model: ModelPreset, num_threads: int):
+    def __init__(self, model: ModelSize, num_threads: int):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.set_num_threads(num_threads)
         # The precision that `data prepare` encodes with.
-        self.mllm = FrozenMLLM.from_preset(model, device, torch.bfloat16 if device == "cuda" else torch.float32)
+        self.mllm = FrozenMLLM.of_size(model, device, torch.bfloat16 if device == "cuda" else torch.float32)
 
     def fingerprint(self) -> str:
         """Of the MLLM."""
@@ -87,7 +87,7 @@ class FeaturePool:
 
 @contextlib.contextmanager
 def feature_pool(
-    config: FeaturePoolConfig, model: ModelPreset, datasets: Sequence[ShardDataset]
+    config: FeaturePoolConfig, model: ModelSize, datasets: Sequence[ShardDataset]
 ) -> Iterator[FeaturePool | None]:
     """The pool that the datasets need, or None when all their features are stored. Ray must be initialised.
 

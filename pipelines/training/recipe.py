@@ -22,7 +22,7 @@ from loomvideo.model.flow import noised_and_target, sample_timestep
 from loomvideo.model.kernels.node import use_kernels
 from loomvideo.model.lora import MergedWeights, adapt
 from loomvideo.model.packing import DiTSample, PackedBatch, pack
-from loomvideo.model.presets import preset
+from loomvideo.model.sizes import model_size
 from loomvideo.pipelines.training.config import ObjectiveConfig
 from loomvideo.platform.nodes.config import KernelConfig
 from loomvideo.platform.shards.sample import ShardSample
@@ -88,7 +88,7 @@ class LoomVideoRecipe(BaseRecipe):
     """Flow matching on packed LoomVideo samples.
 
     Args:
-        model: Name of the model preset.
+        model: Name of the model size.
         objective: What is learned.
         null_states: For each dataset, MLLM states of the empty message [layers, tokens, dim].
         initial_weights: A weights folder or file to start from; None starts from seeded random weights.
@@ -109,7 +109,7 @@ class LoomVideoRecipe(BaseRecipe):
         lora: LoRAConfig | None = None,
         features: StateSource | None = None,
     ):
-        self.config = dataclasses.replace(preset(model).dit, use_source_embedding=objective.use_source_embedding)
+        self.config = dataclasses.replace(model_size(model).dit, use_source_embedding=objective.use_source_embedding)
         self.objective = objective
         self.null_states = null_states
         self.initial_weights = initial_weights

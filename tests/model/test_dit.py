@@ -15,7 +15,7 @@ from loomvideo.model.config import DiTConfig
 from loomvideo.model.dit import CHECKPOINTING, LoomVideoDiT
 from loomvideo.model.flops import pack_flops, sequence_flops
 from loomvideo.model.packing import pack
-from loomvideo.model.presets import PRESETS, preset
+from loomvideo.model.sizes import SIZES, model_size
 from loomvideo.platform.errors import UserError
 
 CONFIG = DiTConfig(
@@ -195,7 +195,7 @@ def test_operations_are_counted_exactly(use_source_embedding):
 
 def test_5b_operations_match_the_known_figure():
     """A 9,750-token edit with 780 MLLM tokens: 128 TFLOP forward."""
-    assert sequence_flops(preset("5b").dit, [9750], [780]).forward == pytest.approx(128e12, rel=0.02)
+    assert sequence_flops(model_size("5b").dit, [9750], [780]).forward == pytest.approx(128e12, rel=0.02)
 
 
 @pytest.mark.parametrize("use_source_embedding", [True, False])
@@ -294,9 +294,9 @@ def test_bfloat16_follows_float32():
     assert error < 2e-4
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", SIZES)
 def test_presets_fit_together(name):
-    sizes = preset(name)
+    sizes = model_size(name)
     assert sizes.dit.num_layers <= sizes.mllm.num_hidden_layers
     assert sizes.dit.mllm_dim == sizes.mllm.hidden_size
     assert sizes.dit.in_channels == sizes.codec.latent_channels
@@ -304,8 +304,8 @@ def test_presets_fit_together(name):
 
 
 def test_unknown_preset_is_named():
-    with pytest.raises(UserError, match="preset=huge"):
-        preset("huge")
+    with pytest.raises(UserError, match="model=huge"):
+        model_size("huge")
 
 
 def test_what_a_wan_checkpoint_lacks_starts_without_effect():

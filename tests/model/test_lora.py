@@ -10,10 +10,10 @@ from loomvideo.model import weights
 from loomvideo.model.config import LoRAConfig
 from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.lora import MergedWeights, adapt, save_adapter
-from loomvideo.model.presets import preset
+from loomvideo.model.sizes import model_size
 from loomvideo.platform.errors import UserError
 
-TINY = dataclasses.replace(preset("tiny").dit, num_layers=1)
+TINY = dataclasses.replace(model_size("tiny").dit, num_layers=1)
 
 
 def two_layers():

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from loomvideo.model.config import DiTConfig
 from loomvideo.model.dit import LoomVideoDiT
-from loomvideo.model.presets import preset
+from loomvideo.model.sizes import model_size
 from loomvideo.model.weights import (
     DEAD_KEYS,
     WeightsError,
@@ -65,7 +65,7 @@ def test_published_file_loads(gen_model):
 
 
 def test_published_file_needs_sizes(gen_model):
-    with pytest.raises(UserError, match="preset="):
+    with pytest.raises(UserError, match="model="):
         load_dit(gen_model[0])
 
 
@@ -132,7 +132,7 @@ def test_wan_folder_of_other_sizes_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("max_shard_bytes", [2**30, 3000])
-def test_own_folder_loads_without_preset(tmp_path, max_shard_bytes):
+def test_own_folder_loads_without_a_size(tmp_path, max_shard_bytes):
     model = LoomVideoDiT(CONFIG)
     save_dit(model, CONFIG, tmp_path / "weights", max_shard_bytes=max_shard_bytes)
     assert (tmp_path / "weights" / "model.safetensors").exists() == (max_shard_bytes == 2**30)
@@ -187,7 +187,7 @@ def test_safetensors_file_of_published_keys_loads(tmp_path):
 
 
 def test_5b_has_the_published_size_and_keys():
-    config = preset("5b").dit
+    config = model_size("5b").dit
     shapes = expected_shapes(config)
     num_parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
     assert num_parameters == pytest.approx(5.09e9, rel=0.01)

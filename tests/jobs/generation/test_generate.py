@@ -14,8 +14,8 @@ from loomvideo.jobs.generation.config import GenerateConfig
 from loomvideo.jobs.generation.job import console, run
 from loomvideo.jobs.weights.model_choice import model_source
 from loomvideo.model.dit import LoomVideoDiT
-from loomvideo.model.presets import preset
 from loomvideo.model.shortcuts import Shortcuts
+from loomvideo.model.sizes import model_size
 from loomvideo.model.weights import save_dit
 from loomvideo.pipelines.evaluation.media import write_video
 from loomvideo.pipelines.generation.generator import FileGenerator
@@ -28,7 +28,7 @@ from loomvideo.platform.errors import UserError
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generate")
     torch.manual_seed(0)
-    model = LoomVideoDiT(preset("tiny").dit)
+    model = LoomVideoDiT(model_size("tiny").dit)
     torch.nn.init.normal_(model.proj_out.weight, std=0.02)
     save_dit(model, model.config, folder / "weights")
     video = np.random.default_rng(0).integers(0, 255, (14, 48, 80, 3), dtype=np.uint8)

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 
 from loomvideo.jobs.training.setup import check_fits
-from loomvideo.model.presets import preset
+from loomvideo.model.sizes import model_size
 from loomvideo.platform.errors import UserError
 
 
@@ -20,6 +20,6 @@ def dataset(model="tiny", codec="dct-1"):
     ],
 )
 def test_shards_that_do_not_fit_are_refused_by_name(wrong, message):
-    check_fits("a", dataset(), dataset(), preset("tiny"))
+    check_fits("a", dataset(), dataset(), model_size("tiny"))
     with pytest.raises(UserError, match=f"data.shards b: .*{message}"):
-        check_fits("b", wrong, dataset(), preset("tiny"))
+        check_fits("b", wrong, dataset(), model_size("tiny"))

@@ -10,7 +10,7 @@ import pytest
 from loomvideo.jobs.training.config import TrainingJobConfig
 from loomvideo.jobs.training.plan import MACHINES, machine_named, plan
 from loomvideo.jobs.training.setup import START_FILE, Start, predictor, start_of
-from loomvideo.model.presets import preset
+from loomvideo.model.sizes import model_size
 from loomvideo.platform.errors import UserError
 
 
@@ -64,7 +64,7 @@ def test_settings_that_exclude_each_other_are_refused(change, message):
 
 
 def test_the_plan_of_the_5b_model():
-    eight, many = (plan(preset("5b").dit, [12_090], [1_030], MACHINES["h100"], ranks) for ranks in (8, 64))
+    eight, many = (plan(model_size("5b").dit, [12_090], [1_030], MACHINES["h100"], ranks) for ranks in (8, 64))
     assert eight.num_parameters == pytest.approx(5.07e9, rel=0.01)
     # bf16 weights, float32 gradients, master weights, two moments and an average.
     assert eight.state_bytes == pytest.approx(eight.num_parameters * 22 / 8)
@@ -81,11 +81,11 @@ def test_predictions_need_a_peak_and_scale_with_it():
     config, datasets = TrainingJobConfig(), [SimpleNamespace(index=table)]
     config.training.pack.tokens = 64
     ready = {"device_name": "", "world_size": 2, "packs_per_step": 2}
-    assert predictor(config, preset("tiny"), datasets)(ready) == {}
+    assert predictor(config, model_size("tiny"), datasets)(ready) == {}
     config.training.peak_tflops = 0.1
-    slow = predictor(config, preset("tiny"), datasets)(ready)
+    slow = predictor(config, model_size("tiny"), datasets)(ready)
     config.training.peak_tflops = 0.2
-    assert predictor(config, preset("tiny"), datasets)(ready)["step_s"] == pytest.approx(slow["step_s"] / 2)
-    gpu = predictor(config, preset("tiny"), datasets)(ready | {"device_name": "NVIDIA H200"})
+    assert predictor(config, model_size("tiny"), datasets)(ready)["step_s"] == pytest.approx(slow["step_s"] / 2)
+    gpu = predictor(config, model_size("tiny"), datasets)(ready | {"device_name": "NVIDIA H200"})
     assert 0 < gpu["step_s"] < slow["step_s"]
     assert slow["memory_gib"] > 0

@@ -8,7 +8,7 @@ from loomvideo.jobs.cli import app
 from loomvideo.model.config import LoRAConfig
 from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.lora import MergedWeights, adapt
-from loomvideo.model.presets import preset
+from loomvideo.model.sizes import model_size
 from loomvideo.model.weights import load_dit
 from loomvideo.platform.training.checkpoint import CheckpointFolder
 
@@ -71,7 +71,7 @@ def test_places_that_are_none_say_so(tmp_path):
 
 
 def test_export_writes_a_weights_folder(tmp_path):
-    model = LoomVideoDiT(preset("tiny").dit)
+    model = LoomVideoDiT(model_size("tiny").dit)
     state = {name: parameter.detach() for name, parameter in model.named_parameters()}
     write(tmp_path, 7, state, world_size=3)
     (tmp_path / "config.yaml").write_text("model: tiny\n")
@@ -86,7 +86,7 @@ def test_export_writes_a_weights_folder(tmp_path):
 
 
 def test_export_merges_adapters_or_writes_them_alone(tmp_path):
-    model, lora = LoomVideoDiT(preset("tiny").dit), LoRAConfig(rank=2, dora=True)
+    model, lora = LoomVideoDiT(model_size("tiny").dit), LoRAConfig(rank=2, dora=True)
     adapt(model, lora)
     state = {name: torch.randn_like(parameter) for name, parameter in model.named_parameters()}
     write(tmp_path, 7, state)

@@ -1,4 +1,4 @@
-"""The frozen MLLM: alignment, batching, shared pictures, the tiny preset's features, and folders."""
+"""The frozen MLLM: alignment, batching, shared pictures, the tiny model's features, and folders."""
 
 import dataclasses
 import json
@@ -13,15 +13,15 @@ from loomvideo.model.conditioning.inputs import build_inputs, text_inputs
 from loomvideo.model.conditioning.mllm import FrozenMLLM
 from loomvideo.model.conditioning.random_weights import model_config
 from loomvideo.model.conditioning.tokenizer import BUILTIN_FILE, MLLMTokenizer
-from loomvideo.model.presets import preset
+from loomvideo.model.sizes import model_size
 from loomvideo.platform.errors import UserError
 
-TINY = preset("tiny")
+TINY = model_size("tiny")
 
 
 @pytest.fixture(scope="module")
 def mllm():
-    return FrozenMLLM.from_preset(TINY)
+    return FrozenMLLM.of_size(TINY)
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_tiny_features_tell_pictures_apart(mllm):
 def test_same_weights_whatever_the_global_seed(mllm):
     torch.manual_seed(123)
     before = torch.get_rng_state()
-    again = FrozenMLLM.from_preset(TINY)
+    again = FrozenMLLM.of_size(TINY)
     assert torch.get_rng_state().equal(before)
     assert again.fingerprint == mllm.fingerprint
     for ours, theirs in zip(again.model.parameters(), mllm.model.parameters(), strict=True):
@@ -120,7 +120,7 @@ def test_fingerprint_depends_on_seed_and_alignment(mllm):
 
 
 def test_bf16_is_close(mllm, edit_prompts):
-    half = FrozenMLLM.from_preset(TINY, dtype=torch.bfloat16)
+    half = FrozenMLLM.of_size(TINY, dtype=torch.bfloat16)
     for exact, rounded in zip(mllm.encode(edit_prompts), half.encode(edit_prompts), strict=True):
         assert rounded.dtype == torch.bfloat16
         assert torch.nn.functional.cosine_similarity(exact, rounded.float(), dim=-1).mean() > 0.98
@@ -197,7 +197,7 @@ def test_misshapen_weight_is_refused_by_name(copied):
 
 def test_5b_without_a_folder_is_refused():
     with pytest.raises(UserError, match="folder"):
-        FrozenMLLM.from_preset(preset("5b"))
+        FrozenMLLM.of_size(model_size("5b"))
 
 
 def test_wrong_number_of_vision_tokens_is_refused(mllm, edit_prompts):

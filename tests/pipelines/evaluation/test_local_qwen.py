@@ -11,7 +11,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from loomvideo.model.conditioning.inputs import interleaved_inputs, read_processor_config
 from loomvideo.model.conditioning.random_weights import model_config
 from loomvideo.model.conditioning.tokenizer import BUILTIN_FILE, MLLMTokenizer
-from loomvideo.model.presets import preset
+from loomvideo.model.sizes import model_size
 from loomvideo.pipelines.captions import Captioner, CaptionOptions
 from loomvideo.pipelines.captions.requests import caption_request
 from loomvideo.pipelines.evaluation.judges.local import QwenVLClient
@@ -26,7 +26,7 @@ SAMPLE = Sample("a", "t2v", "d", "a.mp4")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("qwen3-vl")
     torch.manual_seed(0)
-    Qwen3VLForConditionalGeneration(model_config(preset("tiny").mllm, MLLMTokenizer())).save_pretrained(folder)
+    Qwen3VLForConditionalGeneration(model_config(model_size("tiny").mllm, MLLMTokenizer())).save_pretrained(folder)
     shutil.copy(BUILTIN_FILE, folder / "tokenizer.json")
     image = {"size": {"shortest_edge": 1024, "longest_edge": 65_536}, "patch_size": 16, "merge_size": 2}
     (folder / "preprocessor_config.json").write_text(json.dumps(image))

@@ -5,7 +5,7 @@ import torch
 from fixtures.raw import prepare_config, raw_samples, without_ray
 
 from loomvideo.model.conditioning.mllm import FrozenMLLM
-from loomvideo.model.presets import preset
+from loomvideo.model.sizes import model_size
 from loomvideo.pipelines.prepare.config import FeatureOptions
 from loomvideo.pipelines.prepare.features import FeatureError, combined_error, stored_members, streamed_inputs
 from loomvideo.pipelines.prepare.job import prepare
@@ -101,7 +101,7 @@ def test_eight_bits_in_shards(datasets, dtype, bound):
 
 def test_streamed_inputs_give_the_stored_features(datasets):
     _, opened = datasets
-    mllm = FrozenMLLM.from_preset(preset("tiny"))
+    mllm = FrozenMLLM.of_size(model_size("tiny"))
     stored, streamed = opened["stored", "bf16"], opened["streamed", "bf16"]
     for row in range(len(stored)):
         one, other = stored.read(row), streamed.read(row)

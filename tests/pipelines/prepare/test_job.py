@@ -11,14 +11,14 @@ import torch
 from fixtures.raw import prepare_config, raw_samples, without_ray
 
 from loomvideo.model.codec import DCTCodec
-from loomvideo.model.presets import preset
+from loomvideo.model.sizes import model_size
 from loomvideo.pipelines.prepare.config import ClipOptions, LimitOptions
 from loomvideo.pipelines.prepare.job import prepare
 from loomvideo.pipelines.sources.samples import write_jsonl
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.reader import ShardDataset
 
-CHANNELS = preset("tiny").codec.latent_channels
+CHANNELS = model_size("tiny").codec.latent_channels
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_features_are_those_of_the_mllm(raw, finished):
     from loomvideo.model.conditioning.inputs import build_inputs
     from loomvideo.model.conditioning.mllm import FrozenMLLM
 
-    mllm = FrozenMLLM.from_preset(preset("tiny"))
+    mllm = FrozenMLLM.of_size(model_size("tiny"))
     sample = next(s for s in raw[1] if s.task == "t2v")
     inputs = build_inputs("t2v", sample.text, None, [], "full", mllm.tokenizer, mllm.processor)
     stored = finished.read(finished.rows_by_key[sample.key]).tensors["mllm"]["full.0"]

@@ -12,7 +12,7 @@ from loomvideo.model.codec import build_codec
 from loomvideo.model.conditioning.mllm import FrozenMLLM
 from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.pipeline import LoomVideoPipeline
-from loomvideo.model.presets import preset
+from loomvideo.model.sizes import model_size
 from loomvideo.pipelines.evaluation.media import write_video
 from loomvideo.pipelines.generation.generator import FileGenerator
 from loomvideo.pipelines.generation.settings import Settings
@@ -26,10 +26,10 @@ RANDOM = np.random.default_rng(0)
 
 @pytest.fixture(scope="module")
 def generator():
-    model = preset("tiny")
+    model = model_size("tiny")
     torch.manual_seed(0)
     dit = LoomVideoDiT(model.dit)
-    pipeline = LoomVideoPipeline(dit, build_codec(model.codec), FrozenMLLM.from_preset(model), model.scheduler)
+    pipeline = LoomVideoPipeline(dit, build_codec(model.codec), FrozenMLLM.of_size(model), model.scheduler)
     defaults = Settings(buckets=[64], default_size=[64, 64], num_frames=9, steps=2)
     generator = PageGenerator(FileGenerator(pipeline, defaults, {"name": "random"}))
     yield generator

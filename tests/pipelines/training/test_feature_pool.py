@@ -7,7 +7,7 @@ import ray
 import torch
 
 from loomvideo.model.conditioning.inputs import build_inputs
-from loomvideo.model.presets import preset
+from loomvideo.model.sizes import model_size
 from loomvideo.pipelines.prepare.features import stored_members, streamed_members
 from loomvideo.pipelines.training.config import FeaturePoolConfig, ObjectiveConfig
 from loomvideo.pipelines.training.feature_pool import FeatureActor, FeaturePool, feature_pool
@@ -16,7 +16,7 @@ from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.sample import ShardSample
 from loomvideo.platform.training.randomness import SampleRandom
 
-MODEL = preset("tiny")
+MODEL = model_size("tiny")
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,14 @@ import torch
 from fixtures.datasets import make_sample, write_dataset
 
 from loomvideo.model.flow import EPS
-from loomvideo.model.presets import preset
+from loomvideo.model.sizes import model_size
 from loomvideo.pipelines.training import recipe as recipe_module
 from loomvideo.pipelines.training.config import ObjectiveConfig
 from loomvideo.pipelines.training.recipe import LoomVideoRecipe
 from loomvideo.platform.shards.sample import ShardSample
 from loomvideo.platform.training.randomness import SampleRandom
 
-MODEL = preset("tiny")
+MODEL = model_size("tiny")
 
 
 def stored(key="a", task="ref_edit", windows=2, tokens=5):

@@ -16,11 +16,11 @@ BUILTIN_VOCAB_SIZE = 3_264
 
 
 PIPELINE_FILE = "pipeline.json"
-"""Beside exported weights: which preset's codec and MLLM they were trained with."""
+"""Beside exported weights: which model size's codec and MLLM they were trained with."""
 
 
 @dataclass(frozen=True)
-class ModelPreset:
+class ModelSize:
     """One size of the whole model."""
 
     name: str
@@ -30,7 +30,7 @@ class ModelPreset:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
 
 
-def _tiny() -> ModelPreset:
+def _tiny() -> ModelSize:
     mllm = MLLMConfig(
         num_hidden_layers=6,
         hidden_size=128,
@@ -59,10 +59,10 @@ def _tiny() -> ModelPreset:
         in_channels=16,
         mllm_dim=mllm.hidden_size,
     )
-    return ModelPreset("tiny", dit, CodecConfig(latent_channels=dit.in_channels), mllm)
+    return ModelSize("tiny", dit, CodecConfig(latent_channels=dit.in_channels), mllm)
 
 
-def _small() -> ModelPreset:
+def _small() -> ModelSize:
     mllm = MLLMConfig(
         num_hidden_layers=12,
         hidden_size=512,
@@ -91,10 +91,10 @@ def _small() -> ModelPreset:
         in_channels=48,
         mllm_dim=mllm.hidden_size,
     )
-    return ModelPreset("small", dit, CodecConfig(latent_channels=dit.in_channels), mllm)
+    return ModelSize("small", dit, CodecConfig(latent_channels=dit.in_channels), mllm)
 
 
-def _5b() -> ModelPreset:
+def _5b() -> ModelSize:
     mllm = MLLMConfig(
         num_hidden_layers=36,
         hidden_size=4096,
@@ -121,32 +121,32 @@ def _5b() -> ModelPreset:
         in_channels=48,
         mllm_dim=mllm.hidden_size,
     )
-    return ModelPreset("5b", dit, CodecConfig(kind="wan", latent_channels=dit.in_channels), mllm)
+    return ModelSize("5b", dit, CodecConfig(kind="wan", latent_channels=dit.in_channels), mllm)
 
 
-_PRESETS = {"tiny": _tiny, "small": _small, "5b": _5b}
-PRESETS = tuple(_PRESETS)
+_SIZES = {"tiny": _tiny, "small": _small, "5b": _5b}
+SIZES = tuple(_SIZES)
 
 
-def preset(name: str) -> ModelPreset:
-    """A preset by name.
+def model_size(name: str) -> ModelSize:
+    """A model size by name.
 
     Raises:
         UserError: if there is none of that name.
     """
-    if name not in _PRESETS:
-        raise UserError(f"preset={name}: unknown; choose one of {', '.join(PRESETS)}")
-    return _PRESETS[name]()
+    if name not in _SIZES:
+        raise UserError(f"model={name}: unknown; choose one of {', '.join(SIZES)}")
+    return _SIZES[name]()
 
 
-def with_folders(model: ModelPreset, codec_folder: str, mllm_folder: str) -> ModelPreset:
-    """The preset with the weights of its codec and MLLM looked for in the given folders; empty keeps its own."""
+def with_folders(model: ModelSize, codec_folder: str, mllm_folder: str) -> ModelSize:
+    """The model with the weights of its codec and MLLM looked for in the given folders; empty keeps its own."""
     codec = dataclasses.replace(model.codec, folder=codec_folder or model.codec.folder)
     mllm = dataclasses.replace(model.mllm, folder=mllm_folder or model.mllm.folder)
     return dataclasses.replace(model, codec=codec, mllm=mllm)
 
 
-def stated_preset(weights: str | Path) -> str | None:
-    """The preset that an exported weights folder says it belongs to; None where it says nothing."""
+def stated_size(weights: str | Path) -> str | None:
+    """The model size that an exported weights folder says it belongs to; None where it says nothing."""
     note = Path(weights) / PIPELINE_FILE
     return json.loads(note.read_text())["model"] if note.is_file() else None
