@@ -1,5 +1,8 @@
 # LoomVideo: every target that runs something makes or refreshes .venv first.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The first Python that fits; the environment script says so when none does.
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do "$$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && command -v "$$name" && exit; done; command -v python3)
+# cpu or cuda; by default what the environment was made for, or else cuda where nvidia-smi lists a GPU.
+ACCELERATOR ?=
 VENV ?= .venv
 BIN := $(VENV)/bin
 PRESET ?= tiny
@@ -11,25 +14,39 @@ SUITES ?= sample
 CHECKPOINT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev lint format test test-fast sample-data shards pretrain finetune-edit evaluate serve mlflow bench clean render submit validate doctor mlflow-server rehearse drill drill-training image kernels bench-data bench-kernels bench-generation bench-training
+.PHONY: help setup setup-dev lock check-lock FORCE lint format test test-fast sample-data shards pretrain finetune-edit evaluate serve mlflow bench clean render submit validate doctor mlflow-server rehearse drill drill-training image kernels bench-data bench-kernels bench-generation bench-training
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(VENV)/.setup: pyproject.toml constraints.txt
-	@"$(PYTHON)" -c 'import sys; assert sys.version_info >= (3, 11)' 2>/dev/null || { echo "error: Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11"; exit 2; }
-	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "error: the venv module is missing; install it with: apt-get install python3-venv"; exit 2; }
-	@rm -f $@ $(VENV)/.setup-dev
-	"$(PYTHON)" -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
-	@touch $@
+ENVIRONMENT = @test -n "$(PYTHON)" || { echo "error: no Python found; Python 3.11 to 3.13 is needed (apt-get install python3 python3-venv)"; exit 2; }; \
+	"$(PYTHON)" infra/setup/environment.py --venv "$(VENV)" $(if $(ACCELERATOR),--accelerator $(ACCELERATOR))
 
-$(VENV)/.setup-dev: $(VENV)/.setup
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@touch $@
+ifneq ($(ACCELERATOR),)
+ifneq ($(ACCELERATOR),$(shell cat "$(VENV)/.accelerator" 2>/dev/null))
+$(VENV)/.setup: FORCE
+endif
+endif
 
-setup: $(VENV)/.setup ## make the environment in .venv
+$(VENV)/.setup: pyproject.toml locks/base.txt locks/torch-cuda.txt locks/gpu.txt
+	$(ENVIRONMENT)
+	@touch "$@"
+
+$(VENV)/.setup-%: $(VENV)/.setup locks/%.txt
+	$(ENVIRONMENT) $*
+	@touch "$@"
+
+.PRECIOUS: $(VENV)/.setup-%
+FORCE:
+
+setup: $(VENV)/.setup ## make the environment in .venv: ACCELERATOR=cpu or cuda, PYTHON=
 setup-dev: $(VENV)/.setup-dev ## the same with what the tests need
+
+lock: $(VENV)/.setup-dev ## write locks/ after a change of pyproject.toml (ARGS=--upgrade: newest versions)
+	$(BIN)/python infra/setup/locks.py write $(ARGS)
+
+check-lock: $(VENV)/.setup-dev ## resolve locks/ for every accelerator, Python and machine; installs nothing
+	@$(BIN)/python infra/setup/locks.py check
 
 lint: $(VENV)/.setup-dev ## ruff
 	$(BIN)/ruff check .
@@ -39,7 +56,7 @@ format: $(VENV)/.setup-dev ## let ruff format and fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: lint ## lint and all tests
+test: lint check-lock ## lint, lock files and all tests
 	$(BIN)/pytest
 
 test-fast: lint ## lint and the quick tests
@@ -86,15 +103,13 @@ validate: $(VENV)/.setup-dev ## check all profiles' manifests, images and script
 doctor: $(VENV)/.setup ## check this machine, or every node of a cluster: CLUSTER= RUN=
 	$(BIN)/loomvideo $(if $(CLUSTER),submit doctor --cluster $(CLUSTER) --run $(or $(RUN),check) --again,doctor)
 
-mlflow-server: $(VENV)/.setup ## an MLflow server with a user: PORT= ARGS=, Postgres by MLFLOW_BACKEND_STORE_URI
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server]'
+mlflow-server: $(VENV)/.setup-server ## an MLflow server with a user: PORT= ARGS=, Postgres by MLFLOW_BACKEND_STORE_URI
 	$(BIN)/loomvideo mlflow-server --port $(or $(PORT),5000) $(ARGS)
 
 rehearse: $(VENV)/.setup-dev sample-data ## run every job on a cluster of several nodes on this machine (as root: own networks)
 	$(MAKE) drill ARGS="--only jobs $(ARGS)"
 
-drill: $(VENV)/.setup-dev sample-data ## the jobs and the failures of that cluster, one after another: ARGS="--only head,worker"
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server]'
+drill: $(VENV)/.setup-dev $(VENV)/.setup-server sample-data ## the jobs and the failures of that cluster, one after another: ARGS="--only head,worker"
 	$(BIN)/python infra/drills/drill.py --folder $(or $(DRILL),runs/drill-$$(date +%Y%m%d-%H%M%S)) --sample $(DATA) $(ARGS)
 
 drill-training: $(VENV)/.setup-dev shards ## rehearse what training must survive, with the tiny preset: ARGS="--only worker,disk"
