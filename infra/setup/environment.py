@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from index_settings import environment_for_uv, has_own_index
+from index_settings import has_own_index, pip_settings, uses_no_index, uv_variables
 
 REPO = Path(__file__).resolve().parents[2]
 OLDEST, NEWEST = (3, 11), (3, 13)
@@ -110,6 +110,7 @@ class Environment:
         self.python = str(venv / "bin" / "python")
         self.uv: str | None = None
         self.variables: dict[str, str] = dict(os.environ)
+        self.no_index = False
 
     def accelerator(self) -> str | None:
         """What the environment was made for, if it was finished."""
@@ -131,8 +132,9 @@ class Environment:
 
     def find_installer(self) -> None:
         """Takes uv from PATH or beside this Python, brings it in, or stays with pip."""
-        self.variables = environment_for_uv(self.python)
-        self.variables["UV_PYTHON_DOWNLOADS"] = "never"
+        settings = pip_settings(self.python)
+        self.no_index = uses_no_index(settings)
+        self.variables = {**os.environ, **uv_variables(settings, os.environ), "UV_PYTHON_DOWNLOADS": "never"}
         home = Path(os.path.expanduser("~"))
         if "UV_CACHE_DIR" not in os.environ and not os.access(home, os.W_OK):
             # No home, or one that cannot be written to: pip and uv would each complain in their own way.
@@ -161,6 +163,7 @@ class Environment:
         """
         if self.uv:
             command = [self.uv, "pip", "install", "--python", self.python, "--no-deps"]
+            command += ["--no-index"] if self.no_index else []
         else:
             command = [self.python, "-m", "pip", "install", "--disable-pip-version-check", "--no-deps", "--no-compile"]
             command += [] if sys.stderr.isatty() else ["--quiet"]
@@ -184,15 +187,20 @@ class Environment:
             raise SetupError(explain(what, (done.stderr or "") + (done.stdout or "")))
 
 
+# Where uv and pip say which package they were at.
+_NAMED = re.compile(
+    r"`([\w.-]+==[^`]+)`|/simple/([\w.-]+)/|requirement ([\w.-]+==\S+)|[Bb]ecause ([\w.-]+) was not found"
+    r"|[Nn]o version of ([\w.-]+==\S+)|[Bb]ecause ([\w.-]+==\S+) has no"
+)
+
+
 def explain(what: str, output: str) -> str:
     """One line from what an installer printed: which package, why, and that the same command continues."""
-    lines = [re.sub(r"^\W*(error|cause|ERROR)?:? *", "", line).strip() for line in output.splitlines()]
+    lines = [re.sub(r"^\W*(?:error|cause)?:? *", "", line, flags=re.IGNORECASE).strip() for line in output.splitlines()]
     lines = [line for line in lines if line and not line.startswith(("hint", "[notice]", "WARNING"))]
-    package = re.search(
-        r"`([\w.-]+==[^`]+)`|/simple/([\w.-]+)/|requirement ([\w.-]+==\S+)|because (\S+) was not found", output
-    )
-    name = next((group for group in package.groups() if group), what) if package else what
-    reason = lines[-1] if lines else "see above"
+    found = _NAMED.search(output)
+    name = next(group for group in found.groups() if group) if found else what
+    reason = lines[-1].rstrip(".") if lines else "see above"
     return f"{name} could not be installed: {reason}. What is downloaded is kept: the same command continues"
 
 
@@ -266,7 +274,7 @@ def _install_cpu_torch(environment: Environment, pin: str) -> None:
         return
     except SetupError:
         pass  # Not in the places that were asked; the last attempt below tells if nothing could be reached.
-    if environment.uv and not has_own_index(environment.variables):
+    if environment.uv and not environment.no_index and not has_own_index(environment.variables):
         try:
             environment.install(pin, [f"{pin}+cpu"], "--torch-backend", "cpu", UV_HTTP_RETRIES="0")
             return

@@ -19,7 +19,7 @@ _PLAIN = {
     "timeout": "UV_HTTP_TIMEOUT",
     "retries": "UV_HTTP_RETRIES",
 }
-_INDEX_VARIABLES = ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "UV_INDEX", "UV_EXTRA_INDEX_URL", "UV_NO_INDEX")
+_INDEX_VARIABLES = ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "UV_INDEX", "UV_EXTRA_INDEX_URL")
 _UV_KEYRING = {"disabled", "subprocess"}
 
 
@@ -54,8 +54,6 @@ def uv_variables(pip: Mapping[str, str], environment: Mapping[str, str], find_li
         if find_links and pip.get("extra-index-url"):
             added["UV_INDEX"] = " ".join(pip["extra-index-url"].split())
             added["UV_INDEX_STRATEGY"] = "unsafe-best-match"
-        if pip.get("no-index", "").lower() in ("1", "true", "yes", "on"):
-            added["UV_NO_INDEX"] = "1"
     if find_links and pip.get("find-links") and "UV_FIND_LINKS" not in environment:
         added["UV_FIND_LINKS"] = ",".join(pip["find-links"].split())
     if pip.get("trusted-host") and "UV_INSECURE_HOST" not in environment:
@@ -63,11 +61,16 @@ def uv_variables(pip: Mapping[str, str], environment: Mapping[str, str], find_li
     return added
 
 
+def uses_no_index(pip: Mapping[str, str]) -> bool:
+    """Whether pip was told to take packages from folders alone; uv has no variable for it, only ``--no-index``."""
+    return pip.get("no-index", "").lower() in ("1", "true", "yes", "on")
+
+
 def has_own_index(environment: Mapping[str, str]) -> bool:
     """Whether a person said where packages come from, so that no other place may be asked."""
-    return any(variable in environment for variable in ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "UV_NO_INDEX"))
+    return any(variable in environment for variable in ("UV_DEFAULT_INDEX", "UV_INDEX_URL"))
 
 
-def environment_for_uv(python: str, find_links: bool = True) -> dict[str, str]:
-    """This process's environment with the pip settings of ``python`` added."""
-    return {**os.environ, **uv_variables(pip_settings(python), os.environ, find_links)}
+def environment_for_uv(python: str) -> dict[str, str]:
+    """This process's environment with the pip settings of ``python`` added, for what needs only the main index."""
+    return {**os.environ, **uv_variables(pip_settings(python), os.environ, find_links=False)}

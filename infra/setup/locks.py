@@ -118,7 +118,7 @@ def compile_pins(
         command += ["--excludes", str(folder / "excludes.txt"), "--output-file", str(folder / "locked.txt"), *options]
         # This interpreter answers for all versions; uv would otherwise fetch one of each.
         command += ["--python", sys.executable, "--no-python-downloads"]
-        environment = environment_for_uv(sys.executable, find_links=False)
+        environment = environment_for_uv(sys.executable)
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
         if done.returncode == 0:
             return parse((folder / "locked.txt").read_text())
@@ -228,13 +228,14 @@ def check() -> dict[str, list[Combination]]:
     absent = {"base", "torch-cuda", *extra_names()} - locks.keys()
     if absent:
         return {f"locks/{name}.txt is missing": combinations for name in absent}
-    problems: dict[str, list[Combination]] = {}
+    # The first one alone: it tells at once whether there is an index, and fills uv's cache for the others.
+    found = [check_combination(combinations[0], locks)]
     with ThreadPoolExecutor(4) as pool:
-        for combination, found in zip(
-            combinations, pool.map(lambda one: check_combination(one, locks), combinations), strict=True
-        ):
-            for problem in found:
-                problems.setdefault(problem, []).append(combination)
+        found += pool.map(lambda one: check_combination(one, locks), combinations[1:])
+    problems: dict[str, list[Combination]] = {}
+    for combination, texts in zip(combinations, found, strict=True):
+        for text in texts:
+            problems.setdefault(text, []).append(combination)
     return problems
 
 
@@ -266,7 +267,6 @@ def main() -> int:
     if problems:
         print("the lock files do not hold; after a change of pyproject.toml run: make lock", file=sys.stderr)
         return 1
-
     print(f"the locks hold for all {ALL} kinds of machine ({time.monotonic() - began:.0f} s)")
     return 0
 
