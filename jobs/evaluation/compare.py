@@ -17,12 +17,12 @@ from loomvideo.pipelines.evaluation import mlflow_report
 from loomvideo.pipelines.evaluation.arena import bradley_terry, position_bias
 from loomvideo.pipelines.evaluation.compare import GateRule, check_gate, compare_runs, differing_headers
 from loomvideo.pipelines.evaluation.judges.pairwise import judge_pairs
-from loomvideo.pipelines.evaluation.judges.requests import FrameSampling
 from loomvideo.pipelines.evaluation.results import SavedSuite, clean, load_suites
 from loomvideo.pipelines.evaluation.stages import MODEL
 from loomvideo.pipelines.evaluation.statistics import Agreement
 from loomvideo.pipelines.evaluation.statistics import agreement as judge_agreement
 from loomvideo.pipelines.evaluation.store import Store
+from loomvideo.pipelines.vlm.requests import FrameSampling
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.runs import RunFolder
 from loomvideo.platform.tracking import default_tracking_uri

@@ -11,17 +11,18 @@ from loomvideo.jobs.evaluation.config import EvaluateConfig
 from loomvideo.jobs.weights.references import find_weights
 from loomvideo.model.sizes import stated_size
 from loomvideo.pipelines.evaluation.generators import BlendGenerator, Generator, IdentityGenerator
-from loomvideo.pipelines.evaluation.judges.clients import GeminiClient, JudgeClient, OpenAIClient, api_key
 from loomvideo.pipelines.evaluation.judges.fake import PixelJudge
-from loomvideo.pipelines.evaluation.judges.local import QwenVLClient
-from loomvideo.pipelines.evaluation.judges.requests import FrameSampling
 from loomvideo.pipelines.evaluation.judges.rubrics import OWN_FILE, official_rubrics, own_rubrics
-from loomvideo.pipelines.evaluation.judges.session import AnswerCache, Budget, JudgeSession, Pace, Prices, check_budget
+from loomvideo.pipelines.evaluation.judges.session import JudgeSession, check_budget
 from loomvideo.pipelines.evaluation.model_generator import ModelGenerator, ModelOptions, model_fingerprint
 from loomvideo.pipelines.evaluation.stages import JudgeStage
 from loomvideo.pipelines.evaluation.store import Store
 from loomvideo.pipelines.evaluation.suites.items import Manifest
 from loomvideo.pipelines.evaluation.suites.registry import Suite
+from loomvideo.pipelines.vlm.clients import GeminiClient, OpenAIClient, VLMClient, api_key
+from loomvideo.pipelines.vlm.local import QwenVLClient
+from loomvideo.pipelines.vlm.requests import FrameSampling
+from loomvideo.pipelines.vlm.session import AnswerCache, Budget, Pace, Prices, Session
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.runs import RunFolder
 
@@ -122,7 +123,7 @@ def judge_builder(
     items = [item for suite, m in zip(suites, manifests, strict=True) if suite.judged for item in m.items]
     calls = len(items) * j.repeats
     tokens = sum(400 + j.tokens_per_frame * (j.num_frames * (1 + bool(i.source)) + len(i.references)) for i in items)
-    expected = prices.cost_usd(tokens * j.repeats, prices.expected_output_tokens * calls)
+    expected = prices.cost_usd(tokens * j.repeats, prices.output_tokens * calls)
     check_budget(j.budget_usd, expected, calls)
     if expected:
         Console(stderr=True).print(f"judge: at most {calls} calls, about {expected:.2f} USD", highlight=False)
@@ -139,10 +140,10 @@ def judge_builder(
     return build
 
 
-def judge_session(config: EvaluateConfig, client: JudgeClient) -> JudgeSession:
+def judge_session(config: EvaluateConfig, client: VLMClient) -> JudgeSession:
     """A judge with the configured cache, prices, budget and pace."""
     j = config.judge
-    return JudgeSession(
+    session = Session(
         client,
         AnswerCache(store_folder(config) / "answers"),
         prices=Prices(j.input_usd, j.output_usd, j.tokens_per_frame),
@@ -150,9 +151,10 @@ def judge_session(config: EvaluateConfig, client: JudgeClient) -> JudgeSession:
         pace=Pace(j.calls_per_minute),
         max_attempts=j.max_attempts,
     )
+    return JudgeSession(session)
 
 
-def judge_client(config: EvaluateConfig) -> JudgeClient:
+def judge_client(config: EvaluateConfig) -> VLMClient:
     """The configured judge.
 
     Raises:

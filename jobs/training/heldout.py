@@ -11,9 +11,10 @@ import numpy as np
 from loomvideo.jobs.training.config import HeldoutConfig
 from loomvideo.model.guidance import Guidance
 from loomvideo.model.pipeline import LoomVideoPipeline, without_source
-from loomvideo.pipelines.evaluation.media import SheetRow, contact_sheet, save_png, write_video
+from loomvideo.pipelines.evaluation.media import SheetRow, contact_sheet, save_png
 from loomvideo.pipelines.evaluation.metrics import psnr_db
 from loomvideo.pipelines.media.files import base_folder
+from loomvideo.pipelines.media.video_writer import write_video
 from loomvideo.pipelines.prepare.config import ClipOptions, PrepareConfig
 from loomvideo.pipelines.prepare.encode import LoadedSample, SampleLoader
 from loomvideo.pipelines.sources.samples import EDIT_TASKS, Sample, read_jsonl

@@ -5,7 +5,6 @@ to another sample is seen and asked for again, never stored.
 """
 
 import dataclasses
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -16,16 +15,14 @@ from typing import Any
 import numpy as np
 
 from loomvideo.pipelines.captions.options import CaptionOptions
-from loomvideo.pipelines.captions.requests import CaptionRequest, caption_request
+from loomvideo.pipelines.captions.requests import caption_request
 from loomvideo.pipelines.captions.schema import InvalidAnswerError, parse_answer
-from loomvideo.pipelines.evaluation.judges.clients import JudgeClient, JudgeError, OpenAIClient
-from loomvideo.pipelines.evaluation.judges.local import QwenVLClient
-from loomvideo.pipelines.evaluation.judges.requests import FrameSampling
-from loomvideo.pipelines.evaluation.judges.session import AnswerCache, Pace
 from loomvideo.pipelines.media.decode import DecodeError
 from loomvideo.pipelines.sources.samples import Sample
-
-MAX_BACKOFF_S = 60.0
+from loomvideo.pipelines.vlm.clients import OpenAIClient, Reply, VLMClient, VLMError
+from loomvideo.pipelines.vlm.local import QwenVLClient
+from loomvideo.pipelines.vlm.requests import FrameSampling
+from loomvideo.pipelines.vlm.session import AnswerCache, Pace, Session
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class CaptionResult:
 ReadFrames = Callable[[Sample], tuple[np.ndarray, np.ndarray | None]]
 
 
-def build_client(options: CaptionOptions) -> JudgeClient:
+def build_client(options: CaptionOptions) -> VLMClient:
     """The model that the options name."""
     if options.backend == "transformers":
         return QwenVLClient(options.model, options.max_tokens)
@@ -80,16 +77,22 @@ class Captioner:
     def __init__(
         self,
         options: CaptionOptions,
-        client: JudgeClient | None = None,
+        client: VLMClient | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ):
         options.check()
         self.options = options
-        self._client = client if client or options.backend == "existing" else build_client(options)
-        self._cache = AnswerCache(Path(options.cache))
-        self._pace = Pace(options.per_minute)
+        self._session: Session | None = None
+        if client or options.backend != "existing":
+            self._session = Session(
+                client or build_client(options),
+                AnswerCache(Path(options.cache)),
+                pace=Pace(options.per_minute),
+                max_attempts=options.max_attempts,
+                backoff_s=1.0,
+                sleep=sleep,
+            )
         self._sampling = FrameSampling(options.num_frames, options.max_side)
-        self._sleep = sleep
 
     def run(self, samples: Iterable[Sample], read_frames: ReadFrames) -> Iterator[tuple[Sample, CaptionResult]]:
         """Samples with their texts as answers come in, in any order; a failed one keeps the text it had.
@@ -135,36 +138,22 @@ class Captioner:
             return CaptionResult(sample.key, "", error.reason, detail=str(error))
         structured = self.options.backend != "transformers"
         request = caption_request(sample, self.options.mode, target, source, self._sampling, structured)
-        identity = self._client.identity()
-        cache_key = request.key(identity)
-        stored = self._cache.get(cache_key)
-        if stored is not None:
-            fields = parse_answer(stored.text, request.mode, request.code)
-            return CaptionResult(sample.key, request.digest, "cached", fields, stored.model)
-        return self._ask(request, cache_key, identity)
+        fields: dict[str, Any] = {}
 
-    def _ask(self, request: CaptionRequest, cache_key: str, identity: dict[str, Any]) -> CaptionResult:
-        failure = CaptionResult(request.sample_key, request.digest, "error")
-        for attempt in range(self.options.max_attempts):
-            self._pace.wait()
+        def check(reply: Reply) -> None:
             try:
-                reply = self._client.complete(request)
-                fields = parse_answer(reply.text, request.mode, request.code)
+                fields.update(parse_answer(reply.text, request.mode, request.code))
             except InvalidAnswerError as error:
-                status = "mixed_up" if error.mixed_up else "invalid_answer"
-                failure = dataclasses.replace(failure, status=status, detail=str(error))
-            except JudgeError as error:
-                failure = dataclasses.replace(failure, status=error.reason.replace(" ", "_"), detail=str(error))
-                if not error.retryable:
-                    break
-                if attempt + 1 < self.options.max_attempts:
-                    backoff = min(MAX_BACKOFF_S, 2.0**attempt) * random.uniform(0.5, 1.5)
-                    self._sleep(error.retry_after_s if error.retry_after_s is not None else backoff)
-            else:
-                # Only answers that hold are kept: the same question would get the same bad answer for ever.
-                self._cache.put(cache_key, reply, identity)
-                return CaptionResult(request.sample_key, request.digest, "made", fields, reply.model)
-        return failure
+                raise VLMError("mixed up" if error.mixed_up else "invalid answer", True, str(error)) from error
+
+        answer = self._session.ask(request, check)
+        if answer.reply is None:
+            status = answer.failure.replace(" ", "_")
+            return CaptionResult(request.sample_key, request.digest, status, detail=answer.detail)
+        if answer.cached:
+            check(answer.reply)
+        status = "cached" if answer.cached else "made"
+        return CaptionResult(request.sample_key, request.digest, status, fields, answer.reply.model)
 
 
 def with_text(sample: Sample, result: CaptionResult, mode: str) -> Sample:

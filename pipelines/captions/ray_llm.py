@@ -14,9 +14,9 @@ from loomvideo.pipelines.captions.frames import FrameReader
 from loomvideo.pipelines.captions.options import CaptionOptions, CaptionWorkers
 from loomvideo.pipelines.captions.requests import caption_request
 from loomvideo.pipelines.captions.schema import InvalidAnswerError, parse_answer
-from loomvideo.pipelines.evaluation.judges.requests import FrameSampling
 from loomvideo.pipelines.media.decode import DecodeError
 from loomvideo.pipelines.sources.samples import Sample, stored_sample
+from loomvideo.pipelines.vlm.requests import FrameSampling
 
 # Texts of a few sentences: requests in flight matter more than their length.
 _BATCH_ROWS = 16

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from loomvideo.pipelines.captions import schema
-from loomvideo.pipelines.evaluation.judges.requests import FrameSampling, JudgeRequest, Media, encode_media
 from loomvideo.pipelines.sources.samples import EDIT_TASKS, Sample
+from loomvideo.pipelines.vlm.requests import FrameSampling, Media, VLMRequest, encode_media, labelled
 
 # Part of every request's digest: raise it when a wording below changes.
 PROMPT_VERSION = 1
@@ -27,8 +27,8 @@ _TASKS = {
 
 
 @dataclass(frozen=True)
-class CaptionRequest(JudgeRequest):
-    """One question about one sample, in the form that judges' clients send.
+class CaptionRequest(VLMRequest):
+    """One question about one sample, in the form that clients send.
 
     Attributes:
         sample_key: The sample.
@@ -86,6 +86,5 @@ def caption_request(
     digest = hashlib.sha256(json.dumps(hashed).encode()).hexdigest()
     form = schema.answer_schema(mode, request_code(sample.key, digest))
     text = f"{_TASKS[mode]}\nAnswer with nothing but JSON of this schema: {json.dumps(form)}"
-    return CaptionRequest(
-        text, media, tuple(form["properties"]), structured, sample_key=sample.key, mode=mode, digest=digest
-    )
+    parts = labelled(text, media)
+    return CaptionRequest(parts, tuple(form["properties"]), structured, sample_key=sample.key, mode=mode, digest=digest)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from loomvideo.pipelines.evaluation.metrics import check_video
-from loomvideo.pipelines.media.video_writer import write_video_stream
+from loomvideo.pipelines.vlm.requests import spread_frames
 
 BACKGROUND = (255, 255, 255)
 INK = (28, 30, 33)
@@ -21,34 +21,9 @@ RULE = (222, 224, 228)
 ACCENT = (24, 92, 168)
 
 
-def write_video(
-    path: Path, video: np.ndarray, fps: float = 24.0, crf: int = 16, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write an mp4 (H.264, yuv420p, faststart) that MLflow and every browser play, through a temporary name.
-
-    Odd sides, which yuv420p cannot hold, are padded by repeating the last row or column.
-
-    Args:
-        path: The file to write; its folder is made.
-        video: ``[frames, height, width, 3]`` uint8.
-        fps: Frames a second.
-        crf: x264 constant rate factor; 16 is visually lossless, so that codec loss is no part of a judgement.
-        metadata: Tags of the container, such as ``{"comment": …}``.
-    """
-    check_video(video)
-    write_video_stream(path, [video], fps, crf, metadata)
-
-
-def strip_frames(video: np.ndarray, count: int) -> np.ndarray:
-    """``count`` frames spread evenly from the first to the last (all frames of a shorter video)."""
-    check_video(video)
-    count = min(count, len(video))
-    return video[np.linspace(0, len(video) - 1, count).round().astype(int)]
-
-
 def filmstrip(video: np.ndarray, count: int = 5, height: int = 128, gap: int = 2) -> Image.Image:
     """A row of ``count`` frames spread over the video, each ``height`` pixels high."""
-    tiles = [_resized(frame, height) for frame in strip_frames(video, count)]
+    tiles = [_resized(frame, height) for frame in spread_frames(video, count)]
     width = sum(tile.width for tile in tiles) + gap * (len(tiles) - 1)
     strip = Image.new("RGB", (width, height), BACKGROUND)
     x = 0

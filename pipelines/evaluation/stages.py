@@ -20,15 +20,17 @@ from loomvideo.pipelines.evaluation import measures
 from loomvideo.pipelines.evaluation.distances import FEATURES_FILE
 from loomvideo.pipelines.evaluation.generators import Generator, IdentityGenerator
 from loomvideo.pipelines.evaluation.inputs import InputOptions, LoadedItem, load_item
-from loomvideo.pipelines.evaluation.judges.requests import FrameSampling, JudgeRequest, media_for_item
+from loomvideo.pipelines.evaluation.judges.inputs import media_for_item
 from loomvideo.pipelines.evaluation.judges.rubrics import OfficialRubrics, OwnRubrics, Question
 from loomvideo.pipelines.evaluation.judges.session import JudgeSession
 from loomvideo.pipelines.evaluation.learned import LearnedMetric
-from loomvideo.pipelines.evaluation.media import save_png, stacked_filmstrips, thumbnail, write_video
+from loomvideo.pipelines.evaluation.media import save_png, stacked_filmstrips, thumbnail
 from loomvideo.pipelines.evaluation.store import Store, content_key, pixel_digest, read_lossless, write_lossless
 from loomvideo.pipelines.evaluation.suites.items import EvalItem, Manifest, file_digest
 from loomvideo.pipelines.evaluation.suites.registry import suite as find_suite
 from loomvideo.pipelines.media.decode import DecodeError
+from loomvideo.pipelines.media.video_writer import write_video
+from loomvideo.pipelines.vlm.requests import FrameSampling, VLMRequest, labelled
 from loomvideo.platform.errors import UserError
 
 Row = dict[str, Any]
@@ -289,7 +291,7 @@ class JudgeStage:
         session = dataclasses.replace(self.session, parser=parser)
         judgements = []
         for repeat in range(self.repeats):
-            request = JudgeRequest(question.text, media, question.axes, structured, repeat)
+            request = VLMRequest(labelled(question.text, media), question.axes, structured, repeat=repeat)
             judgements.append(dataclasses.asdict(session.judge(request)))
         return row | {"judgements": judgements}
 

@@ -18,8 +18,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from loomvideo.pipelines.evaluation.judges.clients import Reply
-from loomvideo.pipelines.evaluation.judges.requests import JudgeRequest, decode_frames
+from loomvideo.pipelines.vlm.clients import Reply
+from loomvideo.pipelines.vlm.requests import VLMRequest, decode_frames
 
 
 class PixelJudge:
@@ -29,10 +29,10 @@ class PixelJudge:
         self.noise = noise
 
     def identity(self) -> dict[str, Any]:
-        """See :class:`~loomvideo.pipelines.evaluation.judges.clients.JudgeClient`."""
+        """See :class:`~loomvideo.pipelines.vlm.clients.VLMClient`."""
         return {"kind": "fake", "model": "pixel-judge-1", "noise": self.noise}
 
-    def complete(self, request: JudgeRequest) -> Reply:
+    def complete(self, request: VLMRequest) -> Reply:
         """Score the last medium, or the last two against each other, beside the first one when it is a source."""
         source = decode_frames(request.media[0]) if request.media[0].label == "Before editing" else None
         if len(request.media) > 1 and request.media[-2].label == "Result A":

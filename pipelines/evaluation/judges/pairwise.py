@@ -12,10 +12,10 @@ from itertools import combinations
 import numpy as np
 
 from loomvideo.pipelines.evaluation.arena import Match, match_from_orders
-from loomvideo.pipelines.evaluation.judges.requests import FrameSampling, JudgeRequest, encode_media
 from loomvideo.pipelines.evaluation.judges.session import JudgeSession
 from loomvideo.pipelines.evaluation.stages import VIDEO, Row, read_inputs
 from loomvideo.pipelines.evaluation.store import Store, read_lossless
+from loomvideo.pipelines.vlm.requests import FrameSampling, VLMRequest, encode_media, labelled
 
 AXIS = "preference"
 FIRST, SECOND = "Result A", "Result B"
@@ -107,8 +107,8 @@ def _request(
     references: Sequence[np.ndarray],
     films: Sequence[np.ndarray],
     sampling: FrameSampling,
-) -> JudgeRequest:
+) -> VLMRequest:
     media = [encode_media("Before editing", source, sampling)] if source is not None else []
     media += [encode_media(f"Reference picture {n}", r[None], sampling) for n, r in enumerate(references, 1)]
     media += [encode_media(label, film, sampling) for label, film in zip((FIRST, SECOND), films, strict=True)]
-    return JudgeRequest(pairwise_text(row), tuple(media), (AXIS,))
+    return VLMRequest(labelled(pairwise_text(row), media), (AXIS,))

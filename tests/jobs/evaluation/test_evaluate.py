@@ -13,10 +13,10 @@ from loomvideo.jobs.evaluation import compare as compare_job
 from loomvideo.jobs.evaluation import job as evaluate_job
 from loomvideo.jobs.evaluation.config import EvaluateConfig
 from loomvideo.jobs.evaluation.setup import find_checkpoint, judge_builder, load_manifest
-from loomvideo.pipelines.evaluation import media
 from loomvideo.pipelines.evaluation.judges.fake import FakeJudgeServer
 from loomvideo.pipelines.evaluation.stages import run_local
 from loomvideo.pipelines.evaluation.suites.registry import suite
+from loomvideo.pipelines.media.video_writer import write_video
 from loomvideo.pipelines.sources.samples import Sample, write_jsonl
 from loomvideo.platform.config import load_config
 from loomvideo.platform.errors import UserError
@@ -37,9 +37,9 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     samples = []
     for n in range(NUM_SOURCES):
-        media.write_video(folder / f"s{n}.mp4", clip((200, 20 * n, 40), 9 * n), 24)
+        write_video(folder / f"s{n}.mp4", clip((200, 20 * n, 40), 9 * n), 24)
         kind, colour = ("recolour", (20, 200, 30 + 9 * n)) if n % 2 else ("background", (30, 20 * n, 220))
-        media.write_video(folder / f"t{n}.mp4", clip(colour, 9 * n), 24)
+        write_video(folder / f"t{n}.mp4", clip(colour, 9 * n), 24)
         samples.append(
             Sample(f"edit-{n}", "video_edit", "fashion-world", f"t{n}.mp4", f"s{n}.mp4", instruction=f"edit {n}",
                    group=f"g{n}", split="heldout", extra={"edit": {"kind": kind}})

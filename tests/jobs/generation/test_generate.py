@@ -17,10 +17,10 @@ from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.shortcuts import Shortcuts
 from loomvideo.model.sizes import model_size
 from loomvideo.model.weights import save_dit
-from loomvideo.pipelines.evaluation.media import write_video
 from loomvideo.pipelines.generation.generator import FileGenerator
 from loomvideo.pipelines.generation.requests import MAX_PROMPT_CHARACTERS, Request, read_requests
 from loomvideo.pipelines.generation.results import sidecar_path
+from loomvideo.pipelines.media.video_writer import write_video
 from loomvideo.platform.errors import UserError
 
 

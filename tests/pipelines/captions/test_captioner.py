@@ -12,10 +12,10 @@ import pytest
 
 from loomvideo.pipelines.captions import Captioner, CaptionOptions
 from loomvideo.pipelines.captions.schema import InvalidAnswerError, answer_schema, parse_answer
-from loomvideo.pipelines.evaluation.judges.clients import JudgeError, Reply
 from loomvideo.pipelines.evaluation.judges.fake import FakeJudgeServer
-from loomvideo.pipelines.evaluation.judges.requests import JudgeRequest, decode_frames
 from loomvideo.pipelines.sources.samples import Sample
+from loomvideo.pipelines.vlm.clients import Reply, VLMError
+from loomvideo.pipelines.vlm.requests import VLMRequest, decode_frames
 from loomvideo.platform.errors import UserError
 
 GARMENT = {"category": "dress", "colour": "red", "pattern": "plain", "fabric": "silk", "fit": "flared",
@@ -39,13 +39,13 @@ class Model:
 
     def __init__(self, *failures: str | Exception):
         self.failures = list(failures)
-        self.requests: list[JudgeRequest] = []
+        self.requests: list[VLMRequest] = []
         self.lock = threading.Lock()
 
     def identity(self) -> dict[str, Any]:
         return {"kind": "test", "model": "m1"}
 
-    def complete(self, request: JudgeRequest) -> Reply:
+    def complete(self, request: VLMRequest) -> Reply:
         with self.lock:
             self.requests.append(request)
             failure = self.failures.pop(0) if self.failures else None
@@ -101,13 +101,13 @@ def test_a_swapped_answer_is_seen_and_asked_again(tmp_path):
 
 
 def test_failures_are_retried_or_counted_by_reason(tmp_path):
-    limited = JudgeError("rate limited", retryable=True, retry_after_s=0.5)
+    limited = VLMError("rate limited", retryable=True, retry_after_s=0.5)
     slept: list[float] = []
     made = Captioner(CaptionOptions(backend="openai", mode="caption", cache=str(tmp_path)), Model(limited, limited),
                      sleep=slept.append).caption(sample(1), frames)  # fmt: skip
     assert made.status == "made"
     assert slept == [0.5, 0.5]
-    blocked = Model(JudgeError("blocked", retryable=False))
+    blocked = Model(VLMError("blocked", retryable=False))
     result = captioner(tmp_path, blocked).caption(sample(7), frames)
     assert (result.status, len(blocked.requests), result.succeeded) == ("blocked", 1, False)
     garbage = Model(*["The video looks nice."] * 5)

@@ -12,12 +12,12 @@ from loomvideo.jobs.data.caption import write
 from loomvideo.pipelines.captions import Captioner, CaptionOptions
 from loomvideo.pipelines.captions.dataset import CaptionActor, CaptionDatasetConfig, caption_dataset
 from loomvideo.pipelines.captions.frames import FrameReader
-from loomvideo.pipelines.evaluation.judges.clients import Reply
-from loomvideo.pipelines.evaluation.judges.requests import decode_frames
 from loomvideo.pipelines.media.decode import DecodeError
 from loomvideo.pipelines.sample_data.media import write_clip, write_picture
 from loomvideo.pipelines.sources import Rejected, open_source
 from loomvideo.pipelines.sources.samples import Sample, read_jsonl
+from loomvideo.pipelines.vlm.clients import Reply
+from loomvideo.pipelines.vlm.requests import decode_frames
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.storage import Storage
 

@@ -3,8 +3,8 @@
 import numpy as np
 
 from loomvideo.pipelines.evaluation.inputs import InputOptions, load_item
-from loomvideo.pipelines.evaluation.media import write_video
 from loomvideo.pipelines.evaluation.suites.items import EvalItem
+from loomvideo.pipelines.media.video_writer import write_video
 
 
 def test_source_and_target_of_an_odd_rate_keep_the_same_frames(tmp_path):

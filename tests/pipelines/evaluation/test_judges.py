@@ -6,18 +6,13 @@ import numpy as np
 import pytest
 
 from loomvideo.pipelines.evaluation.judges import rubrics
-from loomvideo.pipelines.evaluation.judges.clients import GeminiClient, OpenAIClient
 from loomvideo.pipelines.evaluation.judges.fake import FakeJudgeServer, PixelJudge
-from loomvideo.pipelines.evaluation.judges.requests import FrameSampling, JudgeRequest, media_for_item
-from loomvideo.pipelines.evaluation.judges.session import (
-    AnswerCache,
-    Budget,
-    JudgeSession,
-    Pace,
-    Prices,
-    check_budget,
-)
+from loomvideo.pipelines.evaluation.judges.inputs import media_for_item
+from loomvideo.pipelines.evaluation.judges.session import JudgeSession, check_budget
 from loomvideo.pipelines.evaluation.suites.items import EvalItem
+from loomvideo.pipelines.vlm.clients import GeminiClient, OpenAIClient
+from loomvideo.pipelines.vlm.requests import FrameSampling, VLMRequest, labelled
+from loomvideo.pipelines.vlm.session import AnswerCache, Budget, Pace, Prices, Session
 from loomvideo.platform.errors import UserError
 
 AXES = ("instruction", "preservation", "quality")
@@ -32,11 +27,13 @@ def video(seed=0, frames=9):
 
 def request(seed=0, sampling=SAMPLING, **changes):
     reference = np.full((1, 20, 20, 3), 80, np.uint8)
-    return JudgeRequest("Is it red?", media_for_item(sampling, video(seed), video(1), [reference]), AXES, **changes)
+    return VLMRequest(
+        labelled("Is it red?", media_for_item(sampling, video(seed), video(1), [reference])), AXES, **changes
+    )
 
 
 def session(tmp_path, client, **changes):
-    return JudgeSession(client, AnswerCache(tmp_path / "answers"), sleep=lambda s: None, **changes)
+    return JudgeSession(Session(client, AnswerCache(tmp_path / "answers"), sleep=lambda s: None, **changes))
 
 
 def clients(server):
@@ -121,7 +118,7 @@ def test_budget_stops_calls_but_not_cached_answers(tmp_path):
     with FakeJudgeServer().running() as server:
         asking = session(tmp_path, clients(server)["openai"], prices=prices, budget=Budget(1.5))
         assert asking.judge(request()).parsed.sample == 4
-        assert asking.budget.spent_usd == pytest.approx(1.0)
+        assert asking.session.budget.spent_usd == pytest.approx(1.0)
         assert asking.judge(request(seed=3)).parsed.failure == "budget"
         assert asking.judge(request()).cached
         assert len(server.calls) == 1
@@ -132,8 +129,8 @@ def test_budget_stops_calls_but_not_cached_answers(tmp_path):
 
 def test_pace_spaces_calls(monkeypatch):
     clock, slept = [0.0], []
-    monkeypatch.setattr("loomvideo.pipelines.evaluation.judges.session.time.monotonic", lambda: clock[0])
-    monkeypatch.setattr("loomvideo.pipelines.evaluation.judges.session.time.sleep", slept.append)
+    monkeypatch.setattr("loomvideo.pipelines.vlm.session.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("loomvideo.pipelines.vlm.session.time.sleep", slept.append)
     pace = Pace(per_minute=30)
     for _ in range(3):
         pace.wait()
@@ -162,7 +159,7 @@ def test_pixel_judge_tells_a_copy_from_an_edit_and_noise(tmp_path):
     noisy = np.random.default_rng(0).integers(0, 256, source.shape).astype(np.uint8)
 
     def scores(result):
-        return asking.judge(JudgeRequest("x", media_for_item(SAMPLING, result, source, []), AXES)).parsed.scores
+        return asking.judge(VLMRequest(labelled("x", media_for_item(SAMPLING, result, source, [])), AXES)).parsed.scores
 
     assert scores(source)["instruction"] == 1
     assert scores(source)["preservation"] == 5

@@ -9,11 +9,9 @@ from loomvideo.pipelines.evaluation import media, store
 from loomvideo.pipelines.evaluation.aggregate import aggregate_suite, sample_values
 from loomvideo.pipelines.evaluation.generators import BlendGenerator, sample_seed
 from loomvideo.pipelines.evaluation.inputs import InputOptions
-from loomvideo.pipelines.evaluation.judges.clients import OpenAIClient
 from loomvideo.pipelines.evaluation.judges.fake import FakeJudgeServer, PixelJudge
-from loomvideo.pipelines.evaluation.judges.requests import FrameSampling
 from loomvideo.pipelines.evaluation.judges.rubrics import official_rubrics, own_rubrics
-from loomvideo.pipelines.evaluation.judges.session import AnswerCache, JudgeSession
+from loomvideo.pipelines.evaluation.judges.session import JudgeSession
 from loomvideo.pipelines.evaluation.stages import (
     GenerateStage,
     JudgeStage,
@@ -25,7 +23,11 @@ from loomvideo.pipelines.evaluation.stages import (
     run_local,
 )
 from loomvideo.pipelines.evaluation.suites import official, own
+from loomvideo.pipelines.media.video_writer import write_video
 from loomvideo.pipelines.sources.samples import Sample, write_jsonl
+from loomvideo.pipelines.vlm.clients import OpenAIClient
+from loomvideo.pipelines.vlm.requests import FrameSampling
+from loomvideo.pipelines.vlm.session import AnswerCache, Session
 from loomvideo.platform.errors import UserError
 
 OPTIONS = InputOptions(bucket_classes=(64,), reference_classes=(64,), num_frames=5, text_size=(64, 64))
@@ -45,10 +47,10 @@ def dataset(tmp_path):
     folder = tmp_path / "data"
     samples = []
     for n in range(3):
-        media.write_video(folder / f"s{n}.mp4", moving_square((200, 40 * n, 40)), 24)
+        write_video(folder / f"s{n}.mp4", moving_square((200, 40 * n, 40)), 24)
         for m, colour in enumerate([(20, 200, 30), (30, 30, 220)]):
             key = f"edit-{n}-{m}"
-            media.write_video(folder / f"{key}.mp4", moving_square(colour), 24)
+            write_video(folder / f"{key}.mp4", moving_square(colour), 24)
             edit = {"edit": {"kind": "recolour"}}
             samples.append(
                 Sample(key, "video_edit", "fashion-world", f"{key}.mp4", f"s{n}.mp4", instruction=f"make it {m}",
@@ -87,7 +89,7 @@ def run(tmp_path, dataset, generator, client=None, series=("model", "identity"),
     rows = initial_rows(manifest, series, lambda s, k: sample_seed(0, s, k))
     judge = None
     if client is not None:
-        session = JudgeSession(client, AnswerCache(tmp_path / "answers"), sleep=lambda s: None, max_attempts=2)
+        session = JudgeSession(Session(client, AnswerCache(tmp_path / "answers"), sleep=lambda s: None, max_attempts=2))
         judge = JudgeStage(disk, session, FrameSampling(2, 64), own_rubrics(), threads=2, **judge_options)
     stages = [
         PrepareStage(disk, OPTIONS),
@@ -215,7 +217,7 @@ def test_official_and_loomvideo_modes_go_through_the_whole_path(tmp_path):
     folder = tmp_path / "OpenVE-Bench"
     header, lines = "edited_type,prompt,original_video", []
     for n, kind in enumerate(("local_change", "local_change", "global_style")):
-        media.write_video(folder / f"videos/{n}.mp4", moving_square((200, 40 * n, 40)), 24)
+        write_video(folder / f"videos/{n}.mp4", moving_square((200, 40 * n, 40)), 24)
         lines.append(f"{kind},make it red,videos/{n}.mp4")
     (folder / "benchmark_videos.csv").write_text("\n".join([header, *lines]))
     rubric = "Grade the two videos from 1 to 5 on three axes. Instruction: <edit_prompt>. " * 2
@@ -260,7 +262,7 @@ def test_the_graph_on_ray_gives_the_same_rows(tmp_path, dataset, ray_cluster):
     answers = tmp_path / "b" / "answers"
 
     def judge():
-        session = JudgeSession(PixelJudge(), AnswerCache(answers))
+        session = JudgeSession(Session(PixelJudge(), AnswerCache(answers)))
         return JudgeStage(disk, session, FrameSampling(2, 64), own_rubrics(), threads=2)
 
     made = run_graph(

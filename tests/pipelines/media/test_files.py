@@ -6,6 +6,8 @@ import pytest
 from PIL import Image
 
 from loomvideo.pipelines.evaluation import media, metrics
+from loomvideo.pipelines.media.video_writer import write_video
+from loomvideo.pipelines.vlm.requests import spread_frames
 
 
 def gradient_video(frames, height, width):
@@ -18,7 +20,7 @@ def gradient_video(frames, height, width):
 def test_video_file_is_browser_playable_and_close_to_the_input(tmp_path, frames, height, width):
     video = gradient_video(frames, height, width)
     path = tmp_path / "deep" / "v.mp4"
-    media.write_video(path, video, fps=24)
+    write_video(path, video, fps=24)
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         codec = stream.codec_context
@@ -34,9 +36,9 @@ def test_video_file_is_browser_playable_and_close_to_the_input(tmp_path, frames,
 
 def test_strip_takes_first_and_last_frame():
     video = gradient_video(9, 16, 16)
-    frames = media.strip_frames(video, 3)
+    frames = spread_frames(video, 3)
     assert np.array_equal(frames, video[[0, 4, 8]])
-    assert len(media.strip_frames(video[:2], 5)) == 2
+    assert len(spread_frames(video[:2], 5)) == 2
     assert media.filmstrip(video, count=3, height=32, gap=2).size == (32 * 3 + 4, 32)
 
 

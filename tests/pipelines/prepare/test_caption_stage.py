@@ -10,13 +10,13 @@ from fixtures.raw import prepare_config, raw_samples, without_ray
 from loomvideo.pipelines.captions import CaptionOptions
 from loomvideo.pipelines.captions.options import CaptionWorkers
 from loomvideo.pipelines.captions.ray_llm import RequestWriter, ask_ray_llm
-from loomvideo.pipelines.evaluation.judges.clients import JudgeError, Reply
-from loomvideo.pipelines.evaluation.judges.requests import decode_frames
 from loomvideo.pipelines.prepare.config import LimitOptions
 from loomvideo.pipelines.prepare.job import prepare
 from loomvideo.pipelines.prepare.quarantine import retriable_work
 from loomvideo.pipelines.prepare.staleness import stale_parts
 from loomvideo.pipelines.sources.samples import EDIT_TASKS, write_jsonl
+from loomvideo.pipelines.vlm.clients import Reply, VLMError
+from loomvideo.pipelines.vlm.requests import decode_frames
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.reader import ShardDataset
 
@@ -33,7 +33,7 @@ class Model:
     def complete(self, request):
         self.asked.append(request.sample_key)
         if request.sample_key in self.failing:
-            raise JudgeError("server error", retryable=False)
+            raise VLMError("server error", retryable=False)
         level = round(decode_frames(request.media[-1]).mean())
         return Reply(json.dumps({"id": request.code, "sentence": f"{self.name} sees {level}"}), self.name, 1, 1, 0.0)
 

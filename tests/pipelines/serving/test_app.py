@@ -18,7 +18,7 @@ from fixtures.browser import browser_page, requires_browser
 from PIL import Image
 from starlette.testclient import TestClient
 
-from loomvideo.pipelines.evaluation.media import write_video
+from loomvideo.pipelines.media.video_writer import write_video
 from loomvideo.pipelines.serving.app import PageConfig, create_app
 from loomvideo.pipelines.serving.jobs import GenerationRequest, Progress, RequestLimits, Result
 from loomvideo.pipelines.serving.uploads import UploadLimits, UploadReader, UploadStore

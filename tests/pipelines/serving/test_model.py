@@ -13,9 +13,9 @@ from loomvideo.model.conditioning.mllm import FrozenMLLM
 from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.pipeline import LoomVideoPipeline
 from loomvideo.model.sizes import model_size
-from loomvideo.pipelines.evaluation.media import write_video
 from loomvideo.pipelines.generation.generator import FileGenerator
 from loomvideo.pipelines.generation.settings import Settings
+from loomvideo.pipelines.media.video_writer import write_video
 from loomvideo.pipelines.serving.jobs import GenerationRequest
 from loomvideo.pipelines.serving.model_generator import PageGenerator
 from loomvideo.pipelines.serving.uploads import Upload, UploadLimits, UploadReader

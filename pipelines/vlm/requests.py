@@ -1,7 +1,8 @@
-"""What a judge is shown: a rubric, and the same explicitly sampled frames whoever the judge is.
+"""What a vision-language model is shown: words and labelled media in a fixed order.
 
 Providers sample videos differently (one frame a second, two, all). So frames are chosen here: sent as labelled
-pictures, or as a film that plays exactly these frames at one a second.
+pictures, or as a film that plays exactly these frames at one a second. Protocols of public benchmarks that send whole
+files say so themselves.
 """
 
 import dataclasses
@@ -17,12 +18,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from loomvideo.pipelines.evaluation.media import strip_frames, write_video
+from loomvideo.pipelines.media.video_writer import write_video
 
 
 @dataclass(frozen=True)
 class FrameSampling:
-    """How frames are chosen and sized for every judge alike.
+    """How frames are chosen and sized for every model alike.
 
     Attributes:
         num_frames: Frames of a video, spread from the first to the last.
@@ -39,40 +40,52 @@ class FrameSampling:
 
 @dataclass(frozen=True)
 class Media:
-    """One labelled input of a judge.
+    """One input of a model.
 
     Attributes:
-        label: What it is, in words the judge reads.
-        frames: JPEG bytes of each frame.
-        film: The frames as mp4 at one a second, when films are sent.
+        label: What it is, for people and stand-in models; what the model reads stands in the request's parts.
+        frames: Bytes of each picture; of a film the frames it shows, as far as they are known.
+        film: The video file sent instead of the frames, where one is.
         digest: Hash of what is sent.
+        mime: Form of the frames.
     """
 
     label: str
     frames: tuple[bytes, ...]
     film: bytes | None
     digest: str
+    mime: str = "image/jpeg"
 
 
 @dataclass(frozen=True)
-class JudgeRequest:
-    """One question to a judge.
+class VLMRequest:
+    """One question.
 
     Attributes:
-        text: The rubric with the sample's instruction filled in.
-        media: Inputs in the order shown.
-        axes: Names of the scores asked for.
-        structured: Whether the answer must be JSON with ``axes`` and ``reasoning``.
+        parts: Words and media in the order the model reads them.
+        axes: Names of the fields asked for.
+        structured: Whether the answer must be JSON by :meth:`schema`.
+        system: System instruction; empty for none.
         repeat: Which of k independent repeats this is.
         ask: 1 when an unreadable answer is asked for again.
     """
 
-    text: str
-    media: tuple[Media, ...]
-    axes: tuple[str, ...]
+    parts: tuple[str | Media, ...]
+    axes: tuple[str, ...] = ()
     structured: bool = True
+    system: str = ""
     repeat: int = 0
     ask: int = 0
+
+    @property
+    def media(self) -> tuple[Media, ...]:
+        """The media among the parts."""
+        return tuple(part for part in self.parts if isinstance(part, Media))
+
+    @property
+    def text(self) -> str:
+        """All words, the system instruction first."""
+        return "\n".join([self.system] * bool(self.system) + [part for part in self.parts if isinstance(part, str)])
 
     def schema(self) -> dict[str, Any]:
         """JSON schema of the answer."""
@@ -85,10 +98,11 @@ class JudgeRequest:
             "additionalProperties": False,
         }
 
-    def key(self, judge: dict[str, Any]) -> str:
+    def key(self, identity: dict[str, Any]) -> str:
         """Cache key: everything that can change the answer, media by content."""
-        own = [self.text, self.axes, self.structured, self.repeat, self.ask]
-        content = {"request": own, "media": [(m.label, m.digest) for m in self.media], "judge": judge}
+        parts = [["media", p.label, p.digest] if isinstance(p, Media) else p for p in self.parts]
+        own = [self.system, self.axes, self.structured, self.repeat, self.ask]
+        content = {"parts": parts, "request": own, "schema": self.schema(), "model": identity}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def estimated_tokens(self, tokens_per_frame: int = 258) -> int:
@@ -96,9 +110,17 @@ class JudgeRequest:
         return len(self.text) // 4 + tokens_per_frame * sum(len(m.frames) for m in self.media)
 
 
+def labelled(text: str, media: Sequence[Media]) -> tuple[str | Media, ...]:
+    """Parts of a request: the question, then each medium under its label."""
+    parts: list[str | Media] = [text]
+    for medium in media:
+        parts += [f"{medium.label}:", medium]
+    return tuple(parts)
+
+
 def encode_media(label: str, video: np.ndarray, sampling: FrameSampling) -> Media:
-    """Sample, shrink and encode a video or picture ``[frames, height, width, 3]`` for a judge."""
-    chosen = strip_frames(video, sampling.num_frames)
+    """Sample, shrink and encode a video or picture ``[frames, height, width, 3]``."""
+    chosen = spread_frames(video, sampling.num_frames)
     pictures = [_shrunk(Image.fromarray(frame), sampling.max_side) for frame in chosen]
     frames = tuple(_jpeg(picture, sampling.quality) for picture in pictures)
     film = None
@@ -120,20 +142,12 @@ def decode_frames(media: Media) -> np.ndarray:
     return np.stack([np.asarray(Image.open(io.BytesIO(frame)).convert("RGB")) for frame in media.frames])
 
 
-def media_for_item(
-    sampling: FrameSampling,
-    result: np.ndarray,
-    source: np.ndarray | None,
-    references: Sequence[np.ndarray],
-) -> tuple[Media, ...]:
-    """The inputs of one sample in a fixed order: source, references, result."""
-    media = []
-    if source is not None:
-        media.append(encode_media("Before editing", source, sampling))
-    for number, reference in enumerate(references, 1):
-        media.append(encode_media(f"Reference picture {number}", reference, sampling))
-    label = "After editing" if source is not None else "Generated result"
-    return (*media, encode_media(label, result, sampling))
+def spread_frames(video: np.ndarray, count: int) -> np.ndarray:
+    """``count`` frames spread evenly from the first to the last (all frames of a shorter video)."""
+    if video.ndim != 4 or not len(video):
+        raise ValueError(f"expected [frames, height, width, 3], got {list(video.shape)}")
+    count = min(count, len(video))
+    return video[np.linspace(0, len(video) - 1, count).round().astype(int)]
 
 
 def _shrunk(picture: Image.Image, max_side: int) -> Image.Image:

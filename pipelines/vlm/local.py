@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loomvideo.pipelines.evaluation.judges.clients import Reply
-from loomvideo.pipelines.evaluation.judges.requests import JudgeRequest, decode_frames
+from loomvideo.pipelines.vlm.clients import Reply
+from loomvideo.pipelines.vlm.requests import Media, VLMRequest, decode_frames
 from loomvideo.platform.errors import UserError
 
 
@@ -29,24 +29,27 @@ class QwenVLClient:
     loaded: tuple[Any, Any, Any] | None = field(default=None, repr=False)
 
     def identity(self) -> dict[str, Any]:
-        """See :class:`~loomvideo.pipelines.evaluation.judges.clients.JudgeClient`."""
+        """See :class:`~loomvideo.pipelines.vlm.clients.VLMClient`."""
         return {"kind": "qwen3_vl", "model": self.folder, "max_tokens": self.max_tokens, "temperature": 0.0}
 
-    def complete(self, request: JudgeRequest) -> Reply:
+    def complete(self, request: VLMRequest) -> Reply:
         """Answer; each frame is shown as a picture under its label."""
         import torch
 
         from loomvideo.model.conditioning.inputs import interleaved_inputs
 
         model, tokenizer, processor = self._load()
-        parts: list[Any] = []
-        for media in request.media:
-            parts.append(f"{media.label}:")
-            parts += [torch.from_numpy(frame.copy()) for frame in decode_frames(media)]
-        text = request.text
+        words: list[str | Media] = [request.system] if request.system else []
+        words += request.parts
         if request.structured:
-            text += f"\nAnswer with nothing but a JSON object with the keys reasoning, {', '.join(request.axes)}."
-        inputs = interleaved_inputs([*parts, text], tokenizer, processor)
+            words.append(f"Answer with nothing but a JSON object with the keys reasoning, {', '.join(request.axes)}.")
+        parts: list[Any] = []
+        for part in words:
+            if isinstance(part, Media):
+                parts += [torch.from_numpy(frame.copy()) for frame in decode_frames(part)]
+            else:
+                parts.append(f"\n{part}" if parts else part)
+        inputs = interleaved_inputs(parts, tokenizer, processor)
         ids = inputs.input_ids[None]
         started = time.monotonic()
         with torch.inference_mode():

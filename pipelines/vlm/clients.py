@@ -1,4 +1,4 @@
-"""Judges behind one interface: OpenAI-compatible chat (also vLLM and SGLang) and the Gemini REST API.
+"""Servers behind one interface: OpenAI-compatible chat (also vLLM and SGLang) and the Gemini REST API.
 
 A client makes one attempt; retries, caching, pace and budget belong to ``session``. Keys come from the environment only
 and are never written anywhere.
@@ -13,13 +13,13 @@ from urllib.parse import urlsplit
 
 import requests
 
-from loomvideo.pipelines.evaluation.judges.requests import JudgeRequest, Media
+from loomvideo.pipelines.vlm.requests import Media, VLMRequest
 from loomvideo.platform.errors import UserError
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a judge answered.
+    """What a model answered.
 
     Attributes:
         text: The answer.
@@ -36,28 +36,39 @@ class Reply:
     latency_s: float
 
 
-class JudgeError(Exception):
+class VLMError(Exception):
     """A call that gave no answer.
 
     Attributes:
         reason: blocked, timeout, rate limited, server error, bad request, unreachable or empty.
         retryable: Whether the same call may succeed later.
         retry_after_s: What the provider asks to wait, if it says.
+        tokens_in: Input tokens billed all the same, if the provider says.
+        tokens_out: Output tokens billed all the same, if the provider says.
     """
 
-    def __init__(self, reason: str, retryable: bool, detail: str = "", retry_after_s: float | None = None):
+    def __init__(
+        self,
+        reason: str,
+        retryable: bool,
+        detail: str = "",
+        retry_after_s: float | None = None,
+        tokens_in: int = 0,
+        tokens_out: int = 0,
+    ):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason, self.retryable, self.retry_after_s = reason, retryable, retry_after_s
+        self.tokens_in, self.tokens_out = tokens_in, tokens_out
 
 
-class JudgeClient(Protocol):
+class VLMClient(Protocol):
     """Something that answers a request once."""
 
     def identity(self) -> dict[str, Any]:
         """What makes two clients' answers comparable: kind, model, temperature and the like, for the cache key."""
 
-    def complete(self, request: JudgeRequest) -> Reply:
-        """Answer, or raise :class:`JudgeError`."""
+    def complete(self, request: VLMRequest) -> Reply:
+        """Answer, or raise :class:`VLMError`."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,7 @@ class OpenAIClient:
     structured: str = "json_schema"
 
     def identity(self) -> dict[str, Any]:
-        """See :class:`JudgeClient`."""
+        """See :class:`VLMClient`."""
         return {
             "kind": "openai",
             "model": self.model,
@@ -92,15 +103,15 @@ class OpenAIClient:
             "structured": self.structured,
         }
 
-    def complete(self, request: JudgeRequest) -> Reply:
-        """See :class:`JudgeClient`."""
-        content: list[dict[str, Any]] = [{"type": "text", "text": request.text}]
-        for media in request.media:
-            content.append({"type": "text", "text": f"{media.label}:"})
-            content += _openai_parts(media)
+    def complete(self, request: VLMRequest) -> Reply:
+        """See :class:`VLMClient`."""
+        content: list[dict[str, Any]] = []
+        for part in request.parts:
+            content += _openai_parts(part) if isinstance(part, Media) else [{"type": "text", "text": part}]
+        messages: list[dict[str, Any]] = [{"role": "system", "content": request.system}] if request.system else []
         body: dict[str, Any] = {
             "model": self.model,
-            "messages": [{"role": "user", "content": content}],
+            "messages": [*messages, {"role": "user", "content": content}],
             "max_tokens": self.max_tokens,
         }
         if self.temperature is not None:
@@ -114,23 +125,18 @@ class OpenAIClient:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         started = time.monotonic()
         answer = post_json(f"{self.base_url.rstrip('/')}/chat/completions", body, headers, self.timeout_s)
+        usage = answer.get("usage") or {}
+        tokens = (int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
         choices = answer.get("choices") or []
         if not choices:
-            raise JudgeError("empty", retryable=True, detail="no choices in the answer")
+            raise VLMError("empty", True, "no choices in the answer", None, *tokens)
         message = choices[0].get("message", {})
         if choices[0].get("finish_reason") == "content_filter" or message.get("refusal"):
-            raise JudgeError("blocked", retryable=False, detail=str(message.get("refusal") or "content filter"))
+            raise VLMError("blocked", False, str(message.get("refusal") or "content filter"), None, *tokens)
         text = message.get("content") or ""
         if not text:
-            raise JudgeError("empty", retryable=True, detail="empty message")
-        usage = answer.get("usage") or {}
-        return Reply(
-            text,
-            answer.get("model", self.model),
-            int(usage.get("prompt_tokens") or 0),
-            int(usage.get("completion_tokens") or 0),
-            time.monotonic() - started,
-        )
+            raise VLMError("empty", True, "empty message", None, *tokens)
+        return Reply(text, answer.get("model", self.model), *tokens, time.monotonic() - started)
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,7 @@ class GeminiClient:
     timeout_s: float = 120.0
 
     def identity(self) -> dict[str, Any]:
-        """See :class:`JudgeClient`."""
+        """See :class:`VLMClient`."""
         return {
             "kind": "gemini",
             "model": self.model,
@@ -162,43 +168,42 @@ class GeminiClient:
             "max_tokens": self.max_tokens,
         }
 
-    def complete(self, request: JudgeRequest) -> Reply:
-        """See :class:`JudgeClient`."""
-        parts: list[dict[str, Any]] = [{"text": request.text}]
-        for media in request.media:
-            parts.append({"text": f"{media.label}:"})
-            parts += _gemini_parts(media)
+    def complete(self, request: VLMRequest) -> Reply:
+        """See :class:`VLMClient`."""
+        parts: list[dict[str, Any]] = []
+        for part in request.parts:
+            parts += _gemini_parts(part) if isinstance(part, Media) else [{"text": part}]
         generation: dict[str, Any] = {"maxOutputTokens": self.max_tokens}
         if self.temperature is not None:
             generation["temperature"] = self.temperature
         if request.structured:
-            properties: dict[str, Any] = {"reasoning": {"type": "STRING"}}
-            properties |= {axis: {"type": "INTEGER", "minimum": 1, "maximum": 5} for axis in request.axes}
             generation["responseMimeType"] = "application/json"
-            generation["responseSchema"] = {"type": "OBJECT", "properties": properties, "required": list(properties)}
-        body = {"contents": [{"role": "user", "parts": parts}], "generationConfig": generation}
+            generation["responseSchema"] = _gemini_schema(request.schema())
+        body: dict[str, Any] = {"contents": [{"role": "user", "parts": parts}], "generationConfig": generation}
+        if request.system:
+            body["systemInstruction"] = {"parts": [{"text": request.system}]}
         key = api_key(self.api_key_env, self.base_url)
         headers = {"x-goog-api-key": key} if key else {}
         started = time.monotonic()
         url = f"{self.base_url.rstrip('/')}/models/{self.model}:generateContent"
         answer = post_json(url, body, headers, self.timeout_s)
+        usage = answer.get("usageMetadata") or {}
+        out = int(usage.get("candidatesTokenCount") or 0) + int(usage.get("thoughtsTokenCount") or 0)
+        tokens = (int(usage.get("promptTokenCount") or 0), out)
         blocked = (answer.get("promptFeedback") or {}).get("blockReason")
         if blocked:
-            raise JudgeError("blocked", retryable=False, detail=blocked)
+            raise VLMError("blocked", False, blocked, None, *tokens)
         candidates = answer.get("candidates") or []
         if not candidates:
-            raise JudgeError("empty", retryable=True, detail="no candidates in the answer")
+            raise VLMError("empty", True, "no candidates in the answer", None, *tokens)
         finish = candidates[0].get("finishReason", "")
         if finish in ("SAFETY", "PROHIBITED_CONTENT", "BLOCKLIST", "SPII", "IMAGE_SAFETY", "RECITATION"):
-            raise JudgeError("blocked", retryable=False, detail=finish)
+            raise VLMError("blocked", False, finish, None, *tokens)
         parts_out = (candidates[0].get("content") or {}).get("parts") or []
         text = "".join(part.get("text", "") for part in parts_out if not part.get("thought"))
         if not text:
-            raise JudgeError("empty", retryable=True, detail=f"no text, finish reason {finish}")
-        usage = answer.get("usageMetadata") or {}
-        out = int(usage.get("candidatesTokenCount") or 0) + int(usage.get("thoughtsTokenCount") or 0)
-        version = answer.get("modelVersion", self.model)
-        return Reply(text, version, int(usage.get("promptTokenCount") or 0), out, time.monotonic() - started)
+            raise VLMError("empty", True, f"no text, finish reason {finish}", None, *tokens)
+        return Reply(text, answer.get("modelVersion", self.model), *tokens, time.monotonic() - started)
 
 
 def api_key(variable: str, base_url: str) -> str | None:
@@ -210,30 +215,43 @@ def api_key(variable: str, base_url: str) -> str | None:
     key = os.environ.get(variable)
     if key or urlsplit(base_url).hostname in ("localhost", "127.0.0.1", "::1"):
         return key or None
-    raise UserError(f"judge at {base_url}: set {variable} in the environment, or judge.api_key_env to another variable")
+    raise UserError(f"model at {base_url}: set {variable} in the environment, or api_key_env to another variable")
 
 
 def post_json(url: str, body: dict[str, Any], headers: dict[str, str], timeout_s: float) -> dict[str, Any]:
-    """POST and read JSON; HTTP and network errors become :class:`JudgeError` by kind."""
+    """POST and read JSON; HTTP and network errors become :class:`VLMError` by kind."""
     try:
         response = requests.post(url, json=body, headers=headers, timeout=timeout_s)
     except requests.Timeout as error:
-        raise JudgeError("timeout", retryable=True, detail=f"{timeout_s:g} s") from error
+        raise VLMError("timeout", retryable=True, detail=f"{timeout_s:g} s") from error
     except requests.RequestException as error:
-        raise JudgeError("unreachable", retryable=True, detail=type(error).__name__) from error
+        raise VLMError("unreachable", retryable=True, detail=type(error).__name__) from error
     if response.status_code == 200:
         try:
             return response.json()
         except ValueError as error:
-            raise JudgeError("server error", retryable=True, detail="answer is not JSON") from error
+            raise VLMError("server error", retryable=True, detail="answer is not JSON") from error
     detail = f"HTTP {response.status_code}: {response.text[:200]}"
     if response.status_code == 429:
-        raise JudgeError("rate limited", True, detail, _retry_after(response.headers.get("Retry-After")))
+        raise VLMError("rate limited", True, detail, _retry_after(response.headers.get("Retry-After")))
     if response.status_code >= 500 or response.status_code == 408:
-        raise JudgeError("server error", True, detail, _retry_after(response.headers.get("Retry-After")))
+        raise VLMError("server error", True, detail, _retry_after(response.headers.get("Retry-After")))
     if "content_filter" in response.text or "content management policy" in response.text:
-        raise JudgeError("blocked", False, detail)
-    raise JudgeError("bad request", False, detail)
+        raise VLMError("blocked", False, detail)
+    raise VLMError("bad request", False, detail)
+
+
+def _gemini_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """A JSON schema of flat fields in the provider's dialect, which knows no integers in an enumeration."""
+    properties: dict[str, Any] = {}
+    for name, kind in schema["properties"].items():
+        if kind.get("type") == "integer":
+            properties[name] = {"type": "INTEGER", "minimum": min(kind["enum"]), "maximum": max(kind["enum"])}
+        elif kind.get("type") == "boolean":
+            properties[name] = {"type": "BOOLEAN"}
+        else:
+            properties[name] = {"type": "STRING"}
+    return {"type": "OBJECT", "properties": properties, "required": list(properties)}
 
 
 def _retry_after(value: str | None) -> float | None:
@@ -243,13 +261,13 @@ def _retry_after(value: str | None) -> float | None:
 def _openai_parts(media: Media) -> list[dict[str, Any]]:
     if media.film is not None:
         return [{"type": "video_url", "video_url": {"url": _data_url("video/mp4", media.film)}}]
-    return [{"type": "image_url", "image_url": {"url": _data_url("image/jpeg", frame)}} for frame in media.frames]
+    return [{"type": "image_url", "image_url": {"url": _data_url(media.mime, frame)}} for frame in media.frames]
 
 
 def _gemini_parts(media: Media) -> list[dict[str, Any]]:
     if media.film is not None:
         return [{"inline_data": {"mime_type": "video/mp4", "data": _base64(media.film)}}]
-    return [{"inline_data": {"mime_type": "image/jpeg", "data": _base64(frame)}} for frame in media.frames]
+    return [{"inline_data": {"mime_type": media.mime, "data": _base64(frame)}} for frame in media.frames]
 
 
 def _data_url(mime: str, content: bytes) -> str:

@@ -14,9 +14,9 @@ from loomvideo.model.conditioning.tokenizer import BUILTIN_FILE, MLLMTokenizer
 from loomvideo.model.sizes import model_size
 from loomvideo.pipelines.captions import Captioner, CaptionOptions
 from loomvideo.pipelines.captions.requests import caption_request
-from loomvideo.pipelines.evaluation.judges.local import QwenVLClient
-from loomvideo.pipelines.evaluation.judges.requests import FrameSampling, JudgeRequest, decode_frames
 from loomvideo.pipelines.sources.samples import Sample
+from loomvideo.pipelines.vlm.local import QwenVLClient
+from loomvideo.pipelines.vlm.requests import FrameSampling, VLMRequest, decode_frames
 from loomvideo.platform.errors import UserError
 
 SAMPLE = Sample("a", "t2v", "d", "a.mp4")
@@ -44,7 +44,8 @@ def test_answers_are_the_models_greedy_words(folder):
     reply = client.complete(request)
     model, tokenizer, _ = client.loaded
     shown = [torch.from_numpy(f.copy()) for f in decode_frames(request.media[0])]
-    inputs = interleaved_inputs(["Shown:", *shown, request.text], tokenizer, read_processor_config(folder))
+    question = request.parts[0]
+    inputs = interleaved_inputs([question, "\nShown:", *shown], tokenizer, read_processor_config(folder))
     ids = inputs.input_ids[None]
     assert reply.tokens_in == ids.shape[1]
     # Word by word without a cache: what a wrong position or picture would change.
@@ -74,12 +75,12 @@ def test_a_judge_is_told_the_form_of_its_answer(folder):
     client = QwenVLClient(folder, max_tokens=2, setting="judge.model", device="cpu")
     media = caption_request(SAMPLE, "caption", *frames(SAMPLE), FrameSampling(1, 64)).media
     tokens = {
-        structured: client.complete(JudgeRequest("Rate it.", media, ("quality", "realism"), structured)).tokens_in
+        structured: client.complete(VLMRequest(("Rate it.", *media), ("quality", "realism"), structured)).tokens_in
         for structured in (True, False)
     }
     _, tokenizer, _ = client.loaded
     form = "\nAnswer with nothing but a JSON object with the keys reasoning, quality, realism."
-    assert tokens[True] - tokens[False] == len(tokenizer.encode("Rate it." + form)) - len(tokenizer.encode("Rate it."))
+    assert tokens[True] - tokens[False] == len(tokenizer.encode(form))
 
 
 def test_a_folder_that_is_none_is_a_mistake(tmp_path):

@@ -1,0 +1,1 @@
+"""Asking vision-language models: requests, servers, local models, sessions that pay for an answer once."""
