@@ -2,8 +2,8 @@
 
     python benchmarks/kill_prepare.py data/sample/samples.jsonl --kills 10 shards.max_samples=8 curate=true
 
-Each round starts the command, waits a random part of the middle half of an uninterrupted run, and sends SIGKILL to
-the driver, to one worker (a judge or a shard builder), or to every process of the run, Ray's included. A killed worker
+Each round starts the command, waits a random part of the middle half of an uninterrupted run, and sends SIGKILL to the
+driver, to one worker (an assessor or a shard builder), or to every process of the run, Ray's included. A killed worker
 must not end the run; after the other two the command is started again, with another number of workers. At the end of
 every round the SHA-256 of all shards, of the index and of the manifest must equal the uninterrupted run's.
 """
@@ -25,7 +25,7 @@ from pathlib import Path
 import psutil
 
 VICTIMS = ("driver", "worker", "cluster")
-WORKERS = ("ShardBuilder", "SampleJudge")
+WORKERS = ("ShardBuilder", "SampleAssessor")
 
 
 def checksums(folder: Path) -> dict[str, str]:
@@ -76,7 +76,7 @@ def kill(process: subprocess.Popen, victim: str, generator: random.Random) -> st
 
 
 def kill_worker(process: subprocess.Popen, generator: random.Random) -> str:
-    """SIGKILL one judge or builder, as soon as there is one."""
+    """SIGKILL one assessor or builder, as soon as there is one."""
     while process.poll() is None:
         titles = {}
         for member in family(process):

@@ -47,7 +47,7 @@ class WeightsError(UserError):
 
 
 @dataclass
-class Checkpoint:
+class StoredWeights:
     """Tensors of a checkpoint by name, read only when asked for."""
 
     path: Path
@@ -74,7 +74,7 @@ class Checkpoint:
                         yield name, handle.get_tensor(name)
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path) -> StoredWeights:
     """Recognise a checkpoint.
 
     Args:
@@ -150,7 +150,7 @@ def load_dit(
     return model
 
 
-def check_keys(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], allow: Sequence[str]) -> set[str]:
+def check_keys(checkpoint: StoredWeights, expected: Mapping[str, tuple[int, ...]], allow: Sequence[str]) -> set[str]:
     """Compare a checkpoint's keys with a model's.
 
     Returns:
@@ -175,7 +175,7 @@ def check_keys(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], 
 
 
 def compare_keys(
-    checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]]
+    checkpoint: StoredWeights, expected: Mapping[str, tuple[int, ...]]
 ) -> tuple[list[str], list[str], list[str]]:
     """Names that are missing from, unexpected in and misshapen in a checkpoint; dead keys count as unexpected."""
     missing = [name for name in expected if name not in checkpoint.shapes]
@@ -241,7 +241,7 @@ def save_dit(
         shard_bytes += num_bytes
         total_bytes += num_bytes
     flush()
-    check_keys(Checkpoint(folder, "loomvideo", shapes, {}), expected_shapes(config), allow=())
+    check_keys(StoredWeights(folder, "loomvideo", shapes, {}), expected_shapes(config), allow=())
 
     count = len(names_of_shards)
     weight_map = {}
@@ -258,7 +258,7 @@ def save_dit(
     os.replace(staged, folder / "config.json")
 
 
-def _open_file(path: Path) -> Checkpoint:
+def _open_file(path: Path) -> StoredWeights:
     if path.suffix == ".safetensors":
         return _open_safetensors(path, "published", [path])
     try:
@@ -267,7 +267,7 @@ def _open_file(path: Path) -> Checkpoint:
         raise UserError(f"{path}: not a readable state dict ({str(error).splitlines()[0]})") from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path}: expected a state dict of tensors by name")
-    return Checkpoint(
+    return StoredWeights(
         path,
         "published",
         {name: tuple(tensor.shape) for name, tensor in state.items()},
@@ -276,8 +276,8 @@ def _open_file(path: Path) -> Checkpoint:
     )
 
 
-def _open_safetensors(path: Path, kind: str, files: Sequence[Path], **stated: Any) -> Checkpoint:
-    checkpoint = Checkpoint(path, kind, {}, {}, **stated)
+def _open_safetensors(path: Path, kind: str, files: Sequence[Path], **stated: Any) -> StoredWeights:
+    checkpoint = StoredWeights(path, kind, {}, {}, **stated)
     with ExitStack() as stack:
         for file in files:
             try:
@@ -310,7 +310,7 @@ def _wan_sizes(stated: Mapping[str, Any]) -> dict[str, Any]:
     return {**sizes, "patch_size": tuple(stated["patch_size"])} if "patch_size" in stated else sizes
 
 
-def _check_sizes(checkpoint: Checkpoint, config: DiTConfig) -> None:
+def _check_sizes(checkpoint: StoredWeights, config: DiTConfig) -> None:
     """Compare sizes that shapes do not show (heads, eps) as well as those they do."""
     stated = checkpoint.stated or (checkpoint.config.to_dict() if checkpoint.config else {})
     values = config.to_dict()
@@ -329,7 +329,7 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(model.get_submodule(module_name), parameter_name, nn.Parameter(tensor))
 
 
-def _shape_note(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], name: str) -> str:
+def _shape_note(checkpoint: StoredWeights, expected: Mapping[str, tuple[int, ...]], name: str) -> str:
     return f"{name}: {list(checkpoint.shapes[name])}, expected {list(expected[name])}"
 
 

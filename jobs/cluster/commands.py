@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
     from loomvideo.platform.cluster.profile import ClusterProfile
-    from loomvideo.platform.cluster.submission import Plan
+    from loomvideo.platform.cluster.submission import SubmissionPlan
     from loomvideo.platform.cluster.validate import Report
 
 app = typer.Typer()
@@ -155,7 +155,7 @@ def submit(
 
 def _planner(
     profile: "ClusterProfile", job: str, run: str, arguments: list[str], code: str, working_dir: Path | None
-) -> "Callable[[str], Plan]":
+) -> "Callable[[str], SubmissionPlan]":
     """Build what is shipped, once, and return the plan for an address."""
     from loomvideo.platform.cluster import submission
     from loomvideo.platform.cluster.manifests import command_of, named_arguments
@@ -186,8 +186,8 @@ def _planner(
     environment |= profile.environment
     metadata = {"loomvideo.code": wheel.digest if wheel else "image", **_source_state()}
 
-    def plan(address: str) -> submission.Plan:
-        return submission.Plan(
+    def plan(address: str) -> submission.SubmissionPlan:
+        return submission.SubmissionPlan(
             address=address,
             job=job,
             run=run,

@@ -31,11 +31,11 @@ from loomvideo.platform.shards.storage import Storage
 from loomvideo.platform.tracking import Tracker
 
 # Stages before the builders and the figure that counts their samples.
-_KINDS = {"judge": "judged", "caption": "captioned"}
+_KINDS = {"assess": "assessed", "caption": "captioned"}
 
 
 class PrepareProgress:
-    """Bars of chunks judged, captioned and shards built, with throughput and the limiting stage; also to a tracker."""
+    """Bars of chunks assessed and captioned and shards built, throughput and the limiting stage; also to a tracker."""
 
     def __init__(self, console: Console, track: Callable[[dict[str, float], int], None]):
         self._bar = Progress(

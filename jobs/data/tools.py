@@ -176,7 +176,7 @@ def quarantine_ls(
 
 
 def quarantine_retry(folder: DatasetFolder) -> None:
-    """Judge, caption and build again what misses samples that another attempt may write."""
+    """Assess, caption and build again what misses samples that another attempt may write."""
     from loomvideo.jobs.data.prepare import run
     from loomvideo.pipelines.prepare.quarantine import retriable_work, saved_config
 

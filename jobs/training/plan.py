@@ -53,7 +53,7 @@ def machine_named(device_name: str) -> Machine | None:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepEstimate:
     """Estimates for one rank and one step; bytes and seconds."""
 
     num_parameters: int
@@ -105,7 +105,7 @@ def plan(
     average: bool = True,
     hpz: bool = False,
     micro_steps: int = 1,
-) -> Plan:
+) -> StepEstimate:
     """Estimate a step in which every rank gets ``micro_steps`` packs of these samples.
 
     Args:
@@ -144,7 +144,7 @@ def plan(
     # Gathers and reductions run beside the layers before and after them.
     step_s = max(compute_s, communication_s)
     per_step = num_ranks * micro_steps
-    return Plan(
+    return StepEstimate(
         parameters,
         num_ranks,
         state,

@@ -30,7 +30,7 @@ OVERLAP = 4
 MIN_TILE = 2 * OVERLAP
 
 
-class Plan(NamedTuple):
+class TilePlan(NamedTuple):
     """How a video is cut: latent frames a chunk, and latent cells a tile."""
 
     chunk: int
@@ -139,7 +139,7 @@ class WanVAE:
         _fill(video, stride, plan, lambda rows, columns: decode_chunks(self.model, raw[..., rows, columns], plan.chunk))
         yield video.to(latents.dtype)
 
-    def plan(self, part: Part, frames: int, height: int, width: int) -> Plan:
+    def plan(self, part: Part, frames: int, height: int, width: int) -> TilePlan:
         """The largest cut of ``frames x height x width`` latent cells that stays within the memory limit.
 
         Raises:
@@ -147,7 +147,7 @@ class WanVAE:
         """
         for chunk in CHUNKS:
             if chunk < frames and self._bytes_per_cell(part, chunk) * height * width <= self.memory_limit_bytes:
-                return Plan(chunk, height, width)
+                return TilePlan(chunk, height, width)
         per_cell = self._bytes_per_cell(part, 1)
         while per_cell * height * width > self.memory_limit_bytes:
             if max(height, width) <= MIN_TILE:
@@ -157,7 +157,7 @@ class WanVAE:
                 height = max(height * 3 // 4, min(height, MIN_TILE))
             else:
                 width = max(width * 3 // 4, min(width, MIN_TILE))
-        return Plan(1, height, width)
+        return TilePlan(1, height, width)
 
     def _encode_tile(self, video: torch.Tensor, rows: slice, columns: slice, chunk: int) -> Iterator[torch.Tensor]:
         rows, columns = (slice(s.start * self.spatial_stride, s.stop * self.spatial_stride) for s in (rows, columns))
@@ -211,7 +211,7 @@ def _caches(part: torch.nn.Module) -> list[None]:
 
 
 def _fill(
-    out: torch.Tensor, scale: int, plan: Plan, run_tile: Callable[[slice, slice], Iterator[torch.Tensor]]
+    out: torch.Tensor, scale: int, plan: TilePlan, run_tile: Callable[[slice, slice], Iterator[torch.Tensor]]
 ) -> None:
     """Write the results of all tiles to ``out``, ``scale`` times larger than the latents, blended where they overlap.
 

@@ -18,8 +18,9 @@ QUARANTINE_SCHEMA = pa.schema(
     + [(name, pa.string()) for name in ("message", "sample")]
 )
 # Reasons that another attempt may not meet again: of files, of our own code, and of a model that was asked for texts.
+# `judge_error` is what earlier releases wrote for `assess_error`.
 RETRIABLE = (
-    "missing_file", "timeout", "download_failed", "decoder_crash", "encode_error", "judge_error",
+    "missing_file", "timeout", "download_failed", "decoder_crash", "encode_error", "assess_error", "judge_error",
     "unreachable", "server_error", "rate_limited", "empty", "invalid_answer", "mixed_up",
 )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Captions as a stage of the prepare graph: chunks of samples in, a committed result a chunk with every answer.
 
-It comes after judging, so that nothing is paid for samples that are dropped, and before the plan of shards. Chunks are
-dealt, committed and re-used like those of the judges; answers are cached besides, so an interrupted chunk asks only
+It comes after assessing, so that nothing is paid for dropped samples, and before the plan of shards. Chunks are
+dealt, committed and re-used like those of curation; answers are cached besides, so an interrupted chunk asks only
 what it had not asked.
 """
 

@@ -84,7 +84,7 @@ class PrepareConfig:
     limits: LimitOptions = option(LimitOptions, "")
     runs: str = option("", "folder of runs: the job becomes an MLflow run there; empty tracks nothing")
     run: str = option("", "name of that run; by default the time")
-    curate: bool = option(False, "judge samples before encoding: shots, quality, text, pairs, duplicates (stages.*)")
+    curate: bool = option(False, "assess samples before encoding: shots, quality, text, pairs, duplicates (stages.*)")
     stages: StageOptions = option(StageOptions, "")
     captions: CaptionOptions = option(CaptionOptions, "")
     caption_workers: CaptionWorkers = option(CaptionWorkers, "")

@@ -1,6 +1,6 @@
-"""Judging samples before they are encoded: shots, quality, text overlay, pairs, duplicates.
+"""Assessing samples before they are encoded: shots, quality, text overlay, pairs, duplicates.
 
-A judgement is made of two parts: what the frames say (scores, hashes), which takes decoding, and what the limits say of
+An assessment has two parts: what the frames say (scores, hashes), which takes decoding, and what the limits say of
 that, which does not. The first is kept in the chunk's result: after a new caption or another limit nothing is decoded.
 Only scores and decisions leave a worker, never pixels.
 """
@@ -30,8 +30,8 @@ from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.plan import PlannedShard, digest
 from loomvideo.platform.shards.storage import Storage
 
-# Raise when the same frames and options give other judgements.
-JUDGEMENT_VERSION = 2
+# Raise when the same frames and options give other assessments.
+ASSESSMENT_VERSION = 2
 CURATION_FOLDER = "work/curation"
 CURATION_PLAN = "work/curation.parquet"
 # Frames of a clip that are looked at; of longer ones every second, third ...
@@ -67,7 +67,7 @@ class Measured:
 
 
 @dataclasses.dataclass(frozen=True)
-class Judgement:
+class Assessment:
     """What is decided of one sample, or of one shot of it.
 
     Attributes:
@@ -93,8 +93,8 @@ class Judgement:
     signature: tuple[int, ...] = ()
 
 
-class SampleJudge:
-    """Judges the samples of a chunk; one a Ray actor.
+class SampleAssessor:
+    """Assesses the samples of a chunk; one a Ray actor.
 
     Args:
         config: Of the job.
@@ -108,13 +108,13 @@ class SampleJudge:
         self.decoder = IsolatedDecoder(config.workers.decode_timeout_s, config.decoder)
         self.assessor = Assessor(config.stages)
         self.detector = None if config.stages.shots.detector == "off" else build_detector(config.stages.shots)
-        self._scoring = digest(JUDGEMENT_VERSION, config.decoder, json.dumps(scoring_options(config.stages)))
+        self._scoring = digest(ASSESSMENT_VERSION, config.decoder, json.dumps(scoring_options(config.stages)))
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Judge the chunk that a row names and commit the result."""
+        """Assess the chunk that a row names and commit the result."""
         before = self._before(row["chunk"])
         decoded = 0
-        judgements, media, measured = [], {}, {}
+        assessments, media, measured = [], {}, {}
         for sample in read_chunk(self.storage, CURATION_PLAN, row["chunk"]):
             stamps = {path: media_stamp(resolve(path, self.base)) for path in media_paths(sample)}
             media |= stamps
@@ -125,28 +125,28 @@ class SampleJudge:
             else:
                 parts = self.measure(sample)
                 decoded += 1
-            judgements += judgements_of(sample, parts, self.options)
+            assessments += assessments_of(sample, parts, self.options)
             if all(isinstance(part, Measured) for part in parts):
                 measured[sample.key] = {"basis": basis, "parts": [dataclasses.asdict(part) for part in parts]}
         record = {
             "recipe": row["recipe"],
             "media": media,
             "measured": measured,
-            "judgements": [dataclasses.asdict(judgement) for judgement in judgements],
+            "assessments": [dataclasses.asdict(assessment) for assessment in assessments],
         }
         path = chunk_path(CURATION_FOLDER, row["chunk"])
         self.storage.write_bytes(path, json.dumps(record, sort_keys=True).encode())
-        return {"chunk": row["chunk"], "judged": len(judgements), "decoded": decoded}
+        return {"chunk": row["chunk"], "assessed": len(assessments), "decoded": decoded}
 
-    def measure(self, sample: Sample) -> list[Measured | Judgement]:
-        """What the frames say: one part, or one a shot; a judgement where they cannot be had."""
+    def measure(self, sample: Sample) -> list[Measured | Assessment]:
+        """What the frames say: one part, or one a shot; an assessment where they cannot be had."""
         try:
             parts = self._shots(sample)
         except DecodeError as error:
-            return [Judgement(sample.to_json(), "quarantined", "probe", error.reason, str(error))]
+            return [Assessment(sample.to_json(), "quarantined", "probe", error.reason, str(error))]
         return [self._measure_part(part) for part in parts]
 
-    def _measure_part(self, sample: Sample) -> Measured | Judgement:
+    def _measure_part(self, sample: Sample) -> Measured | Assessment:
         try:
             with local_copies([resolve(path, self.base) for path in media_paths(sample)]) as copies:
                 local = {path: copies[resolve(path, self.base)] for path in media_paths(sample)}
@@ -156,10 +156,10 @@ class SampleJudge:
                 hashes = [content_hash(name) for name in local.values()]
             scores = self.assessor.score(sample.task, target, source, str(sample.extra.get("use", "")))
         except DecodeError as error:
-            return Judgement(sample.to_json(), "quarantined", "probe", error.reason, str(error))
+            return Assessment(sample.to_json(), "quarantined", "probe", error.reason, str(error))
         except Exception:
             message = traceback.format_exc(limit=-4)
-            return Judgement(sample.to_json(), "quarantined", "judge", "judge_error", message)
+            return Assessment(sample.to_json(), "quarantined", "assess", "assess_error", message)
         stride = max(clip.stride for clip in (target, source) if clip is not None)
         return Measured(
             key=sample.key,
@@ -221,14 +221,14 @@ def scoring_options(options: StageOptions) -> dict[str, Any]:
     }
 
 
-def judgements_of(sample: Sample, parts: list[Measured | Judgement], options: StageOptions) -> list[Judgement]:
+def assessments_of(sample: Sample, parts: list[Measured | Assessment], options: StageOptions) -> list[Assessment]:
     """What the limits say of a sample's parts."""
     if not parts:
-        return [Judgement(sample.to_json(), "filtered", "shots", "no_shot", "no shot is long enough")]
-    return [part if isinstance(part, Judgement) else _judgement(sample, part, options) for part in parts]
+        return [Assessment(sample.to_json(), "filtered", "shots", "no_shot", "no shot is long enough")]
+    return [part if isinstance(part, Assessment) else _assessment(sample, part, options) for part in parts]
 
 
-def _judgement(sample: Sample, measured: Measured, options: StageOptions) -> Judgement:
+def _assessment(sample: Sample, measured: Measured, options: StageOptions) -> Assessment:
     part = dataclasses.replace(sample, key=measured.key, target=measured.target, group=measured.group)
     reasons = reasons_of(measured.scores, options)
     dropping = [reason for reason in reasons if drops([reason], options)]
@@ -237,10 +237,10 @@ def _judgement(sample: Sample, measured: Measured, options: StageOptions) -> Jud
         source, target = in_step_paths(part.source, part.target, measured.scores, measured.fps)
         part = dataclasses.replace(part, source=source, target=target)
         dropping.remove("temporal_offset")
-    return Judgement(
+    return Assessment(
         sample=part.to_json(),
         outcome="filtered" if dropping else "kept",
-        stage="judge" if dropping else "",
+        stage="assess" if dropping else "",
         reason=dropping[0] if dropping else "",
         message=", ".join(reasons),
         reasons=tuple(reasons),
@@ -251,25 +251,30 @@ def _judgement(sample: Sample, measured: Measured, options: StageOptions) -> Jud
 
 
 def chunk_recipe_parts(config: PrepareConfig) -> tuple[object, ...]:
-    """What a chunk's judgements depend on besides its samples."""
-    return JUDGEMENT_VERSION, json.dumps(dataclasses.asdict(config.stages), sort_keys=True)
+    """What a chunk's assessments depend on besides its samples."""
+    return ASSESSMENT_VERSION, json.dumps(dataclasses.asdict(config.stages), sort_keys=True)
 
 
-def judgements(storage: Storage, chunks: list[PlannedShard]) -> Iterator[Judgement]:
-    """All judgements."""
+def assessments(storage: Storage, chunks: list[PlannedShard]) -> Iterator[Assessment]:
+    """All assessments."""
     for chunk in chunks:
         record = json.loads(storage.read_bytes(chunk_path(CURATION_FOLDER, chunk.name)))
-        for values in record["judgements"]:
-            yield Judgement(**{**values, "reasons": tuple(values["reasons"]), "signature": tuple(values["signature"])})
+        for values in stored_assessments(record):
+            yield Assessment(**{**values, "reasons": tuple(values["reasons"]), "signature": tuple(values["signature"])})
+
+
+def stored_assessments(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The assessments of a chunk's result; datasets of earlier releases call them judgements."""
+    return record["assessments"] if "assessments" in record else record["judgements"]
 
 
 def decide(
-    found: list[Judgement], config: PrepareConfig
-) -> tuple[list[tuple[Sample, Judgement]], list[dict[str, Any]]]:
+    found: list[Assessment], config: PrepareConfig
+) -> tuple[list[tuple[Sample, Assessment]], list[dict[str, Any]]]:
     """Who is kept, after duplicates over the whole input are out.
 
     Returns:
-        Kept samples with their judgements in key order, and outcomes of the others.
+        Kept samples with their assessments in key order, and outcomes of the others.
     """
     parsed = sorted(((stored_sample(j.sample), j) for j in found), key=lambda pair: pair[0].key)
     outcomes = [
@@ -288,13 +293,13 @@ def decide(
         near = near_duplicates(signatures, labels, limits)
         repeats = {p: ("near_duplicate", first) for p, first in near.items()} | repeats
     final = []
-    for position, (sample, judgement) in enumerate(kept):
+    for position, (sample, assessment) in enumerate(kept):
         reason, first = repeats.get(position, ("", 0))
         if reason and not config.stages.score_only and reason not in config.stages.keep_reasons:
             outcomes.append(_outcome(sample, "duplicates", "duplicates", reason, f"repeats {kept[first][0].key}"))
         else:
-            reasons = (*judgement.reasons, reason) if reason else judgement.reasons
-            final.append((sample, dataclasses.replace(judgement, reasons=reasons)))
+            reasons = (*assessment.reasons, reason) if reason else assessment.reasons
+            final.append((sample, dataclasses.replace(assessment, reasons=reasons)))
     keys = [sample.key for sample, _ in final]
     if len(set(keys)) != len(keys):
         raise UserError("two shots have the same key; give the samples keys that differ before -shot")

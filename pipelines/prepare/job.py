@@ -32,10 +32,10 @@ from loomvideo.pipelines.prepare.config import PrepareConfig
 from loomvideo.pipelines.prepare.curate import (
     CURATION_FOLDER,
     CURATION_PLAN,
-    SampleJudge,
+    SampleAssessor,
+    assessments,
     chunk_recipe_parts,
     decide,
-    judgements,
 )
 from loomvideo.pipelines.prepare.encode import TENSORS_VERSION, encoder_identity
 from loomvideo.pipelines.prepare.estimate import estimated_bytes
@@ -76,7 +76,7 @@ NOT_IN_MANIFEST = (
     "caption_workers.", "captions.base_url", "captions.api_key_env", "captions.cache", "captions.concurrency",
     "captions.per_minute", "captions.max_attempts", "captions.timeout_s",
 )  # fmt: skip
-# Texts are part of the samples and judgements are kept beside them: what made them is no part of a shard's recipe.
+# Texts are part of the samples and assessments are kept beside them: what made them is no part of a shard's recipe.
 NOT_IN_RECIPE = (*NOT_IN_MANIFEST, "captions.", "stages.", "curate")
 
 
@@ -90,7 +90,7 @@ class PrepareResult:
         reused_shards: Shards that were left as they lay.
         seconds: Of the whole job.
         reason: Why it was built, or ``up to date``.
-        work: ``made.{member}`` and ``kept.{member}`` of the visited shards, ``judged``, ``decoded`` (of them, those
+        work: ``made.{member}`` and ``kept.{member}`` of the visited shards, ``assessed``, ``decoded`` (of them, those
             whose files were decoded), ``captioned``, ``asked`` (of them, those that a model answered).
     """
 
@@ -234,7 +234,7 @@ def prepare(
     return PrepareResult(manifest, len(todo), len(rows) - len(todo), time.perf_counter() - started, reason, work)
 
 
-_WORK = ("judged", "decoded", "captioned", "asked")
+_WORK = ("assessed", "decoded", "captioned", "asked")
 
 
 def _curated(
@@ -254,14 +254,14 @@ def _curated(
     if stale:
         write_plan(storage, CURATION_PLAN, chunks, inputs, by_key)
         connect()
-        for report in run_judges(config, stale):
+        for report in run_assessors(config, stale):
             on_progress(report, len(stale))
     return decided(storage, inputs, config, chunks)
 
 
 def decided(storage: Storage, inputs: Inputs, config: PrepareConfig, chunks: list[PlannedShard]) -> Inputs:
-    """The inputs after committed judgements."""
-    kept, outcomes = decide(list(judgements(storage, chunks)), config)
+    """The inputs after committed assessments."""
+    kept, outcomes = decide(list(assessments(storage, chunks)), config)
     judged = {sample.key: {"scores": j.scores, "reasons": list(j.reasons)} for sample, j in kept}
     return Inputs([sample for sample, _ in kept], [*inputs.rejected, *outcomes], judged)
 
@@ -304,9 +304,9 @@ def run_builders(config: PrepareConfig, work: list[dict[str, Any]]) -> Iterator[
     yield from map_on_actors(ShardBuilder, (config,), work, workers.count, workers.cpus, workers.gpus)
 
 
-def run_judges(config: PrepareConfig, work: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Judge chunks on the Ray cluster; yields a report a chunk."""
-    yield from map_on_actors(SampleJudge, (config,), work, config.workers.count, config.workers.cpus, gpus=0.0)
+def run_assessors(config: PrepareConfig, work: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Assess chunks on the Ray cluster; yields a report a chunk."""
+    yield from map_on_actors(SampleAssessor, (config,), work, config.workers.count, config.workers.cpus, gpus=0.0)
 
 
 class Stamps:

@@ -1,4 +1,4 @@
-"""Small rows through a pool of actors on Ray Data: how judges, caption models and shard builders are run."""
+"""Small rows through a pool of actors on Ray Data: how assessors, caption models and shard builders are run."""
 
 import logging
 from collections.abc import Iterator, Sequence

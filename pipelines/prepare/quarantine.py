@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from loomvideo.pipelines.prepare.accounts import RETRIABLE, is_retriable
 from loomvideo.pipelines.prepare.caption_stage import CAPTION_FOLDER
 from loomvideo.pipelines.prepare.config import PrepareConfig
-from loomvideo.pipelines.prepare.curate import CURATION_FOLDER
+from loomvideo.pipelines.prepare.curate import CURATION_FOLDER, stored_assessments
 from loomvideo.pipelines.prepare.job import CONFIG_FILE
 from loomvideo.pipelines.sources.samples import stored_sample, write_jsonl
 from loomvideo.platform.config import load_config
@@ -49,7 +49,7 @@ def retriable_work(url: str) -> set[str]:
         record = read_record(storage, name.removesuffix(".json"))
         if record and any(o["key"] in wanted and is_retriable(o) for o in record.outcomes):
             work.add(record.name)
-    for folder, lost in ((CURATION_FOLDER, _lost_by_judges), (CAPTION_FOLDER, _lost_by_captions)):
+    for folder, lost in ((CURATION_FOLDER, _lost_by_curation), (CAPTION_FOLDER, _lost_by_captions)):
         for name in storage.names(folder):
             record = json.loads(storage.read_bytes(f"{folder}/{name}"))
             if wanted & lost(record):
@@ -57,8 +57,8 @@ def retriable_work(url: str) -> set[str]:
     return work
 
 
-def _lost_by_judges(record: dict[str, Any]) -> set[str]:
-    return {stored_sample(found["sample"]).key for found in record["judgements"] if is_retriable(found)}
+def _lost_by_curation(record: dict[str, Any]) -> set[str]:
+    return {stored_sample(found["sample"]).key for found in stored_assessments(record) if is_retriable(found)}
 
 
 def _lost_by_captions(record: dict[str, Any]) -> set[str]:

@@ -37,7 +37,7 @@ class Stale:
     """One reason for work.
 
     Attributes:
-        what: ``config``, ``encoders``, ``code``, ``judge``, ``caption``, ``shard`` or ``sample``.
+        what: ``config``, ``encoders``, ``code``, ``assess``, ``caption``, ``shard`` or ``sample``.
         name: Key of the configuration, shard or sample.
         members: Members that are made again; ``moved`` when bytes are only copied.
         why: One line.
@@ -80,14 +80,14 @@ def stale_parts(config: PrepareConfig) -> list[Stale]:
 
 
 def _stage_changes(storage: Storage, inputs: Inputs, config: PrepareConfig) -> tuple[list[Stale], Inputs]:
-    """Chunks that are judged or captioned again, and the inputs after the stages that are up to date."""
+    """Chunks that are assessed or captioned again, and the inputs after the stages that are up to date."""
     stamps = Stamps(base_folder(config.input))
     if config.curate:
         chunks = plan_chunks(inputs.samples)
         rows = chunk_rows(chunks, {s.key: s for s in inputs.samples}, *chunk_recipe_parts(config))
         stale = stale_chunks(storage, CURATION_FOLDER, rows, stamps.same)
         if stale:
-            return [Stale("judge", r["chunk"], "scores", "samples, limits or files changed") for r in stale], inputs
+            return [Stale("assess", r["chunk"], "scores", "samples, limits or files changed") for r in stale], inputs
         inputs = decided(storage, inputs, config, chunks)
     if config.makes_texts:
         asked = caption_chunks(inputs, config)

@@ -32,7 +32,7 @@ AGENT_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
-class Plan:
+class SubmissionPlan:
     """One submission, ready to be sent or printed.
 
     Attributes:
@@ -168,7 +168,7 @@ def jobs_of(client: "JobSubmissionClient", job: str | None = None, run: str | No
     return sorted(jobs, key=lambda details: details.start_time or 0)
 
 
-def next_submission_id(plan: Plan, attempts: Sequence["JobDetails"]) -> str:
+def next_submission_id(plan: SubmissionPlan, attempts: Sequence["JobDetails"]) -> str:
     """The id of a run's next attempt."""
     return f"{plan.job}-{plan.run}-{len(attempts) + 1}"
 
@@ -188,7 +188,7 @@ class Submitted:
     finished: bool = False
 
 
-def submit(client: "JobSubmissionClient", plan: Plan, again: bool = False) -> Submitted:
+def submit(client: "JobSubmissionClient", plan: SubmissionPlan, again: bool = False) -> Submitted:
     """Start a run's job unless it is running already or has succeeded with the same command.
 
     Args:
@@ -308,7 +308,7 @@ def _unknown_job(error: Exception) -> bool:
     return "status code 404" in str(error) or "does not exist" in str(error)
 
 
-def upload_summary(plan: Plan) -> str:
+def upload_summary(plan: SubmissionPlan) -> str:
     """What is shipped, in words."""
     parts = []
     if plan.wheel:

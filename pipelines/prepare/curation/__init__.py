@@ -1,1 +1,1 @@
-"""Judgements before encoding, as pure functions on decoded frames: quality, text, pairs, duplicates, shots."""
+"""Assessments before encoding, as pure functions on decoded frames: quality, text, pairs, duplicates, shots."""

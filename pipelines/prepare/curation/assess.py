@@ -1,4 +1,4 @@
-"""All judgements of one sample: scores from frames, reasons from scores.
+"""The assessment of one sample: scores from frames, reasons from scores.
 
 The two are apart so that limits can change, or be tried, without decoding anything again.
 """

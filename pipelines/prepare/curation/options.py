@@ -1,4 +1,4 @@
-"""Thresholds of the stages that judge clips and pairs. Every score goes to the index; a limit of 0 judges nothing."""
+"""Thresholds of the stages that assess clips and pairs. Every score goes to the index; a limit of 0 drops nothing."""
 
 from dataclasses import dataclass
 
@@ -76,7 +76,7 @@ class ShotOptions:
 
 @dataclass
 class StageOptions:
-    """Everything that judges samples before they are encoded."""
+    """Everything that assesses samples before they are encoded."""
 
     quality: QualityLimits = option(QualityLimits, "")
     text: TextLimits = option(TextLimits, "")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from loomvideo.model.codec import CodecConfig, build_codec
 from loomvideo.model.codec import wan as vae
 from loomvideo.model.codec.live_bytes import PeakLiveBytes
-from loomvideo.model.codec.wan import OVERLAP, Plan, WanVAE
+from loomvideo.model.codec.wan import OVERLAP, TilePlan, WanVAE
 from loomvideo.platform.errors import UserError
 
 CHANNELS = 6
@@ -94,7 +94,7 @@ def test_plan_shrinks_with_the_limit(wan, part):
     for limit in (100 * frame, 1.01 * frame, frame / 2, frame / 8):
         wan.memory_limit_bytes = int(limit)
         plans.append(wan.plan(part, 9, 24, 40))
-    assert plans[:2] == [Plan(4, 24, 40), Plan(1, 24, 40)]
+    assert plans[:2] == [TilePlan(4, 24, 40), TilePlan(1, 24, 40)]
     areas = [plan.tile_height * plan.tile_width for plan in plans]
     assert areas[1] > areas[2] > areas[3]
     wan.memory_limit_bytes = 1000
@@ -108,7 +108,7 @@ def test_memory_stays_within_the_limit_and_tiles_are_close(wan):
     frames = wan.decode(whole.mean)
     limits = {part: int(wan._bytes_per_cell(part, 1) * 66) for part in ("encoder", "decoder")}
     wan.memory_limit_bytes = limits["encoder"]
-    assert wan.plan("encoder", 2, 8, 12) == Plan(1, 8, 8)
+    assert wan.plan("encoder", 2, 8, 12) == TilePlan(1, 8, 8)
     with PeakLiveBytes() as live:
         tiled = wan.encode(clip)
     assert live.peak < limits["encoder"] + 8 * tiled.mean.nbytes

@@ -86,20 +86,20 @@ def test_scoring_without_dropping(curated):
     assert "no_op" in dataset.read(dataset.rows_by_key["no-op"]).metadata["reasons"]
 
 
-def test_a_changed_threshold_judges_again_and_encodes_nothing_twice(curated, monkeypatch):
+def test_a_changed_threshold_assesses_again_and_encodes_nothing_twice(curated, monkeypatch):
     config, built, _ = curated
     prepare(config)
     built.clear()
     config.stages.pairs.min_change = 0.0
     monkeypatch.setattr("loomvideo.pipelines.prepare.encode.SampleEncoder._moments", None)
     monkeypatch.setattr("loomvideo.pipelines.prepare.encode.SampleEncoder._mllm_members", None)
-    monkeypatch.setattr("loomvideo.pipelines.prepare.curate.SampleJudge._clip", None)
+    monkeypatch.setattr("loomvideo.pipelines.prepare.curate.SampleAssessor._clip", None)
     config.stages.keep_reasons = ["black"]
     result = prepare(config)
     assert "stages.keep_reasons" in result.reason
     assert any(name.startswith("chunk") for name in built)
     # The one that cannot be decoded is tried again; the scores of the others are kept.
-    assert (result.work["judged"], result.work["decoded"]) == (6, 1)
+    assert (result.work["assessed"], result.work["decoded"]) == (6, 1)
 
 
 def test_diff_knows_who_was_dropped(curated):
@@ -109,11 +109,11 @@ def test_diff_knows_who_was_dropped(curated):
     assert stale_parts(config) == []
     config.stages.pairs.min_change = 0.0
     assert {(part.what, part.name) for part in stale_parts(config)} == {
-        ("config", "stages.pairs.min_change"), ("judge", "chunk-000000")}  # fmt: skip
+        ("config", "stages.pairs.min_change"), ("assess", "chunk-000000")}  # fmt: skip
     assert built == []
 
 
-def test_what_could_not_be_judged_is_retried(curated):
+def test_what_could_not_be_assessed_is_retried(curated):
     config, built, _ = curated
     prepare(config)
     folder = Path(config.input).parent

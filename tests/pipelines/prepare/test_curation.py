@@ -1,4 +1,4 @@
-"""Judgements of clips and pairs, each on a case planted for it."""
+"""Assessments of clips and pairs, each on a case planted for it."""
 
 import dataclasses
 
@@ -203,17 +203,17 @@ def test_reason_codes_are_documented(clip):
         assert REASONS[name]
 
 
-def judged(options: StageOptions, target: Clip, source: Clip | None = None, task="t2v", use="") -> tuple[list, bool]:
+def assessed(options: StageOptions, target: Clip, source: Clip | None = None, task="t2v", use="") -> tuple[list, bool]:
     found = reasons_of(Assessor(options).score(task, target, source, use).values, options)
     return found, drops(found, options)
 
 
 def test_scoring_without_dropping(clip):
     target = Clip(np.repeat(clip[:1], 24, 0), FPS, 96, 96)
-    assert judged(StageOptions(), target) == (["frozen"], True)
-    assert judged(StageOptions(keep_reasons=["frozen"]), target) == (["frozen"], False)
-    assert judged(StageOptions(score_only=True), target) == (["frozen"], False)
-    assert judged(StageOptions(quality=QualityLimits(enabled=False)), target) == ([], False)
+    assert assessed(StageOptions(), target) == (["frozen"], True)
+    assert assessed(StageOptions(keep_reasons=["frozen"]), target) == (["frozen"], False)
+    assert assessed(StageOptions(score_only=True), target) == (["frozen"], False)
+    assert assessed(StageOptions(quality=QualityLimits(enabled=False)), target) == ([], False)
     with pytest.raises(UserError, match="'freezing' is none of"):
         Assessor(StageOptions(keep_reasons=["freezing"]))
 
@@ -239,8 +239,8 @@ def test_text_overlay(clip):
     for frame in titled:
         cv2.putText(frame, "SALE", (6, 60), cv2.FONT_HERSHEY_SIMPLEX, 1.1, (255, 255, 255), 3)
     options = StageOptions(text=TextLimits(enabled=True, num_frames=1, side=96))
-    assert judged(options, Clip(titled, FPS, 96, 96))[0] == ["text_overlay"]
-    assert judged(options, Clip(clip, FPS, 96, 96))[0] == []
+    assert assessed(options, Clip(titled, FPS, 96, 96))[0] == ["text_overlay"]
+    assert assessed(options, Clip(clip, FPS, 96, 96))[0] == []
 
 
 def test_near_duplicates_survive_resizing_noise_and_cutting(clip):

@@ -15,14 +15,14 @@ import requests
 
 from loomvideo.platform.cluster import access, submission
 from loomvideo.platform.cluster.profile import load_profile
-from loomvideo.platform.cluster.submission import Plan, follow, ship_files, submit
+from loomvideo.platform.cluster.submission import SubmissionPlan, follow, ship_files, submit
 from loomvideo.platform.cluster.upload import plan_upload
 from loomvideo.platform.cluster.validate import secrets_in
 from loomvideo.platform.cluster.wheel import build_wheel
 from loomvideo.platform.errors import UserError
 
 REPO = Path(__file__).parents[3]
-PLAN = Plan("http://h:8265", "pretrain", "first", ("loomvideo", "pretrain", "run=first"))
+PLAN = SubmissionPlan("http://h:8265", "pretrain", "first", ("loomvideo", "pretrain", "run=first"))
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,9 @@ def test_local_preset_files_go_along(tmp_path):
 
 
 def test_printed_line_says_what_is_submitted(tmp_path):
-    plan = Plan("http://h:1", "pretrain", "a", ("loomvideo", "x=[1, 2]"), tmp_path / "w.whl", tmp_path, {"K": "v w"})
+    plan = SubmissionPlan(
+        "http://h:1", "pretrain", "a", ("loomvideo", "x=[1, 2]"), tmp_path / "w.whl", tmp_path, {"K": "v w"}
+    )
     words = shlex.split(plan.command_line("pretrain-a-1"))
     assert words[:7] == ["ray", "job", "submit", "--address", "http://h:1", "--submission-id", "pretrain-a-1"]
     assert json.loads(words[words.index("--runtime-env-json") + 1]) == plan.runtime_env
@@ -302,7 +304,7 @@ def test_dashboard_refuses_without_the_token(token_cluster, monkeypatch):
 def test_shipped_code_runs_and_its_exit_code_comes_back(token_cluster, wheel, tmp_path):
     (tmp_path / "note.txt").write_text("along")
     code = "import loomvideo.platform.errors as e, sys; print(e.__file__, open('note.txt').read()); sys.exit(7)"
-    plan = Plan(
+    plan = SubmissionPlan(
         token_cluster.address, "pretrain", "shipped", ("python", "-c", code), wheel.path, tmp_path, {"MARK": "1"}
     )
     script = (
@@ -312,7 +314,7 @@ def test_shipped_code_runs_and_its_exit_code_comes_back(token_cluster, wheel, tm
         "values = json.loads(sys.stdin.read())\n"
         "paths = {key: Path(values.pop(key)) for key in ('wheel', 'working_dir')}\n"
         "client = connect(values['address'])\n"
-        "plan = Plan(**values, **paths)\n"
+        "plan = SubmissionPlan(**values, **paths)\n"
         "name = submit(client, plan).submission_id\n"
         "sys.exit(follow(client, name, lambda piece: print(piece, end='')))\n"
     )
