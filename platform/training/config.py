@@ -106,7 +106,7 @@ class ValidationConfig:
     every_steps: int = option(0, "validate after so many steps; 0 never")
     samples_per_task: int = option(4, "held-out samples of each task")
     levels: int = option(9, "noise levels, evenly spaced inside (0, 1)")
-    split: str = option("validation", "index split the samples come from")
+    split: str = option("heldout", "index split the samples come from")
     beside: bool = option(False, "evaluate checkpoints in a task of its own, so that the training workers never stop")
     gpus: float = option(0.0, "GPUs of that task; 0 evaluates on a CPU")
     cpus: int = option(1, "CPUs of that task")

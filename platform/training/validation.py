@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from loomvideo.platform.errors import UserError
 from loomvideo.platform.training.config import ValidationConfig
 from loomvideo.platform.training.engine import ZeroEngine
 from loomvideo.platform.training.loader import SampleError
@@ -34,13 +35,23 @@ class Triple:
 
 
 def fixed_triples(datasets: Sequence[TrainingDataset], config: ValidationConfig) -> list[Triple]:
-    """Up to ``samples_per_task`` samples of every task at every level, samples chosen by the hash of their key."""
+    """Up to ``samples_per_task`` samples of every task at every level, samples chosen by the hash of their key.
+
+    Raises:
+        UserError: if no dataset has a sample of the split.
+    """
     by_task: dict[str, list[tuple[float, int, int, str]]] = {}
     for number, dataset in enumerate(datasets):
         columns = (dataset.index.column(name).to_pylist() for name in ("key", "task", "split"))
         for row, (key, task, split) in enumerate(zip(*columns, strict=True)):
             if split == config.split:
                 by_task.setdefault(task, []).append((stream("validation", key).random(), number, row, key))
+    if not by_task:
+        known = sorted({split for dataset in datasets for split in dataset.index.column("split").unique().to_pylist()})
+        raise UserError(
+            f"training.validation.split={config.split}: the shards have no such sample, only {', '.join(known)}; "
+            "prepare them with heldout_fraction above 0 for held-out ones, or set training.validation.every_steps=0"
+        )
     levels = [(number + 0.5) / config.levels for number in range(config.levels)]
     return [
         Triple(number, row, key, task, level)

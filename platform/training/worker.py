@@ -107,8 +107,6 @@ class Worker:
         self.last_step = job.last_step or self.config.steps
         validates = self.config.validation.every_steps > 0 and not self.config.validation.beside
         self._validator = Validator(self.recipe, self.datasets, self.config.validation) if validates else None
-        if self._validator is not None and not self._validator.triples:
-            raise UserError(f"training.validation.split={self.config.validation.split}: the shards have no such sample")
         self._best_loss = math.inf
         self._watchdog = Watchdog(self.config.guard.hang_s, job.run_path / "logs" / f"hang-rank-{self.rank}.txt")
         self._writer = CheckpointWriter(self.folder, self.config.checkpoint, self.rank, self.world_size)

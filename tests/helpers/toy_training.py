@@ -37,7 +37,7 @@ class ToyDataset:
                 "key": [f"k{number}" for number in range(count)],
                 "task": ["a" if number % 3 else "b" for number in range(count)],
                 "dataset": ["toy"] * count,
-                "split": ["validation" if number % 8 == 7 else "train" for number in range(count)],
+                "split": ["heldout" if number % 8 == 7 else "train" for number in range(count)],
                 "dit_tokens": rng.integers(4, 40, count).tolist(),
             }
         )

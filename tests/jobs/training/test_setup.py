@@ -11,6 +11,7 @@ from loomvideo.jobs.training.config import TrainingJobConfig
 from loomvideo.jobs.training.plan import MACHINES, machine_named, plan
 from loomvideo.jobs.training.setup import START_FILE, Start, predictor, start_of
 from loomvideo.model.sizes import model_size
+from loomvideo.pipelines.sources.samples import Sample
 from loomvideo.platform.errors import UserError
 
 
@@ -40,6 +41,11 @@ def test_a_continued_run_keeps_its_start(tmp_path):
     config.from_run, config.from_weights = "", str(tmp_path / "absent")
     with pytest.raises(UserError, match="absent: no such weights"):
         start_of(config, "finetune-edit", "pretrain")
+
+
+def test_validation_reads_the_split_that_prepare_writes():
+    sample = Sample(key="a", task="t2i", dataset="d", target="a.png", caption="a", group="g")
+    assert TrainingJobConfig().training.validation.split == sample.assigned_split(heldout_fraction=1.0)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def mixed_rows():
 def test_order_follows_the_mixture_and_visits_each_sample_once_an_epoch():
     rows = [(f"a{n}", "t2v", "x", "train", 10) for n in range(30)]
     rows += [(f"b{n}", "t2i", "x", "train", 10) for n in range(10)] + [("c", "t2i", "y", "train", 10)]
-    rows += [("held-out", "t2i", "x", "validation", 10)]
+    rows += [("held-out", "t2i", "x", "heldout", 10)]
     stream = order(rows, MixtureConfig(tasks={"t2v": 3.0}, datasets={"x": 4.0}))
     draws = [stream.next() for _ in range(400)]
     count = collections.Counter(stream.sources[draw.source].name for draw in draws)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 from helpers.toy_training import ToyDataset, ToyRecipe
 
+from loomvideo.platform.errors import UserError
 from loomvideo.platform.runs import RunFolder
 from loomvideo.platform.training.config import (
     GuardConfig,
@@ -68,8 +69,10 @@ def test_validation_triples_are_fixed_and_held_out():
     assert triples == fixed_triples(datasets, config)
     assert len(triples) == 2 * 3 * 4
     splits = datasets[0].index.column("split").to_pylist()
-    assert {splits[triple.row] for triple in triples} == {"validation"}
+    assert {splits[triple.row] for triple in triples} == {"heldout"}
     assert sorted({triple.level for triple in triples}) == [0.125, 0.375, 0.625, 0.875]
+    with pytest.raises(UserError, match=r"validation\.split=test: the shards have no such sample, only heldout, train"):
+        fixed_triples(datasets, ValidationConfig(split="test"))
 
 
 def test_mean_losses_weigh_samples_equally():
