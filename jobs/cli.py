@@ -1,5 +1,8 @@
 """The ``loomvideo`` command line."""
 
+import contextlib
+import locale
+import os
 import sys
 
 import typer
@@ -41,8 +44,25 @@ def root() -> None:
     """Train, evaluate and run LoomVideo: video generation and editing."""
 
 
+def use_utf8() -> None:
+    """Read and write files as UTF-8 whatever the locale says, here and in child processes, and print what can be shown.
+
+    Arguments were decoded by the locale before this, as the terminal sent them.
+    """
+    if locale.getencoding().lower().replace("-", "") != "utf8":
+        for name in ("C.UTF-8", "en_US.UTF-8"):
+            with contextlib.suppress(locale.Error):
+                locale.setlocale(locale.LC_CTYPE, name)
+                break
+        os.environ["PYTHONUTF8"] = "1"
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    use_utf8()
     try:
         app()
     except UserError as error:

@@ -71,7 +71,7 @@ def config_command(
                 table.add_row("preset", DEFAULT_PRESET, f"{', '.join(presets)}, or a path to a .yaml file")
             for row in document_keys(schema()):
                 table.add_row(*row)
-            Console().print(table)
+            Console(markup=False).print(table)
 
     def register(run: Callable[[Any], None]) -> Callable[[Any], None]:
         def command(

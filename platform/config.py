@@ -2,12 +2,14 @@
 
 A schema is a dataclass whose fields are declared with :func:`option`, so that a key's default and its one-line
 documentation stand in one place and ``--help`` can print both. Values come, later ones winning, from the schema's
-defaults, the preset's YAML file, and the command line.
+defaults, the preset's YAML file, and the command line. A key's declared type decides how its text is read
+(:mod:`loomvideo.platform.typed_text`): prompts, names and paths are taken exactly as typed.
 """
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.typed_text import parse_text, read_yaml, type_at, typed, write_yaml
 
 Schema = TypeVar("Schema")
 
@@ -38,10 +41,13 @@ def split_overrides(arguments: Sequence[str]) -> dict[str, str]:
     """Split ``key=value`` arguments, in order.
 
     Raises:
-        UserError: if an argument has no ``=``.
+        UserError: if an argument has no ``=`` or is no UTF-8.
     """
     pairs = {}
     for argument in arguments:
+        if not argument.isascii() and re.search("[\ud800-\udfff]", argument):
+            shown = argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+            raise UserError(f"argument {shown!r}: is not UTF-8 text; check the terminal's encoding")
         key, separator, value = argument.partition("=")
         if not separator or not key:
             raise UserError(f"argument {argument!r}: expected section.key=value")
@@ -54,7 +60,7 @@ def load_config(schema: type[Schema], overrides: Sequence[str] = (), preset_file
 
     Args:
         schema: The dataclass that declares every key.
-        overrides: ``section.key=value`` strings; values are parsed as YAML.
+        overrides: ``section.key=value`` strings; the key's type decides how the value is read.
         preset_file: YAML with any part of the schema's keys.
 
     Raises:
@@ -64,11 +70,14 @@ def load_config(schema: type[Schema], overrides: Sequence[str] = (), preset_file
     if preset_file is not None:
         if not preset_file.is_file():
             raise UserError(f"preset file {preset_file}: not found")
-        values = OmegaConf.load(preset_file)
-        for key, value in _leaves(values):
-            _set(config, key, value, source=str(preset_file))
+        for key, value in _leaves(_read_preset(preset_file)):
+            _set(config, key, typed(value, type_at(schema, key)), source=str(preset_file))
     for key, text in split_overrides(overrides).items():
-        _set(config, key, _parse(text), source="command line")
+        try:
+            value = parse_text(text, type_at(schema, key))
+        except ValueError as error:
+            raise UserError(f"command line: {key}={text}: {error}") from error
+        _set(config, key, value, source="command line")
     missing = [key for key, value in _leaves(config) if value == "???"]
     if missing:
         raise UserError(f"missing configuration: set {missing[0]}=…")
@@ -77,12 +86,12 @@ def load_config(schema: type[Schema], overrides: Sequence[str] = (), preset_file
 
 def to_yaml(config: Any) -> str:
     """The resolved configuration as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return write_yaml(dataclasses.asdict(config))
 
 
 def flatten(config: Any) -> dict[str, Any]:
     """The resolved configuration as ``{"section.key": value}``, for experiment tracking."""
-    return dict(_leaves(OmegaConf.structured(config)))
+    return dict(_leaves(dataclasses.asdict(config)))
 
 
 def document_keys(schema: type) -> list[tuple[str, str, str]]:
@@ -97,22 +106,38 @@ def _document(schema: type, prefix: str) -> Iterator[tuple[str, str, str]]:
         if dataclasses.is_dataclass(value):
             yield from _document(type(value), f"{prefix}{field.name}.")
         else:
-            default = "required" if value == "???" else OmegaConf.to_yaml({"v": value})[3:].strip()
+            default = "required" if value == "???" else write_yaml({"v": value})[3:].strip()
             yield f"{prefix}{field.name}", default.replace("\n", " "), field.metadata.get("help", "")
 
 
-def _parse(text: str) -> Any:
-    # OmegaConf's own YAML loader, so that 1e-4 is a float and on/off are not booleans.
-    return OmegaConf.to_container(OmegaConf.create(f"value: {text}" if text else "value: ''"))["value"]
+def _read_preset(file: Path) -> dict[str, Any]:
+    try:
+        values = read_yaml(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
+        raise UserError(f"preset file {file}: {error}") from error
+    if not isinstance(values, dict | None):
+        raise UserError(f"preset file {file}: expected `key: value` lines")
+    return values or {}
 
 
-def _leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key in node.keys():  # noqa: SIM118
-        child = "???" if OmegaConf.is_missing(node, key) else node[key]
-        if isinstance(child, DictConfig) and len(child):
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key in node.keys():  # noqa: SIM118 - a missing (???) value is not iterated over
+        child = "???" if isinstance(node, DictConfig) and OmegaConf.is_missing(node, key) else node[key]
+        if isinstance(child, Mapping) and len(child):
             yield from _leaves(child, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", OmegaConf.to_container(child) if OmegaConf.is_config(child) else child
+            yield f"{prefix}{key}", child
+
+
+def _literal(value: Any) -> Any:
+    """A value whose texts OmegaConf leaves as they are: nothing of ours is interpolated."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", value)
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _literal(item) for key, item in value.items()}
+    return value
 
 
 def _set(config: DictConfig, key: str, value: Any, source: str) -> None:
@@ -120,6 +145,8 @@ def _set(config: DictConfig, key: str, value: Any, source: str) -> None:
     *parents, last = key.split(".")
     for depth, part in enumerate(parents):
         if not isinstance(node, DictConfig) or part not in node.keys():  # noqa: SIM118 - a missing (???) value is not `in` the node
+            if isinstance(node, DictConfig) and not dataclasses.is_dataclass(OmegaConf.get_type(node)):
+                break  # an open mapping: the sections in it are made
             _unknown_key(config, key, source)
         node = node[part]
         if not isinstance(node, DictConfig):
@@ -127,8 +154,10 @@ def _set(config: DictConfig, key: str, value: Any, source: str) -> None:
     open_mapping = not dataclasses.is_dataclass(OmegaConf.get_type(node))
     if last not in node.keys() and not open_mapping:  # noqa: SIM118
         _unknown_key(config, key, source)
+    if value == "???":
+        raise UserError(f"{source}: {key}=???: this text stands for a value that is missing; write something else")
     try:
-        OmegaConf.update(config, key, value, merge=True)
+        OmegaConf.update(config, key, _literal(value), merge=True)
     except (OmegaConfBaseException, ValueError) as error:
         expected = getattr(node._get_node(last), "_metadata", None)
         expected_type = getattr(getattr(expected, "ref_type", None), "__name__", "another type")

@@ -73,6 +73,6 @@ class RunFolder:
         for key, value in result.items():
             if not isinstance(value, (dict, list)):
                 table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
-        console = Console()
+        console = Console(markup=False)
         console.print(table)
         console.print(f"result: {path}", soft_wrap=True)

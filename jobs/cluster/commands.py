@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -77,7 +78,7 @@ def validate(
     else:
         _validate_profiles(cluster, changes, report)
         lint(Path(), report)
-    console = Console(soft_wrap=True)
+    console = Console(markup=False, soft_wrap=True)
     for reason in report.skipped:
         console.print(f"skipped: {reason}", markup=False)
     for problem in report.problems:
@@ -160,7 +161,7 @@ def _planner(
     from loomvideo.platform.cluster import submission
     from loomvideo.platform.cluster.manifests import command_of, named_arguments
     from loomvideo.platform.cluster.pods import STOP_VARIABLE
-    from loomvideo.platform.cluster.upload import MIB
+    from loomvideo.platform.cluster.upload import MIB, left_out_line
     from loomvideo.platform.cluster.wheel import build_wheel
     from loomvideo.platform.runs import RUN_NAME
 
@@ -173,7 +174,9 @@ def _planner(
     shutil.rmtree(folder, ignore_errors=True)
     files = folder / "files"
     if working_dir:
-        submission.ship_folder(working_dir, files, limit)
+        left_out = left_out_line(submission.ship_folder(working_dir, files, limit))
+        if left_out:
+            print(left_out, file=sys.stderr)
     arguments = submission.ship_files(arguments, files)
     wheel = build_wheel(Path(), folder) if code == "wheel" else None
     shipped = files if files.is_dir() else None
@@ -242,7 +245,7 @@ def list_jobs(cluster: Cluster, changes: Changes = None) -> None:
             until = end / 1000 if end else datetime.datetime.now().timestamp()
             row = [details.submission_id, details.metadata[JOB_KEY], details.metadata[RUN_KEY], str(details.status)]
             table.add_row(*row, f"{started:%Y-%m-%d %H:%M}", f"{(until - start) / 60:.1f}")
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 @jobs_app.command("logs")
@@ -318,7 +321,7 @@ def doctor(
             diagnosis = examine_cluster(storage, tracking, extra=(kernels,), timeout_s=timeout)
     else:
         diagnosis = examine_machine(storage, tracking, extra=(kernels,))
-    Console().print(diagnosis.table())
+    Console(markup=False).print(diagnosis.table())
     if output:
         output.write_text(json.dumps(diagnosis.as_dict(), indent=2) + "\n")
     if diagnosis.failed:

@@ -29,7 +29,7 @@ LEDGER_SCHEMA = pa.schema(
 
 def run(config: CaptionDatasetConfig) -> None:
     """Make the texts, write the files, print the accounts."""
-    console = Console()
+    console = Console(markup=False)
     with contextlib.ExitStack() as stack:
         columns = (TextColumn("texts"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         bar = stack.enter_context(Progress(*columns, console=console))

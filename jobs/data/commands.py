@@ -55,7 +55,7 @@ def sample(config: SampleCommandConfig) -> None:
         table.add_column(header)
     for split, counts in summary.tasks.items():
         table.add_row(split, *(str(counts.get(task, 0)) for task in tasks))
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 @config_command(app, "prepare", "data-prepare", prepare_schema)
@@ -79,7 +79,7 @@ def inspect(folder: Annotated[str, typer.Argument(metavar="DIR", help="dataset f
     """Print what a dataset holds: counts, sizes, tasks, buckets and one sample's members."""
     from loomvideo.jobs.data.inspection import inspect_dataset
 
-    inspect_dataset(folder, Console())
+    inspect_dataset(folder, Console(markup=False))
 
 
 dataset_tools.register(app)

@@ -136,7 +136,7 @@ def run(config: PrepareConfig, again: Collection[str] = ()) -> None:
         config: The job.
         again: Shards, and paths of chunks' results, to do again though they are up to date.
     """
-    console = Console()
+    console = Console(markup=False)
 
     @contextlib.contextmanager
     def session() -> Iterator[None]:

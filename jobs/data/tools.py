@@ -43,11 +43,11 @@ def diff(overrides: Overrides) -> None:
 
     found = stale_parts(_prepare_config(overrides))
     if not found:
-        Console().print("up to date")
+        Console(markup=False).print("up to date")
         return
-    _print_rows(Console(), "", [vars(part) for part in found[:200]])
+    _print_rows(Console(markup=False), "", [vars(part) for part in found[:200]])
     if len(found) > 200:
-        Console().print(f"and {len(found) - 200} more")
+        Console(markup=False).print(f"and {len(found) - 200} more")
     raise typer.Exit(1)
 
 
@@ -65,7 +65,7 @@ def plan(
 
     config = _prepare_config(overrides)
     cost = estimate_cost(config, probes, read_gb_per_s, recompute_us_per_token)
-    console = Console()
+    console = Console(markup=False)
     console.print(f"{cost.num_samples} samples in {cost.num_shards} shards")
     rows = [
         {
@@ -125,7 +125,7 @@ def report(
     from loomvideo.platform.shards.reader import ShardDataset
 
     dataset = ShardDataset.open(folder)
-    Console().print(write_report(dataset, lambda: report_codec(dataset), samples), soft_wrap=True)
+    Console(markup=False).print(write_report(dataset, lambda: report_codec(dataset), samples), soft_wrap=True)
 
 
 def report_codec(dataset: Any) -> "Codec | None":
@@ -168,10 +168,14 @@ def quarantine_ls(
     rows = ledger(folder)
     if not reason:
         names = ("outcome", "stage", "reason", "samples")
-        _print_rows(Console(), f"{len(rows)} losses", [dict(zip(names, row, strict=True)) for row in by_reason(rows)])
+        _print_rows(
+            Console(markup=False),
+            f"{len(rows)} losses",
+            [dict(zip(names, row, strict=True)) for row in by_reason(rows)],
+        )
         return
     chosen = [row for row in rows if row["reason"] == reason]
-    _print_rows(Console(), "", [{name: row[name] for name in ("key", "dataset", "retriable", "message")}
+    _print_rows(Console(markup=False), "", [{name: row[name] for name in ("key", "dataset", "retriable", "message")}
                                 for row in chosen])  # fmt: skip
 
 

@@ -82,7 +82,7 @@ def run_gate(
     folder = RunFolder(runs.absolute(), JOB, candidate)
     client, run_id = _mlflow(folder, tracking_uri)
     client.set_tag(run_id, "gate", "passed" if not reasons else "failed: " + "; ".join(reasons)[:4000])
-    console = Console()
+    console = Console(markup=False)
     for reason in reasons:
         console.print(f"gate: {reason}", style="red", highlight=False)
     if reasons:

@@ -125,7 +125,7 @@ def _generate_and_measure(
     cpus = max(os.cpu_count() or 1, int(g.actors * g.cpus) + 1)
     finished = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
+    console = Console(markup=False, stderr=True)
     with ray_session(num_cpus=cpus), Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         bar = progress.add_task("samples", total=len(rows))
         for row in run_graph(

@@ -92,7 +92,7 @@ def load_manifest(config: EvaluateConfig, suite: Suite) -> Manifest:
     if path is None:
         raise UserError(f"suite {suite.name}: set data.{suite.name}=FOLDER to its official download")
     manifest = suite.convert(Path(path))
-    console = Console(stderr=True)
+    console = Console(markup=False, stderr=True)
     for problem in manifest.problems:
         console.print(f"{suite.name}: {problem}", style="yellow", highlight=False)
     manifest = dataclasses.replace(manifest.limited(config.limit), suite=suite.name)
@@ -126,7 +126,9 @@ def judge_builder(
     expected = prices.cost_usd(tokens * j.repeats, prices.output_tokens * calls)
     check_budget(j.budget_usd, expected, calls)
     if expected:
-        Console(stderr=True).print(f"judge: at most {calls} calls, about {expected:.2f} USD", highlight=False)
+        Console(markup=False, stderr=True).print(
+            f"judge: at most {calls} calls, about {expected:.2f} USD", highlight=False
+        )
 
     def build() -> JudgeStage:
         return JudgeStage(
@@ -181,8 +183,8 @@ def judge_client(config: EvaluateConfig) -> VLMClient:
 
 def wide_console() -> Console:
     """A console whose tables do not wrap when the output goes to a file or a log."""
-    console = Console()
-    return console if console.is_terminal else Console(width=160)
+    console = Console(markup=False)
+    return console if console.is_terminal else Console(markup=False, width=160)
 
 
 def store_folder(config: EvaluateConfig) -> Path:

@@ -13,7 +13,7 @@ from loomvideo.pipelines.generation.requests import Request, read_requests
 from loomvideo.pipelines.generation.shortcut_error import ShortcutError, measure_shortcuts, num_runs
 from loomvideo.platform.errors import UserError
 
-console = Console()
+console = Console(markup=False)
 
 
 def run(config: GenerateConfig) -> None:
@@ -109,5 +109,6 @@ def _run_on_ray(config: GenerateConfig, requests: list[Request]) -> None:
 
 def _progress() -> Progress:
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    )
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        console=console,
+    )  # fmt: skip

@@ -100,7 +100,7 @@ def status(config: StatusConfig) -> None:
     for row in store.contents():
         target = ", ".join(row["target"].values())
         table.add_row(row["name"], row["origin"], f"{row['build_seconds']} s", target, str(row["compiler"]))
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 @config_command(app, "bench", "kernels", lambda: BenchConfig)

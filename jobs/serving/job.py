@@ -24,7 +24,7 @@ def run(config: ServeConfig) -> None:
     Raises:
         UserError: if there is no such checkpoint, or its size is unknown.
     """
-    console = Console()
+    console = Console(markup=False)
     config.generation.check()
     source = model_source(config, drop_exact=True)
     token = config.token or os.environ.get(TOKEN_VARIABLE, "")
@@ -40,7 +40,7 @@ def run(config: ServeConfig) -> None:
     # A busy machine takes longer than Serve's 5 s to start its proxy.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     if not token and not _is_local(config.host):
-        console.print(f"[yellow]warning:[/] everyone who reaches {config.host} can use this; set {TOKEN_VARIABLE}")
+        console.print(f"warning: everyone who reaches {config.host} can use this; set {TOKEN_VARIABLE}", style="yellow")
     with ray_session():
         try:
             serve.start(http_options={"host": config.host, "port": config.port})

@@ -43,7 +43,7 @@ from loomvideo.platform.training.driver import train
 from loomvideo.platform.training.progress import WARNINGS_FILE
 
 logger = logging.getLogger(__name__)
-console = Console()
+console = Console(markup=False)
 
 
 def run_training(job: str, config: TrainingJobConfig, default_parent: str | None = None) -> None:

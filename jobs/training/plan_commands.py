@@ -90,7 +90,7 @@ def print_plan(config: PlanConfig) -> None:
         rows["cost"] = [f"{value:,.0f}" for value in cost]
     for name, values in rows.items():
         table.add_row(name, *values)
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     console.print(
         f"{plans[0].num_parameters / 1e9:.2f} G parameters; training.pack.attention_tokens="

@@ -75,7 +75,7 @@ def print_simulation(config: SimulateConfig) -> None:
             f"{result.samples_per_step:,.1f}",
             str(result.num_held),
         )
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     seen = Table(f"source (after {config.steps} steps)", "samples", "drawn", "epochs", box=None, padding=(0, 2))
     for source in sources:
@@ -135,7 +135,7 @@ def print_audit(run: Path, step: int, steps: int, workers: int) -> None:
             f"{row.repeated_grad_norm:.8f}",
             verdict,
         )
-    Console().print(table)
+    Console(markup=False).print(table)
     passed = all(row.same_keys and (row.same_bits if same_world else row.is_close) for row in rows)
     if not passed:
         raise UserError(f"{run}: the repetition differs from what the run recorded")

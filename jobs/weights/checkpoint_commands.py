@@ -60,7 +60,7 @@ def list_checkpoints(run: Annotated[Path, typer.Argument(help="a run's folder")]
             table.add_row(str(step), time, str(checkpoint.manifest["world_size"]), size, kinds, checkpoint.digest)
         except DamagedCheckpoint as damage:
             table.add_row(str(step), "damaged:", "", "", str(damage), "")
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 @app.command()
@@ -118,7 +118,7 @@ def diff(
         if largest > 0:
             table.add_row(f"{relative:.3e}", f"{largest:.3e}", name)
     if table.row_count:
-        Console().print(table)
+        Console(markup=False).print(table)
 
 
 @app.command()

@@ -113,7 +113,7 @@ def preflight(examine: Callable[[], Diagnosis], console: Console | None = None) 
     """
     diagnosis = examine()
     if diagnosis.failed:
-        (console or Console(stderr=True)).print(diagnosis.table())
+        (console or Console(markup=False, stderr=True)).print(diagnosis.table())
         node, check = diagnosis.failed[0]
         more = f" and {len(diagnosis.failed) - 1} more" if len(diagnosis.failed) > 1 else ""
         raise UserError(f"doctor: {node}: {check.name}: {check.detail}{more}; fix it, or set doctor=false to go on")

@@ -56,7 +56,7 @@ def ray_job(
     groups = profile.groups_of(job)
     runtime_env = {"py_modules": [wheel_uri]} if wheel_uri else {}
     spec: dict[str, Any] = {
-        "entrypoint": shlex.join([*command_of(job), *arguments, *named_arguments(profile, job, run, arguments)]),
+        "entrypoint": _entrypoint([*command_of(job), *arguments, *named_arguments(profile, job, run, arguments)]),
         "metadata": {"loomvideo.job": job, "loomvideo.run": run},
         "runtimeEnvYAML": yaml.safe_dump(runtime_env, sort_keys=True) if runtime_env else "",
         "submissionMode": "K8sJobMode",
@@ -80,6 +80,11 @@ def ray_job(
         },
         "spec": {key: value for key, value in spec.items() if value not in ("", None)},
     }
+
+
+def _entrypoint(words: Sequence[str]) -> str:
+    # The submitter's pod gets it as a container argument, where Kubernetes reads $(NAME) and turns $$ into $.
+    return shlex.join(words).replace("$", "$$")
 
 
 def command_of(job: str) -> list[str]:

@@ -5,6 +5,7 @@ starts the next attempt, which continues the run.
 """
 
 import asyncio
+import itertools
 import json
 import logging
 import shlex
@@ -80,24 +81,39 @@ class SubmissionPlan:
 
 
 def ship_files(arguments: Sequence[str], folder: Path) -> list[str]:
-    """Copy local files that arguments name (``preset=./mine.yaml``) into a folder and name the copies instead.
+    """Copy local YAML files that arguments name (``preset=./mine.yaml``) into a folder and name the copies instead.
+
+    Other arguments stay as they were typed, texts that happen to end in ``.yaml`` among them. Files of one name from
+    several folders get a number.
 
     Raises:
-        UserError: if a ``.yaml`` file that starts with ``./``, ``../`` or ``/`` is missing, or a file looks secret.
+        UserError: if the preset's file is missing, or a file looks secret.
     """
     shipped = []
     for argument in arguments:
         key, separator, value = argument.partition("=")
-        path = Path(value)
-        if separator and path.suffix in (".yaml", ".yml"):
-            if not path.is_file():
+        if separator and value.endswith((".yaml", ".yml")):
+            path = Path(value)
+            if path.is_file():
+                refuse_secret(path, path.stat().st_size)
+                argument = f"{key}={_copy_beside(path, folder)}"
+            elif key == "preset":
                 raise UserError(f"{argument}: file {path} not found here, so it cannot be sent along")
-            refuse_secret(path, path.stat().st_size)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / path.name).write_bytes(path.read_bytes())
-            argument = f"{key}={path.name}"
         shipped.append(argument)
     return shipped
+
+
+def _copy_beside(path: Path, folder: Path) -> str:
+    """Copy a file into a folder and return its name there: another one when its own is taken by other content."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = path.read_bytes()
+    for number in itertools.count(1):
+        target = folder / (path.name if number == 1 else f"{path.stem}-{number}{path.suffix}")
+        if not target.exists():
+            target.write_bytes(content)
+        if target.is_file() and target.read_bytes() == content:
+            return target.name
+    raise AssertionError("unreachable")
 
 
 def ship_folder(source: Path, folder: Path, limit_bytes: int) -> Upload:

@@ -20,6 +20,8 @@ SECRET_FILES = (".env", ".env.*", "*.pem", "*.key", "id_rsa*", "id_ed25519*", ".
 SHOWN = 10
 SCANNED_BYTES = 1_000_000
 MIB = 1024**2
+COPY_ATTEMPTS = 3
+CACHES = (".git", ".hg", ".svn", "__pycache__", ".pytest_cache", ".ruff_cache", ".ipynb_checkpoints", "*.pyc")
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,12 @@ class Upload:
     Attributes:
         root: The folder.
         files: Paths relative to it, with their sizes in bytes.
+        left_out: Files and folders that stay here, relative to it, but for caches that nobody misses.
     """
 
     root: Path
     files: tuple[tuple[Path, int], ...]
+    left_out: tuple[Path, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -40,11 +44,30 @@ class Upload:
         return sum(size for _, size in self.files)
 
     def copy_to(self, folder: Path) -> None:
-        """Copy the files; what is uploaded is then exactly what was checked."""
+        """Copy the files; what is uploaded is then exactly what was checked.
+
+        Raises:
+            UserError: naming a file that is gone, that keeps changing, or that has become a secret meanwhile.
+        """
         for relative, _ in self.files:
             target = folder / relative
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(self.root / relative, target)
+            _copy_at_rest(self.root / relative, target)
+            refuse_secret(target, target.stat().st_size)
+
+
+def _copy_at_rest(source: Path, target: Path) -> None:
+    """Copy a file that may be written to meanwhile: a copy counts when the file did not change under it."""
+    for _ in range(COPY_ATTEMPTS):
+        try:
+            before = source.stat()
+            shutil.copy2(source, target)
+            after = source.stat()
+        except FileNotFoundError as error:
+            raise UserError(f"{source}: was removed while it was packed; submit again") from error
+        if (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns):
+            return
+    raise UserError(f"{source}: changes while it is packed; stop what writes it, or move it out of the folder")
 
 
 def plan_upload(root: Path, limit_bytes: int, excluded: Sequence[str] = ()) -> Upload:
@@ -61,14 +84,22 @@ def plan_upload(root: Path, limit_bytes: int, excluded: Sequence[str] = ()) -> U
     if not root.is_dir():
         raise UserError(f"working directory {root}: not a folder")
     patterns = [*EXCLUDED, *excluded]
-    files = []
+    files, left_out = [], []
+
+    def goes_along(path: Path) -> bool:
+        # A Python package called data or build is code, whatever folders of that name hold elsewhere.
+        kept = not _matches(path.name, patterns) or (path / "__init__.py").is_file()
+        if not kept and not _matches(path.name, CACHES):
+            left_out.append(path.relative_to(root))
+        return kept
+
     for folder, names, entries in os.walk(root):
-        names[:] = sorted(name for name in names if not _matches(name, patterns))
+        names[:] = sorted(name for name in names if goes_along(Path(folder) / name))
         for name in sorted(entries):
             path = Path(folder) / name
-            if not _matches(name, patterns) and path.is_file():
+            if path.is_file() and goes_along(path):
                 files.append((path.relative_to(root), path.stat().st_size))
-    upload = Upload(root, tuple(files))
+    upload = Upload(root, tuple(files), tuple(left_out))
     if upload.num_bytes > limit_bytes:
         raise UserError(too_large(f"working directory {root}", upload.files, upload.num_bytes, limit_bytes))
     for relative, size in upload.files:
@@ -88,6 +119,15 @@ def refuse_secret(path: Path, size: int) -> None:
         kinds = secrets_in(path.read_bytes().decode(errors="replace"))
         if kinds:
             raise UserError(f"{path}: holds what looks like a {kinds[0]}; use a Kubernetes secret instead")
+
+
+def left_out_line(upload: Upload) -> str:
+    """One line that names what stays here, empty when nothing does."""
+    if not upload.left_out:
+        return ""
+    named = ", ".join(str(path) for path in upload.left_out[:SHOWN])
+    more = f" and {len(upload.left_out) - SHOWN} more" if len(upload.left_out) > SHOWN else ""
+    return f"{upload.root}: not sent along: {named}{more} (put data on shared storage; packages need an __init__.py)"
 
 
 def too_large(what: str, files: Sequence[tuple[Path, int]], num_bytes: int, limit_bytes: int) -> str:

@@ -41,7 +41,7 @@ class Progress:
     def __init__(self, config: TrainingConfig, folder: RunFolder, tracker: Any, predict: Predict | None = None):
         self.config, self.folder, self.tracker, self._predict = config, folder, tracker, predict
         self.fatal = ""
-        self._console = Console(stderr=True)
+        self._console = Console(markup=False, stderr=True)
         self._path = folder.path / STEPS_FILE
         self._last_step = last_recorded_step(self._path)
         # Unbuffered: what a full disk does not take stays in self._unwritten and is written when there is room.

@@ -3,7 +3,9 @@
 import asyncio
 import json
 import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,11 +14,15 @@ from types import SimpleNamespace
 
 import pytest
 import requests
+import yaml
+from fixtures.texts import AS_TYPED
 
 from loomvideo.platform.cluster import access, submission
+from loomvideo.platform.cluster.manifests import ray_job
 from loomvideo.platform.cluster.profile import load_profile
+from loomvideo.platform.cluster.render import to_yaml
 from loomvideo.platform.cluster.submission import SubmissionPlan, follow, ship_files, submit
-from loomvideo.platform.cluster.upload import plan_upload
+from loomvideo.platform.cluster.upload import left_out_line, plan_upload
 from loomvideo.platform.cluster.validate import secrets_in
 from loomvideo.platform.cluster.wheel import build_wheel
 from loomvideo.platform.errors import UserError
@@ -107,6 +113,80 @@ def test_local_preset_files_go_along(tmp_path):
     assert (tmp_path / "out" / "mine.yaml").read_text() == "a: 1"
     with pytest.raises(UserError, match="yaml not found here"):
         ship_files(["preset=gone.yaml"], tmp_path / "out")
+
+
+def test_two_yaml_files_of_one_name_are_both_sent(tmp_path):
+    for number, name in enumerate(("a", "b", "c")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.yaml").write_text(f"a: {number % 2}")
+    arguments = [f"preset={tmp_path}/a/mine.yaml", f"extra={tmp_path}/b/mine.yaml", f"again={tmp_path}/c/mine.yaml"]
+    out = tmp_path / "out"
+    assert ship_files(arguments, out) == ["preset=mine.yaml", "extra=mine-2.yaml", "again=mine.yaml"]
+    assert [(out / name).read_text() for name in ("mine.yaml", "mine-2.yaml")] == ["a: 0", "a: 1"]
+
+
+def test_packages_called_data_or_build_go_along_and_what_stays_is_named(tmp_path):
+    for name in (
+        "data/__init__.py",
+        "build/__init__.py",
+        "runs/a.txt",
+        "sub/film.mp4",
+        "x/__pycache__/a.pyc",
+        "x/m.py",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    upload = plan_upload(tmp_path, limit_bytes=1024)
+    assert [str(path) for path, _ in upload.files] == ["build/__init__.py", "data/__init__.py", "x/m.py"]
+    assert "not sent along: runs, sub/film.mp4 (" in left_out_line(upload)
+
+
+def test_a_file_that_changes_while_it_is_packed_is_named(tmp_path, monkeypatch):
+    source = tmp_path / "work"
+    source.mkdir()
+    (source / "log.txt").write_text("a")
+    upload = plan_upload(source, limit_bytes=1024)
+    copy = shutil.copy2
+
+    def growing(path, target):
+        copy(path, target)
+        with open(path, "a") as out:
+            out.write("b")
+
+    monkeypatch.setattr("loomvideo.platform.cluster.upload.shutil.copy2", growing)
+    with pytest.raises(UserError, match=r"log\.txt: changes while it is packed"):
+        upload.copy_to(tmp_path / "out")
+    (source / "log.txt").unlink()
+    with pytest.raises(UserError, match=r"log\.txt: was removed while it was packed"):
+        upload.copy_to(tmp_path / "out")
+
+
+def kubernetes_arguments(text):
+    """What a container gets for an argument: ``$(NAME)`` is expanded, ``$$`` is one ``$``."""
+    return re.sub(r"\$\$|\$\((\w+)\)", lambda m: "expanded" if m[1] else "$", text)
+
+
+def words_of(shell_command):
+    printed = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {shell_command}"], capture_output=True, check=True, env={"HOME": "/h"}
+    )
+    return printed.stdout.decode().split("\0")[:-1]
+
+
+def test_texts_reach_the_job_as_typed_by_every_way(tmp_path):
+    arguments = [f"prompt={text}" for text in AS_TYPED if len(text) < 1000]
+    assert ship_files(arguments, tmp_path) == arguments
+    command = ("loomvideo", "generate", *arguments)
+    # `loomvideo submit` sends the line to a shell on the cluster; `ray job submit` reads the printed line in a shell
+    # here and joins the words again.
+    assert words_of(shlex.join(command)) == list(command)
+    printed = words_of(SubmissionPlan("http://h:1", "generate", "a", command).command_line("a"))
+    assert words_of(shlex.join(printed[printed.index("--") + 1 :])) == list(command)
+    # A RayJob's entrypoint passes Kubernetes, the submitter's shell and the cluster's.
+    profile = load_profile("infra/profiles/small.yaml", [])
+    manifest = yaml.safe_load(to_yaml([ray_job(profile, "pretrain", "a", arguments)]))
+    submitted = words_of(kubernetes_arguments(manifest["spec"]["entrypoint"]))
+    assert words_of(shlex.join(submitted))[2 : 2 + len(arguments)] == arguments
 
 
 def test_printed_line_says_what_is_submitted(tmp_path):
