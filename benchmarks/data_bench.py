@@ -59,6 +59,7 @@ def plain_loop(samples: Path, folder: Path, count: int, bucket: int) -> dict[str
     torch.set_num_threads(1)
     config = config_for(samples, folder / "plain", count, bucket)
     encoder = encode.SampleEncoder(model_size(config.model), config.features)
+    grid = model_size(config.model).grid
     inputs = read_inputs(config).samples
     began, cpu = time.perf_counter(), time.process_time()
     (folder / "plain").mkdir()
@@ -69,7 +70,7 @@ def plain_loop(samples: Path, folder: Path, count: int, bucket: int) -> dict[str
                       if path}  # fmt: skip
             references = [opened[path].info for path in sample.references]
             source = opened[sample.source].info if sample.source else None
-            clips = plan_clips(sample, opened[sample.target].info, source, references, config.clips, config.seed)
+            clips = plan_clips(sample, opened[sample.target].info, source, references, config.clips, config.seed, grid)
             loaded = encode.LoadedSample(sample, clips, 24.0, 24.0, {})
             loaded.target = [_clip(opened[sample.target], clips.target[0], clips.bucket, resize_and_crop)]
             if sample.source:

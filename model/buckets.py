@@ -1,7 +1,8 @@
 """Resolution buckets: which size a picture or clip is resized and cropped to.
 
-Sizes are ``(width, height)``, all multiples of 32 (16 of the codec times 2 of the DiT's patches). A class is named
-after the side of its square bucket; 256, 640 and 960 are the published ones, 64 and 128 serve the tiny model.
+Sizes are ``(width, height)``, all multiples of 32: 16 of the published codec times 2 of the DiT's patches, and so of
+every finer codec's. A class is named after the side of its square bucket; 256, 640 and 960 are the published ones, 64
+and 128 serve the tiny model.
 """
 
 from collections.abc import Sequence

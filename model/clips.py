@@ -1,19 +1,20 @@
 """Which frames of a file make a training clip, and which of those the MLLM sees."""
 
+from loomvideo.model.codec.grid import LatentGrid
 from loomvideo.platform.errors import UserError
 
 TARGET_FPS = 24.0
 
 
-def whole_latent_frames(num_frames: int) -> int:
-    """The largest 4k+1 that is not above ``num_frames`` (at least 1): what a causal 4x codec takes."""
-    return (max(num_frames, 1) - 1) // 4 * 4 + 1
-
-
 def clip_indices(
-    fps: float, total_frames: int, num_frames: int, relative_start: float, target_fps: float = TARGET_FPS
+    fps: float,
+    total_frames: int,
+    num_frames: int,
+    relative_start: float,
+    grid: LatentGrid,
+    target_fps: float = TARGET_FPS,
 ) -> list[int]:
-    """Indices of the frames of one clip, resampled to ``target_fps`` and cut to 4k+1 frames.
+    """Indices of the frames of one clip, resampled to ``target_fps`` and cut to what the codec takes.
 
     A source and its target use the same ``relative_start``, and the shorter one's ``total_frames``.
 
@@ -22,6 +23,7 @@ def clip_indices(
         total_frames: Frames in the file.
         num_frames: Frames wanted; fewer come back from a shorter file.
         relative_start: In [0, 1], where in the slack the clip starts.
+        grid: Of the codec: says which numbers of frames exist.
         target_fps: Frame rate of the clip.
 
     Raises:
@@ -39,7 +41,7 @@ def clip_indices(
     while len(indices) < num_frames and round(position) < start + span:
         indices.append(round(position))
         position += step
-    return indices[: whole_latent_frames(len(indices))]
+    return indices[: grid.whole_frames(len(indices))]
 
 
 def mllm_frame_indices(num_frames: int) -> list[int]:

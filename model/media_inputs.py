@@ -7,6 +7,7 @@ from PIL import Image
 
 from loomvideo.model.buckets import choose_bucket, resize_and_crop
 from loomvideo.model.clips import clip_indices
+from loomvideo.model.codec import LatentGrid
 from loomvideo.platform.errors import UserError
 
 Picture = np.ndarray | Image.Image
@@ -44,21 +45,23 @@ def as_clip(clip: Clip) -> np.ndarray:
     return np.stack(frames)
 
 
-def fit_clip(clip: Clip, buckets: Sequence[int], num_frames: int, fps: float) -> np.ndarray:
-    """A clip at the published rate, cut to 4k+1 frames, resized and cropped to its bucket, as training saw clips.
+def fit_clip(clip: Clip, buckets: Sequence[int], num_frames: int, fps: float, grid: LatentGrid) -> np.ndarray:
+    """A clip at the published rate, cut to whole latents, resized and cropped to its bucket, as training saw clips.
 
     Args:
         clip: The source.
         buckets: Resolution classes.
         num_frames: Most frames.
         fps: Its frame rate.
+        grid: Of the codec.
     """
     frames = as_clip(clip)
-    frames = frames[clip_indices(fps, len(frames), num_frames, 0.0)]
+    frames = frames[clip_indices(fps, len(frames), num_frames, 0.0, grid)]
     kind = "image" if len(frames) == 1 else "video"
     return resize_and_crop(frames, choose_bucket(frames.shape[2], frames.shape[1], buckets, kind)).numpy()
 
 
 def fit_picture(picture: Picture, buckets: Sequence[int]) -> np.ndarray:
     """A reference picture, resized and cropped to its bucket."""
-    return fit_clip(as_picture(picture), buckets, 1, 1.0)[0]
+    frames = as_clip(picture)
+    return resize_and_crop(frames, choose_bucket(frames.shape[2], frames.shape[1], buckets, "image")).numpy()[0]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loomvideo.model.clips import TARGET_FPS
-from loomvideo.model.codec import Codec, build_codec
+from loomvideo.model.codec import Codec, LatentGrid, build_codec
 from loomvideo.model.conditioning.inputs import MLLMInputs, build_inputs, text_inputs
 from loomvideo.model.conditioning.mllm import FrozenMLLM
 from loomvideo.model.dit import LoomVideoDiT
@@ -122,6 +122,11 @@ class LoomVideoPipeline:
         codec = build_codec(model.codec, device, dtype)
         return cls(dit, codec, FrozenMLLM.of_size(model, device, dtype), model.scheduler)
 
+    @property
+    def grid(self) -> LatentGrid:
+        """How the codec and the transformer's patches divide pixels and frames."""
+        return LatentGrid.of(self.codec, self.dit.config.patch_size)
+
     @torch.inference_mode()
     def encode(
         self,
@@ -139,9 +144,9 @@ class LoomVideoPipeline:
             task: ``t2i, t2v, image_edit, video_edit, ref_edit`` or ``mi2v``.
             prompt: Instruction or caption.
             source: uint8 [frames, height, width, 3] to edit; frames and sides as the codec takes them.
-            references: uint8 [height, width, 3] each, sides multiples of 32.
+            references: uint8 [height, width, 3] each, sides as the codec takes them.
             size: ``(width, height)`` of what is generated; an edit takes its source's.
-            num_frames: 4k+1; an edit takes its source's.
+            num_frames: Whole latents (4k+1 with Wan's codec); an edit takes its source's.
             negative_prompt: What the unconditional branch is told.
 
         Raises:
@@ -151,8 +156,10 @@ class LoomVideoPipeline:
             raise UserError(f"task={task}: {'source is missing' if source is None else 'takes no source'}")
         if source is not None:
             num_frames, size = len(source), (source.shape[2], source.shape[1])
-        if size is None or num_frames % 4 != 1 or size[0] % 32 or size[1] % 32:
-            raise UserError(f"size={size} num_frames={num_frames}: sides must be multiples of 32 and frames 4k+1")
+        if size is None:
+            raise UserError(f"size: task={task} has no source to take it from; give width and height")
+        self.grid.check_frames("num_frames", num_frames)
+        self.grid.check_size("size", *size)
         source_latents = None if source is None else self._latents(source)
         reference_latents = [self._latents(image[None]) for image in references]
         frames = None if source is None else torch.from_numpy(source)
@@ -170,7 +177,7 @@ class LoomVideoPipeline:
             else Branch(states[name], source_latents, reference_latents)
             for name in inputs
         }
-        shape = (self.codec.latent_channels, (num_frames - 1) // 4 + 1, size[1] // 16, size[0] // 16)
+        shape = (self.codec.latent_channels, *self.grid.latent_shape(num_frames, *size))
         return Conditions(task, branches, shape)
 
     def sample(
@@ -249,14 +256,14 @@ class LoomVideoPipeline:
             source: What to edit: uint8 [frames, height, width, 3], or Pillow images.
             references: Pictures: uint8 [height, width, 3] each, or Pillow images.
             size: ``(width, height)`` of what is generated; an edit takes its source's.
-            num_frames: 4k+1; an edit takes its source's, with ``buckets`` at most these where it is above 1.
+            num_frames: Whole latents; an edit takes its source's, with ``buckets`` at most these where it is above 1.
             negative_prompt: What the unconditional branch is told.
             steps: Denoising steps.
             guidance: Scales; None takes the task's.
             seed: Of the noise; the same seed gives the same frames.
             shortcuts: Approximations; None for none.
             buckets: Resolution classes, such as ``(640,)``, to which source and references are resized and cropped,
-                the source also resampled to 24 frames a second and cut to 4k+1; empty takes them as they are.
+                the source also resampled to 24 frames a second and cut to whole latents; empty takes them as they are.
             source_fps: Frame rate of the source, for ``buckets``.
 
         Returns:
@@ -268,7 +275,7 @@ class LoomVideoPipeline:
         if buckets:
             most = num_frames if num_frames > 1 else MAX_SOURCE_FRAMES
             most = 1 if task == "image_edit" else most
-            source = None if source is None else fit_clip(source, buckets, most, source_fps)
+            source = None if source is None else fit_clip(source, buckets, most, source_fps, self.grid)
             references = [fit_picture(picture, buckets) for picture in references]
         source = None if source is None else as_clip(source)
         references = [as_picture(picture) for picture in references]

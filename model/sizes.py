@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loomvideo.model.codec import CodecConfig
+from loomvideo.model.codec import CodecConfig, LatentGrid
 from loomvideo.model.conditioning.config import MLLMConfig, ProcessorConfig, VisionConfig
 from loomvideo.model.config import DiTConfig
 from loomvideo.model.sampler import SchedulerConfig
@@ -28,6 +28,11 @@ class ModelSize:
     codec: CodecConfig
     mllm: MLLMConfig
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+
+    @property
+    def grid(self) -> LatentGrid:
+        """How its codec and its transformer's patches divide pixels and frames."""
+        return LatentGrid.of(self.codec, self.dit.patch_size)
 
 
 def _tiny() -> ModelSize:
@@ -126,6 +131,8 @@ def _5b() -> ModelSize:
 
 _SIZES = {"tiny": _tiny, "small": _small, "5b": _5b}
 SIZES = tuple(_SIZES)
+PUBLISHED = "5b"
+"""The size of the published weights."""
 
 
 def model_size(name: str) -> ModelSize:

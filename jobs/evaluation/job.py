@@ -22,6 +22,7 @@ from loomvideo.jobs.evaluation.setup import (
     judge_builder,
     judge_client,
     load_manifest,
+    model_grid,
     store_folder,
     wide_console,
 )
@@ -112,8 +113,9 @@ def _generate_and_measure(
 ) -> list[Row]:
     store = Store(store_folder(config))
     i = config.inputs
+    grid = model_grid(checkpoint.model or config.generation.model)
     options = InputOptions(
-        tuple(i.bucket_classes), tuple(i.reference_classes), i.num_frames, i.fps, (i.text_width, i.text_height)
+        tuple(i.bucket_classes), tuple(i.reference_classes), grid, i.num_frames, i.fps, (i.text_width, i.text_height)
     )
     series = (MODEL, IDENTITY) if config.identity and config.generator != "identity" else (MODEL,)
     rows = []

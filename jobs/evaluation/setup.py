@@ -9,7 +9,8 @@ from rich.console import Console
 
 from loomvideo.jobs.evaluation.config import EvaluateConfig
 from loomvideo.jobs.weights.references import find_weights
-from loomvideo.model.sizes import stated_size
+from loomvideo.model.codec import LatentGrid
+from loomvideo.model.sizes import PUBLISHED, model_size, stated_size
 from loomvideo.pipelines.evaluation.generators import BlendGenerator, Generator, IdentityGenerator
 from loomvideo.pipelines.evaluation.judges.fake import PixelJudge
 from loomvideo.pipelines.evaluation.judges.rubrics import OWN_FILE, official_rubrics, own_rubrics
@@ -57,6 +58,8 @@ def find_checkpoint(config: EvaluateConfig) -> Checkpoint:
     Raises:
         UserError: naming what is missing.
     """
+    if config.generator != "model":
+        model_grid(config.generation.model).check_frames("inputs.num_frames", config.inputs.num_frames)
     if config.generator == "identity":
         return Checkpoint("identity", "identity", IdentityGenerator)
     g = config.generation
@@ -67,6 +70,7 @@ def find_checkpoint(config: EvaluateConfig) -> Checkpoint:
     model = g.model or stated_size(weights)
     if not model:
         raise UserError(f"checkpoint={config.checkpoint}: set generation.model (5b for the published model)")
+    model_grid(model).check_frames("inputs.num_frames", config.inputs.num_frames)
     options = ModelOptions(
         str(weights), model, g.codec_folder, g.mllm_folder, g.steps, g.edit_scale, g.generate_scale, g.visual_scale
     )
@@ -80,6 +84,11 @@ def find_checkpoint(config: EvaluateConfig) -> Checkpoint:
         training_run=(tracking or {}).get("run_id", ""),
         model=model,
     )
+
+
+def model_grid(model: str) -> LatentGrid:
+    """Which frames and sizes results have: those of a model size, empty for the published one's."""
+    return model_size(model or PUBLISHED).grid
 
 
 def load_manifest(config: EvaluateConfig, suite: Suite) -> Manifest:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from loomvideo.model.config import LoRAConfig
+from loomvideo.model.sizes import model_size
 from loomvideo.pipelines.training.config import FeaturePoolConfig, ObjectiveConfig
 from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
@@ -25,7 +26,7 @@ class HeldoutConfig:
     num_edits: int = option(24, "held-out editing samples to edit and measure")
     num_generated: int = option(6, "held-out generation samples to show")
     num_films: int = option(6, "videos kept as mp4")
-    num_frames: int = option(17, "frames of a clip, 4k+1")
+    num_frames: int = option(17, "frames of a clip, whole latents: 4k+1 with a codec of temporal stride 4")
     buckets: list[int] = option([128], "resolution classes, as in `data prepare`")
     steps: int = option(20, "denoising steps")
     scale: float = option(2.5, "guidance scale of edits; 1 for no guidance")
@@ -77,8 +78,7 @@ class TrainingJobConfig:
             raise UserError("data.shards: name at least one folder made by `loomvideo data prepare`")
         if self.from_run and self.from_weights:
             raise UserError("from_run and from_weights: give one of them")
-        if self.evaluation.num_frames % 4 != 1:
-            raise UserError(f"evaluation.num_frames={self.evaluation.num_frames}: must be 4k+1")
+        model_size(self.model).grid.check_frames("evaluation.num_frames", self.evaluation.num_frames)
         if self.lora.rank < 0 or self.features.actors < 1:
             raise UserError("lora.rank and features.actors: lora.rank at least 0, features.actors at least 1")
         if self.lora.rank and self.training.optimizer.trainable:

@@ -2,10 +2,9 @@
 
 from loomvideo.model.codec.build import build_codec
 from loomvideo.model.codec.embedded import COEFFICIENTS, DCTCodec
+from loomvideo.model.codec.grid import LatentGrid
 from loomvideo.model.codec.protocol import (
-    SPATIAL_STRIDE,
     STREAM_FRAMES,
-    TEMPORAL_STRIDE,
     Codec,
     CodecConfig,
     LatentMoments,
@@ -14,12 +13,11 @@ from loomvideo.model.codec.protocol import (
 
 __all__ = [
     "COEFFICIENTS",
-    "SPATIAL_STRIDE",
     "STREAM_FRAMES",
-    "TEMPORAL_STRIDE",
     "Codec",
     "CodecConfig",
     "DCTCodec",
+    "LatentGrid",
     "LatentMoments",
     "build_codec",
     "check_video_shape",

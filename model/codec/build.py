@@ -11,8 +11,19 @@ def build_codec(config: CodecConfig, device: torch.device | str = "cpu", dtype: 
     """The codec a configuration names; only ``"wan"`` has weights to place on ``device`` in ``dtype``.
 
     Raises:
-        UserError: for an unknown kind, or a folder that holds no such codec.
+        UserError: for an unknown kind, a folder that holds no such codec, or other strides than stated.
     """
+    codec = _build(config, device, dtype)
+    stated = config.temporal_stride, config.spatial_stride
+    if (codec.temporal_stride, codec.spatial_stride) != stated:
+        raise UserError(
+            f"codec kind={config.kind} {config.folder}: strides {codec.temporal_stride} in time and "
+            f"{codec.spatial_stride} in space, the preset says {stated[0]} and {stated[1]}"
+        )
+    return codec
+
+
+def _build(config: CodecConfig, device: torch.device | str, dtype: torch.dtype) -> Codec:
     if config.kind == "dct":
         return DCTCodec(config.latent_channels)
     if config.kind == "wan":

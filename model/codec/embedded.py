@@ -5,13 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from loomvideo.model.codec.protocol import (
-    SPATIAL_STRIDE,
-    STREAM_FRAMES,
-    TEMPORAL_STRIDE,
-    LatentMoments,
-    check_video_shape,
-)
+from loomvideo.model.codec.protocol import STREAM_FRAMES, LatentMoments, check_video_shape
 from loomvideo.platform.errors import UserError
 
 # (colour, temporal, vertical, horizontal frequency, root mean square) of the strongest coefficients of the orthonormal
@@ -49,15 +43,16 @@ class DCTCodec:
     posterior has zero std.
     """
 
-    spatial_stride = SPATIAL_STRIDE
-    temporal_stride = TEMPORAL_STRIDE
+    spatial_stride = 16
+    temporal_stride = 4
+    """The block that :data:`COEFFICIENTS` were measured on."""
 
     def __init__(self, latent_channels: int = 24):
         if not 1 <= latent_channels <= len(COEFFICIENTS):
             raise UserError(f"codec latent_channels={latent_channels}: the dct codec has 1 to {len(COEFFICIENTS)}")
         self.latent_channels = latent_channels
         kept = COEFFICIENTS[:latent_channels]
-        time, space = _cosines(TEMPORAL_STRIDE), _cosines(SPATIAL_STRIDE)
+        time, space = _cosines(self.temporal_stride), _cosines(self.spatial_stride)
         colours = torch.nn.functional.normalize(COLOURS.double(), dim=1)
         basis = [torch.einsum("c,t,y,x->ctyx", colours[c], time[t], space[v], space[h]) for c, t, v, h, _ in kept]
         self.basis = torch.stack(basis).flatten(1).float()  # [channels, 3 * 4 * 16 * 16]
@@ -66,12 +61,12 @@ class DCTCodec:
 
     def encode(self, video: torch.Tensor) -> LatentMoments:
         """Video ``[batch, 3, 4k+1, height, width]`` in [-1, 1] to moments with zero std."""
-        check_video_shape(video)
-        video = torch.cat([video[:, :, :1].expand(-1, -1, TEMPORAL_STRIDE, -1, -1), video[:, :, 1:]], dim=2)
-        stride = SPATIAL_STRIDE
+        period, stride = self.temporal_stride, self.spatial_stride
+        check_video_shape(video, period, stride)
+        video = torch.cat([video[:, :, :1].expand(-1, -1, period, -1, -1), video[:, :, 1:]], dim=2)
         batch, _, frames, height, width = video.shape
-        shape = batch, frames // TEMPORAL_STRIDE, height // stride, width // stride
-        blocks = video.reshape(batch, 3, shape[1], TEMPORAL_STRIDE, shape[2], stride, shape[3], stride)
+        shape = batch, frames // period, height // stride, width // stride
+        blocks = video.reshape(batch, 3, shape[1], period, shape[2], stride, shape[3], stride)
         blocks = blocks.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(*shape, -1).float()
         latents = blocks @ self.basis.to(video.device).T / self.scale.to(video.device)
         mean = latents.permute(0, 4, 1, 2, 3).to(video.dtype).contiguous()
@@ -93,11 +88,11 @@ class DCTCodec:
 
     def _frames(self, latents: torch.Tensor) -> torch.Tensor:
         """Four frames a latent, fp32."""
-        stride = SPATIAL_STRIDE
+        period, stride = self.temporal_stride, self.spatial_stride
         batch, _, frames, height, width = latents.shape
         coefficients = latents.float().permute(0, 2, 3, 4, 1) * self.scale.to(latents.device)
         blocks = coefficients @ self.basis.to(latents.device)
-        blocks = blocks.reshape(batch, frames, height, width, 3, TEMPORAL_STRIDE, stride, stride)
+        blocks = blocks.reshape(batch, frames, height, width, 3, period, stride, stride)
         return blocks.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(batch, 3, -1, height * stride, width * stride)
 
 

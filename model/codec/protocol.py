@@ -1,7 +1,8 @@
 """What a video codec is here.
 
-A codec maps 4k+1 frames to k+1 latent frames, smaller in space by its stride: the first frame alone, then four frames a
-latent. Latents are normalised per channel, so that flow matching sees unit variance whichever codec made them.
+A codec of temporal stride s maps sk+1 frames to k+1 latent frames, smaller in space by its spatial stride: the first
+frame alone, then s frames a latent (:class:`~loomvideo.model.codec.grid.LatentGrid`). Latents are normalised per
+channel, so that flow matching sees unit variance whichever codec made them.
 """
 
 from collections.abc import Iterator
@@ -12,8 +13,6 @@ import torch
 
 from loomvideo.platform.errors import UserError
 
-SPATIAL_STRIDE = 16
-TEMPORAL_STRIDE = 4
 STREAM_FRAMES = 4
 """Latent frames of a piece of a streamed video."""
 
@@ -24,13 +23,16 @@ class CodecConfig:
 
     ``kind`` ``"dct"`` is the embedded :class:`DCTCodec`; ``"wan"`` reads a diffusers ``AutoencoderKLWan`` from
     ``folder`` (for example ``Wan2.2-TI2V-5B-Diffusers/vae``). ``memory_limit_bytes`` bounds the
-    activations of ``"wan"``.
+    activations of ``"wan"``. The strides are those of the codec that will be built: what plans sizes without one reads
+    them here.
     """
 
     kind: Literal["dct", "wan"] = "dct"
     latent_channels: int = 24
     folder: str = ""
     memory_limit_bytes: int = 12 * 2**30
+    spatial_stride: int = 16
+    temporal_stride: int = 4
 
 
 class LatentMoments(NamedTuple):
@@ -54,11 +56,11 @@ class Codec(Protocol):
     fingerprint: str
 
     def encode(self, video: torch.Tensor) -> LatentMoments:
-        """``[batch, 3, 4k+1, height, width]`` in [-1, 1] to moments ``[batch, channels, k+1, height/16, width/16]``."""
+        """``[batch, 3, sk+1, height, width]`` in [-1, 1] to moments ``[batch, channels, k+1, rows, columns]``."""
         ...
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """``[batch, channels, k+1, height, width]`` to a video ``[batch, 3, 4k+1, 16 height, 16 width]`` in [-1, 1]."""
+        """``[batch, channels, k+1, rows, columns]`` to a video ``[batch, 3, sk+1, height, width]`` in [-1, 1]."""
         ...
 
     def decode_stream(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -66,9 +68,7 @@ class Codec(Protocol):
         ...
 
 
-def check_video_shape(
-    video: torch.Tensor, temporal_stride: int = TEMPORAL_STRIDE, spatial_stride: int = SPATIAL_STRIDE
-) -> None:
+def check_video_shape(video: torch.Tensor, temporal_stride: int, spatial_stride: int) -> None:
     """Refuse what a causal codec of these strides cannot encode.
 
     Raises:

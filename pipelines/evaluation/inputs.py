@@ -5,15 +5,17 @@ with seconds or pixels that the model never saw.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from loomvideo.model.buckets import choose_bucket, resize_and_crop
-from loomvideo.model.clips import TARGET_FPS, clip_indices, whole_latent_frames
+from loomvideo.model.clips import TARGET_FPS, clip_indices
+from loomvideo.model.codec import LatentGrid
+from loomvideo.model.sizes import PUBLISHED, model_size
 from loomvideo.pipelines.evaluation.suites.items import EvalItem
-from loomvideo.pipelines.media.decode import open_media
+from loomvideo.pipelines.media.decode import MediaInfo, open_media
 
 IMAGE_TASKS = ("t2i", "image_edit")
 
@@ -25,13 +27,15 @@ class InputOptions:
     Attributes:
         bucket_classes: Area classes to choose from, such as ``(640,)``.
         reference_classes: Area classes of reference pictures.
-        num_frames: Frames of a video, 4k+1.
+        grid: Of the model's codec.
+        num_frames: Frames of a video, whole latents.
         fps: Frames a second of sources after resampling, and of results.
         text_size: ``(width, height)`` where there is no source or reference to take it from.
     """
 
     bucket_classes: tuple[int, ...] = (640,)
     reference_classes: tuple[int, ...] = (640,)
+    grid: LatentGrid = field(default_factory=lambda: model_size(PUBLISHED).grid)
     num_frames: int = 97
     fps: float = TARGET_FPS
     text_size: tuple[int, int] = (832, 480)
@@ -77,41 +81,45 @@ def load_item(item: EvalItem, root: Path, options: InputOptions) -> LoadedItem:
     size: tuple[int, int] | None = None
     references = []
     for path in item.references:
-        info, frames, _ = _read(root / path, 1, options.fps)
+        info, frames, _ = _read(root / path, 1, options)
         bucket = choose_bucket(info.width, info.height, options.reference_classes, "image")
         references.append(resize_and_crop(frames, bucket).numpy()[0])
         if size is None:
             size = choose_bucket(info.width, info.height, options.bucket_classes, kind)
     source, indices = None, ()
     if item.source:
-        info, frames, indices = _read(root / item.source, wanted, options.fps)
+        info, frames, indices = _read(root / item.source, wanted, options)
         size = choose_bucket(info.width, info.height, options.bucket_classes, kind)
         source = resize_and_crop(frames, size).numpy()
         wanted = len(source)
     target = None
     if item.target:
-        info, frames, _ = _read(root / item.target, wanted, options.fps, indices)
+        info, frames, _ = _read(root / item.target, wanted, options, indices)
         if size is None or source is None:
             size = choose_bucket(info.width, info.height, options.bucket_classes, kind)
         target = resize_and_crop(frames, size).numpy()
-        shared = whole_latent_frames(min(len(target), wanted))
+        shared = options.grid.whole_frames(min(len(target), wanted))
         target, wanted = target[:shared], shared
         source = None if source is None else source[:shared]
     mask = None
     if item.mask and size is not None:
-        _, frames, _ = _read(root / item.mask, wanted, options.fps, indices)
+        _, frames, _ = _read(root / item.mask, wanted, options, indices)
         mask = resize_and_crop(frames, size).numpy().max(-1) > 127
     size = size or choose_bucket(*options.text_size, options.bucket_classes, kind)
     return LoadedItem(item, source, tuple(references), target, mask, size, wanted, options.fps, tuple(indices))
 
 
-def _read(path: Path, num_frames: int, fps: float, aligned: Sequence[int] = ()) -> tuple:
+def _read(path: Path, num_frames: int, options: InputOptions, aligned: Sequence[int] = ()) -> tuple:
     """A file's facts, frames and frame numbers; the source's ``aligned`` numbers are kept where the file has them."""
     media = open_media(str(path))
     info = media.info
+
+    def window(info: MediaInfo) -> list[int]:
+        return clip_indices(info.fps, info.num_frames, num_frames, 0.0, options.grid, options.fps)
+
     indices = [0]
     if info.kind == "video" and num_frames > 1:
         # Another few frames asked of the same file may be other frames: the window depends on how many are wanted.
         fits = len(aligned) >= num_frames and max(aligned) < info.num_frames
-        indices = list(aligned) if fits else clip_indices(info.fps, info.num_frames, num_frames, 0.0, fps)
+        indices = list(aligned) if fits else window(info)
     return info, np.concatenate(list(media.read(indices))), indices

@@ -134,6 +134,7 @@ class FileGenerator:
         request.check()
         settings = self.settings
         settings.check()
+        self.pipeline.grid.check_frames("num_frames", settings.num_frames)
         if max(settings.size()) > MAX_SIDE:
             raise UserError(f"width={settings.width} height={settings.height}: sides of at most {MAX_SIDE} are made")
         source_info = self._probe("source", request.source) if request.source else None
@@ -193,14 +194,14 @@ class FileGenerator:
         Raises:
             UserError: for too little memory.
         """
-        path = Path(prepared.request.out)
+        path, grid = Path(prepared.request.out), self.pipeline.grid
         _, frames, height, width = prepared.conditions.latent_shape
         facts = {
             **prepared.facts,
             "digest": digest(prepared.facts),
             "task": prepared.task,
-            "num_frames": 4 * (frames - 1) + 1,
-            "size": [16 * width, 16 * height],
+            "num_frames": grid.frames(frames),
+            "size": list(grid.size(height, width)),
         }
         with self._memory_errors(prepared.request):
             write_result(path, self.pipeline.decode_stream(latents), facts)
@@ -227,7 +228,8 @@ class FileGenerator:
         is_image = task == "image_edit"
         indices = [0]
         if not is_image:
-            indices = clip_indices(info.fps or TARGET_FPS, info.num_frames, self.settings.num_frames, 0.0)
+            fps, grid = info.fps or TARGET_FPS, self.pipeline.grid
+            indices = clip_indices(fps, info.num_frames, self.settings.num_frames, 0.0, grid)
         if bool(self.settings.width) != bool(self.settings.height):
             raise UserError("width and height: set both, or neither to keep the source's shape")
         bucket = (self.settings.width, self.settings.height)

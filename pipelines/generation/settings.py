@@ -17,7 +17,7 @@ class Settings:
     width: int = option(0, "width; 0 takes the source's bucket, or default_size")
     height: int = option(0, "height")
     default_size: list[int] = option([832, 480], "width and height where neither a source nor width and height say")
-    num_frames: int = option(97, "frames of a video, at most the source's; 4k+1")
+    num_frames: int = option(97, "frames of a video, at most the source's; 4k+1 with a codec of temporal stride 4")
     steps: int = option(50, "denoising steps")
     scale: float | None = option(None, "guidance scale; null takes the task's (2.5 for edits, 5 otherwise)")
     visual_scale: float | None = option(None, "guidance scale of media; null takes 1.5")
@@ -30,8 +30,8 @@ class Settings:
         Raises:
             UserError: naming the key.
         """
-        if self.num_frames < 1 or self.num_frames % 4 != 1:
-            raise UserError(f"num_frames={self.num_frames}: must be 4k+1")
+        if self.num_frames < 1:
+            raise UserError(f"num_frames={self.num_frames}: must be at least 1")
         if self.steps < 1:
             raise UserError(f"steps={self.steps}: must be at least 1")
         if len(self.default_size) != 2:

@@ -18,7 +18,7 @@ DECODERS = ("auto", "decord", "pyav")
 class ClipOptions:
     """How clips are cut from files."""
 
-    num_frames: int = option(33, "frames of a clip, 4k+1; shorter files give fewer")
+    num_frames: int = option(33, "frames of a clip, 4k+1 with a codec of temporal stride 4; shorter files give fewer")
     fps: float = option(24.0, "frame rate of clips; files are resampled to it")
     windows: int = option(1, "clips cut from one file, at seeded places")
     buckets: list[int] = option([128], "resolution classes to choose from: 64, 128, 256, 640, 960")
@@ -109,9 +109,7 @@ class PrepareConfig:
         for key, (value, valid) in choices.items():
             if value not in valid:
                 raise UserError(f"{key}={value}: choose one of {', '.join(valid)}")
-        if self.clips.num_frames < 1 or self.clips.num_frames % 4 != 1:
-            nearest = max(round((self.clips.num_frames - 1) / 4), 0) * 4 + 1
-            raise UserError(f"clips.num_frames={self.clips.num_frames}: must be 4k+1, for example {nearest}")
+        model_size(self.model).grid.check_frames("clips.num_frames", self.clips.num_frames)
         for key, value in {
             "clips.windows": self.clips.windows,
             "shards.max_samples": self.shards.max_samples,

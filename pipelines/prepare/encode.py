@@ -18,7 +18,7 @@ from loomvideo.model.codec import build_codec
 from loomvideo.model.conditioning import prompts
 from loomvideo.model.conditioning.inputs import MLLMInputs, build_inputs
 from loomvideo.model.conditioning.mllm import FrozenMLLM
-from loomvideo.model.sizes import ModelSize
+from loomvideo.model.sizes import ModelSize, model_size
 from loomvideo.pipelines.media.decode_process import IsolatedDecoder
 from loomvideo.pipelines.media.files import content_hash, local_copies, resolve
 from loomvideo.pipelines.prepare.config import FeatureOptions, PrepareConfig
@@ -74,6 +74,7 @@ class SampleLoader:
 
     def __init__(self, config: PrepareConfig, base: str, encoders: dict[str, str]):
         self.config, self.base, self.encoders = config, base, encoders
+        self.grid = model_size(config.model).grid
         self.decoder = IsolatedDecoder(config.workers.decode_timeout_s, config.decoder)
         self.decoder.start()
 
@@ -104,6 +105,7 @@ class SampleLoader:
                 [infos[path] for path in sample.references],
                 self.config.clips,
                 self.config.seed,
+                self.grid,
             )
             hashes = {path: content_hash(name) for path, name in local.items()}
             pixels = pixel_fingerprints(clips, hashes.__getitem__, sample)

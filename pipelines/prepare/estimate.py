@@ -1,7 +1,7 @@
 """How large a sample becomes, from its description and the configuration alone."""
 
-from loomvideo.model.codec import SPATIAL_STRIDE, TEMPORAL_STRIDE
-from loomvideo.model.sizes import ModelSize
+from loomvideo.model.conditioning.config import ProcessorConfig
+from loomvideo.model.sizes import ModelSize, model_size
 from loomvideo.pipelines.prepare.config import PrepareConfig
 from loomvideo.pipelines.prepare.geometry import IMAGE_TASKS
 from loomvideo.pipelines.sources.samples import Sample
@@ -10,23 +10,23 @@ _LATENT_BYTES = 2
 _FEATURE_BYTES = {"bf16": 2, "fp8": 1, "int8": 1}
 _CHARACTERS_PER_TOKEN = 4
 _TEMPLATE_TOKENS = 16
-# Frames the MLLM is shown, in pairs, of a clip to edit; a pair of 32x32 pixels is one token.
+# Frames the MLLM is shown, in pairs, of a clip to edit.
 _SHOWN_PAIRS = 2
-_PIXELS_PER_TOKEN = 32 * 32
+_BYTES_PER_PIXEL = 3
 
 
-def mllm_tokens(sample: Sample, pixels: int) -> tuple[int, int]:
+def mllm_tokens(sample: Sample, pixels: int, processor: ProcessorConfig) -> tuple[int, int]:
     """Estimated tokens of the text and of the media."""
     text = len(sample.text) // _CHARACTERS_PER_TOKEN + _TEMPLATE_TOKENS
     pictures = len(sample.references)
     if sample.source:
         pictures += 1 if sample.task in IMAGE_TASKS else _SHOWN_PAIRS
-    return text, pictures * pixels // _PIXELS_PER_TOKEN
+    return text, pictures * pixels // _pixels_per_token(processor)
 
 
 def estimated_tokens(sample: Sample, config: PrepareConfig) -> tuple[int, int]:
     """Estimated tokens of text and media at the largest bucket class."""
-    return mllm_tokens(sample, max(config.clips.buckets) ** 2)
+    return mllm_tokens(sample, max(config.clips.buckets) ** 2, model_size(config.model).mllm.processor)
 
 
 def estimated_bytes(sample: Sample, config: PrepareConfig, model: ModelSize) -> int:
@@ -34,16 +34,21 @@ def estimated_bytes(sample: Sample, config: PrepareConfig, model: ModelSize) -> 
     pixels = max(config.clips.buckets) ** 2
     is_image = sample.task in IMAGE_TASKS
     windows = 1 if is_image else config.clips.windows
-    frames = 1 if is_image else (config.clips.num_frames - 1) // TEMPORAL_STRIDE + 1
+    frames = 1 if is_image else model.grid.latent_frames(config.clips.num_frames)
     moments = 1 if model.codec.kind == "dct" else 2
-    picture = model.codec.latent_channels * pixels // SPATIAL_STRIDE**2 * _LATENT_BYTES * moments
+    picture = model.codec.latent_channels * pixels // model.grid.spatial_stride**2 * _LATENT_BYTES * moments
     clips = (2 if sample.source else 1) * windows * frames
     latents = picture * (clips + len(sample.references))
-    text, media = mllm_tokens(sample, pixels)
+    text, media = mllm_tokens(sample, pixels, model.mllm.processor)
     if config.features.mode == "stored" or (config.features.mode == "text" and not media):
         tokens = text + media + (media if media else 0)
         entries = windows if sample.source else 1
         layers = len(config.features.layers) or model.dit.num_layers
         width = layers * model.dit.mllm_dim * _FEATURE_BYTES[config.features.dtype]
         return latents + entries * tokens * width
-    return latents + media * _PIXELS_PER_TOKEN * 2 * 3 + 8 * (text + media)
+    shown_bytes = _pixels_per_token(model.mllm.processor) * model.mllm.processor.temporal_patch_size * _BYTES_PER_PIXEL
+    return latents + media * shown_bytes + 8 * (text + media)
+
+
+def _pixels_per_token(processor: ProcessorConfig) -> int:
+    return (processor.patch_size * processor.merge_size) ** 2

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from loomvideo.model.buckets import choose_bucket
-from loomvideo.model.clips import clip_indices, whole_latent_frames
+from loomvideo.model.clips import clip_indices
+from loomvideo.model.codec import LatentGrid
 from loomvideo.pipelines.media.decode import DEFAULT_FOLDER_FPS, MediaInfo
 from loomvideo.pipelines.prepare.config import ClipOptions
 from loomvideo.pipelines.sources.samples import Sample
@@ -57,6 +58,7 @@ def plan_clips(
     references: list[MediaInfo],
     options: ClipOptions,
     seed: int,
+    grid: LatentGrid,
 ) -> Clips:
     """Choose bucket and windows; source and target share both.
 
@@ -71,7 +73,7 @@ def plan_clips(
     is_image = sample.task in IMAGE_TASKS
     bucket = choose_bucket(width, height, options.buckets, "image" if is_image else "video")
     size = (width, height) if any((info.width, info.height) != (width, height) for info in media) else None
-    windows = [(0.0, [(0,)] * len(media))] if is_image else _windows(sample.key, media, options, seed)
+    windows = [(0.0, [(0,)] * len(media))] if is_image else _windows(sample.key, media, options, seed, grid)
     frames = len(windows[0][1][0])
     if not is_image and frames < options.min_frames:
         raise Filtered("too_short", f"{frames} frames at {options.fps:g} fps, clips.min_frames is {options.min_frames}")
@@ -86,15 +88,15 @@ def plan_clips(
 
 
 def _windows(
-    key: str, media: list[MediaInfo], options: ClipOptions, seed: int
+    key: str, media: list[MediaInfo], options: ClipOptions, seed: int, grid: LatentGrid
 ) -> list[tuple[float, list[tuple[int, ...]]]]:
     total = min(info.num_frames for info in media)
     windows, seen = [], set()
     for window in range(options.windows):
         # One draw in each of equal parts of the file: spread out, yet not always at the same place.
         start = (window + _uniform(seed, key, window)) / options.windows
-        indices = [clip_indices(_fps(info), total, options.num_frames, start, options.fps) for info in media]
-        length = whole_latent_frames(min(map(len, indices)))
+        indices = [clip_indices(_fps(info), total, options.num_frames, start, grid, options.fps) for info in media]
+        length = grid.whole_frames(min(map(len, indices)))
         cut = [tuple(part[:length]) for part in indices]
         if cut[0] not in seen:
             seen.add(cut[0])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loomvideo.model.codec import SPATIAL_STRIDE, TEMPORAL_STRIDE
+from loomvideo.model.codec import LatentGrid
 from loomvideo.model.sizes import model_size, with_folders
 from loomvideo.pipelines.media.files import base_folder
 from loomvideo.pipelines.prepare.config import PrepareConfig
@@ -48,16 +48,17 @@ def verify(dataset: ShardDataset) -> Iterator[Problem]:
     for group, split in zip(groups, names, strict=True):
         if group and splits.setdefault(group, split) != split:
             yield Problem("index.parquet", f"group {group!r} is in splits {splits[group]} and {split}")
+    grid = model_size(manifest.config["model"]).grid
     rows: dict[str, list[int]] = {}
     for row, shard in enumerate(index.column("shard").to_pylist()):
         rows.setdefault(shard, []).append(row)
     for shard in manifest.shards:
-        yield from _verify_shard(dataset, shard, rows.pop(shard.name, []))
+        yield from _verify_shard(dataset, shard, rows.pop(shard.name, []), grid)
     for name in rows:
         yield Problem("index.parquet", f"shard {name} is not in the manifest")
 
 
-def _verify_shard(dataset: ShardDataset, shard: ShardEntry, rows: list[int]) -> Iterator[Problem]:
+def _verify_shard(dataset: ShardDataset, shard: ShardEntry, rows: list[int], grid: LatentGrid) -> Iterator[Problem]:
     storage, path = dataset.storage, shard_path(shard.name)
     size = storage.size(path)
     if size != shard.num_bytes:
@@ -84,18 +85,17 @@ def _verify_shard(dataset: ShardDataset, shard: ShardEntry, rows: list[int]) -> 
                 yield Problem(f"{path}:{place['key']}", f"member {member} is not where the index says")
                 break
         else:
-            for what in shape_problems(dataset.read(row)):
+            for what in shape_problems(dataset.read(row), grid):
                 yield Problem(f"{path}:{place['key']}", what)
 
 
-def shape_problems(sample: ShardSample) -> Iterator[str]:
+def shape_problems(sample: ShardSample, grid: LatentGrid) -> Iterator[str]:
     """What of a sample's tensors contradicts its metadata or the rules of the format."""
     metadata, tensors = sample.metadata, sample.tensors
     width, height = metadata["bucket"]
-    frames = (metadata["num_frames"] - 1) // TEMPORAL_STRIDE + 1
-    if (metadata["num_frames"] - 1) % TEMPORAL_STRIDE:
-        yield f"{metadata['num_frames']} frames are not 4k+1"
-    shape = (frames, height // SPATIAL_STRIDE, width // SPATIAL_STRIDE)
+    if grid.whole_frames(metadata["num_frames"]) != metadata["num_frames"]:
+        yield f"{metadata['num_frames']} frames are not {grid.frames_rule}"
+    shape = grid.latent_shape(metadata["num_frames"], width, height)
     for member in ("target", "source"):
         for name, tensor in tensors.get(member, {}).items():
             if tuple(tensor.shape[1:]) != shape:

@@ -5,7 +5,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from loomvideo.model.clips import whole_latent_frames
 from loomvideo.pipelines.generation.generator import FileGenerator, ModelSource
 from loomvideo.pipelines.generation.requests import Request
 from loomvideo.pipelines.generation.settings import Settings
@@ -39,7 +38,7 @@ class PageGenerator:
             self._settings,
             width=request.width or 0,
             height=request.height or 0,
-            num_frames=whole_latent_frames(request.num_frames or self._settings.num_frames),
+            num_frames=self._generator.pipeline.grid.whole_frames(request.num_frames or self._settings.num_frames),
             steps=request.steps or self._settings.steps,
             scale=self._settings.scale if request.guidance_scale is None else request.guidance_scale,
         )

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from loomvideo.model import buckets, clips
+from loomvideo.model.codec import LatentGrid
 from loomvideo.platform.errors import UserError
 
 
@@ -49,7 +50,7 @@ def test_resize_agrees_with_pillow():
 @pytest.mark.parametrize("fps", [8, 23.976, 60])
 @pytest.mark.parametrize("start", [0.0, 0.37, 1.0])
 def test_clip_indices_are_4k_plus_1_and_inside(total, fps, start):
-    indices = clips.clip_indices(fps, total, 33, start)
+    indices = clips.clip_indices(fps, total, 33, start, LatentGrid(4, 16))
     assert len(indices) % 4 == 1
     assert indices == sorted(indices)
     assert 0 <= indices[0] <= indices[-1] < total
@@ -57,7 +58,7 @@ def test_clip_indices_are_4k_plus_1_and_inside(total, fps, start):
 
 def test_clip_indices_refuses_an_empty_file():
     with pytest.raises(UserError, match="0 frames"):
-        clips.clip_indices(24, 0, 33, 0.0)
+        clips.clip_indices(24, 0, 33, 0.0, LatentGrid(4, 16))
 
 
 def test_mllm_frames_include_both_ends():

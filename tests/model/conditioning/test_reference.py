@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import Qwen3VLConfig, Qwen3VLModel
 
 from loomvideo.model import buckets, clips
+from loomvideo.model.codec import LatentGrid
 from loomvideo.model.conditioning import prompts
 from loomvideo.model.conditioning.config import ProcessorConfig
 from loomvideo.model.conditioning.inputs import MLLMInputs, build_inputs
@@ -61,7 +62,9 @@ def test_buckets():
 
 def test_clip_indices():
     for case in data_cases()["clip"]:
-        indices = clips.clip_indices(case["fps"], case["total_frames"], case["num_frames"], case["start_ratio"])
+        indices = clips.clip_indices(
+            case["fps"], case["total_frames"], case["num_frames"], case["start_ratio"], LatentGrid(4, 16)
+        )
         assert indices == case["indices"], case
 
 
