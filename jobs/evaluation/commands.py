@@ -10,6 +10,8 @@ from loomvideo.jobs.evaluation.config import EvaluateConfig
 
 app = typer.Typer()
 
+RUN_HELP = "an evaluation run: evaluate/NAME, NAME or its folder"
+
 
 @config_command(app, "evaluate", "evaluate", lambda: EvaluateConfig)
 def evaluate(config: EvaluateConfig) -> None:
@@ -21,8 +23,8 @@ def evaluate(config: EvaluateConfig) -> None:
 
 @app.command("compare")
 def compare(
-    run_a: Annotated[str, typer.Argument(help="the baseline: an evaluation run's name")],
-    run_b: Annotated[str, typer.Argument(help="the candidate: an evaluation run's name")],
+    run_a: Annotated[str, typer.Argument(help=f"the baseline: {RUN_HELP}")],
+    run_b: Annotated[str, typer.Argument(help=f"the candidate: {RUN_HELP}")],
     metrics: Annotated[str, typer.Option(help="metrics to test, comma-separated; fewer give more power")] = "",
     runs: Annotated[Path, typer.Option(help="folder of all runs")] = Path("runs"),
     everything: Annotated[bool, typer.Option("--all", help="also list metrics without a difference")] = False,
@@ -36,13 +38,15 @@ def compare(
 
 @app.command("gate")
 def gate(
-    baseline: Annotated[str, typer.Option(help="evaluation run that the candidate must hold against")],
-    candidate: Annotated[str, typer.Option(help="evaluation run of the candidate")],
+    baseline: Annotated[str, typer.Option(help=f"what the candidate must hold against: {RUN_HELP}")],
+    candidate: Annotated[str, typer.Option(help=f"the candidate: {RUN_HELP}")],
     metric: Annotated[str, typer.Option(help="SUITE/METRIC, such as openve/judge")],
     min_delta: Annotated[float, typer.Option(help="least gain of the suite's mean; negative tolerates a loss")] = 0.0,
     max_regress: Annotated[float, typer.Option(help="largest real loss of a category")] = float("inf"),
     p: Annotated[float, typer.Option(help="significance level")] = 0.05,
-    model: Annotated[str, typer.Option(help="registered model to move the alias of; empty moves none")] = "",
+    registered_model: Annotated[
+        str, typer.Option(help="model in MLflow's registry to move the alias of; empty moves none")
+    ] = "",
     alias: Annotated[str, typer.Option(help="alias to move on success")] = "champion",
     runs: Annotated[Path, typer.Option(help="folder of all runs")] = Path("runs"),
     tracking_uri: Annotated[str, typer.Option(help="MLflow; default as in evaluate")] = "",
@@ -50,13 +54,14 @@ def gate(
     """Exit 0 and move a registry alias when the candidate holds against the baseline, else exit 1 and say why."""
     from loomvideo.jobs.evaluation.compare import run_gate
 
-    passed = run_gate(baseline, candidate, metric, min_delta, max_regress, p, model, alias, runs, tracking_uri)
+    limits, registry = (min_delta, max_regress, p), (registered_model, alias)
+    passed = run_gate(baseline, candidate, metric, *limits, *registry, runs, tracking_uri)
     raise typer.Exit(0 if passed else 1)
 
 
 @app.command("arena")
 def arena(
-    names: Annotated[list[str], typer.Argument(metavar="RUN RUN…", help="two or more evaluation runs")],
+    names: Annotated[list[str], typer.Argument(metavar="RUN RUN…", help=f"two or more of: {RUN_HELP}")],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE of evaluate, as judge.kind=…")] = None,
     runs: Annotated[Path, typer.Option(help="folder of all runs")] = Path("runs"),
 ) -> None:
@@ -68,7 +73,7 @@ def arena(
 
 @app.command("agreement")
 def agreement(
-    run: Annotated[str, typer.Argument(help="an evaluation run's name")],
+    run: Annotated[str, typer.Argument(help=RUN_HELP)],
     labels: Annotated[Path, typer.Option(help="CSV with suite,key,score; written empty when it does not exist")],
     runs: Annotated[Path, typer.Option(help="folder of all runs")] = Path("runs"),
     items: Annotated[int, typer.Option(help="samples to ask people about, when the CSV is made")] = 40,

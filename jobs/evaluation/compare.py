@@ -13,6 +13,7 @@ from rich.table import Table
 from loomvideo.jobs.command import job_config
 from loomvideo.jobs.evaluation.config import EvaluateConfig
 from loomvideo.jobs.evaluation.setup import JOB, judge_client, judge_session, store_folder, wide_console
+from loomvideo.jobs.weights.references import find_run
 from loomvideo.pipelines.evaluation import mlflow_report
 from loomvideo.pipelines.evaluation.arena import bradley_terry, position_bias
 from loomvideo.pipelines.evaluation.compare import GateRule, check_gate, compare_runs, differing_headers
@@ -30,7 +31,8 @@ from loomvideo.platform.tracking import default_tracking_uri
 
 def run_compare(a: str, b: str, metrics: list[str], runs: Path, everything: bool, tracking_uri: str) -> None:
     """Print and log the comparison of two runs."""
-    left, right = _load(runs, a), _load(runs, b)
+    baseline, folder = _run(runs, a), _run(runs, b)
+    left, right, a, b = load_suites(baseline.path), load_suites(folder.path), baseline.name, folder.name
     console = wide_console()
     for line in differing_headers(left, right):
         console.print(f"not comparable: {line}", style="yellow", highlight=False)
@@ -49,7 +51,6 @@ def run_compare(a: str, b: str, metrics: list[str], runs: Path, everything: bool
         table.add_row(name, *cells, str(t.num_samples), f"{t.detectable:.3f}", verdict)
     console.print(table)
     content = clean([dataclasses.asdict(c) for c in found])
-    folder = RunFolder(runs.absolute(), JOB, b)
     folder.write_text(f"compare-{a}.json", json.dumps(content, indent=1))
     client, run_id = _mlflow(folder, tracking_uri)
     client.log_artifact(run_id, str(folder.path / f"compare-{a}.json"), "compare")
@@ -66,7 +67,7 @@ def run_gate(
     min_delta: float,
     max_regress: float,
     p: float,
-    model: str,
+    registered_model: str,
     alias: str,
     runs: Path,
     tracking_uri: str,
@@ -75,11 +76,11 @@ def run_gate(
     suite, separator, name = metric.partition("/")
     if not separator:
         raise UserError(f"--metric {metric}: expected SUITE/METRIC, such as openve/judge")
-    a, b = _load(runs, baseline), _load(runs, candidate)
+    folder = _run(runs, candidate)
+    a, b = load_suites(_run(runs, baseline).path), load_suites(folder.path)
     if suite not in a or suite not in b:
         raise UserError(f"--metric {metric}: suite {suite} is not in both runs")
     reasons = check_gate(GateRule(suite, name, min_delta, max_regress, p), a, b)
-    folder = RunFolder(runs.absolute(), JOB, candidate)
     client, run_id = _mlflow(folder, tracking_uri)
     client.set_tag(run_id, "gate", "passed" if not reasons else "failed: " + "; ".join(reasons)[:4000])
     console = Console(markup=False)
@@ -88,19 +89,20 @@ def run_gate(
     if reasons:
         return False
     console.print(f"gate: {candidate} holds against {baseline} on {metric}", style="green", highlight=False)
-    if model:
+    if registered_model:
         weights = client.get_run(run_id).data.tags.get("loomvideo.weights", "")
         if not weights:
             raise UserError(f"{candidate}: its run names no weights to register")
         tags = {"gate": f"{metric} against {baseline}"}
-        version = mlflow_report.move_alias(client, model, alias, weights, run_id, tags)
-        console.print(f"registry: {model}@{alias} is now version {version}", highlight=False)
+        version = mlflow_report.move_alias(client, registered_model, alias, weights, run_id, tags)
+        console.print(f"registry: {registered_model}@{alias} is now version {version}", highlight=False)
     return True
 
 
 def run_agreement(run: str, labels: Path, runs: Path, items: int, tracking_uri: str) -> None:
     """Make a sheet to label, or read it and log how far the judge agrees with people."""
-    suites = {name: saved for name, saved in _load(runs, run).items() if saved.header["judge"] != "none"}
+    folder = _run(runs, run)
+    suites = {name: saved for name, saved in load_suites(folder.path).items() if saved.header["judge"] != "none"}
     if not suites:
         raise UserError(f"{run}: no judged suite in this run; evaluate with judge.kind set")
     console = wide_console()
@@ -109,7 +111,6 @@ def run_agreement(run: str, labels: Path, runs: Path, items: int, tracking_uri: 
         console.print(f"{labels}: {count} samples to label; fill in score (1 to 5) and run again", highlight=False)
         return
     human = _read_labels(labels, suites)
-    folder = RunFolder(runs.absolute(), JOB, run)
     client, run_id = _mlflow(folder, tracking_uri)
     table = Table(title="judge against people", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for header in ("suite", "items", "equal", "within one", "weighted kappa", "rank correlation", "judge minus people"):
@@ -134,7 +135,8 @@ def run_arena(names: list[str], overrides: list[str], runs: Path) -> None:
     config.judge.check()
     if config.judge.kind == "none":
         raise UserError("arena: set a judge, such as --set judge.kind=openai")
-    loaded = {name: _load(runs, name) for name in names}
+    folders = {folder.name: folder for folder in (_run(runs, name) for name in names)}
+    loaded = {name: load_suites(folder.path) for name, folder in folders.items()}
     shared = sorted(set.intersection(*(set(suites) for suites in loaded.values())))
     if not shared:
         raise UserError(f"arena: the runs {', '.join(names)} share no suite")
@@ -164,7 +166,7 @@ def run_arena(names: list[str], overrides: list[str], runs: Path) -> None:
             console.print(f"  {len(found.failures)} pairs failed: {', '.join(sorted(set(found.failures)))}")
         content = {"ratings": [dataclasses.asdict(s) for s in strengths], "order_changes": bias, "judge": j.kind}
         for s in strengths:
-            folder = RunFolder(runs.absolute(), JOB, s.model)
+            folder = folders[s.model]
             path = folder.write_text(f"arena-{suite}.json", json.dumps(clean(content), indent=1))
             client, run_id = _mlflow(folder, config.tracking_uri)
             client.log_artifact(run_id, str(path), "arena")
@@ -210,8 +212,8 @@ def _read_labels(path: Path, suites: dict[str, SavedSuite]) -> dict[str, dict[st
     return found
 
 
-def _load(runs: Path, name: str) -> dict[str, SavedSuite]:
-    return load_suites(RunFolder(runs.absolute(), JOB, name).path)
+def _run(runs: Path, reference: str) -> RunFolder:
+    return find_run(reference, runs, jobs=(JOB,)).run
 
 
 def _mlflow(folder: RunFolder, tracking_uri: str) -> tuple[MlflowClient, str]:

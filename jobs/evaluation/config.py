@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from loomvideo.jobs.weights.references import CHECKPOINT_KEY
 from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
 
@@ -84,7 +85,7 @@ class EvaluateConfig:
 
     run: str = option("", "run name; the same name continues the run; empty makes a new one from the time")
     runs: str = option("runs", "folder of all runs; on a cluster, shared storage")
-    checkpoint: str = option("", "training run as JOB/NAME, or a weights path; empty takes the newest training run")
+    checkpoint: str = option("", CHECKPOINT_KEY)
     generator: str = option("model", "model, identity (the source copied) or blend (target and source, for trying out)")
     suites: list[str] = option(["sample"], "what to run: sample, fashion, openve, refvie, imgedit, geneval, …")
     data: dict[str, str] = option({}, "suite to the folder of its download (data.openve=…)")
@@ -95,7 +96,9 @@ class EvaluateConfig:
     learned: list[str] = option([], "metrics with weights: clip, dino (and KID), fvd, lpips, pyiqa-NAME")
     learned_weights: dict[str, str] = option({}, "metric to the folder or file of its network (learned_weights.fvd=…)")
     store: str = option("", "where results are kept by content; empty for evaluation-store in the runs folder")
-    compare_with: str = option("", "evaluation run shown beside this one on the review page")
+    compare_with: str = option(
+        "", "evaluation run (evaluate/NAME, NAME or its folder) beside this one on the review page"
+    )
     step: int = option(0, "training step of a probe; its metrics are logged at it")
     max_films: int = option(100, "samples a suite whose films are uploaded to MLflow; 0 for all")
     external: dict[str, str] = option({}, "suite to the result file of its outside scorer (external.vbench=…)")

@@ -175,10 +175,9 @@ def _finish_suite(
     try:
         other_run = None
         if other and suite.name in other:
-            label = config.compare_with
-            compared = evaluation_folder(config, label)
+            compared = evaluation_folder(config, config.compare_with)
             note = RunFolder(compared.path, "suites", suite.name).read_json("mlflow.json") or {}
-            other_run = OtherRun(label, note.get("run_id", ""), other[suite.name])
+            other_run = OtherRun(compared.name, note.get("run_id", ""), other[suite.name])
         subtitle = f"{checkpoint.name} · judge {header['judge']} · rubrics {header['prompt_set']} · seed {config.seed}"
         review.write_review_page(place, store, result, rows, folder.name, child.run_id, subtitle, other_run)
         source = {"name": suite.name, "digest": manifest.digest, "source": str(manifest.root)}

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from loomvideo.jobs.evaluation.config import EvaluateConfig
-from loomvideo.jobs.weights.references import find_weights
+from loomvideo.jobs.weights.references import find_run, find_weights
 from loomvideo.model.codec import LatentGrid
 from loomvideo.model.sizes import PUBLISHED, model_size, stated_size
 from loomvideo.pipelines.evaluation.generators import BlendGenerator, Generator, IdentityGenerator
@@ -201,13 +201,10 @@ def store_folder(config: EvaluateConfig) -> Path:
     return Path(config.store or Path(config.runs) / "evaluation-store").absolute()
 
 
-def evaluation_folder(config: EvaluateConfig, name: str) -> RunFolder:
+def evaluation_folder(config: EvaluateConfig, reference: str) -> RunFolder:
     """The folder of an evaluation run.
 
     Raises:
-        UserError: if there is none of that name.
+        UserError: if there is none.
     """
-    folder = RunFolder(Path(config.runs).absolute(), JOB, name)
-    if not folder.path.is_dir():
-        raise UserError(f"{folder.path}: no such evaluation run")
-    return folder
+    return find_run(reference, config.runs, jobs=(JOB,), setting="compare_with").run

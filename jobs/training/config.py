@@ -53,7 +53,7 @@ class TrainingJobConfig:
     run: str = option("", "run name; the same name continues the run; empty makes a new one from the time")
     runs: str = option("runs", "folder of all runs; on a cluster, shared storage")
     model: str = option("tiny", "model size: tiny, small or 5b")
-    from_run: str = option("", "start from this run, NAME of the same runs folder or JOB/NAME")
+    from_run: str = option("", "start from this run: JOB/NAME, NAME or its folder; @STEP takes a checkpoint's weights")
     from_weights: str = option("", "start from weights: a folder, gen_model.pth, or a Wan2.2 diffusers folder")
     codec_folder: str = option("", "folder of the codec's weights, for model sizes that need one")
     mllm_folder: str = option("", "folder of the MLLM, for model sizes that need one")

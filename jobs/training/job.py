@@ -1,10 +1,8 @@
 """``loomvideo pretrain`` and ``loomvideo finetune-edit``: train, export, evaluate, record."""
 
 import dataclasses
-import json
 import logging
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +24,11 @@ from loomvideo.jobs.training.setup import (
     tasks_of,
     with_absolute_paths,
 )
+from loomvideo.jobs.weights.export import export_weights, open_checkpoint
 from loomvideo.model.kernels.node import model_shape, use_kernels
 from loomvideo.model.pipeline import LoomVideoPipeline
-from loomvideo.model.sizes import PIPELINE_FILE, ModelSize, model_size, with_folders
+from loomvideo.model.sizes import ModelSize, model_size, with_folders
 from loomvideo.pipelines.training.feature_pool import feature_pool
-from loomvideo.pipelines.training.recipe import LoomVideoRecipe
 from loomvideo.platform.cluster.doctor import Diagnosis, examine_cluster, preflight
 from loomvideo.platform.cluster.metrics import ExportingTracker
 from loomvideo.platform.config import flatten, to_yaml
@@ -38,7 +36,6 @@ from loomvideo.platform.ray_session import in_cluster, ray_session
 from loomvideo.platform.runs import RunFolder
 from loomvideo.platform.shards.reader import ShardDataset
 from loomvideo.platform.tracking import Tracker
-from loomvideo.platform.training.checkpoint import CheckpointFolder
 from loomvideo.platform.training.driver import train
 from loomvideo.platform.training.progress import WARNINGS_FILE
 
@@ -135,7 +132,9 @@ def _train_and_evaluate(
         if result["first_step"] == result["steps"]:
             # Nothing was left to train: what the run said when it did stays.
             result |= folder.read_json("result.json") or {}
-        weights = export_weights(config, build_recipe(), folder)
+        weights = folder.path / "weights"
+        kind = "ema" if config.training.ema.decay else "raw"
+        export_weights(build_recipe(), config, folder, open_checkpoint(folder), weights, kind, replace=True)
         result["weights"] = str(weights)
         if config.evaluation.samples:
             cpus = _evaluation_cpus(config)
@@ -159,20 +158,6 @@ def _check_cluster(config: TrainingJobConfig, folder: RunFolder, tracker: Tracke
         return diagnosis
 
     preflight(examine)
-
-
-def export_weights(config: TrainingJobConfig, recipe: LoomVideoRecipe, folder: RunFolder) -> Path:
-    """Write the averaged weights (the raw ones without an average) of the newest checkpoint to ``weights/``."""
-    checkpoint = CheckpointFolder(folder.path / "checkpoints").open()
-    kind = "ema" if config.training.ema.decay else "master"
-    target, staged = folder.path / "weights", folder.path / "weights.partial"
-    shutil.rmtree(staged, ignore_errors=True)
-    recipe.export(checkpoint.weights(kind), staged)
-    note = {"model": config.model, "step": checkpoint.step, "weights": kind, "run": f"{folder.job}/{folder.name}"}
-    (staged / PIPELINE_FILE).write_text(json.dumps(note, indent=2) + "\n")
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(staged, target)
-    return target
 
 
 def evaluate_weights(

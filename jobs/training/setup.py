@@ -10,6 +10,7 @@ from typing import Any
 
 from loomvideo.jobs.training.config import TrainingJobConfig
 from loomvideo.jobs.training.plan import Machine, machine_named, plan
+from loomvideo.jobs.weights.references import find_weights
 from loomvideo.model.sizes import ModelSize
 from loomvideo.pipelines.training.recipe import LoomVideoRecipe, StateSource
 from loomvideo.platform.errors import UserError
@@ -96,11 +97,9 @@ def _named_start(config: TrainingJobConfig, default_parent: str | None) -> Start
         return Start(config.from_weights)
     if not config.from_run:
         return None
-    job, _, name = config.from_run.rpartition("/")
-    parent = RunFolder(Path(config.runs).absolute(), job or default_parent or "pretrain", name)
-    if not parent.path.is_dir():
-        raise UserError(f"from_run={config.from_run}: {parent.path} does not exist")
-    return Start(str(parent.path / "weights"), f"{parent.job}/{parent.name}")
+    preferred = default_parent or "pretrain"
+    parent, weights = find_weights(config.from_run, config.runs, setting="from_run", preferred=preferred)
+    return Start(str(weights), f"{parent.job}/{parent.name}" if parent else "")
 
 
 def _default_start(config: TrainingJobConfig, default_parent: str | None) -> Start:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from loomvideo.jobs.command import config_command
+from loomvideo.jobs.weights.references import CHECKPOINT_HELP, RunReference, find_run
 from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.training.config import MixtureConfig, PackConfig
@@ -34,13 +35,16 @@ def register(app: typer.Typer, data_app: typer.Typer) -> None:
 
     @app.command("audit-resume")
     def audit(
-        run: Annotated[Path, typer.Argument(help="a run's folder, such as runs/pretrain/NAME")],
-        step: Annotated[int, typer.Option(help="checkpoint to start from; 0 takes the newest that can be checked")] = 0,
+        reference: Annotated[
+            str,
+            typer.Argument(metavar="RUN[@STEP]", help=f"{CHECKPOINT_HELP}; default: the newest to check"),
+        ],
         steps: Annotated[int, typer.Option(help="steps to repeat")] = 5,
         workers: Annotated[int, typer.Option(help="number of workers; 0 takes the run's")] = 0,
+        runs: Annotated[Path, typer.Option(help="folder of all runs")] = Path("runs"),
     ) -> None:
         """Repeat steps of a run from one of its checkpoints and compare losses, gradient norms and samples."""
-        print_audit(run, step, steps, workers)
+        print_audit(find_run(reference, runs), steps, workers)
 
 
 def print_simulation(config: SimulateConfig) -> None:
@@ -88,7 +92,7 @@ def print_simulation(config: SimulateConfig) -> None:
         console.print(f"fill is under 95 %: {advice}")
 
 
-def print_audit(run: Path, step: int, steps: int, workers: int) -> None:
+def print_audit(reference: RunReference, steps: int, workers: int) -> None:
     """Audit and print.
 
     Raises:
@@ -99,18 +103,15 @@ def print_audit(run: Path, step: int, steps: int, workers: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from loomvideo.jobs.training.config import TrainingJobConfig
     from loomvideo.jobs.training.setup import recipe_factory
+    from loomvideo.jobs.weights.export import run_config
     from loomvideo.model.sizes import model_size, with_folders
     from loomvideo.pipelines.training.feature_pool import feature_pool
-    from loomvideo.platform.config import load_config
     from loomvideo.platform.ray_session import ray_session
     from loomvideo.platform.shards.reader import ShardDataset
     from loomvideo.platform.training.audit import audit_resume
 
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run}/config.yaml: not found; name a run's folder such as runs/pretrain/NAME")
-    config = load_config(TrainingJobConfig, preset_file=run / "config.yaml")
+    run, config = reference.run.path, run_config(reference.run)
     same_world = workers in (0, config.training.workers.num)
     config.training.workers.num = workers or config.training.workers.num
     datasets = [ShardDataset.open(url) for url in config.data.shards]
@@ -122,7 +123,8 @@ def print_audit(run: Path, step: int, steps: int, workers: int) -> None:
         feature_pool(config.features, model, datasets) as features,
     ):
         factory = recipe_factory(config, datasets, kernels=config.kernels, features=features)
-        rows = audit_resume(run, config.training, factory, config.data.shards, Path(scratch), step, steps)
+        start, shards = reference.step or 0, config.data.shards
+        rows = audit_resume(run, config.training, factory, shards, Path(scratch), start, steps)
     table = Table("step", "samples", "loss", "repeated", "gradient norm", "repeated", "", box=None, padding=(0, 2))
     for row in rows:
         verdict = "equal" if row.same_bits else "close" if row.is_close else "DIFFERS"

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loomvideo.jobs.weights.references import CHECKPOINT_HELP, REFERENCE_HELP, find_run, split_step
 from loomvideo.platform.errors import UserError
 
 if TYPE_CHECKING:
@@ -12,51 +13,49 @@ if TYPE_CHECKING:
 
 app = typer.Typer(name="checkpoint", help="List, check, compare and export training checkpoints.", no_args_is_help=True)
 
-Place = Annotated[str, typer.Argument(help="a run's folder, RUN_FOLDER@STEP, or one step-… folder")]
+Reference = Annotated[str, typer.Argument(metavar="RUN[@STEP]", help=CHECKPOINT_HELP)]
+Runs = Annotated[Path, typer.Option(help="folder of all runs")]
+RUNS = Path("runs")
 
 
-def _folder(run: Path) -> "CheckpointFolder":
+def _steps(reference: str, runs: Path) -> "CheckpointFolder":
     from loomvideo.platform.training.checkpoint import CheckpointFolder
 
-    for path in (run / "checkpoints", run):
-        folder = CheckpointFolder(path)
-        if folder.steps():
-            return folder
-    raise UserError(f"{run}: no checkpoints; name a run's folder such as runs/pretrain/NAME")
+    run = find_run(reference, runs).run
+    folder = CheckpointFolder(run.path / "checkpoints")
+    if not folder.steps():
+        raise UserError(f"{reference}: {folder.path} holds no checkpoints")
+    return folder
 
 
-def _open(place: str) -> "Checkpoint":
-    from loomvideo.platform.training.checkpoint import Checkpoint, DamagedCheckpoint
+def _open(reference: str, runs: Path) -> "Checkpoint":
+    from loomvideo.jobs.weights.export import open_checkpoint
 
-    path, _, step = place.partition("@")
-    if step and not step.isdigit():
-        raise UserError(f"{place}: the part after @ is a step, such as 500")
-    try:
-        if (Path(path) / "manifest.json").is_file():
-            return Checkpoint(path)
-        return _folder(Path(path)).open(int(step) if step else None)
-    except DamagedCheckpoint as damage:
-        raise UserError(f"damaged checkpoint {damage}") from damage
+    found = find_run(reference, runs)
+    return open_checkpoint(found.run, found.step)
 
 
 @app.command("ls")
-def list_checkpoints(run: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
+def list_checkpoints(
+    run: Annotated[str, typer.Argument(metavar="RUN", help=REFERENCE_HELP)], runs: Runs = RUNS
+) -> None:
     """List a run's checkpoints."""
     import datetime
 
     from rich.console import Console
     from rich.table import Table
 
+    from loomvideo.jobs.weights.export import NAMES
     from loomvideo.platform.training.checkpoint import Checkpoint, DamagedCheckpoint
 
-    folder = _folder(run)
+    folder = _steps(run, runs)
     table = Table("step", "written", "ranks", "size", "weights", "digest", box=None, padding=(0, 2, 0, 0))
     for step in folder.steps():
         try:
             checkpoint = Checkpoint(folder.at(step))
             time = datetime.datetime.fromtimestamp(checkpoint.state["time"]).isoformat(" ", "seconds")
             size = f"{checkpoint.num_bytes / 1e6:,.1f} MB"
-            kinds = ", ".join(checkpoint.kinds)
+            kinds = ", ".join(NAMES.get(kind, kind) for kind in checkpoint.kinds)
             table.add_row(str(step), time, str(checkpoint.manifest["world_size"]), size, kinds, checkpoint.digest)
         except DamagedCheckpoint as damage:
             table.add_row(str(step), "damaged:", "", "", str(damage), "")
@@ -64,13 +63,12 @@ def list_checkpoints(run: Annotated[Path, typer.Argument(help="a run's folder")]
 
 
 @app.command()
-def verify(place: Place) -> None:
-    """Check the size and hash of every file; all checkpoints of a run's folder, or the named one."""
+def verify(reference: Reference, runs: Runs = RUNS) -> None:
+    """Check the size and hash of every file; of all checkpoints of a run, or of the named one."""
     from loomvideo.platform.training.checkpoint import Checkpoint, DamagedCheckpoint
 
-    path = Path(place)
-    one = "@" in place or (path / "manifest.json").is_file()
-    paths = [_open(place).path] if one else [_folder(path).at(step) for step in _folder(path).steps()]
+    folder, (_, step) = _steps(reference, runs), split_step(reference)
+    paths = [folder.at(step) for step in folder.steps()] if step is None else [_open(reference, runs).path]
     damaged = 0
     for checkpoint in paths:
         try:
@@ -85,16 +83,19 @@ def verify(place: Place) -> None:
 
 @app.command()
 def diff(
-    first: Place,
-    second: Place,
-    kind: Annotated[str, typer.Option(help="master, ema, exp_avg or exp_avg_sq")] = "master",
+    first: Reference,
+    second: Reference,
+    weights: Annotated[str, typer.Option(help="raw or ema weights, or the moments exp_avg or exp_avg_sq")] = "raw",
     top: Annotated[int, typer.Option(help="parameters to show, most changed first")] = 15,
+    runs: Runs = RUNS,
 ) -> None:
     """Compare two checkpoints: state, and weights one parameter at a time."""
     from rich.console import Console
     from rich.table import Table
 
-    one, other = _open(first), _open(second)
+    from loomvideo.jobs.weights.export import KINDS
+
+    one, other = _open(first, runs), _open(second, runs)
     for key in ("step", "optimizer_step", "world_size", "datasets"):
         if one.state.get(key) != other.state.get(key):
             print(f"{key}: {one.state.get(key)} | {other.state.get(key)}")
@@ -105,11 +106,12 @@ def diff(
     for name, shape in only:
         print(f"only in one: {name} {list(shape)}")
     rows = []
-    weights, other_weights = one.weights(kind), other.weights(kind)
+    kind = KINDS.get(weights, weights)
+    values, other_values = one.weights(kind), other.weights(kind)
     for name, shape in one.shapes.items():
         if other.shapes.get(name) == shape:
-            value = weights[name]
-            change = other_weights[name] - value
+            value = values[name]
+            change = other_values[name] - value
             rows.append((float(change.norm() / value.norm().clamp_min(1e-12)), float(change.abs().max()), name))
     equal = sum(largest == 0 for _, largest, _ in rows)
     print(f"{equal} of {len(rows)} parameters are equal bit by bit")
@@ -123,43 +125,40 @@ def diff(
 
 @app.command()
 def export(
-    place: Place,
+    reference: Reference,
     output: Annotated[Path, typer.Argument(help="weights folder to write")],
     weights: Annotated[str, typer.Option(help="ema or raw; default: ema where the checkpoint has it")] = "",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32")] = "float32",
     adapter: Annotated[bool, typer.Option("--adapter", help="write LoRA adapters alone, in PEFT's format")] = False,
+    runs: Runs = RUNS,
 ) -> None:
     """Write a weights folder that `generate`, `evaluate` and diffusers' key names understand; adapters are merged.
 
     One parameter at a time is in memory, whatever the number of ranks that wrote the checkpoint.
     """
-    import json
-
     import torch
 
-    from loomvideo.jobs.training.config import TrainingJobConfig
+    from loomvideo.jobs.weights.export import (
+        KINDS,
+        default_kind,
+        export_weights,
+        open_checkpoint,
+        run_config,
+        run_recipe,
+        staged_folder,
+    )
     from loomvideo.model.lora import save_adapter
-    from loomvideo.model.sizes import PIPELINE_FILE
-    from loomvideo.model.weights import save_dit
-    from loomvideo.pipelines.training.recipe import LoomVideoRecipe
-    from loomvideo.platform.config import load_config
 
-    if weights not in ("", "ema", "raw") or dtype not in ("bfloat16", "float16", "float32"):
+    if weights not in ("", *KINDS) or dtype not in ("bfloat16", "float16", "float32"):
         raise UserError(f"--weights={weights} --dtype={dtype}: use ema or raw; bfloat16, float16 or float32")
-    checkpoint = _open(place)
-    run = checkpoint.path.parent.parent
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run}/config.yaml: not found; it says which model the checkpoint is of")
-    config = load_config(TrainingJobConfig, preset_file=run / "config.yaml")
-    kind = {"ema": "ema", "raw": "master"}.get(weights) or ("ema" if "ema" in checkpoint.kinds else "master")
-    state, precision = checkpoint.weights(kind), getattr(torch, dtype)
+    found, precision = find_run(reference, runs), getattr(torch, dtype)
+    config, checkpoint = run_config(found.run), open_checkpoint(found.run, found.step)
     if adapter:
         if not config.lora.rank:
-            raise UserError(f"{run}: --adapter: the run trained no adapters (lora.rank=0)")
-        save_adapter(state, config.lora, output, precision)
+            raise UserError(f"{found.run.path}: --adapter: the run trained no adapters (lora.rank=0)")
+        kind = weights or default_kind(checkpoint)
+        with staged_folder(output) as staged:
+            save_adapter(checkpoint.weights(KINDS[kind]), config.lora, staged, precision)
     else:
-        recipe = LoomVideoRecipe(config.model, config.objective, [], lora=config.lora)
-        save_dit(recipe.published(state), recipe.config, output, dtype=precision)
-        note = {"model": config.model, "step": checkpoint.step, "weights": kind, "run": f"{run.parent.name}/{run.name}"}
-        (output / PIPELINE_FILE).write_text(json.dumps(note, indent=2) + "\n")
+        kind = export_weights(run_recipe(config), config, found.run, checkpoint, output, weights, precision)
     print(f"{output}: {kind} {'adapters' if adapter else 'weights'} of step {checkpoint.step}")

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from loomvideo.jobs.weights.references import CHECKPOINT_KEY
 from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
 
@@ -10,7 +11,7 @@ from loomvideo.platform.errors import UserError
 class ModelChoice:
     """Keys that ``generate`` and ``serve`` share."""
 
-    checkpoint: str = option("", "JOB/NAME of a run, a weights folder or gen_model.pth; empty takes the newest run")
+    checkpoint: str = option("", CHECKPOINT_KEY)
     runs: str = option("runs", "folder of all runs")
     model: str = option("", "model size of a checkpoint that does not state one: tiny, small or 5b")
     codec_folder: str = option("", "folder of the codec's weights, for model sizes that need one")

@@ -1,6 +1,7 @@
 import dataclasses
 
 import torch
+from fixtures.checkpoints import write_checkpoint
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -10,34 +11,8 @@ from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.lora import MergedWeights, adapt
 from loomvideo.model.sizes import model_size
 from loomvideo.model.weights import load_dit
-from loomvideo.platform.training.checkpoint import CheckpointFolder
 
 runner = CliRunner()
-
-
-def write(run, step, tensors, world_size=2):
-    """A checkpoint of these full tensors with an average of minus the weights, cut over two ranks."""
-    folder = CheckpointFolder(run / "checkpoints")
-    for rank in range(world_size):
-        parts, ranges = {}, {}
-        for name, tensor in tensors.items():
-            length = -(-tensor.numel() // world_size)
-            start, stop = min(rank * length, tensor.numel()), min((rank + 1) * length, tensor.numel())
-            if start < stop:
-                parts[f"master/{name}"] = tensor.flatten()[start:stop].clone()
-                parts[f"ema/{name}"] = -tensor.flatten()[start:stop]
-                ranges[name] = [start, stop]
-        folder.write_rank(step, rank, world_size, parts, ranges)
-    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    state = {
-        "step": step,
-        "optimizer_step": step,
-        "shapes": shapes,
-        "time": 0.0,
-        "config": {"steps": 9},
-        "datasets": [],
-    }
-    return folder.commit(step, world_size, state | {"world_size": world_size})
 
 
 def invoke(*arguments):
@@ -46,10 +21,10 @@ def invoke(*arguments):
 
 def test_ls_verify_and_diff(tmp_path):
     weights = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(5)}
-    write(tmp_path, 1, weights)
-    damaged = write(tmp_path, 2, weights | {"b": torch.tensor([1.0, 1, 1, 1, 2])})
+    write_checkpoint(tmp_path, 1, weights)
+    damaged = write_checkpoint(tmp_path, 2, weights | {"b": torch.tensor([1.0, 1, 1, 1, 2])})
     listed = invoke("ls", tmp_path).output
-    assert "master, ema" in listed
+    assert "raw, ema" in listed
     assert invoke("verify", tmp_path).exit_code == 0
     compared = invoke("diff", f"{tmp_path}@1", f"{tmp_path}@2").output
     assert "1 of 2 parameters are equal bit by bit" in compared
@@ -65,20 +40,20 @@ def test_ls_verify_and_diff(tmp_path):
 
 
 def test_places_that_are_none_say_so(tmp_path):
-    assert "no checkpoints; name a run's folder" in str(invoke("ls", tmp_path).exception)
-    write(tmp_path, 3, {"a": torch.ones(2)})
+    assert "holds no checkpoints" in str(invoke("ls", tmp_path).exception)
+    write_checkpoint(tmp_path, 3, {"a": torch.ones(2)})
     assert "no checkpoint of step 4; there are 3" in str(invoke("verify", f"{tmp_path}@4").exception)
 
 
 def test_export_writes_a_weights_folder(tmp_path):
     model = LoomVideoDiT(model_size("tiny").dit)
     state = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    write(tmp_path, 7, state, world_size=3)
+    write_checkpoint(tmp_path, 7, state, world_size=3)
     (tmp_path / "config.yaml").write_text("model: tiny\n")
     output = tmp_path / "weights"
     result = invoke("export", tmp_path, output, "--weights", "raw")
     assert result.exit_code == 0, result.exception
-    assert "master weights of step 7" in result.output
+    assert "raw weights of step 7" in result.output
     loaded = load_dit(output)
     for name, parameter in loaded.named_parameters():
         assert torch.equal(parameter, state[name])
@@ -89,7 +64,7 @@ def test_export_merges_adapters_or_writes_them_alone(tmp_path):
     model, lora = LoomVideoDiT(model_size("tiny").dit), LoRAConfig(rank=2, dora=True)
     adapt(model, lora)
     state = {name: torch.randn_like(parameter) for name, parameter in model.named_parameters()}
-    write(tmp_path, 7, state)
+    write_checkpoint(tmp_path, 7, state)
     settings = "\n".join(f"  {key}: {value}" for key, value in dataclasses.asdict(lora).items() if value)
     (tmp_path / "config.yaml").write_text(f"model: tiny\nlora:\n{settings}\n")
     assert invoke("export", tmp_path, tmp_path / "weights", "--weights", "raw").exit_code == 0
