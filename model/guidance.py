@@ -5,11 +5,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-FULL, VISUAL, UNCONDITIONAL = "full", "visual", "unconditional"
-"""Branches: everything; media without text; neither (negative prompt, no source, no references)."""
+from loomvideo.model import tasks
+from loomvideo.model.tasks import FULL, UNCONDITIONAL, VISUAL
 
 NUM_STEPS = 50
-EDIT_SCALE, GENERATE_SCALE, VISUAL_SCALE = 2.5, 5.0, 1.5
 
 
 @dataclass(frozen=True)
@@ -24,9 +23,13 @@ class Guidance:
 
     @classmethod
     def default(cls, task: str) -> "Guidance":
-        """The published scales of a task (``pipelines.samples.TASKS``)."""
-        scale = EDIT_SCALE if task.endswith("edit") else GENERATE_SCALE
-        return cls(scale, None if task in ("t2i", "t2v") else VISUAL_SCALE)
+        """The published scales of a task.
+
+        Raises:
+            UserError: if there is no such task.
+        """
+        found = tasks.wording(task)
+        return cls(found.scale, found.visual_scale)
 
     def weights(self) -> dict[str, float]:
         """Weight of each branch's velocity; they add up to 1 and a branch without weight is left out."""

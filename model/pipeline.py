@@ -21,10 +21,10 @@ from loomvideo.model.parallel import Ranks
 from loomvideo.model.sampler import Branch, SchedulerConfig, sample
 from loomvideo.model.shortcuts import Shortcuts
 from loomvideo.model.sizes import PIPELINE_FILE, ModelSize, model_size, stated_size, with_folders
+from loomvideo.model.tasks import wording
 from loomvideo.model.weights import load_dit, open_checkpoint
 from loomvideo.platform.errors import UserError
 
-EDIT_TASKS = ("image_edit", "video_edit", "ref_edit")
 MAX_SOURCE_FRAMES = 97
 """Of a source that is fitted to the model, unless the call says how many."""
 
@@ -141,7 +141,7 @@ class LoomVideoPipeline:
         """Encode everything that does not change over the steps.
 
         Args:
-            task: ``t2i, t2v, image_edit, video_edit, ref_edit`` or ``mi2v``.
+            task: A name of :data:`loomvideo.model.tasks.WORDINGS`.
             prompt: Instruction or caption.
             source: uint8 [frames, height, width, 3] to edit; frames and sides as the codec takes them.
             references: uint8 [height, width, 3] each, sides as the codec takes them.
@@ -152,7 +152,7 @@ class LoomVideoPipeline:
         Raises:
             UserError: if the task lacks its source or references or the size is none the codec can make.
         """
-        if (task in EDIT_TASKS) != (source is not None):
+        if wording(task).needs_source != (source is not None):
             raise UserError(f"task={task}: {'source is missing' if source is None else 'takes no source'}")
         if source is not None:
             num_frames, size = len(source), (source.shape[2], source.shape[1])
@@ -252,7 +252,7 @@ class LoomVideoPipeline:
 
         Args:
             prompt: Instruction or caption.
-            task: ``t2i, t2v, image_edit, video_edit, ref_edit`` or ``mi2v``.
+            task: A name of :data:`loomvideo.model.tasks.WORDINGS`.
             source: What to edit: uint8 [frames, height, width, 3], or Pillow images.
             references: Pictures: uint8 [height, width, 3] each, or Pillow images.
             size: ``(width, height)`` of what is generated; an edit takes its source's.
@@ -274,7 +274,7 @@ class LoomVideoPipeline:
         """
         if buckets:
             most = num_frames if num_frames > 1 else MAX_SOURCE_FRAMES
-            most = 1 if task == "image_edit" else most
+            most = 1 if wording(task).is_image else most
             source = None if source is None else fit_clip(source, buckets, most, source_fps, self.grid)
             references = [fit_picture(picture, buckets) for picture in references]
         source = None if source is None else as_clip(source)

@@ -11,13 +11,14 @@ import numpy as np
 from loomvideo.jobs.training.config import HeldoutConfig
 from loomvideo.model.guidance import Guidance
 from loomvideo.model.pipeline import LoomVideoPipeline, without_source
+from loomvideo.model.tasks import TASKS
 from loomvideo.pipelines.evaluation.media import SheetRow, contact_sheet, save_png
 from loomvideo.pipelines.evaluation.metrics import psnr_db
 from loomvideo.pipelines.media.files import base_folder
 from loomvideo.pipelines.media.video_writer import write_video
 from loomvideo.pipelines.prepare.config import ClipOptions, PrepareConfig
 from loomvideo.pipelines.prepare.encode import LoadedSample, SampleLoader
-from loomvideo.pipelines.sources.samples import EDIT_TASKS, Sample, read_jsonl
+from loomvideo.pipelines.sources.samples import Sample, read_jsonl
 from loomvideo.platform.errors import UserError
 
 FPS = 24.0
@@ -53,8 +54,8 @@ def evaluate_heldout(
         folder: Receives ``edits.png``, ``generated.png`` and ``films/*.mp4``.
     """
     samples = [s for s in read_jsonl(Path(config.samples)) if s.assigned_split(0.0) == "heldout" and s.task in tasks]
-    edits = _spread([s for s in samples if s.task in EDIT_TASKS], config.num_edits)
-    generated = _spread([s for s in samples if s.task not in EDIT_TASKS], config.num_generated)
+    edits = _spread([s for s in samples if TASKS[s.task].needs_source], config.num_edits)
+    generated = _spread([s for s in samples if not TASKS[s.task].needs_source], config.num_generated)
     if not edits and not generated:
         raise UserError(f"evaluation.samples={config.samples}: no held-out samples of {', '.join(sorted(tasks))}")
     clips = ClipOptions(num_frames=config.num_frames, buckets=config.buckets)

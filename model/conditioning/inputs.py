@@ -17,6 +17,7 @@ from loomvideo.model.clips import mllm_frame_indices
 from loomvideo.model.conditioning import prompts
 from loomvideo.model.conditioning.config import ProcessorConfig
 from loomvideo.model.conditioning.tokenizer import MLLMTokenizer
+from loomvideo.model.tasks import Medium, wording
 from loomvideo.platform.errors import UserError
 
 # What clips are assumed to run at when their frames are resampled and given timestamps, as published.
@@ -64,7 +65,7 @@ def build_inputs(
     """Build the MLLM's inputs of one sample.
 
     Args:
-        task: One of :data:`prompts.KINDS`.
+        task: One of :data:`loomvideo.model.tasks.WORDINGS`.
         text: Instruction, caption or prompt.
         source_frames: uint8 ``[frames, height, width, 3]`` of the clip to edit (one frame for an image), else None. Of
             more than 15 frames those of :func:`mllm_frame_indices` are shown.
@@ -77,11 +78,11 @@ def build_inputs(
     Raises:
         UserError: if the task lacks its source or references, has ones it cannot use, or a picture is too narrow.
     """
-    kind = prompts.kind_of(task)
+    kind = wording(task)
     if (kind.source is None) != (source_frames is None):
         raise UserError(f"task {task} {'takes no source' if kind.source is None else 'needs a source'}")
-    if kind.references != bool(references):
-        raise UserError(f"task {task} {'needs references' if kind.references else 'takes no references'}")
+    if kind.needs_references != bool(references):
+        raise UserError(f"task {task} {'needs references' if kind.needs_references else 'takes no references'}")
     media = iter([source_frames, *references] if kind.source else references)
     content, images, videos = "", [], []
     for medium, words in prompts.compose(task, text, len(references), variant):
@@ -168,7 +169,7 @@ def _resample(num_frames: int, config: ProcessorConfig) -> tuple[list[int], list
     return [clip[position] for position in positions], times
 
 
-def _patchify(frames: torch.Tensor, medium: prompts.Medium, config: ProcessorConfig) -> tuple[torch.Tensor, list[int]]:
+def _patchify(frames: torch.Tensor, medium: Medium, config: ProcessorConfig) -> tuple[torch.Tensor, list[int]]:
     """uint8 ``[frames, height, width, 3]`` to patches in merge-block order and their grid."""
     patch, merge, pair = config.patch_size, config.merge_size, config.temporal_patch_size
     limits = (

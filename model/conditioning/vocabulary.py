@@ -8,7 +8,8 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from loomvideo.model.conditioning.prompts import KINDS, SPECIAL_TOKENS
+from loomvideo.model.conditioning.prompts import SPECIAL_TOKENS
+from loomvideo.model.tasks import WORDINGS
 
 TOKENIZER_FILE = Path(__file__).with_name("tokenizer.json")
 
@@ -37,7 +38,7 @@ def build() -> Tokenizer:
     )
     words = sorted(set(WORDS_FILE.read_text(encoding="utf-8").split()))
     lines = [form for word in words for form in (word, " " + word, word.capitalize())]
-    lines += [" seconds>"] + [kind.opening for kind in KINDS.values()]
+    lines += [" seconds>"] + [kind.opening for kind in WORDINGS.values()]
     tokenizer.train_from_iterator(lines, trainer)
     return tokenizer
 

@@ -10,11 +10,12 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from loomvideo.model.tasks import TASKS
 from loomvideo.pipelines.captions.captioner import Captioner, CaptionResult, with_text
 from loomvideo.pipelines.captions.frames import FrameReader
 from loomvideo.pipelines.captions.options import CaptionOptions, CaptionWorkers
 from loomvideo.pipelines.sources import Rejected, open_source
-from loomvideo.pipelines.sources.samples import EDIT_TASKS, Sample, stored_sample
+from loomvideo.pipelines.sources.samples import Sample, stored_sample
 from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
 
@@ -94,7 +95,7 @@ def caption_dataset(
 
 def asked_for(sample: Sample, options: CaptionOptions) -> bool:
     """Whether the mode is about this kind of sample: the text of an edit is its instruction, of others a caption."""
-    return (sample.task in EDIT_TASKS) == (options.mode == "instruction")
+    return TASKS[sample.task].needs_source == (options.mode == "instruction")
 
 
 def _unfinished(entry: Sample | Rejected) -> Sample | Rejected:

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from loomvideo.model.tasks import TASKS
 from loomvideo.pipelines.captions import schema
-from loomvideo.pipelines.sources.samples import EDIT_TASKS, Sample
+from loomvideo.pipelines.sources.samples import Sample
 from loomvideo.pipelines.vlm.requests import FrameSampling, Media, VLMRequest, encode_media, labelled
 
 # Part of every request's digest: raise it when a wording below changes.
@@ -78,7 +79,7 @@ def caption_request(
     """
     media: tuple[Media, ...] = ()
     if mode == "instruction":
-        if source is None or sample.task not in EDIT_TASKS:
+        if source is None or not TASKS[sample.task].needs_source:
             raise ValueError(f"{sample.key}: an instruction needs source and target")
         media += (encode_media("Before editing", source, sampling),)
     media += (encode_media("After editing" if media else "Shown", target, sampling),)

@@ -14,10 +14,9 @@ from loomvideo.model.buckets import choose_bucket, resize_and_crop
 from loomvideo.model.clips import TARGET_FPS, clip_indices
 from loomvideo.model.codec import LatentGrid
 from loomvideo.model.sizes import PUBLISHED, model_size
+from loomvideo.model.tasks import task
 from loomvideo.pipelines.evaluation.suites.items import EvalItem
 from loomvideo.pipelines.media.decode import MediaInfo, open_media
-
-IMAGE_TASKS = ("t2i", "image_edit")
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def load_item(item: EvalItem, root: Path, options: InputOptions) -> LoadedItem:
     Raises:
         DecodeError: for a file that cannot be used.
     """
-    kind = "image" if item.task in IMAGE_TASKS else "video"
+    kind = task(item.task).makes
     wanted = 1 if kind == "image" else options.num_frames
     size: tuple[int, int] | None = None
     references = []

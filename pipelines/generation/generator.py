@@ -16,6 +16,7 @@ from loomvideo.model.clips import TARGET_FPS, clip_indices
 from loomvideo.model.fingerprints import weights_fingerprint
 from loomvideo.model.pipeline import Conditions, LoomVideoPipeline
 from loomvideo.model.shortcuts import Shortcuts
+from loomvideo.model.tasks import requested_task
 from loomvideo.pipelines.generation.requests import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Request
 from loomvideo.pipelines.generation.results import content_hash, digest, sidecar_path, write_result
 from loomvideo.pipelines.generation.settings import Settings
@@ -138,25 +139,24 @@ class FileGenerator:
         if max(settings.size()) > MAX_SIDE:
             raise UserError(f"width={settings.width} height={settings.height}: sides of at most {MAX_SIDE} are made")
         source_info = self._probe("source", request.source) if request.source else None
-        task = _resolved_task(request.task, source_info)
-        is_image = task in ("t2i", "image_edit")
-        accepted = IMAGE_SUFFIXES if is_image else VIDEO_SUFFIXES
+        task = requested_task(request.task, source_info.kind if source_info else None)
+        accepted = IMAGE_SUFFIXES if task.is_image else VIDEO_SUFFIXES
         if Path(request.out).suffix.lower() not in accepted:
-            made = "a picture" if is_image else "a video"
-            raise UserError(f"out={request.out}: {task} makes {made}, name a {' or '.join(accepted)} file")
+            made = "a picture" if task.is_image else "a video"
+            raise UserError(f"out={request.out}: {task.name} makes {made}, name a {' or '.join(accepted)} file")
         with self._memory_errors(request):
-            source = self._clip(request.source, source_info, task) if source_info else None
+            source = self._clip(request.source, source_info, task.is_image) if source_info else None
             references = [self._picture(path) for path in request.refs]
             conditions = self.pipeline.encode(
-                task,
+                task.name,
                 request.prompt,
                 source,
                 references,
                 None if source is not None else settings.size(),
-                1 if is_image else settings.num_frames,
+                1 if task.is_image else settings.num_frames,
                 request.negative_prompt,
             )
-        return Prepared(request, task, conditions, self.facts(request))
+        return Prepared(request, task.name, conditions, self.facts(request))
 
     def sample(
         self,
@@ -223,9 +223,8 @@ class FileGenerator:
             raise UserError(f"{key}={path}: has no frames")
         return info
 
-    def _clip(self, path: str, info: MediaInfo, task: str) -> np.ndarray:
+    def _clip(self, path: str, info: MediaInfo, is_image: bool) -> np.ndarray:
         """Frames of the source at the published rate, brought to its bucket."""
-        is_image = task == "image_edit"
         indices = [0]
         if not is_image:
             fps, grid = info.fps or TARGET_FPS, self.pipeline.grid
@@ -247,17 +246,6 @@ class FileGenerator:
             return np.concatenate(list(self.decoder.read(path, indices, TARGET_FPS)))
         except DecodeError as error:
             raise UserError(f"{key}={path}: {error}") from error
-
-
-def _resolved_task(task: str, source: MediaInfo | None) -> str:
-    """``edit`` is an image or a video edit by what the source is."""
-    if source is None:
-        return task
-    if task == "edit":
-        return "image_edit" if source.kind == "image" else "video_edit"
-    if task == "video_edit" and source.kind == "image":
-        raise UserError("task=video_edit: the source is a picture; use task=edit or task=image_edit")
-    return task
 
 
 @contextlib.contextmanager

@@ -5,11 +5,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from loomvideo.model.tasks import requested_task
 from loomvideo.platform.errors import UserError
 
-TASKS = ("t2i", "t2v", "edit", "image_edit", "video_edit", "ref_edit", "mi2v")
-NEEDS_SOURCE = ("edit", "image_edit", "video_edit", "ref_edit")
-NEEDS_REFERENCES = ("ref_edit", "mi2v")
 IMAGE_SUFFIXES, VIDEO_SUFFIXES = (".png", ".webp"), (".mp4",)
 MAX_REFERENCES = 6
 MAX_PROMPT_CHARACTERS = 4000
@@ -33,16 +31,15 @@ class Request:
         Raises:
             UserError: naming the key and the fix.
         """
-        if self.task not in TASKS:
-            raise UserError(f"task={self.task}: choose one of {', '.join(TASKS)}")
+        task = requested_task(self.task)
         if not self.prompt.strip():
             raise UserError("prompt: must not be empty")
         for key, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt)):
             if len(text) > MAX_PROMPT_CHARACTERS:
                 raise UserError(f"{key}: {len(text)} characters, at most {MAX_PROMPT_CHARACTERS} are accepted")
-        if (self.task in NEEDS_SOURCE) != bool(self.source):
-            raise UserError(f"task={self.task}: {'set source=' if self.task in NEEDS_SOURCE else 'takes no source'}")
-        if (self.task in NEEDS_REFERENCES) != bool(self.refs):
+        if task.needs_source != bool(self.source):
+            raise UserError(f"task={self.task}: {'set source=' if task.needs_source else 'takes no source'}")
+        if task.needs_references != bool(self.refs):
             raise UserError(f"task={self.task}: {'set refs=[…]' if not self.refs else 'takes no refs'}")
         if len(self.refs) > MAX_REFERENCES:
             raise UserError(f"refs: {len(self.refs)} references, at most {MAX_REFERENCES} are accepted")

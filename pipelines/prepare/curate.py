@@ -15,6 +15,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from loomvideo.model.tasks import TASKS
 from loomvideo.pipelines.media.decode import DecodeError
 from loomvideo.pipelines.media.decode_process import IsolatedDecoder
 from loomvideo.pipelines.media.files import base_folder, content_hash, local_copies, media_stamp, resolve
@@ -25,7 +26,7 @@ from loomvideo.pipelines.prepare.curation.duplicates import exact_duplicates, ne
 from loomvideo.pipelines.prepare.curation.options import StageOptions
 from loomvideo.pipelines.prepare.curation.pair_audit import in_step_paths
 from loomvideo.pipelines.prepare.curation.shots import build_detector, shot_samples, shot_thumbnails, shots
-from loomvideo.pipelines.sources.samples import EDIT_TASKS, Sample, media_paths, stored_sample
+from loomvideo.pipelines.sources.samples import Sample, media_paths, stored_sample
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.plan import PlannedShard, digest
 from loomvideo.platform.shards.storage import Storage
@@ -288,7 +289,7 @@ def decide(
             p: ("exact_duplicate", first) for p, first in exact_duplicates([j.identity for _, j in kept]).items()
         }
     if limits.perceptual:
-        labels = [(s.text, s.source) if s.task in EDIT_TASKS else (s.task, s.text) for s, _ in kept]
+        labels = [(s.text, s.source) if TASKS[s.task].needs_source else (s.task, s.text) for s, _ in kept]
         signatures = [np.array(j.signature, np.uint64) for _, j in kept]
         near = near_duplicates(signatures, labels, limits)
         repeats = {p: ("near_duplicate", first) for p, first in near.items()} | repeats

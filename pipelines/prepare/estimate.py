@@ -2,8 +2,8 @@
 
 from loomvideo.model.conditioning.config import ProcessorConfig
 from loomvideo.model.sizes import ModelSize, model_size
+from loomvideo.model.tasks import TASKS
 from loomvideo.pipelines.prepare.config import PrepareConfig
-from loomvideo.pipelines.prepare.geometry import IMAGE_TASKS
 from loomvideo.pipelines.sources.samples import Sample
 
 _LATENT_BYTES = 2
@@ -20,7 +20,7 @@ def mllm_tokens(sample: Sample, pixels: int, processor: ProcessorConfig) -> tupl
     text = len(sample.text) // _CHARACTERS_PER_TOKEN + _TEMPLATE_TOKENS
     pictures = len(sample.references)
     if sample.source:
-        pictures += 1 if sample.task in IMAGE_TASKS else _SHOWN_PAIRS
+        pictures += 1 if TASKS[sample.task].is_image else _SHOWN_PAIRS
     return text, pictures * pixels // _pixels_per_token(processor)
 
 
@@ -32,7 +32,7 @@ def estimated_tokens(sample: Sample, config: PrepareConfig) -> tuple[int, int]:
 def estimated_bytes(sample: Sample, config: PrepareConfig, model: ModelSize) -> int:
     """Bytes of a sample in a shard; the largest bucket class is assumed."""
     pixels = max(config.clips.buckets) ** 2
-    is_image = sample.task in IMAGE_TASKS
+    is_image = TASKS[sample.task].is_image
     windows = 1 if is_image else config.clips.windows
     frames = 1 if is_image else model.grid.latent_frames(config.clips.num_frames)
     moments = 1 if model.codec.kind == "dct" else 2

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from loomvideo.model.buckets import choose_bucket
 from loomvideo.model.clips import clip_indices
 from loomvideo.model.codec import LatentGrid
+from loomvideo.model.tasks import TASKS
 from loomvideo.pipelines.media.decode import DEFAULT_FOLDER_FPS, MediaInfo
 from loomvideo.pipelines.prepare.config import ClipOptions
 from loomvideo.pipelines.sources.samples import Sample
@@ -14,7 +15,6 @@ from loomvideo.platform.shards.plan import digest
 
 # Raise when the same files and options give other pixels than before.
 PIXELS_VERSION = 1
-IMAGE_TASKS = ("t2i", "image_edit")
 
 
 class Filtered(Exception):  # noqa: N818 - a decision, not an error
@@ -70,7 +70,7 @@ def plan_clips(
     media = [target] if source is None else [target, source]
     smallest = min(media, key=lambda info: info.width * info.height)
     width, height = smallest.width, smallest.height
-    is_image = sample.task in IMAGE_TASKS
+    is_image = TASKS[sample.task].is_image
     bucket = choose_bucket(width, height, options.buckets, "image" if is_image else "video")
     size = (width, height) if any((info.width, info.height) != (width, height) for info in media) else None
     windows = [(0.0, [(0,)] * len(media))] if is_image else _windows(sample.key, media, options, seed, grid)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from loomvideo.pipelines.sources.samples import TASKS
+from loomvideo.model.tasks import TASKS
 from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
 

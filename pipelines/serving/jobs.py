@@ -10,20 +10,13 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from loomvideo.model.tasks import requested_task
 from loomvideo.pipelines.serving.uploads import Upload
 from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
 
 logger = logging.getLogger(__name__)
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
-# As the page names them, and what each takes.
-TASKS: dict[str, tuple[bool, bool]] = {
-    "t2v": (False, False),
-    "t2i": (False, False),
-    "edit": (True, False),
-    "ref_edit": (True, True),
-    "mi2v": (False, True),
-}
 MENTION = re.compile(r"@image\s*(\d+)", re.IGNORECASE)
 
 
@@ -88,19 +81,18 @@ def check_request(request: GenerationRequest, limits: RequestLimits) -> None:
     Raises:
         UserError: one line that says what to change.
     """
-    if request.task not in TASKS:
-        raise UserError(f"task {request.task!r}: choose one of {', '.join(TASKS)}")
-    needs_source, needs_references = TASKS[request.task]
+    task = requested_task(request.task, request.source.info.kind if request.source else None)
     if not request.prompt.strip():
         raise UserError("the prompt is empty: say what to make or change")
     for name, text in (("prompt", request.prompt), ("negative prompt", request.negative_prompt)):
         if len(text) > limits.max_prompt_characters:
             raise UserError(f"the {name} has {len(text)} characters: at most {limits.max_prompt_characters}")
-    if needs_source != (request.source is not None):
-        raise UserError("editing needs a source video or picture" if needs_source else "this task takes no source")
-    if needs_references and not request.references:
+    if task.needs_source != (request.source is not None):
+        needs = "editing needs a source video or picture"
+        raise UserError(needs if task.needs_source else "this task takes no source")
+    if task.needs_references and not request.references:
         raise UserError("this task needs at least one reference picture")
-    if not needs_references and request.references:
+    if not task.needs_references and request.references:
         raise UserError("this task takes no reference pictures")
     if len(request.references) > limits.max_references:
         raise UserError(f"{len(request.references)} reference pictures: at most {limits.max_references}")

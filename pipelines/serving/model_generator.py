@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from loomvideo.model.tasks import requested_task
 from loomvideo.pipelines.generation.generator import FileGenerator, ModelSource
 from loomvideo.pipelines.generation.requests import Request
 from loomvideo.pipelines.generation.settings import Settings
@@ -42,8 +43,8 @@ class PageGenerator:
             steps=request.steps or self._settings.steps,
             scale=self._settings.scale if request.guidance_scale is None else request.guidance_scale,
         )
-        makes_picture = request.task == "t2i" or (request.task == "edit" and request.source.info.kind == "image")
-        name, media_type = ("result.png", "image/png") if makes_picture else ("result.mp4", "video/mp4")
+        task = requested_task(request.task, request.source.info.kind if request.source else None)
+        name, media_type = ("result.png", "image/png") if task.is_image else ("result.mp4", "video/mp4")
         with tempfile.TemporaryDirectory(prefix="loomvideo-generation-") as folder:
             files = Request(
                 request.task,

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from loomvideo.model.tasks import TASKS
 from loomvideo.pipelines.sources.base import Outcome, Place, Rejected, Root, build, checked, register
 from loomvideo.pipelines.sources.samples import Sample, parse_sample
 from loomvideo.pipelines.sources.tables import rows
@@ -165,7 +166,7 @@ def _loomvideo_sample(row: Any, where: str, base: Root, dataset: str, task: str,
         "reference_image_paths", "instruction", "text", "caption", "save_path",
     }  # fmt: skip
     source = path("source_video_path", "source_image_path")
-    is_text_task = found in ("t2i", "t2v")
+    is_text_task = found in TASKS and not TASKS[found].has_media
     return build(
         where,
         dataset,

@@ -7,14 +7,11 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from loomvideo.model.tasks import TASKS
 from loomvideo.platform.errors import UserError
 
-Task = Literal["t2i", "t2v", "image_edit", "video_edit", "ref_edit", "mi2v"]
-TASKS: tuple[Task, ...] = get_args(Task)
-EDIT_TASKS: tuple[Task, ...] = ("image_edit", "video_edit", "ref_edit")
-REFERENCE_TASKS: tuple[Task, ...] = ("ref_edit", "mi2v")
 KEY_PATTERN = re.compile(r"[0-9a-zA-Z_-]{1,80}")
 
 
@@ -26,7 +23,7 @@ class Sample:
     """
 
     key: str
-    task: Task
+    task: str
     dataset: str
     target: str
     source: str | None = None
@@ -53,9 +50,9 @@ class Sample:
             raise UserError(f"{where}: key {self.key!r} must match {KEY_PATTERN.pattern}")
         if self.task not in TASKS:
             raise UserError(f"{where}: task {self.task!r} is none of {', '.join(TASKS)}")
-        if self.task in EDIT_TASKS and not self.source:
+        if TASKS[self.task].needs_source and not self.source:
             raise UserError(f"{where}: task {self.task} needs `source`")
-        if self.task in REFERENCE_TASKS and not self.references:
+        if TASKS[self.task].needs_references and not self.references:
             raise UserError(f"{where}: task {self.task} needs `references`")
         if self.text == "":
             raise UserError(f"{where}: set `instruction` or `caption`")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loomvideo.pipelines.sources.samples import TASKS
+from loomvideo.model.tasks import TASKS
 from loomvideo.platform.errors import UserError
 
 

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from loomvideo.model.tasks import TASKS
 from loomvideo.pipelines.evaluation.suites.items import EvalItem, Manifest, build_manifest
-from loomvideo.pipelines.sources.samples import EDIT_TASKS, Sample, read_jsonl
+from loomvideo.pipelines.sources.samples import Sample, read_jsonl
 from loomvideo.platform.errors import UserError
 
 FASHION_CATEGORIES = (
@@ -75,7 +76,7 @@ def _item(suite: str, s: Sample, category: str) -> EvalItem:
         s.target,
         s.extra.get("mask"),
         cluster=s.group or s.source or s.key,
-        aligned=s.task in EDIT_TASKS and local,
+        aligned=TASKS[s.task].needs_source and local,
         extra={"kind": _kind(s), "garment": bool(_kind(s) in ("recolour", "ref_garment"))},
     )
 

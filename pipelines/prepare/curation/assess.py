@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from loomvideo.model.tasks import TASKS
 from loomvideo.pipelines.prepare.curation.duplicates import signature
 from loomvideo.pipelines.prepare.curation.options import StageOptions
 from loomvideo.pipelines.prepare.curation.pair_audit import pair_reasons, pair_scores
 from loomvideo.pipelines.prepare.curation.quality import clip_scores, quality_reasons
 from loomvideo.pipelines.prepare.curation.text_overlay import TextDetector
-from loomvideo.pipelines.sources.samples import EDIT_TASKS
 
 # `extra.use` of image pairs that show a garment in another place: nothing is where it was.
 UNALIGNED_USES = ("wear", "flat_lay")
@@ -84,7 +84,7 @@ class Assessor:
         if self._text is not None:
             looked_at = target.text_frames or [target.frames[i] for i in self.text_positions(len(target.frames))]
             values["text_share"] = self._text.share(looked_at)
-        if self.options.pairs.enabled and source is not None and task in EDIT_TASKS and use not in UNALIGNED_USES:
+        if self.options.pairs.enabled and source is not None and TASKS[task].needs_source and use not in UNALIGNED_USES:
             lengths = (source.length_s, target.length_s)
             values |= pair_scores(source.frames, target.frames, source.fps, target.fps, lengths)
         return Scores({name: round(float(value), 4) for name, value in values.items()}, signature(target.frames))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from loomvideo.model import tasks
 from loomvideo.model.conditioning import prompts, vocabulary
 from loomvideo.model.conditioning.config import ProcessorConfig
 from loomvideo.model.conditioning.inputs import (
@@ -28,13 +29,13 @@ def pictures(*shape: int) -> torch.Tensor:
 
 
 def build(task: str, variant: str = "full", frames: int = 9, references: int = 2, text: str = "a red dress"):
-    kind = prompts.KINDS[task]
+    kind = tasks.WORDINGS[task]
     source = pictures(frames, 64, 96, 3) if kind.source else None
     return build_inputs(
         task,
         text,
         source[:1] if kind.source == "image" else source,
-        [pictures(70, 64, 3)] * references if kind.references else [],
+        [pictures(70, 64, 3)] * references if kind.needs_references else [],
         variant,
         TOKENIZER,
         SMALL_IMAGES,

@@ -15,9 +15,8 @@ from fixtures.reference import (
 from safetensors.torch import load_file
 from transformers import Qwen3VLConfig, Qwen3VLModel
 
-from loomvideo.model import buckets, clips
+from loomvideo.model import buckets, clips, tasks
 from loomvideo.model.codec import LatentGrid
-from loomvideo.model.conditioning import prompts
 from loomvideo.model.conditioning.config import ProcessorConfig
 from loomvideo.model.conditioning.inputs import MLLMInputs, build_inputs
 from loomvideo.model.conditioning.mllm import FrozenMLLM
@@ -86,11 +85,11 @@ def test_processor_cases():
     for index, case in enumerate(processor_cases()["cases"]):
         content = case["content"]
         words = "".join(part["text"] for part in content if part["type"] == "text")
-        task = next((name for name, kind in prompts.KINDS.items() if words.startswith(kind.opening)), None)
+        task = next((name for name, kind in tasks.WORDINGS.items() if words.startswith(kind.opening)), None)
         frames = [expected[part["frames"]] for part in content if part["type"] == "video"]
         images = [expected[part["frames"]][0] for part in content if part["type"] == "image"]
         variant = "full" if task else "null"
-        text = words.removeprefix(prompts.KINDS[task].opening) if task else ""
+        text = words.removeprefix(tasks.WORDINGS[task].opening) if task else ""
         source = frames[0] if frames else None
         inputs = build_inputs(task or "t2v", text, source, images, variant, tokenizer, config)
         assert tokenizer.encode(case["text"]) == inputs.input_ids.tolist(), case["name"]

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from fixtures.raw import prepare_config, raw_samples, without_ray
 
+from loomvideo.model.tasks import TASKS
 from loomvideo.pipelines.captions import CaptionOptions
 from loomvideo.pipelines.captions.options import CaptionWorkers
 from loomvideo.pipelines.captions.ray_llm import RequestWriter, ask_ray_llm
@@ -14,7 +15,7 @@ from loomvideo.pipelines.prepare.config import LimitOptions
 from loomvideo.pipelines.prepare.job import prepare
 from loomvideo.pipelines.prepare.quarantine import retriable_work
 from loomvideo.pipelines.prepare.staleness import stale_parts
-from loomvideo.pipelines.sources.samples import EDIT_TASKS, write_jsonl
+from loomvideo.pipelines.sources.samples import write_jsonl
 from loomvideo.pipelines.vlm.clients import Reply, VLMError
 from loomvideo.pipelines.vlm.requests import decode_frames
 from loomvideo.platform.errors import UserError
@@ -95,14 +96,14 @@ def test_another_model_redoes_what_depends_on_text(captioned, monkeypatch):
     monkeypatch.setattr("loomvideo.pipelines.prepare.encode.SampleEncoder._moments", None)
     result = prepare(config)
     assert "captions" in result.reason
-    num_captions = sum(sample.task not in EDIT_TASKS for sample in samples)
+    num_captions = sum(not TASKS[sample.task].needs_source for sample in samples)
     assert len(asked) == num_captions
     assert result.work["made.mllm"] == num_captions
     assert result.work["made.target"] == 0
     dataset = ShardDataset.open(config.output)
     for row, sample in before.items():
         again = dataset.read(row)
-        same = sample.metadata["task"] in EDIT_TASKS
+        same = TASKS[sample.metadata["task"]].needs_source
         assert again.metadata["text"].startswith("two") != same
         assert again.tensors["target"]["mean.0"].equal(sample.tensors["target"]["mean.0"])
         assert again.tensors["mllm"]["full.0"].shape == sample.tensors["mllm"]["full.0"].shape or not same
@@ -163,7 +164,7 @@ def test_engines_in_the_cluster_are_asked_again_for_what_fails(ray_cluster, tmp_
         return dataset.map(answer)
 
     ask = ask_ray_llm(CaptionWorkers(), str(tmp_path / "raw"), generate)
-    asked = [sample for sample in samples if sample.task not in EDIT_TASKS]
+    asked = [sample for sample in samples if not TASKS[sample.task].needs_source]
     results = {sample.key: (sample, result) for sample, result in ask(options, asked)}
     assert set(results) == {sample.key for sample in asked}
     assert rounds == [3, 1]

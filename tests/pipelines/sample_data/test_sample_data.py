@@ -9,12 +9,13 @@ import cv2
 import numpy as np
 import pytest
 
+from loomvideo.model.tasks import TASKS
 from loomvideo.pipelines.sample_data import SampleDataConfig, make_sample_data, media
 from loomvideo.pipelines.sample_data.figures import Look, Renderer, random_figure
 from loomvideo.pipelines.sample_data.garments import COLOURS, OUTFITS, Garment
 from loomvideo.pipelines.sample_data.generate import SAMPLES, plan_groups
 from loomvideo.pipelines.sample_data.real import MEDIA, OPERATORS
-from loomvideo.pipelines.sources.samples import EDIT_TASKS, TASKS, Sample, read_jsonl
+from loomvideo.pipelines.sources.samples import Sample, read_jsonl
 from loomvideo.platform.errors import UserError
 
 SMALL = SampleDataConfig(num_train=16, num_heldout=6, width=64, height=64, num_frames=[5], real=False, workers=1)
@@ -113,7 +114,7 @@ def test_figures_move():
 
 def test_edits_record_what_they_change(dataset):
     for sample in samples_of(dataset):
-        if sample.task in EDIT_TASKS:
+        if TASKS[sample.task].needs_source:
             edit = sample.extra["edit"]
             assert edit["kind"]
             if edit["kind"] == "recolour":

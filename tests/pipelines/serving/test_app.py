@@ -156,7 +156,7 @@ def test_refused_requests(client, mp4):
         ({"task": "mi2v", "prompt": "wear @Image 2", "references": [picture]}, "@Image 2"),
         ({"task": "t2v", "prompt": "x" * 100_000}, "100000 characters: at most 2000"),
         ({"task": "t2v", "prompt": "  "}, "prompt is empty"),
-        ({"task": "paint", "prompt": "x"}, "choose one of t2v"),
+        ({"task": "paint", "prompt": "x"}, "choose one of edit, t2i"),
         ({"task": "t2v", "prompt": "x", "steps": 1000}, "choose 1 to 100"),
         ({"task": "edit", "prompt": "x", "source": "../../etc/passwd"}, "upload the file again"),
         ({"task": "t2v"}, "prompt: Field required"),
