@@ -93,6 +93,7 @@ class EvaluateConfig:
     allow_missing: bool = option(False, "go on when input files of a suite are not on disk; they count as failed")
     seed: int = option(0, "base of the samples' seeds")
     identity: bool = option(True, "also measure the source copied, as a baseline")
+    controls: bool = option(False, "also make edits with another instruction and without their source, as controls")
     learned: list[str] = option([], "metrics with weights: clip, dino (and KID), fvd, lpips, pyiqa-NAME")
     learned_weights: dict[str, str] = option({}, "metric to the folder or file of its network (learned_weights.fvd=…)")
     store: str = option("", "where results are kept by content; empty for evaluation-store in the runs folder")

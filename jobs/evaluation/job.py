@@ -29,6 +29,7 @@ from loomvideo.jobs.evaluation.setup import (
 from loomvideo.pipelines.evaluation import mlflow_report, review
 from loomvideo.pipelines.evaluation.aggregate import SuiteResult, aggregate_suite
 from loomvideo.pipelines.evaluation.charts import save_bars, save_radar
+from loomvideo.pipelines.evaluation.controls import CONTROLS, merge_controls
 from loomvideo.pipelines.evaluation.generators import sample_seed
 from loomvideo.pipelines.evaluation.graph import Resources, run_graph
 from loomvideo.pipelines.evaluation.inputs import InputOptions
@@ -53,6 +54,7 @@ from loomvideo.pipelines.evaluation.suites.external import export_results, impor
 from loomvideo.pipelines.evaluation.suites.items import Manifest
 from loomvideo.pipelines.evaluation.suites.registry import Suite
 from loomvideo.pipelines.evaluation.suites.registry import suite as find_suite
+from loomvideo.pipelines.evaluation.table import headline_metrics, ranking_metrics
 from loomvideo.platform.config import flatten, to_yaml
 from loomvideo.platform.ray_session import ray_session
 from loomvideo.platform.runs import RunFolder
@@ -117,7 +119,8 @@ def _generate_and_measure(
     options = InputOptions(
         tuple(i.bucket_classes), tuple(i.reference_classes), grid, i.num_frames, i.fps, (i.text_width, i.text_height)
     )
-    series = (MODEL, IDENTITY) if config.identity and config.generator != "identity" else (MODEL,)
+    identity = (IDENTITY,) if config.identity and config.generator != "identity" else ()
+    series = (MODEL, *identity, *(CONTROLS if config.controls else ()))
     rows = []
     for manifest in manifests:
         rows += initial_rows(manifest, series, lambda suite, key: sample_seed(config.seed, suite, key))
@@ -142,7 +145,7 @@ def _generate_and_measure(
             finished.append(row)
             progress.advance(bar)
     check_rows(finished)
-    return finished
+    return merge_controls(finished)
 
 
 def _finish_suite(
@@ -200,7 +203,7 @@ def _draw_charts(result: SuiteResult, place: Path) -> None:
     if spec:
         save_radar(spec, place / "charts" / "radar.png")
     identity = {f.metric: [g for g in result.identity if g.metric == f.metric] for f in result.figures}
-    for metric in ("judge", "gain_psnr_db", "edit_psnr_db", "outside_psnr_db", "warp_error"):
+    for metric in [m.name for m in ranking_metrics()]:
         chosen = [f for f in result.figures if f.metric == metric]
         if chosen:
             save_bars(chosen, identity[metric], f"{result.suite}: {metric}", place / "charts" / f"{metric}.png")
@@ -247,7 +250,7 @@ def _tags(config: EvaluateConfig, checkpoint: Checkpoint, manifests: list[Manife
 def _headline(result: SuiteResult) -> dict[str, Any]:
     values: dict[str, Any] = {f"{result.suite}/status": result.status, f"{result.suite}/coverage": result.coverage}
     for f in result.figures:
-        if not f.category and f.metric in review.HEADLINE:
+        if not f.category and f.metric in [m.name for m in headline_metrics()]:
             values |= {f.name: f.value, f"{f.name}/ci95": [f.low, f.high]}
     values |= {f"{result.suite}/official/{name}": value for name, value in result.official.items()}
     if result.cost_usd:
@@ -262,7 +265,7 @@ def _print_suite(result: SuiteResult) -> None:
     for header in ("metric", "value", "95 % interval", "source copied", "valid", "failed"):
         table.add_column(header, justify="left" if header == "metric" else "right")
     by_metric = {f.metric: f for f in result.figures if not f.category}
-    for metric in [m for m in review.HEADLINE if m in by_metric]:
+    for metric in [m.name for m in headline_metrics() if m.name in by_metric]:
         f = by_metric[metric]
         interval = f"{f.low:.3f} … {f.high:.3f}" if f.low == f.low else "–"
         copied = f"{identity[metric]:.3f}" if metric in identity else "–"

@@ -14,9 +14,10 @@ from loomvideo.pipelines.evaluation.store import Store
 from loomvideo.pipelines.evaluation.suites.parsers import Parsed
 from loomvideo.pipelines.evaluation.suites.protocols import Judged
 from loomvideo.pipelines.evaluation.suites.registry import suite as find_suite
+from loomvideo.pipelines.evaluation.table import METRICS
 
 COVERAGE_FOR_COMPLETE = 0.98
-WORST_SCORE = 1.0
+WORST_SCORE = METRICS["judge_worst"].floor
 Row = dict[str, Any]
 
 
@@ -96,6 +97,8 @@ def sample_values(row: Row) -> dict[str, float]:
     values = {name: float(value) for name, value in row.get("metrics", {}).items() if value is not None}
     judgements = [j["parsed"] for j in row.get("judgements", ())]
     valid = [parsed for parsed in judgements if parsed["sample"] is not None]
+    if row.get("judged") and not judgements:
+        values["judge_worst"] = WORST_SCORE
     if judgements:
         values["judge"] = _mean([p["sample"] for p in valid])
         values["judge_worst"] = _mean([p["sample"] if p["sample"] is not None else WORST_SCORE for p in judgements])
@@ -130,6 +133,8 @@ def aggregate_suite(
             reasons = [j["parsed"]["failure"] for j in row["judgements"] if j["parsed"]["sample"] is None]
             if reasons and len(reasons) == len(row["judgements"]):
                 failures[f"judge: {reasons[0]}"] += 1
+        if not row["failure"] and not row["metrics"]:
+            failures["other size or length"] += 1
     judgements = [j for row in own for j in row.get("judgements", ())]
     official = {}
     if judged and judgements and mode != "strict" and mode in find_suite(name).protocols:

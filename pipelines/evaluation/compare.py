@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loomvideo.pipelines.evaluation.measures import HIGHER_IS_BETTER
 from loomvideo.pipelines.evaluation.results import SavedSuite
 from loomvideo.pipelines.evaluation.statistics import PairedTest, holm, paired_test
+from loomvideo.pipelines.evaluation.table import metric as known_metric
 from loomvideo.platform.errors import UserError
 
 COMPARED_HEADERS = ("manifest", "judge", "prompt_set", "mode", "sampling", "inputs")
@@ -116,7 +116,7 @@ def _test(
 def _verdict(metric: str, difference: float, p: float, alpha: float) -> str:
     if np.isnan(p) or p >= alpha:
         return "no difference found"
-    better = HIGHER_IS_BETTER.get(metric, True if metric.startswith("judge") else None)
+    better = known_metric(metric).higher_is_better
     if better is None:
         return "different"
     return "better" if (difference > 0) == better else "worse"
@@ -147,7 +147,7 @@ def check_gate(rule: GateRule, a: Mapping[str, SavedSuite], b: Mapping[str, Save
     Raises:
         UserError: if the metric has no better direction or is missing from either run.
     """
-    better = HIGHER_IS_BETTER.get(rule.metric, True if rule.metric.startswith("judge") else None)
+    better = known_metric(rule.metric).higher_is_better
     if better is None:
         raise UserError(f"metric {rule.metric}: neither high nor low is better, so it cannot be a gate")
     compared = [c for c in compare_runs(a, b, [rule.metric]) if c.suite == rule.suite]

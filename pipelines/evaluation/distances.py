@@ -5,12 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from loomvideo.pipelines.evaluation.measures import HIGHER_IS_BETTER
 from loomvideo.pipelines.evaluation.store import Store
 
 RESAMPLES = 500
 FEATURES_FILE = "features.npz"
-HIGHER_IS_BETTER |= {"kid_dino": False, "kvd": False, "fvd": False}
 Row = dict[str, Any]
 
 

@@ -18,8 +18,14 @@ class Generator(Protocol):
 
     fingerprint: str
 
-    def generate(self, item: LoadedItem, seed: int) -> np.ndarray:
-        """The result, uint8 ``[frames, height, width, 3]`` in ``item.size``."""
+    def generate(self, item: LoadedItem, seed: int, use_source: bool = True) -> np.ndarray:
+        """The result, uint8 ``[frames, height, width, 3]`` in ``item.size``.
+
+        Args:
+            item: What to generate from.
+            seed: Of the noise.
+            use_source: Whether the source is given; without it the size stays that of the source.
+        """
 
 
 @dataclass(frozen=True)
@@ -28,9 +34,9 @@ class IdentityGenerator:
 
     fingerprint: str = "identity"
 
-    def generate(self, item: LoadedItem, seed: int) -> np.ndarray:
+    def generate(self, item: LoadedItem, seed: int, use_source: bool = True) -> np.ndarray:
         """The source, or flat grey where there is none."""
-        if item.source is not None:
+        if item.source is not None and use_source:
             return item.source
         width, height = item.size
         return np.full((item.num_frames, height, width, 3), 127, np.uint8)
@@ -53,10 +59,10 @@ class BlendGenerator:
         """See :class:`Generator`."""
         return f"blend-{self.skill:g}-{self.noise:g}"
 
-    def generate(self, item: LoadedItem, seed: int) -> np.ndarray:
+    def generate(self, item: LoadedItem, seed: int, use_source: bool = True) -> np.ndarray:
         """See :class:`Generator`."""
         rng = np.random.default_rng(seed)
-        base = IdentityGenerator().generate(item, seed).astype(np.float32)
+        base = IdentityGenerator().generate(item, seed, use_source).astype(np.float32)
         if item.target is not None:
             base = (1 - self.skill) * base + self.skill * item.target
         return np.clip(base + rng.normal(0, self.noise, base.shape), 0, 255).astype(np.uint8)

@@ -4,6 +4,7 @@ Everything downstream (generator, metrics, judge, review page) sees the same sou
 with seconds or pixels that the model never saw.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +66,10 @@ class LoadedItem:
     num_frames: int
     fps: float
     frame_indices: tuple[int, ...] = ()
+
+    def with_item(self, item: EvalItem) -> "LoadedItem":
+        """The same media with another row of the manifest, such as another text."""
+        return dataclasses.replace(self, item=item)
 
 
 def load_item(item: EvalItem, root: Path, options: InputOptions) -> LoadedItem:

@@ -15,18 +15,9 @@ from typing import Any
 import numpy as np
 
 from loomvideo.pipelines.evaluation.inputs import LoadedItem
-from loomvideo.pipelines.evaluation.measures import HIGHER_IS_BETTER, ExtraMeasure
+from loomvideo.pipelines.evaluation.measures import ExtraMeasure
 from loomvideo.platform.errors import UserError
 
-HIGHER_IS_BETTER |= {
-    "lpips_target": False,
-    "lpips_source": None,
-    "clip_text": True,
-    "clip_frames": None,
-    "clip_reference": True,
-    "dino_subject": None,
-    "dino_reference": True,
-}
 FRAMES = 8
 I3D_MIN_FRAMES = 10
 PYIQA_PREFIX = "pyiqa-"

@@ -5,43 +5,11 @@ from collections.abc import Callable
 import numpy as np
 
 from loomvideo.pipelines.evaluation import editing, metrics, motion
+from loomvideo.pipelines.evaluation.controls import MEASURED
 from loomvideo.pipelines.evaluation.inputs import LoadedItem
 
-VERSION = 2
+VERSION = 3
 """Raised when any metric changes, so that stored values are not mixed with new ones."""
-
-HIGHER_IS_BETTER: dict[str, bool | None] = {
-    "flicker": True,
-    "jitter": False,
-    "freeze_ratio": False,
-    "black_ratio": False,
-    "sharpness": None,
-    "brightness_drift": False,
-    "motion_amount": None,
-    "warp_error": False,
-    "edit_strength": None,
-    "edited_area": None,
-    "edit_locality": True,
-    "source_psnr_db": None,
-    "source_ssim": None,
-    "edge_f1": None,
-    "flow_endpoint_error": False,
-    "flow_direction_cosine": True,
-    "flow_magnitude_ratio": None,
-    "outside_psnr_db": True,
-    "outside_ssim": True,
-    "edit_psnr_db": True,
-    "edit_ssim": True,
-    "edit_ms_ssim": True,
-    "copy_psnr_db": None,
-    "gain_psnr_db": True,
-    "garment_delta_e": False,
-    "reference_color_distance": False,
-    "target_color_distance": False,
-    "judge": True,
-    "judge_min": True,
-}
-"""Direction of each metric; None where more is not simply better. Learned metrics add theirs."""
 
 
 def measure(video: np.ndarray, inputs: LoadedItem) -> dict[str, float]:
@@ -75,6 +43,27 @@ def measure(video: np.ndarray, inputs: LoadedItem) -> dict[str, float]:
         distances = [editing.colour_histogram_distance(video, picture[None]) for picture in inputs.references]
         values["reference_color_distance"] = float(min(distances))
     return values
+
+
+def measure_checked(video: np.ndarray, inputs: LoadedItem) -> tuple[dict[str, float | None], list[str]]:
+    """Metrics and plain faults; no metrics for a result of another shape, null for undefined ones (NaN is no JSON)."""
+    found = defects(video, inputs)
+    if not comparable(video, inputs):
+        return {}, found
+    values = measure(video, inputs)
+    return {name: None if np.isnan(value) else value for name, value in values.items()}, found
+
+
+def measure_control(video: np.ndarray, inputs: LoadedItem) -> dict[str, float]:
+    """The one figure of a control (:mod:`~loomvideo.pipelines.evaluation.controls`)."""
+    if inputs.target is None or inputs.source is None or not comparable(video, inputs):
+        return {}
+    return {MEASURED: metrics.psnr_db(video, inputs.target)}
+
+
+def comparable(video: np.ndarray, inputs: LoadedItem) -> bool:
+    """Whether a result has the size and length that was asked for."""
+    return video.shape[1:3] == inputs.size[::-1] and len(video) == inputs.num_frames
 
 
 def defects(video: np.ndarray, inputs: LoadedItem) -> list[str]:
@@ -122,13 +111,12 @@ def _against_source(video: np.ndarray, inputs: LoadedItem) -> dict[str, float]:
 
 def _against_target(video: np.ndarray, inputs: LoadedItem) -> dict[str, float]:
     target = inputs.target
-    values = {
-        "edit_psnr_db": metrics.psnr_db(video, target),
-        "edit_ssim": metrics.ssim(video, target),
-        "edit_ms_ssim": metrics.ms_ssim(video, target),
-        "target_color_distance": editing.colour_histogram_distance(video, target),
-    }
+    values = {"target_color_distance": editing.colour_histogram_distance(video, target)}
     if inputs.source is not None:
+        # Without a source the target is one of many right answers, so pixels say nothing.
+        values["edit_psnr_db"] = metrics.psnr_db(video, target)
+        values["edit_ssim"] = metrics.ssim(video, target)
+        values["edit_ms_ssim"] = metrics.ms_ssim(video, target)
         values["copy_psnr_db"] = metrics.psnr_db(inputs.source, target)
         values["gain_psnr_db"] = values["edit_psnr_db"] - values["copy_psnr_db"]
         region = edit_region(inputs)

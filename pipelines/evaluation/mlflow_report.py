@@ -19,6 +19,7 @@ from loomvideo.pipelines.evaluation.aggregate import Figure, SuiteResult, sample
 from loomvideo.pipelines.evaluation.published import published_scores
 from loomvideo.pipelines.evaluation.stages import MODEL, STRIP, Row
 from loomvideo.pipelines.evaluation.store import Store, content_key
+from loomvideo.pipelines.evaluation.table import headline_metrics, ranking_metrics
 from loomvideo.platform.tracking import Tracker
 
 TABLE_ROWS = 60
@@ -188,10 +189,10 @@ def log_tables(client: MlflowClient, run_id: str, suite: str, store: Store, rows
             "category": [row["item"]["category"] for row in members],
             "text": [row["item"]["text"] for row in members],
         }
-        for metric in ("judge", "gain_psnr_db", "edit_psnr_db", "edit_strength", "outside_psnr_db", "warp_error"):
-            scores = [v.get(metric, float("nan")) for v in values]
-            if not np.isnan(scores).all():
-                columns[metric] = [None if np.isnan(score) else round(score, 3) for score in scores]
+        for metric in headline_metrics():
+            scores = [v.get(metric.name, float("nan")) for v in values]
+            if not np.isnan(scores).all() and metric.floor is None:
+                columns[metric.name] = [None if np.isnan(score) else round(score, 3) for score in scores]
         name = f"{name}-step{step}" if step else name
         _log_table_once(client, run_id, columns, name, [row["media"] for row in members] + values)
 
@@ -221,9 +222,10 @@ def headline(figures: Sequence[Figure]) -> dict[str, float]:
 
 def _worth(row: Row) -> float:
     values = sample_values(row)
-    for name in ("judge", "gain_psnr_db", "edit_psnr_db", "sharpness"):
-        if name in values and not np.isnan(values[name]):
-            return values[name]
+    for metric in ranking_metrics():
+        value = values.get(metric.name, np.nan)
+        if not np.isnan(value):
+            return value if metric.higher_is_better else -value
     return 0.0
 
 

@@ -46,26 +46,15 @@ class ModelGenerator:
     fingerprint: str
     _pipeline: Any = field(default=None, repr=False)
 
-    def generate(self, item: LoadedItem, seed: int) -> np.ndarray:
+    def generate(self, item: LoadedItem, seed: int, use_source: bool = True) -> np.ndarray:
         """See :class:`~loomvideo.pipelines.evaluation.generators.Generator`."""
-        from loomvideo.model.guidance import Guidance
+        from loomvideo.pipelines.evaluation.pipeline_generator import PipelineGenerator, SamplerSettings
 
         if self._pipeline is None:
             self._pipeline = self._load()
         o = self.options
-        media = item.source is not None or bool(item.references)
-        scale = o.edit_scale if item.source is not None else o.generate_scale
-        return self._pipeline(
-            item.item.text,
-            task=item.item.task,
-            source=item.source,
-            references=list(item.references),
-            size=item.size,
-            num_frames=item.num_frames,
-            steps=o.steps,
-            guidance=Guidance(scale, o.visual_scale if media else None),
-            seed=seed,
-        )
+        settings = SamplerSettings(o.steps, o.edit_scale, o.generate_scale, o.visual_scale)
+        return PipelineGenerator(self._pipeline, settings).generate(item, seed, use_source)
 
     def _load(self) -> Any:
         import torch

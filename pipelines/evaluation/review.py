@@ -16,28 +16,13 @@ from typing import Any
 from PIL import Image
 
 from loomvideo.pipelines.evaluation.aggregate import SuiteResult, sample_values
-from loomvideo.pipelines.evaluation.measures import HIGHER_IS_BETTER
 from loomvideo.pipelines.evaluation.published import published_scores
 from loomvideo.pipelines.evaluation.results import SavedSuite, clean
 from loomvideo.pipelines.evaluation.stages import FILM, MODEL, STRIP, THUMB, Row
 from loomvideo.pipelines.evaluation.store import Store
+from loomvideo.pipelines.evaluation.table import headline_metrics, metric
 
 TEMPLATE = Path(__file__).with_name("review.html")
-HEADLINE = (
-    "judge",
-    "judge_macro",
-    "judge_worst",
-    "judge_min",
-    "gain_psnr_db",
-    "edit_psnr_db",
-    "edit_ssim",
-    "outside_psnr_db",
-    "edit_strength",
-    "garment_delta_e",
-    "warp_error",
-    "flow_direction_cosine",
-    "reference_color_distance",
-)
 
 
 @dataclass(frozen=True)
@@ -100,15 +85,14 @@ def write_review_page(
     theirs = other.saved.values() if other else {}
     their_rows = {row["key"]: row for row in other.saved.rows if row["series"] == MODEL} if other else {}
     values = {row["key"]: sample_values(row) for row in own}
-    shown = [name for name in _ordered({n for v in values.values() for n in v}) if name != "judge_worst"]
-    labels = {"judge": "judge", "gain_psnr_db": "gain over copying (dB)"}
+    shown = [name for name in _ordered({n for v in values.values() for n in v}) if metric(name).floor is None]
     orders = []
     for name in shown:
-        better = HIGHER_IS_BETTER.get(name)
-        if better is None and not name.startswith("judge/"):
+        known = metric(name)
+        if known.higher_is_better is None:
             continue
-        sign = 1 if better in (True, None) else -1
-        label = labels.get(name, name)
+        sign = 1 if known.higher_is_better else -1
+        label = known.label or name
         order = {"metric": f"worst:{name}", "value": name, "sign": sign, "change": False}
         orders.append(order | {"label": f"worst {label}"})
         if other:
@@ -131,7 +115,7 @@ def write_review_page(
         "orders": orders,
         "default_order": orders[0]["metric"] if orders else "",
         "shown": shown,
-        "better": {name: HIGHER_IS_BETTER.get(name, True if name.startswith("judge/") else None) for name in shown},
+        "better": {name: metric(name).higher_is_better for name in shown},
         "rows": [
             _row(row, values[row["key"]], theirs.get(row["key"], {}), store, run_id, other, their_rows) for row in own
         ],
@@ -165,7 +149,7 @@ def _is_axis(metric: str) -> bool:
 
 
 def _ordered(names: set[str]) -> list[str]:
-    head = [name for name in HEADLINE if name in names]
+    head = [m.name for m in headline_metrics() if m.name in names]
     axes = sorted(name for name in names if name.startswith("judge/"))
     return head[:1] + axes + head[1:] + sorted(names - set(head) - set(axes))
 
@@ -174,15 +158,15 @@ def _figure_rows(result: SuiteResult, other: OtherRun | None, headline: bool) ->
     identity = {(f.metric, f.category): f.value for f in result.identity}
     theirs = {(f.metric, f.category): f.value for f in other.saved.figures} if other else {}
     by_name = {(f.metric, f.category): f for f in result.figures}
-    order = [(m, "") for m in HEADLINE if (m, "") in by_name]
+    order = [(m.name, "") for m in headline_metrics() if (m.name, "") in by_name]
     if not headline:
         order = [key for key in by_name if key not in order]
     rows = []
-    for metric, category in order:
-        f = by_name[metric, category]
-        label = f"{metric} · {category}" if category else metric
+    for name, category in order:
+        f = by_name[name, category]
+        label = f"{name} · {category}" if category else name
         values = {"value": f.value, "low": f.low, "high": f.high, "num_valid": f.num_valid, "num_failed": f.num_failed}
-        compared = {"identity": identity.get((metric, category)), "other": theirs.get((metric, category))}
+        compared = {"identity": identity.get((name, category)), "other": theirs.get((name, category))}
         rows.append({"label": label} | values | compared)
     return rows
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from loomvideo.pipelines.evaluation import measures
+from loomvideo.pipelines.evaluation.controls import CONTROLS, NO_SOURCE, WRONG_INSTRUCTION, other_instruction
 from loomvideo.pipelines.evaluation.distances import FEATURES_FILE
 from loomvideo.pipelines.evaluation.generators import Generator, IdentityGenerator
 from loomvideo.pipelines.evaluation.inputs import InputOptions, LoadedItem, load_item
@@ -40,21 +41,27 @@ MODEL, IDENTITY = "model", "identity"
 
 
 def initial_rows(manifest: Manifest, series: Sequence[str], seed_of: Callable[[str, str], int]) -> list[Row]:
-    """One row a sample and series (the model under test, and the source copied)."""
-    return [
-        {
-            "suite": manifest.suite,
-            "key": item.key,
-            "series": name,
-            "item": json.loads(item.to_json()),
-            "root": str(manifest.root),
-            "seed": seed_of(manifest.suite, item.key),
-            "failure": "",
-        }
-        for item in manifest.items
-        for name in series
-        if name != IDENTITY or item.source
-    ]
+    """One row a sample and series: the model under test, the source copied, controls of edits."""
+    rows = []
+    for index, item in enumerate(manifest.items):
+        for name in series:
+            if name != MODEL and not item.source:
+                continue
+            shown = item
+            if name == WRONG_INSTRUCTION:
+                shown = dataclasses.replace(item, text=other_instruction(manifest.items, index))
+            rows.append(
+                {
+                    "suite": manifest.suite,
+                    "key": item.key,
+                    "series": name,
+                    "item": json.loads(shown.to_json()),
+                    "root": str(manifest.root),
+                    "seed": seed_of(manifest.suite, item.key),
+                    "failure": "",
+                }
+            )
+    return rows
 
 
 def item_of(row: Row) -> EvalItem:
@@ -150,14 +157,18 @@ class GenerateStage:
         identity = row["series"] == IDENTITY
         fingerprint = IDENTITY if identity else self.fingerprint
         item = item_of(row)
-        key = content_key("result-1", row["inputs"], item.task, item.text, fingerprint, 0 if identity else row["seed"])
+        use_source = row["series"] != NO_SOURCE
+        seed = 0 if identity else row["seed"]
+        left_out = [] if use_source else [NO_SOURCE]
+        key = content_key("result-1", row["inputs"], item.task, item.text, fingerprint, seed, *left_out)
 
         def fill(folder: Path) -> Row:
             inputs = read_inputs(self.store, row)
             if not identity and self._generator is None:
                 self._generator = self.build()
             started = time.monotonic()
-            video = (IdentityGenerator() if identity else self._generator).generate(inputs, row["seed"])
+            generator = IdentityGenerator() if identity else self._generator
+            video = generator.generate(inputs, row["seed"], use_source=use_source)
             seconds = time.monotonic() - started
             write_lossless(folder / VIDEO, video, inputs.fps)
             record = {"seed": row["seed"], "generator": fingerprint, "seconds": seconds, "pixels": pixel_digest(video)}
@@ -181,7 +192,7 @@ class NormaliseStage:
 
     def __call__(self, row: Row) -> Row:
         """Add ``media``, the key of the playable files."""
-        if row["failure"]:
+        if row["failure"] or row["series"] in CONTROLS:
             return row
         key = content_key("media-1", row["result"], row["inputs"])
 
@@ -213,24 +224,26 @@ class MeasureStage:
             return row
         names = [[metric.name, metric.weights] for metric in self.learned]
         key = content_key("metrics", measures.VERSION, names, row["result"], row["inputs"], row["item"]["aligned"],
-                          row["item"]["extra"].get("garment"))  # fmt: skip
+                          row["item"]["extra"].get("garment"), row["series"] in CONTROLS)  # fmt: skip
 
         def fill(folder: Path) -> Row:
             inputs = read_inputs(self.store, row)
             video = read_lossless(self.store.entry("results", row["result"]) / VIDEO)
-            found = measures.defects(video, inputs)
-            comparable = video.shape[1:3] == inputs.size[::-1] and len(video) == inputs.num_frames
-            values = measures.measure(video, inputs) if comparable else {}
-            for metric in self.learned if comparable else ():
+            if row["series"] in CONTROLS:
+                return {"metrics": measures.measure_control(video, inputs), "defects": [], "features": ""}
+            values, found = measures.measure_checked(video, inputs)
+            features: dict[str, np.ndarray] = {}
+            for metric in self.learned if measures.comparable(video, inputs) else ():
                 if metric.name not in self._built:
                     self._built[metric.name] = metric.build()
-                values |= self._built[metric.name](video, inputs)
-            features = {name: values.pop(name) for name in [n for n, v in values.items() if isinstance(v, np.ndarray)]}
+                for name, value in self._built[metric.name](video, inputs).items():
+                    if isinstance(value, np.ndarray):
+                        features[name] = value
+                    else:
+                        values[name] = None if np.isnan(value) else value
             if features:
                 np.savez(folder / FEATURES_FILE, **features)
-            # Undefined values are null: NaN is no JSON.
-            defined = {name: None if np.isnan(value) else value for name, value in values.items()}
-            return {"metrics": defined, "defects": found, "features": key if features else ""}
+            return {"metrics": values, "defects": found, "features": key if features else ""}
 
         return row | self.store.make("metrics", key, fill)
 
@@ -280,9 +293,12 @@ class JudgeStage:
             return list(pool.map(self._judge, rows))
 
     def _judge(self, row: Row) -> Row:
-        skip = row["series"] == IDENTITY and not self.judge_identity
-        if row["failure"] or skip or not find_suite(row["suite"]).judged:
+        skip = row["series"] in CONTROLS or (row["series"] == IDENTITY and not self.judge_identity)
+        if skip or not find_suite(row["suite"]).judged:
             return row | {"judgements": []}
+        if row["failure"]:
+            # Planned to be judged: it counts in means over every planned sample.
+            return row | {"judgements": [], "judged": True}
         inputs = read_inputs(self.store, row)
         video = read_lossless(self.store.entry("results", row["result"]) / VIDEO)
         question, parser, structured = self.question(inputs.item)
@@ -293,7 +309,7 @@ class JudgeStage:
         for repeat in range(self.repeats):
             request = VLMRequest(labelled(question.text, media), question.axes, structured, repeat=repeat)
             judgements.append(dataclasses.asdict(session.judge(request)))
-        return row | {"judgements": judgements}
+        return row | {"judgements": judgements, "judged": True}
 
 
 def run_local(rows: Iterable[Row], stages: Sequence[Stage], judge: JudgeStage | None = None) -> Iterator[Row]:

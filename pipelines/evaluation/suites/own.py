@@ -28,10 +28,10 @@ _TASK_CATEGORIES = {"mi2v": "outfit_video", "t2v": "showcase"}
 HELDOUT_FRACTION = 0.05
 
 
-def sample(root: Path) -> Manifest:
+def sample(root: Path, heldout_fraction: float = HELDOUT_FRACTION) -> Manifest:
     """The held-out samples of a dataset, a category a task; ``root`` is its folder or its JSONL file."""
     path = _samples_file(root)
-    items = [_item("sample", s, s.task) for s in read_jsonl(path) if s.assigned_split(HELDOUT_FRACTION) == "heldout"]
+    items = [_item("sample", s, s.task) for s in read_jsonl(path) if s.assigned_split(heldout_fraction) == "heldout"]
     if not items:
         raise UserError(f"{path}: no held-out samples; give some of them split=heldout")
     return build_manifest("sample", path.parent, items)

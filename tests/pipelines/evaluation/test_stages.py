@@ -76,7 +76,7 @@ class Counting:
     def fingerprint(self):
         return self.generator.fingerprint
 
-    def generate(self, item, seed):
+    def generate(self, item, seed, use_source=True):
         if self.calls == self.break_after:
             raise KeyboardInterrupt
         self.calls += 1
