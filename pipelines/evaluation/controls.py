@@ -6,8 +6,8 @@ A model that ignores its instruction or its source is as good in these as in the
 from collections.abc import Sequence
 from typing import Any
 
+from loomvideo.model.tasks import TASKS
 from loomvideo.pipelines.evaluation.suites.items import EvalItem
-from loomvideo.pipelines.sources.samples import EDIT_TASKS
 
 Row = dict[str, Any]
 WRONG_INSTRUCTION, NO_SOURCE = "wrong_instruction", "no_source"
@@ -19,7 +19,7 @@ MEASURED = "edit_psnr_db"
 def other_instruction(items: Sequence[EvalItem], index: int) -> str:
     """The instruction of the next edit of the same task that asks for something else; any edit's if there is none."""
     this = items[index]
-    others = [i for i in (*items[index + 1 :], *items[:index]) if i.task in EDIT_TASKS and i.text != this.text]
+    others = [i for i in (*items[index + 1 :], *items[:index]) if TASKS[i.task].needs_source and i.text != this.text]
     same_task = [item.text for item in others if item.task == this.task]
     return (same_task or [item.text for item in others] or [""])[0]
 

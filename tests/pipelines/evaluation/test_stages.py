@@ -80,7 +80,7 @@ class Counting:
         if self.calls == self.break_after:
             raise KeyboardInterrupt
         self.calls += 1
-        return self.generator.generate(item, seed)
+        return self.generator.generate(item, seed, use_source)
 
 
 def run(tmp_path, dataset, generator, client=None, series=("model", "identity"), suite=own.sample, **judge_options):
