@@ -1,11 +1,15 @@
 """What is asked to be generated: one request, or a file of them."""
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from loomvideo.model.tasks import requested_task
+from loomvideo.pipelines.sources import fields
+from loomvideo.pipelines.sources.base import Place, Rejected, Root
+from loomvideo.pipelines.sources.fields import FieldError
+from loomvideo.pipelines.sources.rows import rows
 from loomvideo.platform.errors import UserError
 
 IMAGE_SUFFIXES, VIDEO_SUFFIXES = (".png", ".webp"), (".mp4",)
@@ -47,6 +51,27 @@ class Request:
             raise UserError(f"out={self.out}: name a {', '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)} file")
 
 
+def _request(values: dict[str, Any]) -> Request:
+    unknown = sorted(set(values) - set(Request.__dataclass_fields__))
+    if unknown:
+        raise FieldError(unknown[0], f"unknown field; fields are {', '.join(Request.__dataclass_fields__)}")
+    seed = values.get("seed", 0)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise FieldError("seed", f"expected a whole number, found {seed!r}")
+    texts = {key: fields.text(values.get(key), key) or "" for key in ("task", "prompt", "negative_prompt")}
+    places = {key: fields.path(values.get(key), key) or "" for key in ("out", "source")}
+    return Request(**texts, **places, refs=fields.paths(values.get("refs"), "refs"), seed=seed)
+
+
+def _located(request: Request, folder: Path) -> Request:
+    return replace(
+        request,
+        out=str(folder / request.out),
+        source=str(folder / request.source) if request.source else "",
+        refs=[str(folder / ref) for ref in request.refs],
+    )
+
+
 def read_requests(path: Path) -> Iterator[Request]:
     """Requests of a JSONL file, one object a line; paths are relative to the file.
 
@@ -56,23 +81,16 @@ def read_requests(path: Path) -> Iterator[Request]:
     if not path.is_file():
         raise UserError(f"batch={path}: no such file")
     seen: set[str] = set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
+    folder, name = path.absolute().parent, path.name
+    for entry in rows(Place(Root(str(folder)), name), name, ""):
+        if isinstance(entry, Rejected):
+            raise UserError(f"{entry.where}: {entry.detail}")
+        where, values = entry
+        where = f"{path}:{where.rpartition(':')[2]}"
         try:
-            values = json.loads(line)
-            request = Request(**values)
-        except (json.JSONDecodeError, TypeError) as error:
-            raise UserError(f"{where}: {error}; fields are {', '.join(Request.__dataclass_fields__)}") from error
-        request = Request(
-            **{
-                **asdict(request),
-                "out": str(path.parent / request.out),
-                "source": str(path.parent / request.source) if request.source else "",
-                "refs": [str(path.parent / ref) for ref in request.refs],
-            }
-        )
+            request = _located(_request(values), path.parent)
+        except FieldError as error:
+            raise UserError(f"{where}: {error}") from error
         try:
             request.check()
         except UserError as error:

@@ -7,6 +7,7 @@ from typing import Any
 from loomvideo.pipelines.media.files import base_folder
 from loomvideo.pipelines.prepare.config import PrepareConfig
 from loomvideo.pipelines.sources import Rejected, open_source
+from loomvideo.pipelines.sources.fields import without_spaces
 from loomvideo.pipelines.sources.samples import Sample, media_paths
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.plan import digest_lines
@@ -65,7 +66,7 @@ def read_inputs(config: PrepareConfig) -> Inputs:
             references=[path.removeprefix(base) for path in item.references],
         )
         if sample.key in samples:
-            same = samples[sample.key] == sample
+            same = _squeezed(samples[sample.key]) == _squeezed(sample)
             outcome = ("duplicates", "repeated_line") if same else ("quarantined", "repeated_key")
             rejected.append(_rejected(sample.key, sample.dataset, *outcome, f"key {sample.key} again"))
             continue
@@ -74,6 +75,11 @@ def read_inputs(config: PrepareConfig) -> Inputs:
         first = f"; first: {rejected[0]['message']}" if rejected else ""
         raise UserError(f"input={config.input}: no valid sample in it{first}")
     return Inputs(list(samples.values()), rejected)
+
+
+def _squeezed(sample: Sample) -> dict[str, Any]:
+    """The fields of a sample, texts without the spaces that a copy may have more."""
+    return {name: without_spaces(value) for name, value in vars(sample).items()}
 
 
 def without_removed(inputs: Inputs, ids: set[str]) -> Inputs:

@@ -1,12 +1,11 @@
 """What every reader shares: where a dataset lies, rejected rows, keys, and the registry of formats."""
 
+import codecs
 import dataclasses
 import difflib
-import hashlib
 import inspect
+import json
 import os
-import posixpath
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -14,6 +13,7 @@ from typing import IO, Any
 
 import fsspec
 
+from loomvideo.pipelines.sources.fields import FieldError, clean_fields, make_key
 from loomvideo.pipelines.sources.samples import Sample
 from loomvideo.platform.errors import UserError
 
@@ -28,8 +28,8 @@ class Rejected:
     Attributes:
         where: File and line, row or item.
         dataset: Name of the dataset.
-        reason: Code: ``invalid_json``, ``missing_field``, ``invalid_field``, ``missing_media``, ``unpaired``,
-            ``invalid_sample``, ``no_text``.
+        reason: Code: ``invalid_json``, ``unreadable_table``, ``not_utf8``, ``missing_field``, ``invalid_field``,
+            ``invalid_text``, ``missing_media``, ``unpaired``, ``invalid_sample``, ``no_text``.
         detail: One line for a person.
         unfinished: A sample that lacks nothing but its text, which captioning can write.
     """
@@ -47,21 +47,28 @@ Outcome = Sample | Rejected
 class Root:
     """A folder on disk or in object storage, listed once a sub-folder."""
 
-    def __init__(self, url: str):
-        """Open a folder by path or fsspec URL."""
+    def __init__(self, url: str, encoding: str = ""):
+        """Open a folder by path or fsspec URL; ``encoding`` is that of its texts when it is not UTF-8 or UTF-16."""
+        self.encoding = encoding
         self.fs, base = fsspec.url_to_fs(url)
         self.base = base.rstrip("/") or "/"
         self.is_local = "file" in self.fs.protocol
         self._listings: dict[str, dict[str, str]] = {}
 
     def path(self, *parts: str) -> str:
-        """Absolute path or URL of something below; absolute parts and URLs stay as they are."""
+        """Absolute path or URL of something below; absolute parts and URLs stay as they are.
+
+        Only ``.`` and ``..`` are resolved: ``//`` and everything else may be part of an object's name.
+        """
         joined = self.base
         for part in parts:
-            joined = part if "://" in part or part.startswith("/") else f"{joined}/{part}"
-        head, separator, rest = joined.partition("://")
-        normal = head + separator + posixpath.normpath(rest) if separator else posixpath.normpath(joined)
-        return normal if self.is_local or separator else self.fs.unstrip_protocol(normal)
+            if "://" in part:
+                joined = part
+            elif part.startswith("/"):
+                joined = os.path.normpath(part)
+            else:
+                joined = _below(joined, part)
+        return joined if self.is_local or "://" in joined else self.fs.unstrip_protocol(joined)
 
     def names(self, folder: str = "") -> list[str]:
         """Names in a sub-folder, sorted; none when it does not exist."""
@@ -70,7 +77,7 @@ class Root:
     def has(self, path: str) -> bool:
         """Whether a file or folder exists below."""
         folder, _, name = path.rpartition("/")
-        return name in self._listing(folder)
+        return name in self._listing(folder) or (name.startswith(".") and self.fs.exists(f"{self.base}/{path}"))
 
     def is_folder(self, path: str) -> bool:
         """Whether a sub-folder exists."""
@@ -78,9 +85,30 @@ class Root:
         return self._listing(folder).get(name) == "directory"
 
     def open(self, path: str, mode: str = "rt") -> IO:
-        """Open a file below, text as UTF-8 with or without a byte order mark."""
-        text = {} if "b" in mode else {"encoding": "utf-8-sig", "newline": ""}
-        return self.fs.open(f"{self.base}/{path}", mode, **text)
+        """Open a file below, unpacked when its name says that it is packed (.gz, .bz2, .xz).
+
+        Text is UTF-8 or UTF-16 by its byte order mark, or in the folder's encoding; lines end at ``\\n`` alone. Bytes
+        that do not decode are kept as lone surrogates, which the checks of fields find and name.
+        """
+        if "b" in mode:
+            return self.fs.open(f"{self.base}/{path}", mode, compression="infer")
+        with self.fs.open(f"{self.base}/{path}", "rb", compression="infer") as opened:
+            encoding = _encoding(opened.read(4)) if not self.encoding else self.encoding
+        return self.fs.open(
+            f"{self.base}/{path}", mode, encoding=encoding, errors="surrogateescape", newline="\n", compression="infer"
+        )
+
+    def json(self, path: str) -> Any:
+        """The content of a JSON file that a layout needs.
+
+        Raises:
+            UserError: when it is no JSON.
+        """
+        try:
+            with self.open(path) as opened:
+                return json.load(opened)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self.path(path)}: is no JSON: {error}") from error
 
     def lines(self, path: str) -> list[str]:
         """Stripped lines of a text file, empty ones left out."""
@@ -93,9 +121,42 @@ class Root:
                 entries = self.fs.ls(f"{self.base}/{folder}" if folder else self.base, detail=True)
             except (FileNotFoundError, NotADirectoryError):
                 entries = []
-            named = {PurePosixPath(e["name"].rstrip("/")).name: e["type"] for e in entries}
+            named = {}
+            for entry in entries:
+                name = entry["name"].rstrip("/").rpartition("/")[2]
+                # Finder's ._ twins and other hidden files are nobody's data.
+                if name and not name.startswith("."):
+                    linked = self.is_local and entry.get("islink")
+                    named[name] = "directory" if linked and self.fs.isdir(entry["name"]) else entry["type"]
             self._listings[folder] = named
         return self._listings[folder]
+
+
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def _encoding(head: bytes) -> str:
+    return next((name for mark, name in _BYTE_ORDER_MARKS if head.startswith(mark)), "utf-8")
+
+
+def _below(base: str, part: str) -> str:
+    head, separator, rest = base.partition("://")
+    segments = (rest if separator else base).split("/")
+    # A bucket or a root is never left.
+    floor = 1
+    for segment in part.split("/"):
+        if segment == "..":
+            del segments[max(floor, len(segments) - 1) :]
+        elif segment != ".":
+            segments.append(segment)
+    joined = "/".join(segments)
+    return head + separator + joined if separator else joined
 
 
 @dataclass(frozen=True)
@@ -118,12 +179,14 @@ class Place:
         return [prefix + name for name in self.root.names(folder) if name.lower().endswith(suffixes)]
 
 
-def locate(path: str) -> Place:
-    """Open what a path or URL points at.
+def locate(path: str, encoding: str = "") -> Place:
+    """Open what a path or URL points at; ``encoding`` is that of texts that are neither UTF-8 nor UTF-16.
 
     Raises:
         UserError: when nothing is there.
     """
+    if "\0" in path:
+        raise UserError(f"source {path!r}: holds a NUL character")
     if "://" not in path:
         path = os.path.abspath(os.path.expanduser(path))
     fs, inside = fsspec.url_to_fs(path)
@@ -132,9 +195,9 @@ def locate(path: str) -> Place:
     except FileNotFoundError as error:
         raise UserError(f"source {path}: no such file or folder") from error
     if kind == "directory":
-        return Place(Root(path))
+        return Place(Root(path, encoding))
     folder, _, name = path.rstrip("/").rpartition("/")
-    return Place(Root(folder or "/"), name)
+    return Place(Root(folder or "/", encoding), name)
 
 
 Reader = Callable[..., Iterator[Outcome]]
@@ -172,18 +235,23 @@ def open_source(path: str, format: str = "auto", **options: Any) -> Iterator[Out
     Args:
         path: A file or folder, on disk or an fsspec URL.
         format: One of ``FORMATS``, or ``auto`` to tell it from the layout.
-        options: Of the format.
+        options: Of the format; ``encoding`` is one of every format.
 
     Raises:
         UserError: for an unknown format or option, or a layout the format does not have.
     """
-    place = locate(path)
+    encoding = str(options.pop("encoding", "") or "")
+    try:
+        codecs.lookup(encoding or "utf-8")
+    except LookupError as error:
+        raise UserError(f"source_options.encoding={encoding}: no such text encoding; cp1252, gbk, …") from error
+    place = locate(path, encoding)
     chosen = _detect(place) if format == "auto" else FORMATS.get(format)
     if chosen is None:
         raise UserError(f"source format {format!r}: use one of {', '.join(sorted(FORMATS))}{_nearest(format, FORMATS)}")
     for name in options:
         if name not in chosen.options:
-            known = ", ".join(chosen.options) or "none"
+            known = ", ".join([*chosen.options, "encoding"])
             hint = _nearest(name, chosen.options)
             raise UserError(f"source format {chosen.name}: unknown option {name!r}; its options: {known}{hint}")
     return chosen.read(place, **options)
@@ -202,26 +270,23 @@ def _nearest(name: str, names: dict) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def make_key(dataset: str, name: str, *identity: object) -> str:
-    """A unique key: a readable part, and a hash of everything that identifies the sample in its dataset."""
-    readable = re.sub(r"[^0-9a-zA-Z]+", "-", f"{dataset}-{name}").strip("-")[:60]
-    digest = hashlib.sha256(repr((dataset, name, *identity)).encode()).hexdigest()[:12]
-    return f"{readable}-{digest}"
-
-
 def build(where: str, dataset: str, **fields: Any) -> Outcome:
     """A sample when its fields are complete and consistent, else why not; empty fields are left out.
 
     ``key`` is made from the other fields when it is not given.
     """
-    values = {k: v for k, v in fields.items() if v not in (None, "", [], {})}
+    try:
+        values = clean_fields({"dataset": dataset} | fields)
+    except FieldError as error:
+        return Rejected(where, dataset, error.reason, str(error))
+    values["dataset"] = values.get("dataset") or dataset
     if not values.get("target"):
         return Rejected(where, dataset, "missing_field", "no target")
     values.setdefault("task", infer_task(values["target"], values.get("source"), values.get("references", [])))
     if "key" not in values:
         identity = [values.get(k) for k in ("task", "target", "source", "references", "instruction", "caption")]
         values["key"] = make_key(dataset, PurePosixPath(values["target"].partition("#")[0]).stem, *identity)
-    return checked(Sample(dataset=dataset, **values), where)
+    return checked(Sample(**values), where)
 
 
 def checked(sample: Sample, where: str) -> Outcome:

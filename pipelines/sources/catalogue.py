@@ -1,14 +1,14 @@
 """Fashion catalogues: DeepFashion-MultiModal, and a shop's own product feed."""
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from loomvideo.pipelines.sources import fields
 from loomvideo.pipelines.sources.base import Outcome, Place, Rejected, Root, build, is_video, register
 from loomvideo.pipelines.sources.fashion import GarmentShot, samples_of
-from loomvideo.pipelines.sources.tables import as_list, rows, table_files
+from loomvideo.pipelines.sources.rows import as_list, header, outcomes, plain_name, table_files
 from loomvideo.platform.errors import UserError
 
 # labels/*.txt: one line a picture, its name and a class number for each attribute.
@@ -45,8 +45,9 @@ def read_deepfashion(
         views: Also make `image_edit` samples between two views of one take (front to side, back…).
     """
     root = place.root
-    with root.open("captions.json") as opened:
-        captions: dict[str, str] = json.load(opened)
+    captions = root.json("captions.json")
+    if not isinstance(captions, dict):
+        raise UserError(f"{root.path('captions.json')}: expected an object of file names and captions")
     labels = _labels(root)
     takes: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
     for name in root.names("images"):
@@ -96,10 +97,14 @@ def _labels(root: Root) -> dict[str, dict[str, str]]:
 
 
 def _is_feed(place: Place) -> bool:
-    if not place.file.endswith((".csv", ".jsonl")):
+    suffix = plain_name(place.file)
+    if suffix.endswith(".csv"):
+        head = " ".join(header(place.root, place.file)[0])
+    elif suffix.endswith(".jsonl"):
+        with place.root.open(place.file) as opened:
+            head = opened.readline()
+    else:
         return False
-    with place.root.open(place.file) as opened:
-        head = opened.readline()
     return "sku" in head and ("image_paths" in head or "video_path" in head)
 
 
@@ -136,21 +141,14 @@ def read_product_feed(
     names |= columns or {}
     base = Root(media) if media else place.root
     for file in table_files(place):
-        for entry in rows(place, file, dataset):
-            if isinstance(entry, Rejected):
-                yield entry
-                continue
-            where, row = entry
-            cells = {field: row.get(column) for field, column in names.items()}
-            if not cells["sku"]:
-                yield Rejected(where, dataset, "missing_field", "no sku")
-                continue
-            yield from _product(where, cells, base, dataset, licence, uses, flat_lay, separator)
+        options = (names, base, dataset, licence, uses, flat_lay, separator)
+        yield from outcomes(place, file, dataset, _product, *options)
 
 
 def _product(
     where: str,
-    cells: dict[str, Any],
+    row: dict[str, Any],
+    names: dict[str, str],
     base: Root,
     dataset: str,
     licence: str,
@@ -158,20 +156,19 @@ def _product(
     flat_lay: str,
     separator: str,
 ) -> Iterator[Outcome]:
-    attributes = cells["attributes"] or {}
-    if isinstance(attributes, str):
-        try:
-            attributes = json.loads(attributes)
-        except json.JSONDecodeError:
-            yield Rejected(where, dataset, "invalid_field", "attributes is no JSON object")
-            return
+    cells = {field: row.get(column) for field, column in names.items()}
+    sku = fields.name(cells["sku"], "sku")
+    if not sku:
+        yield Rejected(where, dataset, "missing_field", "no sku")
+        return
+    attributes = fields.mapping(cells["attributes"], "attributes")
     pictures = [base.path(p) for p in as_list(cells["image_paths"], separator) if not is_video(p)]
-    garment = base.path(cells["flat_lay"]) if cells["flat_lay"] else None
+    flat, clip = (fields.path(cells[name], name) for name in ("flat_lay", "video_path"))
+    garment = base.path(flat) if flat else None
     if garment is None and pictures and flat_lay != "none":
         garment = pictures.pop(0 if flat_lay == "first" else -1)
-    video = base.path(cells["video_path"]) if cells["video_path"] else None
-    sku = str(cells["sku"])
-    title = str(cells["title"] or "")
+    video = base.path(clip) if clip else None
+    title = fields.text(cells["title"], "title") or ""
     category = str(attributes.get("category") or attributes.get("type") or "garment")
     extra = {"sku": sku, "title": title, "attributes": attributes}
     wanted = uses or ("wear", "t2i_ref", "t2i", "mi2v", "animate", "t2v")

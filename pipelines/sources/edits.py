@@ -3,15 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
+from loomvideo.pipelines.sources import fields
 from loomvideo.pipelines.sources.base import Outcome, Place, Rejected, Root, build, register
-from loomvideo.pipelines.sources.tables import (
-    Extractor,
-    as_list,
-    default_extract_folder,
-    embedded_bytes,
-    read_table,
-    rows,
-)
+from loomvideo.pipelines.sources.rows import as_list, outcomes, rows
+from loomvideo.pipelines.sources.tables import Extractor, default_extract_folder, embedded_bytes, read_table
 from loomvideo.platform.errors import UserError
 
 _KIWI_FOLDERS = ("image_edit_metadata", "video_edit_metadata", "refvie_477k")
@@ -47,8 +42,7 @@ def read_kiwi(
     if not files:
         raise UserError(f"{place.name}: no CSV or parquet in {', '.join(_KIWI_FOLDERS)}")
     for file in files:
-        for entry in rows(place, file, dataset):
-            yield entry if isinstance(entry, Rejected) else _kiwi_sample(*entry, base, dataset, licence, extractor)
+        yield from outcomes(place, file, dataset, _kiwi_sample, base, dataset, licence, extractor)
 
 
 def _kiwi_sample(
@@ -57,6 +51,7 @@ def _kiwi_sample(
     for name in ("src_video", "tgt_video", "prompt"):
         if not row.get(name):
             return Rejected(where, dataset, "missing_field", f"no {name}")
+    source, target = (str(fields.path(row[name], name)) for name in ("src_video", "tgt_video"))
     references = [base.path(path) for path in as_list(row.get("ref_image"))]
     pictures = row.get("ref_image_bytes")
     for picture in pictures if isinstance(pictures, list) else [pictures]:
@@ -66,12 +61,12 @@ def _kiwi_sample(
     return build(
         where,
         dataset,
-        source=base.path(row["src_video"]),
-        target=base.path(row["tgt_video"]),
+        source=base.path(source),
+        target=base.path(target),
         references=references,
         instruction=row["prompt"],
         licence=licence,
-        group=row["src_video"],
+        group=source,
         extra={"iid": row["iid"]} if row.get("iid") is not None else {},
     )
 
@@ -100,27 +95,27 @@ def read_ditto(
     if not files:
         raise UserError(f"{place.name}: no training JSON; name the file itself")
     for file in files:
-        for entry in rows(place, file, dataset):
-            if isinstance(entry, Rejected):
-                yield entry
-                continue
-            where, row = entry
-            missing = [n for n in ("source_path", "edited_path", "instruction") if not row.get(n)]
-            if missing:
-                yield Rejected(where, dataset, "missing_field", f"no {missing[0]}")
-                continue
-            source = str(row["source_path"])
-            yield build(
-                where,
-                dataset,
-                task="video_edit",
-                source=base.path(source.removeprefix("videos/")),
-                target=base.path(str(row["edited_path"]).removeprefix("videos/")),
-                instruction=row["instruction"],
-                licence=licence,
-                group=source,
-                extra={"source_caption": row.get("source_caption") or captions.get(source, "")},
-            )
+        yield from outcomes(place, file, dataset, _ditto_sample, base, dataset, licence, captions)
+
+
+def _ditto_sample(
+    where: str, row: dict[str, Any], base: Root, dataset: str, licence: str, captions: dict[str, str]
+) -> Outcome:
+    missing = [n for n in ("source_path", "edited_path", "instruction") if not row.get(n)]
+    if missing:
+        return Rejected(where, dataset, "missing_field", f"no {missing[0]}")
+    source, target = (str(fields.path(row[n], n)) for n in ("source_path", "edited_path"))
+    return build(
+        where,
+        dataset,
+        task="video_edit",
+        source=base.path(source.removeprefix("videos/")),
+        target=base.path(target.removeprefix("videos/")),
+        instruction=row["instruction"],
+        licence=licence,
+        group=source,
+        extra={"source_caption": row.get("source_caption") or captions.get(source, "")},
+    )
 
 
 def _ditto_captions(place: Place) -> dict[str, str]:

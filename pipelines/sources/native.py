@@ -1,68 +1,51 @@
 """The project's own JSONL and Parquet, and LoomVideo's folders of one JSON a sample."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from loomvideo.model.tasks import TASKS
+from loomvideo.pipelines.sources import fields
 from loomvideo.pipelines.sources.base import Outcome, Place, Rejected, Root, build, checked, register
-from loomvideo.pipelines.sources.samples import Sample, parse_sample
-from loomvideo.pipelines.sources.tables import rows
+from loomvideo.pipelines.sources.fields import FieldError
+from loomvideo.pipelines.sources.rows import parquet_columns, plain_name, rows, shaped
+from loomvideo.pipelines.sources.samples import Sample, sample_of
 from loomvideo.platform.errors import UserError
 
+_NAMES = ("samples.jsonl", "samples.jsonl.gz", "samples.json")
 _FIELDS = [f.name for f in dataclasses.fields(Sample)]
+
+
+_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 
 def _is_sample_jsonl(place: Place) -> bool:
     if not place.file:
-        return place.root.has("samples.jsonl")
-    if not place.file.endswith(".jsonl"):
+        return any(place.root.has(name) for name in _NAMES)
+    if not plain_name(place.file).endswith(_SUFFIXES):
         return False
-    with place.root.open(place.file) as opened:
-        first = next((line for line in opened if line.strip()), "")
-    return _has_sample_fields(first)
-
-
-def _has_sample_fields(line: str) -> bool:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return False
-    return isinstance(row, dict) and {"key", "task", "dataset", "target"} <= set(row)
+    first = next((entry for entry in rows(place, place.file, "") if not isinstance(entry, Rejected)), None)
+    return first is not None and {"key", "task", "dataset", "target"} <= set(first[1])
 
 
 @register("jsonl", _is_sample_jsonl)
 def read_samples(place: Place) -> Iterator[Outcome]:
-    """The project's own format, one sample a line, media paths relative to the file."""
-    file = place.file or "samples.jsonl"
+    """The project's own format, one sample a line or a JSON list of samples, media paths relative to the file."""
+    file = place.file or next((name for name in _NAMES if place.root.has(name)), _NAMES[0])
     if not place.root.has(file):
         raise UserError(f"{place.root.path(file)}: no such sample file")
-    with place.root.open(file) as opened:
-        for number, line in enumerate(opened, 1):
-            if not line.strip():
-                continue
-            where = f"{place.root.path(file)}:{number}"
-            yield _parsed(line, where, place.root)
+    for entry in rows(place, file, ""):
+        yield entry if isinstance(entry, Rejected) else _outcome(*entry, place.root)
 
 
-def _parsed(line: str, where: str, root: Root) -> Outcome:
+def _outcome(where: str, row: dict[str, Any], root: Root) -> Outcome:
+    dataset = row.get("dataset") if isinstance(row.get("dataset"), str) else ""
     try:
-        return _located(parse_sample(line, where), root)
-    except (UserError, TypeError) as error:
-        problem = str(error).removeprefix(f"{where}: ")
-        if "invalid JSON" in problem:
-            return Rejected(where, "", "invalid_json", problem)
-        row = json.loads(line)
-        dataset = str(row.get("dataset") or "") if isinstance(row, dict) else ""
-        if isinstance(row, dict) and not (row.get("caption") or row.get("instruction")):
-            try:
-                unfinished = dataclasses.replace(parse_sample(json.dumps(row | {"caption": "?"}), where), caption=None)
-            except (UserError, TypeError):
-                return Rejected(where, dataset, "invalid_sample", problem)
-            return checked(_located(unfinished, root), where)
-        return Rejected(where, dataset, "invalid_sample", problem)
+        sample = _located(sample_of(row), root)
+    except FieldError as error:
+        return Rejected(where, dataset, error.reason, str(error))
+    return checked(sample, where)
 
 
 def _located(sample: Sample, root: Root) -> Sample:
@@ -77,10 +60,7 @@ def _located(sample: Sample, root: Root) -> Sample:
 def _is_sample_parquet(place: Place) -> bool:
     if not place.file.endswith(".parquet"):
         return False
-    import pyarrow.parquet as pq
-
-    with place.root.open(place.file, "rb") as opened:
-        return {"key", "task", "dataset", "target"} <= set(pq.ParquetFile(opened).schema_arrow.names)
+    return {"key", "task", "dataset", "target"} <= set(parquet_columns(place, place.file))
 
 
 @register("parquet", _is_sample_parquet)
@@ -92,13 +72,10 @@ def read_sample_parquet(place: Place) -> Iterator[Outcome]:
                 yield entry
                 continue
             where, row = entry
-            values = {name: row[name] for name in _FIELDS if row.get(name) not in (None, "", [])}
             unknown = sorted(set(row) - set(_FIELDS))
             if unknown:
                 raise UserError(f"{where}: unknown column {unknown[0]!r}; use format=table with a column map")
-            if isinstance(values.get("extra"), str):
-                values["extra"] = json.loads(values["extra"])
-            yield _parsed(json.dumps(values), where, place.root)
+            yield _outcome(where, row, place.root)
 
 
 # Task by the fields that only its template has, most telling first.
@@ -141,25 +118,22 @@ def read_loomvideo(
     for name in sorted(names, key=lambda n: int(n.partition(".")[0])):
         file = f"{folder}/{name}" if folder else name
         where = place.root.path(file)
-        try:
-            with place.root.open(file) as opened:
-                row = json.load(opened)
-        except json.JSONDecodeError as error:
-            yield Rejected(where, dataset, "invalid_json", str(error))
-            continue
-        yield _loomvideo_sample(row, where, base, dataset, task, licence)
+        for entry in rows(place, file, dataset):
+            if isinstance(entry, Rejected):
+                yield entry
+            else:
+                yield from shaped(where, dataset, _loomvideo_sample, entry[1], where, base, dataset, task, licence)
 
 
-def _loomvideo_sample(row: Any, where: str, base: Root, dataset: str, task: str, licence: str) -> Outcome:
-    if not isinstance(row, dict):
-        return Rejected(where, dataset, "invalid_json", "expected an object")
+def _loomvideo_sample(row: dict[str, Any], where: str, base: Root, dataset: str, task: str, licence: str) -> Outcome:
     found = task or next((name for name, fields in _TEMPLATES if fields <= set(row)), "")
     if not found:
         return Rejected(where, dataset, "missing_field", f"no task has the fields {', '.join(sorted(row))}")
 
     def path(*names: str) -> str | None:
-        value = next((row[name] for name in names if row.get(name)), None)
-        return base.path(value) if value else None
+        field, value = next(((name, row[name]) for name in names if row.get(name)), ("", None))
+        given = fields.path(value, field)
+        return base.path(given) if given else None
 
     known = {
         "source_video_path", "source_image_path", "target_video_path", "target_image_path", "path", "image_path",
@@ -173,7 +147,7 @@ def _loomvideo_sample(row: Any, where: str, base: Root, dataset: str, task: str,
         task=found,
         target=path("target_video_path", "target_image_path", "path", "image_path"),
         source=source,
-        references=[base.path(p) for p in row.get("reference_image_paths") or []],
+        references=[base.path(p) for p in fields.paths(row.get("reference_image_paths"), "reference_image_paths")],
         instruction=None if is_text_task else row.get("instruction"),
         caption=row.get("text") or row.get("caption"),
         licence=licence,

@@ -3,16 +3,14 @@
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from loomvideo.model.tasks import TASKS
+from loomvideo.pipelines.sources.fields import KEY_PATTERN, FieldError, clean_fields
 from loomvideo.platform.errors import UserError
-
-KEY_PATTERN = re.compile(r"[0-9a-zA-Z_-]{1,80}")
 
 
 @dataclass(frozen=True)
@@ -78,20 +76,34 @@ def parse_sample(line: str, where: str) -> Sample:
     """
     try:
         values = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: invalid JSON: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{where}: expected a JSON object")
+    try:
+        sample = sample_of(values)
+    except FieldError as error:
+        raise UserError(f"{where}: {error}") from error
+    sample.validate(where)
+    return sample
+
+
+def sample_of(values: dict[str, Any]) -> Sample:
+    """A sample from the fields of a row, each of its type; how they fit together is not looked at.
+
+    Raises:
+        FieldError: naming the field and the fix, with a reason code.
+    """
     known = {f.name for f in dataclasses.fields(Sample)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise UserError(f"{where}: unknown field {unknown[0]!r}; put it under `extra` (fields: {', '.join(known)})")
-    missing = [name for name in ("key", "task", "dataset", "target") if not values.get(name)]
+        problem = f"unknown field; put it under `extra` (fields: {', '.join(known)})"
+        raise FieldError(repr(unknown[0]), problem, "invalid_sample")
+    cleaned = clean_fields(values)
+    missing = [name for name in ("key", "task", "dataset", "target") if not cleaned.get(name)]
     if missing:
-        raise UserError(f"{where}: missing field {missing[0]!r}")
-    sample = Sample(**values)
-    sample.validate(where)
-    return sample
+        raise FieldError(repr(missing[0]), "missing field", "invalid_sample")
+    return Sample(**cleaned)
 
 
 def stored_sample(text: str) -> Sample:
@@ -108,7 +120,7 @@ def read_jsonl(path: Path) -> Iterator[Sample]:
     """Samples of a JSONL file, in order, blank lines skipped."""
     if not path.is_file():
         raise UserError(f"{path}: no such sample file")
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 yield parse_sample(line, f"{path}:{number}")

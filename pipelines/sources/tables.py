@@ -1,21 +1,28 @@
-"""Rows of CSV, JSON, JSONL and Parquet files, and the column map that makes samples of any of them."""
+"""The column map that makes samples of any table, and media that lie in tables as bytes."""
 
-import csv
 import hashlib
-import json
+import itertools
 import re
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import fsspec
-import pyarrow.parquet as pq
 
-from loomvideo.pipelines.sources.base import Outcome, Place, Rejected, Root, build, register
+from loomvideo.pipelines.sources import fields
+from loomvideo.pipelines.sources.base import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    Outcome,
+    Place,
+    Rejected,
+    Root,
+    build,
+    register,
+)
+from loomvideo.pipelines.sources.rows import SUFFIXES, Entry, Row, as_list, plain_name, rows, shaped, table_files
 from loomvideo.platform.errors import UserError
 
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 FIELDS = (
     "key", "task", "target", "source", "references", "instruction", "caption", "licence", "group", "split",
 )  # fmt: skip
@@ -35,124 +42,22 @@ ALIASES = {
     "task": ("task",),
 }  # fmt: skip
 
-Row = dict[str, Any]
-
-
-def rows(place: Place, file: str, dataset: str) -> Iterator[tuple[str, Row] | Rejected]:
-    """``(where, row)`` of a table file below a root; lines that do not parse are rejected.
-
-    Raises:
-        UserError: for a suffix that is no table's.
-    """
-    suffix = Path(file).suffix.lower()
-    name = place.root.path(file)
-    if suffix in (".csv", ".tsv"):
-        yield from _csv_rows(place.root, file, name, dataset, "\t" if suffix == ".tsv" else ",")
-    elif suffix in (".jsonl", ".ndjson"):
-        yield from _jsonl_rows(place.root, file, name, dataset)
-    elif suffix == ".json":
-        yield from _json_rows(place.root, file, name, dataset)
-    elif suffix == ".parquet":
-        with place.root.open(file, "rb") as opened:
-            number = 0
-            for batch in pq.ParquetFile(opened).iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    yield f"{name}:{number}", row
-                    number += 1
-    else:
-        raise UserError(f"{name}: expected a table ending in {', '.join(SUFFIXES)}")
-
-
-def _csv_rows(root: Root, file: str, name: str, dataset: str, delimiter: str) -> Iterator[tuple[str, Row] | Rejected]:
-    # Captions of published sets are longer than Python's default limit of a field.
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with root.open(file) as opened:
-        reader = csv.DictReader(opened, delimiter=delimiter)
-        if not reader.fieldnames:
-            raise UserError(f"{name}: no header line")
-        for row in reader:
-            where = f"{name}:{reader.line_num}"
-            if None in row or None in row.values():
-                expected = len(reader.fieldnames)
-                yield Rejected(where, dataset, "invalid_field", f"expected {expected} columns")
-            else:
-                yield where, row
-
-
-def _jsonl_rows(root: Root, file: str, name: str, dataset: str) -> Iterator[tuple[str, Row] | Rejected]:
-    with root.open(file) as opened:
-        for number, line in enumerate(opened, 1):
-            if line.strip():
-                yield _parsed(line, f"{name}:{number}", dataset)
-
-
-def _parsed(text: str, where: str, dataset: str) -> tuple[str, Row] | Rejected:
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        return Rejected(where, dataset, "invalid_json", str(error))
-    if not isinstance(row, dict):
-        return Rejected(where, dataset, "invalid_json", f"expected an object, found {type(row).__name__}")
-    return where, row
-
-
-def _json_rows(root: Root, file: str, name: str, dataset: str) -> Iterator[tuple[str, Row] | Rejected]:
-    try:
-        with root.open(file) as opened:
-            content = json.load(opened)
-    except json.JSONDecodeError as error:
-        yield Rejected(name, dataset, "invalid_json", str(error))
-        return
-    if isinstance(content, dict) and all(isinstance(v, dict) for v in content.values()) and content:
-        content = [{"key": key, **value} for key, value in content.items()]
-    for number, row in enumerate(content if isinstance(content, list) else [content]):
-        where = f"{name}:{number}"
-        if isinstance(row, dict):
-            yield where, row
-        else:
-            yield Rejected(where, dataset, "invalid_json", f"expected an object, found {type(row).__name__}")
-
-
-def table_files(place: Place) -> list[str]:
-    """The table a user pointed at, or all tables of a folder.
-
-    Raises:
-        UserError: when there is none.
-    """
-    files = place.files(*SUFFIXES)
-    if not files:
-        raise UserError(f"{place.name}: no file ending in {', '.join(SUFFIXES)}")
-    return files
-
-
-def as_list(value: Any, separator: str = "|") -> list[str]:
-    """A list field that may be a list, a JSON list in a string, or strings with a separator."""
-    if value in (None, ""):
-        return []
-    if isinstance(value, str):
-        text = value.strip()
-        if text.startswith("["):
-            try:
-                value = json.loads(text)
-            except json.JSONDecodeError:
-                value = [part.strip().strip("'\"") for part in text.strip("[]").split(",")]
-        else:
-            value = text.split(separator)
-    return [str(item).strip() for item in value if str(item).strip()]
+# Rows of JSON need not all have every column.
+_HEAD_ROWS = 20
 
 
 class Extractor:
-    """Writes pictures that lie inside tables to files named after their content, once each."""
+    """Writes pictures and videos that lie inside tables to files named after their content, once each."""
 
     def __init__(self, folder: str):
         """Write below a folder or URL; workers that decode must reach it."""
         self.folder = folder.rstrip("/")
         self.fs, self.base = fsspec.url_to_fs(self.folder)
 
-    def write(self, content: bytes) -> str:
-        """Path of the picture's file."""
+    def write(self, content: bytes, named: str = "") -> str:
+        """Path of the file; ``named`` is what the table calls it, which tells the kind where the content does not."""
         name = hashlib.sha256(content).hexdigest()
-        relative = f"{name[:2]}/{name}{picture_suffix(content)}"
+        relative = f"{name[:2]}/{name}{media_suffix(content, named)}"
         path = f"{self.base.rstrip('/')}/{relative}"
         if not self.fs.exists(path):
             self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
@@ -161,13 +66,35 @@ class Extractor:
         return f"{self.folder}/{relative}"
 
 
-def picture_suffix(content: bytes) -> str:
-    """File suffix of an encoded picture by its first bytes."""
-    if content.startswith(b"\x89PNG"):
-        return ".png"
-    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
-        return ".webp"
-    return ".jpg"
+_SIGNATURES = (
+    (0, b"\x89PNG", ".png"),
+    (0, b"\xff\xd8\xff", ".jpg"),
+    (0, b"GIF8", ".gif"),
+    (0, b"BM", ".bmp"),
+    (0, b"II*\0", ".tif"),
+    (0, b"MM\0*", ".tif"),
+    (8, b"WEBP", ".webp"),
+    (8, b"AVI ", ".avi"),
+    (8, b"avif", ".avif"),
+    (8, b"heic", ".heic"),
+    (8, b"qt  ", ".mov"),
+    (4, b"ftyp", ".mp4"),
+    (0, b"\x1a\x45\xdf\xa3", ".mkv"),
+    (0, b"\0\0\x01\xba", ".mpg"),
+)
+
+
+def media_suffix(content: bytes, named: str = "") -> str:
+    """File suffix of an encoded picture or video by its first bytes, else by its name.
+
+    Raises:
+        FieldError: when neither tells.
+    """
+    found = next((suffix for at, mark, suffix in _SIGNATURES if content[at : at + len(mark)] == mark), "")
+    suffix = Path(named).suffix.lower()
+    if not found and suffix not in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
+        raise fields.FieldError("bytes", f"{len(content)} bytes that are no picture or video known here")
+    return found or suffix
 
 
 class ColumnMap:
@@ -184,20 +111,25 @@ class ColumnMap:
             raise UserError(f"columns.{unknown[0]}: no such field; fields: {', '.join(FIELDS)}")
         self.columns = columns
 
-    def check(self, row: Row, where: str) -> None:
-        """Check the mapped columns against the first row.
+    def check(self, entries: Sequence[Entry], where: str) -> None:
+        """Check the mapped columns against a table's first rows.
 
         Raises:
             UserError: naming the column and those that exist.
         """
+        row: Row = {}
+        for entry in entries:
+            row |= {} if isinstance(entry, Rejected) else entry[1]
+        if not row:
+            return
+        have = ", ".join(map(str, row))
         for field, columns in self.columns.items():
             for column in columns if isinstance(columns, list) else [columns]:
-                for name in re.findall(r"{([^}]+)}", column) or [column]:
+                for name in re.findall(r"{([^}]+)}", str(column)) or [column]:
                     if name not in row:
-                        have = ", ".join(map(str, row))
                         raise UserError(f"{where}: columns.{field}={column}: no column {name!r}; columns: {have}")
-        if self.value(row, "target") is None and not self._column(row, "target"):
-            raise UserError(f"{where}: which column is the target? set columns.target=…; columns: {', '.join(row)}")
+        if not self._column(row, "target"):
+            raise UserError(f"{where}: which column is the target? set columns.target=…; columns: {have}")
 
     def value(self, row: Row, field: str) -> Any:
         """The field's value in a row, None when the map and the known names have no column for it."""
@@ -220,7 +152,12 @@ class ColumnMap:
     def _column(self, row: Row, field: str) -> Any:
         if field in self.columns:
             return self.columns[field]
-        return next((name for name in ALIASES[field] if name in row), None)
+        found = next((name for name in ALIASES[field] if name in row), None)
+        if found is None:
+            # Spreadsheets have `Video` and `Target Path`.
+            plain = {re.sub(r"[^a-z]+", "_", str(name).lower()).strip("_"): name for name in reversed(list(row))}
+            found = next((plain[name] for name in ALIASES[field] if name in plain), None)
+        return found
 
     @staticmethod
     def _cell(row: Row, column: str) -> Any:
@@ -230,7 +167,7 @@ class ColumnMap:
 
 
 def _looks_like_table(place: Place) -> bool:
-    return bool(place.file) and place.file.lower().endswith(SUFFIXES)
+    return bool(place.file) and plain_name(place.file).endswith(SUFFIXES)
 
 
 @register("table", _looks_like_table)
@@ -262,18 +199,23 @@ def read_table(
     mapping = ColumnMap(columns or {})
     base = Root(media) if media else place.root
     for file in table_files(place):
-        name = dataset or Path(file).stem
+        name = dataset or Path(plain_name(file)).stem
         extractor = Extractor(extract or default_extract_folder(name))
-        checked = False
-        for entry in rows(place, file, name):
+        entries = rows(place, file, name)
+        head = list(itertools.islice(entries, _HEAD_ROWS))
+        try:
+            mapping.check(head, place.root.path(file))
+        except UserError as error:
+            if place.file:
+                raise
+            yield Rejected(place.root.path(file), name, "unreadable_table", str(error))
+            continue
+        options = (mapping, base, name, task, licence, separator, keep, extractor)
+        for entry in itertools.chain(head, entries):
             if isinstance(entry, Rejected):
                 yield entry
-                continue
-            where, row = entry
-            if not checked:
-                mapping.check(row, where)
-                checked = True
-            yield _sample(row, where, mapping, base, name, task, licence, separator, keep, extractor)
+            else:
+                yield from shaped(entry[0], name, _sample, *entry, *options)
 
 
 def default_extract_folder(dataset: str) -> str:
@@ -282,8 +224,8 @@ def default_extract_folder(dataset: str) -> str:
 
 
 def _sample(
-    row: Row,
     where: str,
+    row: Row,
     mapping: ColumnMap,
     base: Root,
     dataset: str,
@@ -293,18 +235,19 @@ def _sample(
     keep: list[str] | None,
     extractor: Extractor,
 ) -> Outcome:
-    def located(value: Any) -> str | None:
+    def located(field: str, value: Any) -> str | None:
         content = embedded_bytes(value)
         if content is not None:
-            return extractor.write(content)
-        return base.path(str(value)) if value not in (None, "") else None
+            return extractor.write(content, str(value.get("path") or "") if isinstance(value, dict) else "")
+        given = fields.path(value.get("path") if isinstance(value, dict) else value, field)
+        return base.path(given) if given else None
 
     references = mapping.value(row, "references")
-    if embedded_bytes(references) is not None:
+    if isinstance(references, (dict, bytes)):
         references = [references]
     elif not isinstance(references, list):
         references = as_list(references, separator)
-    source, target = located(mapping.value(row, "source")), located(mapping.value(row, "target"))
+    source, target = (located(field, mapping.value(row, field)) for field in ("source", "target"))
     instruction, caption = mapping.value(row, "instruction"), mapping.value(row, "caption")
     if source and not instruction:
         # Tables of pairs call the instruction a prompt.
@@ -318,11 +261,11 @@ def _sample(
         task=task or mapping.value(row, "task"),
         target=target,
         source=source,
-        references=[path for item in references if (path := located(item))],
+        references=[path for item in references if (path := located("references", item))],
         instruction=instruction,
         caption=caption,
         licence=mapping.value(row, "licence") or licence,
-        group=str(mapping.value(row, "group") or source or target or ""),
+        group=fields.name(mapping.value(row, "group"), "group") or source or target,
         split=mapping.value(row, "split"),
         extra=extra,
     )
@@ -336,4 +279,4 @@ def embedded_bytes(value: Any) -> bytes | None:
 
 
 def _is_plain(value: Any) -> bool:
-    return isinstance(value, (str, int, float, bool)) and value != ""
+    return isinstance(value, (str, int, float, bool)) and not fields.is_missing(value)

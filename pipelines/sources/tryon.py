@@ -3,11 +3,13 @@
 import posixpath
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
+from typing import Any
 
 from loomvideo.pipelines.media.fragments import Fragment, with_fragment
+from loomvideo.pipelines.sources import fields
 from loomvideo.pipelines.sources.base import Components, Outcome, Place, Rejected, Root, register
 from loomvideo.pipelines.sources.fashion import CATEGORY_WORDS, GarmentShot, samples_of
-from loomvideo.pipelines.sources.tables import rows
+from loomvideo.pipelines.sources.rows import outcomes, rows
 from loomvideo.platform.errors import UserError
 
 BODY_PARTS = ("dresses", "upper_body", "lower_body")
@@ -52,11 +54,11 @@ def read_viton_hd(
         listing = f"{part}_pairs.txt"
         if not root.has(listing):
             continue
-        for where, fields in _pairs(root, listing):
-            if len(fields) != 2:
+        for where, words in _pairs(root, listing):
+            if len(words) != 2:
                 yield Rejected(where, dataset, "invalid_field", "expected `person.jpg garment.jpg`")
                 continue
-            image, listed = fields
+            image, listed = words
             person, garment = f"{part}/image/{image}", f"{part}/cloth/{image}"
             missing = next((path for path in (person, garment) if not root.has(path)), None)
             if missing:
@@ -97,16 +99,16 @@ def read_dresscode(
         for listing, split in (("train_pairs.txt", "train"), ("test_pairs_paired.txt", "heldout")):
             if not root.has(f"{part}/{listing}"):
                 continue
-            for where, fields in _pairs(root, f"{part}/{listing}"):
-                if len(fields) != 2:
+            for where, words in _pairs(root, f"{part}/{listing}"):
+                if len(words) != 2:
                     yield Rejected(where, dataset, "invalid_field", "expected `model_0.jpg garment_1.jpg`")
                     continue
-                model, garment = (f"{part}/images/{name}" for name in fields)
+                model, garment = (f"{part}/images/{name}" for name in words)
                 missing = next((path for path in (model, garment) if not root.has(path)), None)
                 if missing:
                     yield Rejected(where, dataset, "missing_media", f"no {missing}")
                     continue
-                number = PurePosixPath(fields[0]).stem.rpartition("_")[0]
+                number = PurePosixPath(words[0]).stem.rpartition("_")[0]
                 word = CATEGORY_WORDS[part]
                 shot = GarmentShot(where, f"{part}/{number}", number, word, root.path(garment), (), root.path(model),
                                    split=split)  # fmt: skip
@@ -151,19 +153,38 @@ def read_vivid(
             yield from _vivid_by_name(root, part, uses, dataset, licence)
     for file in listings:
         split = "heldout" if "test" in file else None
-        for entry in rows(place, file, dataset):
-            if isinstance(entry, Rejected):
-                yield entry
-                continue
-            where, row = entry
-            if any(not row.get(name) for name in ("video", "image", "subdir")):
-                yield Rejected(where, dataset, "missing_field", "needs video, image and subdir")
-                continue
-            part, video, image = row["subdir"], row["video"], row["image"]
-            span = row.get("front_seqs")
-            extra = {"front_frames": span} if span else {}
-            fragment = Fragment(frames=(int(span[0]), int(span[1]))) if span and front_only else None
-            yield from _vivid_shot(root, where, part, video, image, fragment, split, extra, uses, dataset, licence)
+        yield from outcomes(place, file, dataset, _vivid_row, root, split, front_only, uses, dataset, licence)
+
+
+def _vivid_row(
+    where: str,
+    row: dict[str, Any],
+    root: Root,
+    split: str | None,
+    front_only: bool,
+    uses: Sequence[str] | None,
+    dataset: str,
+    licence: str,
+) -> Iterator[Outcome]:
+    part, video, image = (fields.path(row.get(name), name) for name in ("subdir", "video", "image"))
+    if not (part and video and image):
+        yield Rejected(where, dataset, "missing_field", "needs video, image and subdir")
+        return
+    span = _front_span(row.get("front_seqs"))
+    extra = {"front_frames": span} if span else {}
+    fragment = Fragment(frames=(span[0], span[1])) if span and front_only else None
+    yield from _vivid_shot(root, where, part, video, image, fragment, split, extra, uses, dataset, licence)
+
+
+def _front_span(value: Any) -> list[int] | None:
+    """The longest of the published `[[first, end], …]`; one `[first, end]` is taken as well."""
+    if not value:
+        return None
+    spans = value if isinstance(value[0], (list, tuple)) else [value]
+    first, end = max(((int(span[0]), int(span[1])) for span in spans), key=lambda span: span[1] - span[0])
+    if end <= first:
+        raise fields.FieldError("front_seqs", f"[{first}, {end}] holds no frame")
+    return [first, end]
 
 
 def _vivid_shot(
@@ -250,13 +271,13 @@ def read_vvt(
     groups = Components()
     listing = "test_person_clothes_pose_tuple.txt"
     unpaired: dict[str, str] = {}
-    for where, fields in _pairs(root, listing) if root.has(listing) else []:
-        if len(fields) < 2:
+    for where, words in _pairs(root, listing) if root.has(listing) else []:
+        if len(words) < 2:
             yield Rejected(where, dataset, "invalid_field", "expected `person clothes pose`")
             continue
-        groups.join(fields[0], fields[1])
-        if fields[0] != fields[1]:
-            unpaired[fields[0]] = fields[1]
+        groups.join(words[0], words[1])
+        if words[0] != words[1]:
+            unpaired[words[0]] = words[1]
     for part, split in (("train", "train"), ("test", "heldout")):
         for person in root.names(f"{part}_frames"):
             where = root.path(f"{part}_frames/{person}")

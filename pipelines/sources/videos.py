@@ -8,8 +8,9 @@ from typing import Any
 from urllib.parse import parse_qs, urlparse
 
 from loomvideo.pipelines.media.fragments import Fragment, with_fragment
+from loomvideo.pipelines.sources import fields
 from loomvideo.pipelines.sources.base import VIDEO_SUFFIXES, Outcome, Place, Rejected, Root, build, register
-from loomvideo.pipelines.sources.tables import as_list, rows, table_files
+from loomvideo.pipelines.sources.rows import as_list, header, outcomes, table_files
 from loomvideo.platform.errors import UserError
 
 
@@ -43,8 +44,7 @@ def _header(place: Place) -> set[str]:
     files = place.files(".csv", ".parquet", ".json") or place.files(".csv", folder="data/train")
     if not files or not files[0].endswith(".csv"):
         return set()
-    with place.root.open(files[0]) as opened:
-        return {name.strip().strip('"') for name in opened.readline().split(",")}
+    return set(header(place.root, files[0])[0])
 
 
 def _openvid_files(place: Place) -> list[str]:
@@ -68,19 +68,18 @@ def read_openvid(
         raise UserError(f"{place.name}: no data/train/*.csv")
     base = _video_root(place, videos)
     for file in files:
-        for entry in rows(place, file, dataset):
-            if isinstance(entry, Rejected):
-                yield entry
-                continue
-            where, row = entry
-            if not row.get("video"):
-                yield Rejected(where, dataset, "missing_field", "no video")
-                continue
-            # {YouTube id}_{part}_{first}to{last}.mp4: clips of one video stay in one split.
-            group = re.sub(r"_\d+_\d+to\d+$", "", PurePosixPath(row["video"]).stem)
-            scores = {k.replace(" ", "_"): _number(v) for k, v in row.items() if k not in ("video", "caption")}
-            yield build(where, dataset, task="t2v", target=base.path(row["video"]), caption=row.get("caption"),
-                        licence=licence, group=group, extra=scores)  # fmt: skip
+        yield from outcomes(place, file, dataset, _openvid_sample, base, dataset, licence)
+
+
+def _openvid_sample(where: str, row: dict[str, Any], base: Root, dataset: str, licence: str) -> Outcome:
+    video = fields.path(row.get("video"), "video")
+    if not video:
+        return Rejected(where, dataset, "missing_field", "no video")
+    # {YouTube id}_{part}_{first}to{last}.mp4: clips of one video stay in one split.
+    group = re.sub(r"_\d+_\d+to\d+$", "", PurePosixPath(video).stem)
+    scores = {k.replace(" ", "_"): _number(v) for k, v in row.items() if k not in ("video", "caption")}
+    return build(where, dataset, task="t2v", target=base.path(video), caption=row.get("caption"), licence=licence,
+                 group=group, extra=scores)  # fmt: skip
 
 
 def _number(value: Any) -> Any:
@@ -104,8 +103,7 @@ def read_koala(
     """
     folder = VideoFolder(_video_root(place, videos))
     for file in [place.file] if place.file else place.files(".csv"):
-        for entry in rows(place, file, dataset):
-            yield entry if isinstance(entry, Rejected) else _koala_sample(*entry, folder, dataset, licence)
+        yield from outcomes(place, file, dataset, _koala_sample, folder, dataset, licence)
 
 
 def _koala_sample(where: str, row: dict[str, Any], folder: VideoFolder, dataset: str, licence: str) -> Outcome:
@@ -153,8 +151,7 @@ def read_phantom(
     """
     folder = VideoFolder(_video_root(place, videos))
     for file in table_files(place):
-        for entry in rows(place, file, dataset):
-            yield entry if isinstance(entry, Rejected) else _phantom_sample(*entry, folder, dataset, licence)
+        yield from outcomes(place, file, dataset, _phantom_sample, folder, dataset, licence)
 
 
 def _phantom_sample(where: str, row: dict[str, Any], folder: VideoFolder, dataset: str, licence: str) -> Outcome:
@@ -223,11 +220,7 @@ def read_opens2v(
     """
     base = _video_root(place, videos)
     for file in [place.file] if place.file else place.files(".json"):
-        for entry in rows(place, file, dataset):
-            if isinstance(entry, Rejected):
-                yield entry
-            else:
-                yield _opens2v_sample(*entry, base, dataset, licence, max_references)
+        yield from outcomes(place, file, dataset, _opens2v_sample, base, dataset, licence, max_references)
 
 
 def _opens2v_sample(

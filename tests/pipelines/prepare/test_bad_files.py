@@ -67,7 +67,7 @@ def test_every_file_ends_written_or_with_its_reason(tmp_path, built):
         assert reasons.pop(f"bad-{number}") in expected, name
     assert reasons.pop("one-frame") == "too_short"
     assert reasons.pop("source-missing") == "missing_file"
-    assert reasons.pop("special-token") == "invalid_sample"
+    assert reasons.pop(f"samples.jsonl:{len(samples)}") == "invalid_text"  # a special token in the caption
     assert len(reasons) == 2  # the two lines that are no samples
     summary = result.summary()
     assert summary["inputs"] == len(lines) == summary["written"] + summary["filtered"] + summary["quarantined"]

@@ -62,7 +62,7 @@ def test_own_jsonl(tmp_path):
 def test_own_parquet(tmp_path):
     rows = [{"key": "a", "task": "mi2v", "dataset": "d", "target": "a.mp4", "references": ["r.png"], "caption": "x",
              "extra": '{"k": 1}'},
-            {"key": "!", "task": "mi2v", "dataset": "d", "target": "a.mp4", "references": ["r.png"], "caption": "x",
+            {"key": "b", "task": "mi2v", "dataset": "d", "target": "a.mp4", "references": [], "caption": "x",
              "extra": None}]  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "s.parquet")
     samples, rejected = read(tmp_path / "s.parquet")
