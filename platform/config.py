@@ -55,13 +55,19 @@ def split_overrides(arguments: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
-def load_config(schema: type[Schema], overrides: Sequence[str] = (), preset_file: Path | None = None) -> Schema:
+def load_config(
+    schema: type[Schema],
+    overrides: Sequence[str] = (),
+    preset_file: Path | None = None,
+    values: Mapping[str, Any] | None = None,
+) -> Schema:
     """Build a configuration from a schema, an optional preset file and overrides.
 
     Args:
         schema: The dataclass that declares every key.
         overrides: ``section.key=value`` strings; the key's type decides how the value is read.
         preset_file: YAML with any part of the schema's keys.
+        values: Values from Python, by key or section: ``{"training": {"steps": 3}}`` or ``{"training.steps": 3}``.
 
     Raises:
         UserError: naming the source, the key and the nearest valid key or the expected type.
@@ -78,6 +84,9 @@ def load_config(schema: type[Schema], overrides: Sequence[str] = (), preset_file
         except ValueError as error:
             raise UserError(f"command line: {key}={text}: {error}") from error
         _set(config, key, value, source="command line")
+    for key, value in _leaves(values or {}):
+        text = str(value) if isinstance(value, Path) else value
+        _set(config, key, typed(text, type_at(schema, key)), source="keyword arguments")
     missing = [key for key, value in _leaves(config) if value == "???"]
     if missing:
         raise UserError(f"missing configuration: set {missing[0]}=…")

@@ -16,6 +16,11 @@ from loomvideo.platform.errors import UserError
 RUN_NAME = re.compile(r"[0-9a-zA-Z][0-9a-zA-Z._-]{0,62}")
 
 
+def new_run_name() -> str:
+    """A name for a run that was given none, from the time of day."""
+    return datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """One run's folder; the same job and name always give the same folder, which is what makes a run resumable."""
@@ -31,7 +36,7 @@ class RunFolder:
         Raises:
             UserError: if the name cannot be a folder and experiment name.
         """
-        name = name or datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        name = name or new_run_name()
         if not RUN_NAME.fullmatch(name):
             raise UserError(f"run={name!r}: use letters, digits, '.', '_' and '-', at most 63 characters")
         folder = cls(Path(root).absolute(), job, name)

@@ -18,7 +18,6 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from loomvideo.jobs.data.tools import report_codec
 from loomvideo.pipelines.prepare.builder import SHARED_TASK
 from loomvideo.pipelines.prepare.config import PrepareConfig
 from loomvideo.pipelines.prepare.job import PrepareResult, prepare
@@ -129,8 +128,8 @@ class PrepareRun:
             self._tracker.finish("KILLED" if killed else "FAILED" if kind else "FINISHED")
 
 
-def run(config: PrepareConfig, again: Collection[str] = ()) -> None:
-    """Prepare, and print what was done.
+def run(config: PrepareConfig, again: Collection[str] = ()) -> PrepareResult:
+    """Prepare, print what was done, and return it.
 
     Args:
         config: The job.
@@ -154,13 +153,14 @@ def run(config: PrepareConfig, again: Collection[str] = ()) -> None:
             result = prepare(config, session, progress, again)
         if result.reason != "up to date":
             dataset = ShardDataset.open(config.output)
-            write_report(dataset, lambda: report_codec(dataset))
+            write_report(dataset)
         tracked.complete(result)
     summary = result.summary()
     if not result.built_shards and result.reason == "up to date":
         console.print(f"{config.output}: up to date, nothing to do ({summary['written']} samples)", soft_wrap=True)
-        return
+        return result
     table = Table(title=f"{config.output}: {result.reason}", title_justify="left", show_header=False)
     for key, value in summary.items():
         table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
     console.print(table)
+    return result

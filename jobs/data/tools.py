@@ -1,16 +1,13 @@
 """``loomvideo data diff|plan|verify|report|quarantine|remove|compact``: before and after a prepare."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from loomvideo.jobs.command import job_config
-
-if TYPE_CHECKING:
-    from loomvideo.model.codec import Codec
 
 DatasetFolder = Annotated[str, typer.Argument(metavar="DIR", help="dataset folder or URL")]
 Overrides = Annotated[list[str], typer.Argument(metavar="[KEY=VALUE]…", help="as for `data prepare`")]
@@ -125,18 +122,7 @@ def report(
     from loomvideo.platform.shards.reader import ShardDataset
 
     dataset = ShardDataset.open(folder)
-    Console(markup=False).print(write_report(dataset, lambda: report_codec(dataset), samples), soft_wrap=True)
-
-
-def report_codec(dataset: Any) -> "Codec | None":
-    """The codec that shows a dataset's latents, when it needs no weights."""
-    from loomvideo.model.codec import build_codec
-    from loomvideo.model.sizes import model_size
-
-    name = dataset.manifest.config.get("model")
-    if name is None or model_size(name).codec.kind != "dct":
-        return None
-    return build_codec(model_size(name).codec)
+    Console(markup=False).print(write_report(dataset, samples), soft_wrap=True)
 
 
 def remove(

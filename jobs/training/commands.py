@@ -1,23 +1,34 @@
 """``loomvideo pretrain`` and ``loomvideo finetune-edit``."""
 
+from typing import TYPE_CHECKING
+
 import typer
 
 from loomvideo.jobs.command import config_command
-from loomvideo.jobs.training.config import TrainingJobConfig
+
+if TYPE_CHECKING:
+    from loomvideo.jobs.training.config import TrainingJobConfig
+
+
+def training_schema() -> type:
+    """The schema of training jobs, imported late: it knows torch."""
+    from loomvideo.jobs.training.config import TrainingJobConfig
+
+    return TrainingJobConfig
 
 
 def register(app: typer.Typer) -> None:
     """Add the training commands."""
 
-    @config_command(app, "pretrain", "pretrain", lambda: TrainingJobConfig)
-    def pretrain(config: TrainingJobConfig) -> None:
+    @config_command(app, "pretrain", "pretrain", training_schema)
+    def pretrain(config: "TrainingJobConfig") -> None:
         """Train on all tasks, from scratch or from weights; the same run name continues an interrupted run."""
         from loomvideo.jobs.training.job import run_training
 
         run_training("pretrain", config)
 
-    @config_command(app, "finetune-edit", "finetune-edit", lambda: TrainingJobConfig)
-    def finetune_edit(config: TrainingJobConfig) -> None:
+    @config_command(app, "finetune-edit", "finetune-edit", training_schema)
+    def finetune_edit(config: "TrainingJobConfig") -> None:
         """Continue the newest (or named) pretrain run on the editing tasks."""
         from loomvideo.jobs.training.job import run_training
 

@@ -5,14 +5,15 @@ import html
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from loomvideo.model.codec import Codec
+from loomvideo.model.codec import Codec, build_codec
+from loomvideo.model.sizes import model_size
 from loomvideo.platform.shards.index import SCORE_PREFIX
 from loomvideo.platform.shards.manifest import QUARANTINE_FILE
 from loomvideo.platform.shards.reader import ShardDataset
@@ -192,9 +193,18 @@ def _picture(frame: np.ndarray) -> str:
     return f'<img src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}" alt="">'
 
 
-def write_report(dataset: ShardDataset, build: Callable[[], Codec | None], num_samples: int = 24) -> str:
+def report_codec(dataset: ShardDataset) -> Codec | None:
+    """The codec that shows a dataset's latents, when it needs no weights."""
+    name = dataset.manifest.config.get("model")
+    if name is None or model_size(name).codec.kind != "dct":
+        return None
+    return build_codec(model_size(name).codec)
+
+
+def write_report(dataset: ShardDataset, num_samples: int = 24) -> str:
     """Write ``report.html`` into the dataset folder; returns its path or URL."""
-    dataset.storage.write_bytes(REPORT_FILE, report_html(dataset, build(), num_samples).encode())
+    page = report_html(dataset, report_codec(dataset), num_samples)
+    dataset.storage.write_bytes(REPORT_FILE, page.encode())
     return f"{dataset.storage.url}/{REPORT_FILE}"
 
 

@@ -124,8 +124,8 @@ def test_two_checkpoints_from_figures_to_a_moved_alias(tmp_path, data, local, ca
 
     def gate(baseline, candidate, **changes):
         rule = {"metric": "fashion/gain_psnr_db", "min_delta": 0.5, "max_regress": 0.5, "p": 0.05} | changes
-        return compare_job.run_gate(baseline, candidate, model="loom", alias="champion", runs=runs, tracking_uri="",
-                                    **rule)  # fmt: skip
+        rule |= {"registered_model": "loom", "alias": "champion", "runs": runs, "tracking_uri": ""}
+        return compare_job.run_gate(baseline, candidate, **rule)
 
     with pytest.raises(UserError, match="names no weights"):
         gate("weak", "strong")

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from loomvideo.model.tasks import TASKS
-from loomvideo.pipelines.sample_data import SampleDataConfig, make_sample_data, media
+from loomvideo.pipelines.sample_data import media
+from loomvideo.pipelines.sample_data.config import SampleDataConfig
 from loomvideo.pipelines.sample_data.figures import Look, Renderer, random_figure
 from loomvideo.pipelines.sample_data.garments import COLOURS, OUTFITS, Garment
-from loomvideo.pipelines.sample_data.generate import SAMPLES, plan_groups
+from loomvideo.pipelines.sample_data.generate import SAMPLES, make_sample_data, plan_groups
 from loomvideo.pipelines.sample_data.real import MEDIA, OPERATORS
 from loomvideo.pipelines.sources.samples import Sample, read_jsonl
 from loomvideo.platform.errors import UserError

@@ -1,0 +1,46 @@
+"""docs/python.md: what it shows runs, from samples to a film, in one process."""
+
+import pytest
+from fixtures.pages import blocks, replaced
+
+from loomvideo.jobs import prepare, pretrain
+from loomvideo.platform.errors import UserError
+
+SMALL = {
+    'training={"steps": 1800}': 'training={"steps": 2, "optimizer": {"warmup_steps": 1}, "pack": {"tokens": 96}}',
+    'run="edits"': 'run="edits", **{"training.steps": 2, "training.pack.tokens": 96}',
+    'suites=["sample"]': 'suites=["sample"], limit=2, **{"generation.steps": 2}',
+    'out="dress.mp4"': 'out="dress.mp4", steps=2',
+    "steps=20": "steps=2",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_page_runs_as_it_stands(tmp_path, monkeypatch, ray_cluster):
+    from loomvideo.pipelines.sample_data.config import SampleDataConfig
+    from loomvideo.pipelines.sample_data.generate import make_sample_data
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    small = SampleDataConfig(num_train=12, num_heldout=6, width=64, height=64, real=False, workers=1)
+    make_sample_data(tmp_path / "data" / "sample", small)
+    names: dict[str, object] = {}
+    exec(replaced("\n".join(blocks("python.md", "python")), SMALL), names)
+    assert names["shards"].summary()["written"] == 18
+    assert names["first"].steps == names["edits"].steps == 2
+    assert names["edits"].folder == tmp_path / "runs" / "finetune-edit" / "edits"
+    assert (names["edits"].weights / "config.json").is_file()
+    assert names["scores"].checkpoint == "finetune-edit/edits"
+    assert names["made"].file.stat().st_size > 0
+    assert names["frames"].shape == names["blue"].shape == (9, 64, 64, 3)
+    assert names["sample"].key in names["dataset"].index.column("key").to_pylist()
+
+
+def test_keyword_arguments_are_checked_like_the_command_line():
+    with pytest.raises(UserError, match=r"keyword arguments: unknown key inptu; did you mean input\?"):
+        prepare(inptu="samples.jsonl")
+    with pytest.raises(UserError, match=r"keyword arguments: training.steps='many' has the wrong type, expected int"):
+        pretrain(training={"steps": "many"})
+    with pytest.raises(UserError, match="preset=7b: not found for pretrain; use one of 5b-stage1"):
+        pretrain(preset="7b")
