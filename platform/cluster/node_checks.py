@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -48,7 +49,7 @@ def node_probes(storage: str | None, tracking_uri: str | None) -> list[Probe]:
         storage: Folder or URL that all nodes share and jobs write to; None skips the check.
         tracking_uri: MLflow; None or a local store skips the check.
     """
-    probes: list[Probe] = [versions, abi, gpu, compiler, disk, shared_memory, memory_bandwidth]
+    probes: list[Probe] = [versions, abi, accelerator, gpu, compiler, disk, shared_memory, memory_bandwidth]
     if storage:
         probes.append(lambda: shared_storage(storage))
     if tracking_uri and tracking_uri.startswith("http"):
@@ -90,6 +91,42 @@ def abi() -> Check:
     return Check("abi", "ok", text, value=text)
 
 
+def accelerator() -> Check:
+    """Whether this environment is for CPU or CUDA, and whether that fits the machine and itself."""
+    import torch
+
+    version, cuda = torch.__version__, torch.version.cuda
+    # Written by make setup; an image or a hand-made environment may have none.
+    record = Path(sys.prefix, ".accelerator")
+    made_for = record.read_text().strip() if record.exists() else ("cuda" if cuda else "cpu")
+    text = f"{made_for}: torch {version}, " + (f"built for CUDA {cuda}" if cuda else "a CPU build")
+    wanted = _triton_of_torch()
+    triton = _installed("triton")
+    if cuda and wanted and triton != wanted:
+        return Check("accelerator", "warn", f"{text} and Triton {wanted}, but Triton {triton} is installed: make setup")
+    has_gpu = shutil.which("nvidia-smi") is not None and "GPU 0" in _run(["nvidia-smi", "-L"])
+    if has_gpu and made_for == "cpu":
+        return Check("accelerator", "warn", f"{text}, but there is a GPU: make setup ACCELERATOR=cuda")
+    if cuda and made_for == "cuda" and not has_gpu:
+        return Check("accelerator", "warn", f"{text}, but nvidia-smi lists no GPU: make setup ACCELERATOR=cpu")
+    return Check("accelerator", "ok", text)
+
+
+def _triton_of_torch() -> str | None:
+    """The release of Triton that the installed torch asks for; None for a build that asks for none."""
+    for line in importlib.metadata.requires("torch") or []:
+        if line.startswith("triton=="):
+            return line.removeprefix("triton==").partition(";")[0].strip()
+    return None
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def gpu() -> Check:
     """Every GPU that Ray gives away can compute."""
     import torch
@@ -97,7 +134,11 @@ def gpu() -> Check:
     visible = shutil.which("nvidia-smi")
     if not torch.cuda.is_available():
         if visible and torch.version.cuda is None:
-            return Check("gpu", "fail", "there are GPUs, but torch is a CPU build; use the cuda image")
+            return Check(
+                "gpu",
+                "fail",
+                "there are GPUs, but torch is a CPU build: make setup ACCELERATOR=cuda, or the cuda image",
+            )
         if visible:
             return Check("gpu", "warn", "nvidia-smi is there, but torch sees no GPU; check driver and limits")
         return Check("gpu", "ok", "none")

@@ -41,6 +41,35 @@ def test_missing_compiler_is_a_warning(monkeypatch):
     assert node_checks.compiler().status == "warn"
 
 
+@pytest.mark.parametrize(
+    ("version", "cuda", "made_for", "has_gpu", "triton", "status", "words"),
+    [
+        ("2.13.0+cpu", None, "cpu", False, None, "ok", "cpu: torch 2.13.0+cpu, a CPU build"),
+        ("2.13.0", "13.0", "cuda", True, "3.7.1", "ok", "cuda: torch 2.13.0, built for CUDA 13.0"),
+        ("2.13.0", "13.0", "cpu", False, "3.7.1", "ok", "cpu: torch 2.13.0, built for CUDA 13.0"),
+        ("2.13.0+cpu", None, "cpu", True, None, "warn", "there is a GPU: make setup ACCELERATOR=cuda"),
+        ("2.13.0", "13.0", "cuda", False, "3.7.1", "warn", "nvidia-smi lists no GPU"),
+        ("2.13.0", "13.0", "cuda", True, "3.9.0", "warn", "Triton 3.9.0 is installed"),
+    ],
+)
+def test_accelerator_says_what_it_is_and_warns(
+    monkeypatch, tmp_path, version, cuda, made_for, has_gpu, triton, status, words
+):
+    import torch
+
+    (tmp_path / ".accelerator").write_text(made_for + "\n")
+    monkeypatch.setattr(node_checks.sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(node_checks, "_triton_of_torch", lambda: "3.7.1" if cuda else None)
+    monkeypatch.setattr(node_checks, "_installed", lambda package: triton)
+    monkeypatch.setattr(node_checks.shutil, "which", lambda name: name if has_gpu else None)
+    monkeypatch.setattr(node_checks, "_run", lambda command: "GPU 0: NVIDIA H100")
+    check = node_checks.accelerator()
+    assert check.status == status
+    assert words in check.detail
+
+
 def test_storage_is_written_read_and_cleaned(tmp_path):
     assert node_checks.shared_storage(str(tmp_path / "runs")).status == "ok"
     assert list((tmp_path / "runs").iterdir()) == []
