@@ -1,4 +1,4 @@
-"""Videos and pictures as RGB frames: decord for speed, PyAV for what decord mishandles, Pillow, frame folders.
+"""Videos and pictures as RGB frames: PyAV, or decord where it is asked for and correct; Pillow; frame folders.
 
 Torch-free, so that the isolated decoder process (``decode_worker``) starts in a fraction of a second. What a file holds
 decides how it is read, not its name.
@@ -71,7 +71,7 @@ def open_media(path: str, backend: Backend = "auto", folder_fps: float = DEFAULT
 
     Args:
         path: Of the file or folder, or a part of a file (``pipelines.fragments``).
-        backend: For videos; ``auto`` takes decord when the file is what decord reads correctly.
+        backend: For videos; ``auto`` is PyAV, ``decord`` takes decord for the files that decord reads correctly.
         folder_fps: Frame rate given to a folder of pictures.
 
     Raises:
@@ -105,9 +105,7 @@ def _is_picture(head: bytes) -> bool:
 
 def _open_video(path: str, backend: Backend) -> "Media":
     video = PyAVVideo(path)
-    if backend == "pyav" or (backend == "auto" and not video.plain):
-        return video
-    return DecordVideo(path, video.info)
+    return DecordVideo(path, video.info) if backend == "decord" and video.plain else video
 
 
 class PyAVVideo:

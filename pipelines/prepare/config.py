@@ -1,5 +1,6 @@
 """The configuration of ``loomvideo data prepare``."""
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +77,9 @@ class PrepareConfig:
     mllm_folder: str = option("", "folder of the MLLM, for model sizes that need one")
     heldout_fraction: float = option(0.05, "share of groups held out, where the samples do not say")
     seed: int = option(0, "order of samples in shards and places of clips")
-    decoder: str = option("auto", "video decoder: auto (decord, PyAV for what decord mishandles), decord or pyav")
+    decoder: str = option(
+        "auto", "video decoder: auto (PyAV), pyav, or decord (extra `decord`; PyAV for what it mishandles)"
+    )
     clips: ClipOptions = option(ClipOptions, "")
     features: FeatureOptions = option(FeatureOptions, "")
     shards: ShardOptions = option(ShardOptions, "")
@@ -109,6 +112,10 @@ class PrepareConfig:
         for key, (value, valid) in choices.items():
             if value not in valid:
                 raise UserError(f"{key}={value}: choose one of {', '.join(valid)}")
+        if self.decoder == "decord" and importlib.util.find_spec("decord") is None:
+            raise UserError(
+                "decoder=decord: decord is not installed; pip install 'loomvideo[decord]' (x86-64 only), or auto"
+            )
         model_size(self.model).grid.check_frames("clips.num_frames", self.clips.num_frames)
         for key, value in {
             "clips.windows": self.clips.windows,

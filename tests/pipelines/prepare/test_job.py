@@ -288,6 +288,12 @@ def test_mistakes_are_named(raw, tmp_path, built, change, message):
         prepare(prepare_config(raw[0], tmp_path, **change))
 
 
+def test_a_decoder_that_is_not_installed_is_named(raw, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"decoder=decord: decord is not installed; pip install 'loomvideo\[decord\]'"):
+        prepare_config(raw[0], tmp_path, decoder="decord").check()
+
+
 def test_on_a_ray_cluster(raw, tmp_path, ray_cluster, finished):
     config = prepare_config(raw[0], tmp_path)
     config.workers.count = 2
