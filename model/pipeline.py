@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from loomvideo.model.clips import TARGET_FPS
-from loomvideo.model.codec import Codec, LatentGrid, build_codec
+from loomvideo.model.codec import Codec, LatentGrid
+from loomvideo.model.conditioning import prompts
 from loomvideo.model.conditioning.inputs import MLLMInputs, build_inputs, text_inputs
 from loomvideo.model.conditioning.mllm import FrozenMLLM
 from loomvideo.model.dit import LoomVideoDiT
@@ -20,9 +21,7 @@ from loomvideo.model.media_inputs import Clip, Picture, as_clip, as_picture, fit
 from loomvideo.model.parallel import Ranks
 from loomvideo.model.sampler import Branch, SchedulerConfig, sample
 from loomvideo.model.shortcuts import Shortcuts
-from loomvideo.model.sizes import PIPELINE_FILE, ModelSize, model_size, stated_size, with_folders
 from loomvideo.model.tasks import wording
-from loomvideo.model.weights import load_dit, open_checkpoint
 from loomvideo.platform.errors import UserError
 
 MAX_SOURCE_FRAMES = 97
@@ -53,6 +52,7 @@ class LoomVideoPipeline:
         mllm: Prompts to hidden states.
         scheduler: Sampler settings; None for the published ones.
         ranks: Ranks that share each generation, all calling :meth:`sample` alike; None for this one alone.
+        negative_prompt: What the unconditional branch is told unless a call says; None for an empty message.
     """
 
     def __init__(
@@ -62,12 +62,14 @@ class LoomVideoPipeline:
         mllm: FrozenMLLM,
         scheduler: SchedulerConfig | None = None,
         ranks: Ranks | None = None,
+        negative_prompt: str | None = None,
     ):
         self.dit = dit.eval()
         self.codec = codec
         self.mllm = mllm
         self.scheduler = scheduler or SchedulerConfig()
         self.ranks = ranks
+        self.negative_prompt = negative_prompt
         self._float8: LoomVideoDiT | None = None
 
     @classmethod
@@ -79,8 +81,10 @@ class LoomVideoPipeline:
         mllm_folder: str = "",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        kernels: str = "auto",
+        compile: bool = False,
     ) -> "LoomVideoPipeline":
-        """Load a checkpoint with its codec and MLLM.
+        """Load a checkpoint with its codec and MLLM, as every command does.
 
         Args:
             checkpoint: The ``weights`` folder of a run, an exported folder, or the published ``gen_model.pth``.
@@ -89,38 +93,18 @@ class LoomVideoPipeline:
             mllm_folder: The MLLM (``Qwen3-VL-8B-Instruct``), for model sizes that need one.
             device: Where to run; None takes CUDA where there is one.
             dtype: Of the transformer and the MLLM; None takes bf16 on CUDA, fp32 elsewhere.
+            kernels: Back end of the fused operations; empty leaves the one in use.
+            compile: Compile the transformer's blocks.
 
         Raises:
             UserError: if the checkpoint cannot be read or does not say its model size.
         """
-        model = model or stated_size(checkpoint)
-        if model is None:
-            raise UserError(f"{checkpoint}: has no {PIPELINE_FILE}; name its size with model=")
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls.from_parts(with_folders(model_size(model), codec_folder, mllm_folder), checkpoint, device, dtype)
+        from loomvideo.model.loading import ModelSource, load_pipeline  # it imports this module
 
-    @classmethod
-    def from_parts(
-        cls,
-        model: ModelSize,
-        weights: str | Path,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-    ) -> "LoomVideoPipeline":
-        """Build a size's codec and MLLM around a transformer's weights.
-
-        Args:
-            model: The model size, its folders filled in where it needs them.
-            weights: A weights folder or file, see :func:`loomvideo.model.weights.open_checkpoint`.
-            device: Where everything runs.
-            dtype: Of the transformer and the MLLM; None takes bf16 on CUDA, fp32 elsewhere.
-        """
-        device = torch.device(device)
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        stated = open_checkpoint(weights).config
-        dit = load_dit(weights, stated or model.dit, device, dtype)
-        codec = build_codec(model.codec, device, dtype)
-        return cls(dit, codec, FrozenMLLM.of_size(model, device, dtype), model.scheduler)
+        source = ModelSource(
+            str(checkpoint), model or "", codec_folder, mllm_folder, kernels, compile, device=str(device or "")
+        )
+        return load_pipeline(source, dtype)
 
     @property
     def grid(self) -> LatentGrid:
@@ -136,7 +120,7 @@ class LoomVideoPipeline:
         references: Sequence[np.ndarray] = (),
         size: tuple[int, int] | None = None,
         num_frames: int = 1,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
     ) -> Conditions:
         """Encode everything that does not change over the steps.
 
@@ -147,7 +131,8 @@ class LoomVideoPipeline:
             references: uint8 [height, width, 3] each, sides as the codec takes them.
             size: ``(width, height)`` of what is generated; an edit takes its source's.
             num_frames: Whole latents (4k+1 with Wan's codec); an edit takes its source's.
-            negative_prompt: What the unconditional branch is told.
+            negative_prompt: What the unconditional branch is told after ``generate an image: ``, as the published
+                sampler words it; None takes the model size's own.
 
         Raises:
             UserError: if the task lacks its source or references or the size is none the codec can make.
@@ -160,13 +145,14 @@ class LoomVideoPipeline:
             raise UserError(f"size: task={task} has no source to take it from; give width and height")
         self.grid.check_frames("num_frames", num_frames)
         self.grid.check_size("size", *size)
+        negative_prompt = self.negative_prompt if negative_prompt is None else negative_prompt
         source_latents = None if source is None else self._latents(source)
         reference_latents = [self._latents(image[None]) for image in references]
         frames = None if source is None else torch.from_numpy(source)
         pictures = [torch.from_numpy(image) for image in references]
         inputs = {
             "full": build_inputs(task, prompt, frames, pictures, "full", self.mllm.tokenizer, self.mllm.processor),
-            "unconditional": text_inputs(negative_prompt, self.mllm.tokenizer),
+            "unconditional": text_inputs(prompts.negative(negative_prompt), self.mllm.tokenizer),
         }
         if source is not None or references:
             inputs["visual"] = self._visual_inputs(task, frames, pictures)
@@ -240,7 +226,7 @@ class LoomVideoPipeline:
         references: Sequence[Picture] = (),
         size: tuple[int, int] | None = None,
         num_frames: int = 1,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         steps: int = NUM_STEPS,
         guidance: Guidance | None = None,
         seed: int = 0,
@@ -257,7 +243,8 @@ class LoomVideoPipeline:
             references: Pictures: uint8 [height, width, 3] each, or Pillow images.
             size: ``(width, height)`` of what is generated; an edit takes its source's.
             num_frames: Whole latents; an edit takes its source's, with ``buckets`` at most these where it is above 1.
-            negative_prompt: What the unconditional branch is told.
+            negative_prompt: What the unconditional branch is told after ``generate an image: ``, as the published
+                sampler words it; None takes the model size's own.
             steps: Denoising steps.
             guidance: Scales; None takes the task's.
             seed: Of the noise; the same seed gives the same frames.

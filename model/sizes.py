@@ -19,6 +19,15 @@ PIPELINE_FILE = "pipeline.json"
 """Beside exported weights: which model size's codec and MLLM they were trained with."""
 
 
+PUBLISHED_NEGATIVE_PROMPT = (
+    "Oversaturated colors, overexposure, static, blurry details, subtitles, stylized, artwork, painting, still frame, "
+    "overall gray tone, worst quality, low quality, JPEG artifacts, ugly, incomplete, extra fingers, poorly drawn "
+    "hands, poorly drawn face, deformed, disfigured, malformed limbs, fused fingers, static frame, "
+    "cluttered background, three legs, crowded background, walking backwards"
+)
+"""With which the published model is evaluated (``configs/evaluation/evaluation.yaml`` of its repository)."""
+
+
 @dataclass(frozen=True)
 class ModelSize:
     """One size of the whole model."""
@@ -28,6 +37,8 @@ class ModelSize:
     codec: CodecConfig
     mllm: MLLMConfig
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    negative_prompt: str | None = None
+    """What the unconditional branch is told by default; None for the empty message of guidance dropout."""
 
     @property
     def grid(self) -> LatentGrid:
@@ -126,7 +137,8 @@ def _5b() -> ModelSize:
         in_channels=48,
         mllm_dim=mllm.hidden_size,
     )
-    return ModelSize("5b", dit, CodecConfig(kind="wan", latent_channels=dit.in_channels), mllm)
+    codec = CodecConfig(kind="wan", latent_channels=dit.in_channels)
+    return ModelSize("5b", dit, codec, mllm, negative_prompt=PUBLISHED_NEGATIVE_PROMPT)
 
 
 _SIZES = {"tiny": _tiny, "small": _small, "5b": _5b}

@@ -10,12 +10,14 @@ from rich.console import Console
 from loomvideo.jobs.evaluation.config import EvaluateConfig
 from loomvideo.jobs.weights.references import find_run, find_weights
 from loomvideo.model.codec import LatentGrid
+from loomvideo.model.loading import ModelSource
 from loomvideo.model.sizes import PUBLISHED, model_size, stated_size
 from loomvideo.pipelines.evaluation.generators import BlendGenerator, Generator, IdentityGenerator
 from loomvideo.pipelines.evaluation.judges.fake import PixelJudge
 from loomvideo.pipelines.evaluation.judges.rubrics import OWN_FILE, official_rubrics, own_rubrics
 from loomvideo.pipelines.evaluation.judges.session import JudgeSession, check_budget
 from loomvideo.pipelines.evaluation.model_generator import ModelGenerator, ModelOptions, model_fingerprint
+from loomvideo.pipelines.evaluation.pipeline_generator import SamplerSettings
 from loomvideo.pipelines.evaluation.stages import JudgeStage
 from loomvideo.pipelines.evaluation.store import Store
 from loomvideo.pipelines.evaluation.suites.items import Manifest
@@ -72,7 +74,8 @@ def find_checkpoint(config: EvaluateConfig) -> Checkpoint:
         raise UserError(f"checkpoint={config.checkpoint}: set generation.model (5b for the published model)")
     model_grid(model).check_frames("inputs.num_frames", config.inputs.num_frames)
     options = ModelOptions(
-        str(weights), model, g.codec_folder, g.mllm_folder, g.steps, g.edit_scale, g.generate_scale, g.visual_scale
+        ModelSource(str(weights), model, g.codec_folder, g.mllm_folder, g.kernels, g.compile),
+        SamplerSettings(g.steps, g.edit_scale, g.generate_scale, g.visual_scale, g.negative_prompt),
     )
     fingerprint = model_fingerprint(options)
     tracking = run.read_json("mlflow.json") if run else None

@@ -14,9 +14,10 @@ class _RequestKeys:
     out: str = option("", "file to write: .mp4 for videos, .png or .webp for pictures")
     source: str = option("", "video or picture to edit")
     refs: list[str] = option([], "reference pictures")
-    negative_prompt: str = option("", "what the unconditional branch is told")
     seed: int = option(0, "seed of the noise; the same seed gives the same file")
-    batch: str = option("", "JSONL file with task, prompt, out, source, refs, seed a line; done ones are kept")
+    batch: str = option(
+        "", "JSONL file of task, prompt, out, source, refs, negative_prompt, seed a line; done ones are kept"
+    )
 
 
 @dataclass

@@ -40,9 +40,7 @@ def single_request(config: GenerateConfig) -> Request:
     for key in ("task", "prompt", "out"):
         if not getattr(config, key):
             raise UserError(f"{key}: set {key}=…, or batch=FILE.jsonl")
-    request = Request(
-        config.task, config.prompt, config.out, config.source, list(config.refs), config.negative_prompt, config.seed
-    )
+    request = Request(config.task, config.prompt, config.out, config.source, list(config.refs), seed=config.seed)
     request.check()
     return request
 

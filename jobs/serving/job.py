@@ -35,6 +35,10 @@ def run(config: ServeConfig) -> None:
         "width": width,
         "height": height,
     }
+    negative = config.generation.negative_prompt
+    negative = source.size.negative_prompt if negative is None else negative
+    if negative:
+        defaults["negative_prompt"] = negative
     page = PageConfig(token, config.title, config.uploads, config.requests, defaults)
     load = functools.partial(PageGenerator.load, source, config.generation)
     # A busy machine takes longer than Serve's 5 s to start its proxy.

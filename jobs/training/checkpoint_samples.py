@@ -5,13 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from loomvideo.jobs.training.config import TrainingJobConfig
 from loomvideo.jobs.training.heldout import HeldoutResult, evaluate_heldout
-from loomvideo.model.codec import build_codec
-from loomvideo.model.conditioning.mllm import FrozenMLLM
-from loomvideo.model.pipeline import LoomVideoPipeline
+from loomvideo.model.loading import device_of, dtype_on, pipeline_around
 from loomvideo.model.sizes import model_size, with_folders
 from loomvideo.pipelines.training.recipe import LoomVideoRecipe
 from loomvideo.platform.runs import RunFolder
@@ -47,13 +43,11 @@ def sampling_tasks(
 
     def sample(path: str) -> HeldoutResult:
         checkpoint = Checkpoint(path)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        device = device_of()
         model = with_folders(model_size(config.model), config.codec_folder, config.mllm_folder)
-        dit = build_recipe().build_model().to(device, dtype)
+        dit = build_recipe().build_model().to(device, dtype_on(device))
         load_checkpoint_weights(dit, checkpoint, "ema" if "ema" in checkpoint.kinds else "master")
-        mllm = FrozenMLLM.of_size(model, device, dtype)
-        pipeline = LoomVideoPipeline(dit, build_codec(model.codec, device, dtype), mllm, model.scheduler)
+        pipeline = pipeline_around(dit, model)
         return evaluate_heldout(pipeline, heldout, tasks, _folder_of(folder, checkpoint.step))
 
     def record(step: int, result: Any) -> None:

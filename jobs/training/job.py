@@ -26,7 +26,7 @@ from loomvideo.jobs.training.setup import (
 )
 from loomvideo.jobs.weights.export import export_weights, open_checkpoint
 from loomvideo.model.kernels.node import model_shape, use_kernels
-from loomvideo.model.pipeline import LoomVideoPipeline
+from loomvideo.model.loading import ModelSource, device_of, load_pipeline
 from loomvideo.model.sizes import ModelSize, model_size, with_folders
 from loomvideo.pipelines.training.feature_pool import feature_pool
 from loomvideo.platform.cluster.doctor import Diagnosis, examine_cluster, preflight
@@ -164,12 +164,11 @@ def evaluate_weights(
     config: TrainingJobConfig, weights: str, tasks: set[str], folder: str, num_threads: int
 ) -> HeldoutResult:
     """Load exported weights and evaluate them; runs as a Ray task."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
+    if device_of().type == "cpu":
         torch.set_num_threads(num_threads)
     use_kernels(config.kernels)
-    model = with_folders(model_size(config.model), config.codec_folder, config.mllm_folder)
-    pipeline = LoomVideoPipeline.from_parts(model, weights, device)
+    # The job's own kernels stay in use.
+    pipeline = load_pipeline(ModelSource(weights, config.model, config.codec_folder, config.mllm_folder, kernels=""))
     return evaluate_heldout(pipeline, config.evaluation, tasks, Path(folder))
 
 

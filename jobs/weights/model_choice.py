@@ -31,8 +31,8 @@ def model_source(choice: ModelChoice, drop_exact: bool = False) -> "ModelSource"
         UserError: if there is no such checkpoint, or its size is unknown.
     """
     from loomvideo.jobs.weights.references import find_weights
+    from loomvideo.model.loading import ModelSource
     from loomvideo.model.sizes import model_size, stated_size
-    from loomvideo.pipelines.generation.generator import ModelSource
 
     _, weights = find_weights(choice.checkpoint, choice.runs)
     name = stated_size(weights) or choice.model

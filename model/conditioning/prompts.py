@@ -9,6 +9,9 @@ Variant = Literal["full", "visual", "spans", "null"]
 Part = Literal["text", "image", "video"]
 
 
+NEGATIVE_OPENING = "generate an image: "
+"""What the published sampler says before a negative prompt, whatever the task."""
+
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
@@ -47,6 +50,24 @@ def compose(task: str, text: str, num_references: int, variant: Variant = "full"
     if kind.text_first:
         return [("text", kind.opening + text), *media]
     return [("text", kind.opening), *media, ("text", text)]
+
+
+def negative(prompt: str | None) -> str:
+    """What the unconditional branch is told: the published words for a negative prompt, nothing for None.
+
+    Guidance dropout trains this branch on an empty message; the published sampler never sends one, its words stand
+    before an empty negative prompt too.
+
+    Args:
+        prompt: What the result must not look like; None for the message that training drops to.
+
+    Raises:
+        UserError: if it contains a special token.
+    """
+    if prompt is None:
+        return ""
+    check_text(prompt)
+    return NEGATIVE_OPENING + prompt
 
 
 def check_text(text: str) -> None:

@@ -18,12 +18,14 @@ class SamplerSettings:
         edit_scale: Guidance scale of edits.
         generate_scale: Guidance scale of generation.
         visual_scale: Guidance scale of sources and references.
+        negative_prompt: What the unconditional branch is told; None for the model size's own.
     """
 
     steps: int = 50
     edit_scale: float = 2.5
     generate_scale: float = 5.0
     visual_scale: float = 1.5
+    negative_prompt: str | None = None
 
     def guidance(self, item: LoadedItem) -> Guidance:
         """The scales of an item."""
@@ -43,7 +45,13 @@ class PipelineGenerator:
     def generate(self, item: LoadedItem, seed: int, use_source: bool = True) -> np.ndarray:
         """See :class:`~loomvideo.pipelines.evaluation.generators.Generator`."""
         conditions = self.pipeline.encode(
-            item.item.task, item.item.text, item.source, list(item.references), item.size, item.num_frames
+            item.item.task,
+            item.item.text,
+            item.source,
+            list(item.references),
+            item.size,
+            item.num_frames,
+            self.settings.negative_prompt,
         )
         if not use_source:
             conditions = without_source(conditions)

@@ -1,6 +1,7 @@
 """One generation from files to a file: read source and references, run the pipeline, write the result and its facts."""
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -10,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from loomvideo.model import kernels
 from loomvideo.model.buckets import choose_bucket, resize_and_crop
 from loomvideo.model.clips import TARGET_FPS, clip_indices
 from loomvideo.model.fingerprints import weights_fingerprint
+from loomvideo.model.loading import ModelSource, load_pipeline
 from loomvideo.model.pipeline import Conditions, LoomVideoPipeline
 from loomvideo.model.shortcuts import Shortcuts
 from loomvideo.model.tasks import requested_task
@@ -25,29 +26,6 @@ from loomvideo.pipelines.media.decode_process import IsolatedDecoder
 from loomvideo.platform.errors import UserError
 
 MAX_SIDE = 4096
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """A checkpoint and what its size needs.
-
-    Attributes:
-        weights: A weights folder or file.
-        model: Its model size.
-        codec_folder: The codec's weights, for model sizes that need them.
-        mllm_folder: The MLLM, for model sizes that need one.
-        kernels: Back end of the fused operations.
-        compile: Compile the transformer's blocks.
-        drop_exact: With ``shortcuts.fp8``, free the exact weights.
-    """
-
-    weights: str
-    model: str
-    codec_folder: str = ""
-    mllm_folder: str = ""
-    kernels: str = "auto"
-    compile: bool = False
-    drop_exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,19 +58,13 @@ class FileGenerator:
         Raises:
             UserError: if it cannot be read or does not fit.
         """
-        kernels.set_backend(source.kernels)
+        source = dataclasses.replace(source, drop_exact=source.drop_exact and settings.shortcuts.fp8)
         with _memory_errors(f"checkpoint={source.weights}: does not fit into memory"):
-            pipeline = LoomVideoPipeline.from_pretrained(
-                source.weights, source.model, source.codec_folder, source.mllm_folder
-            )
-            if settings.shortcuts.fp8 and source.drop_exact:
-                pipeline.keep_float8_only()
-        if source.compile:
-            pipeline.dit.compile_blocks()
+            pipeline = load_pipeline(source)
         checkpoint = {
             "path": source.weights,
             "fingerprint": weights_fingerprint(source.weights),
-            "model": source.model,
+            "model": source.size.name,
         }
         return cls(pipeline, settings, checkpoint)
 
@@ -104,6 +76,8 @@ class FileGenerator:
         """What determines the result: request, settings, checkpoint and the content of its files."""
         files = {path: content_hash(path) for path in [request.source, *request.refs] if path}
         settings = self.settings.facts()
+        if settings["negative_prompt"] is None:
+            settings["negative_prompt"] = self.pipeline.negative_prompt
         return {**asdict(request), "settings": settings, "checkpoint": self.checkpoint, "inputs": files}
 
     def is_done(self, request: Request) -> bool:
@@ -154,7 +128,7 @@ class FileGenerator:
                 references,
                 None if source is not None else settings.size(),
                 1 if task.is_image else settings.num_frames,
-                request.negative_prompt,
+                settings.negative_prompt if request.negative_prompt is None else request.negative_prompt,
             )
         return Prepared(request, task.name, conditions, self.facts(request))
 

@@ -26,7 +26,7 @@ class Request:
     out: str
     source: str = ""
     refs: list[str] = field(default_factory=list)
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
     seed: int = 0
 
     def check(self) -> None:
@@ -38,7 +38,7 @@ class Request:
         task = requested_task(self.task)
         if not self.prompt.strip():
             raise UserError("prompt: must not be empty")
-        for key, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt)):
+        for key, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt or "")):
             if len(text) > MAX_PROMPT_CHARACTERS:
                 raise UserError(f"{key}: {len(text)} characters, at most {MAX_PROMPT_CHARACTERS} are accepted")
         if task.needs_source != bool(self.source):

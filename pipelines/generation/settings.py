@@ -21,6 +21,9 @@ class Settings:
     steps: int = option(50, "denoising steps")
     scale: float | None = option(None, "guidance scale; null takes the task's (2.5 for edits, 5 otherwise)")
     visual_scale: float | None = option(None, "guidance scale of media; null takes 1.5")
+    negative_prompt: str | None = option(
+        None, "what the unconditional branch is told; null takes the model size's own (5b: the published text)"
+    )
     batch_branches: bool = option(False, "run the guidance branches in one pass: faster for small videos, more memory")
     shortcuts: Shortcuts = option(Shortcuts, "")
 

@@ -54,7 +54,7 @@ class JobBody(BaseModel):
 
     task: str
     prompt: str
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
     source: str | None = None
     references: list[str] = []
     seed: int = 0

@@ -40,7 +40,7 @@ class GenerationRequest:
 
     task: str
     prompt: str
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
     source: Upload | None = None
     references: list[Upload] = field(default_factory=list)
     seed: int = 0
@@ -84,7 +84,7 @@ def check_request(request: GenerationRequest, limits: RequestLimits) -> None:
     task = requested_task(request.task, request.source.info.kind if request.source else None)
     if not request.prompt.strip():
         raise UserError("the prompt is empty: say what to make or change")
-    for name, text in (("prompt", request.prompt), ("negative prompt", request.negative_prompt)):
+    for name, text in (("prompt", request.prompt), ("negative prompt", request.negative_prompt or "")):
         if len(text) > limits.max_prompt_characters:
             raise UserError(f"the {name} has {len(text)} characters: at most {limits.max_prompt_characters}")
     if task.needs_source != (request.source is not None):

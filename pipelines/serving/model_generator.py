@@ -5,8 +5,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from loomvideo.model.loading import ModelSource
 from loomvideo.model.tasks import requested_task
-from loomvideo.pipelines.generation.generator import FileGenerator, ModelSource
+from loomvideo.pipelines.generation.generator import FileGenerator
 from loomvideo.pipelines.generation.requests import Request
 from loomvideo.pipelines.generation.settings import Settings
 from loomvideo.pipelines.serving.jobs import MENTION, GenerationRequest, Result

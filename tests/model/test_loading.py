@@ -1,0 +1,51 @@
+"""One loader: everything that generates computes with the kernels, codec, MLLM and negative prompt of its size."""
+
+import pytest
+import torch
+
+from loomvideo.model import kernels
+from loomvideo.model.dit import LoomVideoDiT
+from loomvideo.model.loading import ModelSource, load_pipeline, pipeline_around
+from loomvideo.model.pipeline import LoomVideoPipeline
+from loomvideo.model.sizes import model_size
+from loomvideo.model.weights import save_dit
+from loomvideo.pipelines.evaluation.model_generator import ModelGenerator, ModelOptions, model_fingerprint
+from loomvideo.pipelines.evaluation.pipeline_generator import SamplerSettings
+from loomvideo.platform.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    config = model_size("tiny").dit
+    save_dit(LoomVideoDiT(config), config, folder)
+    return folder
+
+
+def test_from_pretrained_is_the_loader(weights):
+    with kernels.use_backend("eager"):
+        ours = LoomVideoPipeline.from_pretrained(weights, "tiny", kernels="eager", device="cpu")
+        again = load_pipeline(ModelSource(str(weights), "tiny", kernels="", device="cpu"))
+        around = pipeline_around(ours.dit, model_size("tiny"))
+        made = [pipeline("a red dress", "t2i", size=(64, 64), steps=1) for pipeline in (ours, again, around)]
+    assert (made[0] == made[1]).all()
+    assert (made[0] == made[2]).all()
+
+
+def test_evaluation_computes_with_the_kernels_it_is_told(weights):
+    source = ModelSource(str(weights), "tiny", kernels="eager", device="cpu")
+    options = ModelOptions(source)
+    generator = ModelGenerator(options, model_fingerprint(options))
+    with kernels.use_backend("eager"):
+        kernels.set_backend("cpp")
+        assert isinstance(generator.pipeline, LoomVideoPipeline)
+        assert kernels.report()["requested"] == "eager"
+    other = ModelOptions(ModelSource(str(weights), "tiny", kernels="cpp", device="cpu"))
+    assert model_fingerprint(other) != generator.fingerprint
+    assert model_fingerprint(ModelOptions(source, SamplerSettings(negative_prompt="blurry"))) != generator.fingerprint
+
+
+def test_a_folder_that_does_not_say_its_size(weights):
+    with pytest.raises(UserError, match="name its size with model="):
+        load_pipeline(ModelSource(str(weights)))
