@@ -93,6 +93,7 @@ class Rehearsal:
                 start_new_session=True,
             )
         self.wait_for("mlflow answers", self.mlflow_answers)
+        subprocess.run(self.mlflow.make_user, env=os.environ | self.mlflow.users, check=True)
 
     def stop_mlflow(self) -> None:
         """Kill the tracking server."""

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # create-secrets.sh NAMESPACE: make the secrets of given.yaml with fresh random values; existing ones are kept.
-# S3 credentials are read from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY. Values go through files, never arguments.
+# Keys of the artifact bucket, for MLflow alone, come from ARTIFACTS_AWS_ACCESS_KEY_ID and ARTIFACTS_AWS_SECRET_ACCESS_KEY,
+# keys of the data buckets, for jobs, from DATA_AWS_ACCESS_KEY_ID and DATA_AWS_SECRET_ACCESS_KEY; a pair that is not set
+# is left out (workload identity). Values go through files, never arguments.
 set -euo pipefail
 namespace=${1:?usage: create-secrets.sh NAMESPACE}
-: "${AWS_ACCESS_KEY_ID:?set the S3 credentials of the artifact bucket}" "${AWS_SECRET_ACCESS_KEY:?}"
-
 umask 077
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -32,27 +32,40 @@ if [ -n "${some_present:-}" ]; then
     echo "kept    the MLflow and Postgres secrets (delete all three to make new ones)"
 else
     postgres_password=$(random)
-    mlflow_password=$(random)
+    admin_password=$(random)
     printf '%s' "$postgres_password" | value loomvideo-postgres password
     printf 'postgresql+psycopg2://mlflow:%s@mlflow-postgres:5432/mlflow' "$postgres_password" \
         | value loomvideo-mlflow-server backend-store-uri
     random | value loomvideo-mlflow-server flask-secret-key
     value loomvideo-mlflow-server basic_auth.ini << INI
 [mlflow]
-default_permission = EDIT
+default_permission = READ
 database_uri = postgresql+psycopg2://mlflow:$postgres_password@mlflow-postgres:5432/mlflow_auth
-admin_username = loomvideo
-admin_password = $mlflow_password
+admin_username = admin
+admin_password = $admin_password
 authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 INI
-    printf 'loomvideo' | value loomvideo-mlflow-client MLFLOW_TRACKING_USERNAME
-    printf '%s' "$mlflow_password" | value loomvideo-mlflow-client MLFLOW_TRACKING_PASSWORD
+    printf 'admin' | value loomvideo-mlflow-server admin-username
+    printf '%s' "$admin_password" | value loomvideo-mlflow-server admin-password
+    printf 'loomvideo-jobs' | value loomvideo-mlflow-client MLFLOW_TRACKING_USERNAME
+    random | value loomvideo-mlflow-client MLFLOW_TRACKING_PASSWORD
     apply loomvideo-postgres
     apply loomvideo-mlflow-server
     apply loomvideo-mlflow-client
 fi
 random | value loomvideo-ray-token auth_token
 apply loomvideo-ray-token
-printf '%s' "$AWS_ACCESS_KEY_ID" | value loomvideo-object-store AWS_ACCESS_KEY_ID
-printf '%s' "$AWS_SECRET_ACCESS_KEY" | value loomvideo-object-store AWS_SECRET_ACCESS_KEY
-apply loomvideo-object-store
+
+# keys SECRET PREFIX: a secret with an S3 key pair, if the environment has one.
+keys() {
+    local id="$2_AWS_ACCESS_KEY_ID" key="$2_AWS_SECRET_ACCESS_KEY"
+    if [ -z "${!id:-}" ] && [ -z "${!key:-}" ]; then
+        echo "left out $1 ($id and $key are not set)"
+        return
+    fi
+    printf '%s' "${!id:?set both $id and $key}" | value "$1" AWS_ACCESS_KEY_ID
+    printf '%s' "${!key:?set both $id and $key}" | value "$1" AWS_SECRET_ACCESS_KEY
+    apply "$1"
+}
+keys loomvideo-object-store DATA
+keys loomvideo-artifact-store ARTIFACTS

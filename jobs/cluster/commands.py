@@ -338,11 +338,12 @@ def mlflow_server(
     artifacts: Annotated[str, typer.Option("--artifacts", help="folder or bucket; in FOLDER when unset")] = "",
     allowed_hosts: Annotated[str, typer.Option("--allowed-hosts", help="Host headers that are answered")] = "",
 ) -> None:
-    """Run an MLflow server with a user; the database is MLFLOW_BACKEND_STORE_URI (Postgres) or sqlite in FOLDER."""
+    """Run an MLflow server with a user for jobs; the database is MLFLOW_BACKEND_STORE_URI (Postgres) or in FOLDER."""
     import os
 
     from loomvideo.platform.cluster.mlflow_server import prepare_server
 
     server = prepare_server(folder, host, port, artifacts, allowed_hosts)
     print(server.how_to_log_in(), flush=True)
+    subprocess.Popen(server.make_user, env=os.environ | server.users)
     os.execvpe(server.command[0], server.command, os.environ | server.environment)

@@ -7,12 +7,11 @@ from typing import Any
 
 import yaml
 
-from loomvideo.platform.cluster.pods import head_template, submitter_template, worker_template
+from loomvideo.platform.cluster.pods import autoscaler_options, head_template, submitter_template, worker_template
 from loomvideo.platform.cluster.profile import DNS_1035, MAX_JOB_NAME, ClusterProfile, NodeGroup
 from loomvideo.platform.errors import UserError
 
 API_VERSION = "ray.io/v1"
-IDLE_TIMEOUT_S = 300
 # The other commands are told where to write by their own arguments.
 NAMED_JOBS = ("data", "pretrain", "finetune-edit", "evaluate")
 # Jobs whose command is not their name.
@@ -141,7 +140,7 @@ def _cluster_spec(profile: ClusterProfile, groups: Sequence[NodeGroup], own_clus
         ],
     }
     if autoscaler:
-        spec["autoscalerOptions"] = {"version": "v2", "idleTimeoutSeconds": IDLE_TIMEOUT_S}
+        spec["autoscalerOptions"] = autoscaler_options()
     return spec
 
 

@@ -7,10 +7,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from loomvideo.platform.cluster import mlflow_user
 from loomvideo.platform.errors import UserError
 
 USER = "loomvideo"
 PASSWORD_FILE = "password"
+ADMINISTRATOR = "admin"
+ADMINISTRATOR_FILE = "admin-password"
 SETTINGS_FILE = "basic_auth.ini"
 SECRET_FILE = "flask-secret-key"
 
@@ -31,8 +34,23 @@ class Server:
     environment: dict[str, str]
     url: str
 
+    @property
+    def users(self) -> dict[str, str]:
+        """Variables with administrator and jobs' user, for ``python mlflow_user.py URL``."""
+        return {
+            mlflow_user.ADMINISTRATOR[0]: ADMINISTRATOR,
+            mlflow_user.ADMINISTRATOR[1]: (self.folder / ADMINISTRATOR_FILE).read_text(),
+            mlflow_user.USER[0]: USER,
+            mlflow_user.USER[1]: (self.folder / PASSWORD_FILE).read_text(),
+        }
+
+    @property
+    def make_user(self) -> tuple[str, ...]:
+        """The command that makes the jobs' user once the server answers; takes :attr:`users` as environment."""
+        return (sys.executable, mlflow_user.__file__, self.url)
+
     def how_to_log_in(self) -> str:
-        """Shell lines for those who use it; the password stays in its file."""
+        """Shell lines for jobs and people who use it; the password stays in its file."""
         return (
             f"export MLFLOW_TRACKING_URI={self.url} MLFLOW_TRACKING_USERNAME={USER}\n"
             f'export MLFLOW_TRACKING_PASSWORD="$(cat {self.folder / PASSWORD_FILE})"'
@@ -70,13 +88,14 @@ def prepare_server(
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
-    password = _secret(folder / PASSWORD_FILE)
+    _secret(folder / PASSWORD_FILE)
+    password = _secret(folder / ADMINISTRATOR_FILE)
     database = os.environ.get("MLFLOW_BACKEND_STORE_URI") or f"sqlite:///{folder}/mlflow.db"
     users = f"sqlite:///{folder}/users.db"
     _private(
         folder / SETTINGS_FILE,
-        "[mlflow]\ndefault_permission = EDIT\n"
-        f"database_uri = {users}\nadmin_username = {USER}\nadmin_password = {password}\n"
+        "[mlflow]\ndefault_permission = READ\n"
+        f"database_uri = {users}\nadmin_username = {ADMINISTRATOR}\nadmin_password = {password}\n"
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n",
     )
     mlflow = Path(sys.executable).with_name("mlflow")

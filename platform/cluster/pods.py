@@ -16,6 +16,13 @@ CACHES = {
     "LOOMVIDEO_KERNEL_CACHE": "kernels",
 }
 HEAD_DISK_GIB = 20
+NODE_ACCOUNT, HEAD_ACCOUNT = "loomvideo-node", "loomvideo-head"
+TOKEN_VOLUME = "autoscaler-token"
+# Kubernetes puts its own certificate into every namespace under this name.
+ROOT_CERTIFICATE = "kube-root-ca.crt"
+IDLE_TIMEOUT_S = 300
+# All pods of the group within one value of a node label.
+TOPOLOGY_ANNOTATION = "kueue.x-k8s.io/podset-required-topology"
 PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001, "metrics": 8080}
 # How long Ray waits between asking a stopped job to end and killing it.
 STOP_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
@@ -33,9 +40,9 @@ def head_template(profile: ClusterProfile, autoscaler: bool) -> dict[str, Any]:
     container["ports"] = [{"name": name, "containerPort": port} for name, port in PORTS.items()]
     spec = _pod(profile, container, shared_memory_gib=max(1, head.memory_gib // 8), local_disk_gib=HEAD_DISK_GIB)
     if autoscaler:
-        # KubeRay makes the service account and role of a head that scales; naming another would replace it.
-        spec["automountServiceAccountToken"] = True
-        del spec["serviceAccountName"]
+        # KubeRay lets this account patch pods. Only the autoscaler's container gets its token: jobs run beside it.
+        spec["serviceAccountName"] = HEAD_ACCOUNT
+        spec["volumes"].append({"name": TOKEN_VOLUME, "projected": {"sources": _token_sources()}})
     if head.node_selector:
         spec["nodeSelector"] = dict(head.node_selector)
     if head.priority_class:
@@ -48,9 +55,12 @@ def worker_template(profile: ClusterProfile, group: NodeGroup) -> dict[str, Any]
     image = group.image or profile.image
     container = _container(profile, "ray-worker", image, group.cpus, group.memory_gib, group.local_disk_gib)
     container["ports"] = [{"name": "metrics", "containerPort": PORTS["metrics"]}]
-    if group.gpus:
-        for kind in ("requests", "limits"):
-            container["resources"][kind][group.gpu_resource] = str(group.gpus)
+    extra = {group.gpu_resource: str(group.gpus)} if group.gpus else {}
+    for kind in ("requests", "limits"):
+        container["resources"][kind] |= extra | group.resources
+    container["env"] += _variables(group.environment)
+    if group.capabilities:
+        container["securityContext"]["capabilities"]["add"] = list(group.capabilities)
     container["lifecycle"] = {"preStop": {"exec": {"command": _drain_command(profile)}}}
     spec = _pod(profile, container, group.shared_memory_gib, group.local_disk_gib)
     spec["terminationGracePeriodSeconds"] = profile.preemption_grace_s
@@ -61,7 +71,43 @@ def worker_template(profile: ClusterProfile, group: NodeGroup) -> dict[str, Any]
         spec["tolerations"] = tolerations
     if group.node_selector:
         spec["nodeSelector"] = dict(group.node_selector)
-    return {"metadata": {"labels": _labels(profile, group.name)}, "spec": spec}
+    if group.runtime_class:
+        spec["runtimeClassName"] = group.runtime_class
+    if group.host_network:
+        # The node's resolver does not know the head's service.
+        spec |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
+    metadata: dict[str, Any] = {"labels": _labels(profile, group.name)}
+    if group.topology:
+        metadata["annotations"] = {TOPOLOGY_ANNOTATION: group.topology}
+    return {"metadata": metadata, "spec": spec}
+
+
+def autoscaler_options() -> dict[str, Any]:
+    """The autoscaler that KubeRay puts beside the head, as the restricted standard and resource quotas admit it.
+
+    Without a security context of its own the API server refuses the whole head pod. Its logs belong where the head
+    reads them: KubeRay would give it an empty folder of its own, because the head's ``/tmp/ray`` is mounted already.
+    """
+    return {
+        "version": "v2",
+        "idleTimeoutSeconds": IDLE_TIMEOUT_S,
+        "resources": _resources(1, 1, 1),
+        "securityContext": _container_security(),
+        "volumeMounts": [
+            {"name": "local", "mountPath": "/tmp/ray", "subPath": "ray"},
+            {"name": TOKEN_VOLUME, "mountPath": "/var/run/secrets/kubernetes.io/serviceaccount", "readOnly": True},
+        ],
+    }
+
+
+def _token_sources() -> list[dict[str, Any]]:
+    """What the API server would mount by itself, into every container."""
+    namespace = {"path": "namespace", "fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.namespace"}}
+    return [
+        {"serviceAccountToken": {"path": "token", "expirationSeconds": 3607}},
+        {"configMap": {"name": ROOT_CERTIFICATE, "items": [{"key": "ca.crt", "path": "ca.crt"}]}},
+        {"downwardAPI": {"items": [namespace]}},
+    ]
 
 
 def submitter_template(profile: ClusterProfile) -> dict[str, Any]:
@@ -120,11 +166,15 @@ def _container(
     return {
         "name": name,
         "image": image,
-        "env": [{"name": key, "value": value} for key, value in environment.items()],
+        "env": _variables(environment),
         "envFrom": [{"secretRef": {"name": secret}} for secret in secrets if secret],
         "resources": _resources(cpus, memory_gib, local_disk_gib),
         "securityContext": _container_security(),
     }
+
+
+def _variables(environment: dict[str, str]) -> list[dict[str, str]]:
+    return [{"name": key, "value": value} for key, value in environment.items()]
 
 
 def _resources(cpus: int, memory_gib: int, disk_gib: int) -> dict[str, Any]:
@@ -135,7 +185,7 @@ def _resources(cpus: int, memory_gib: int, disk_gib: int) -> dict[str, Any]:
 
 def _security(profile: ClusterProfile) -> dict[str, Any]:
     spec: dict[str, Any] = {
-        "serviceAccountName": "loomvideo-node",
+        "serviceAccountName": NODE_ACCOUNT,
         "automountServiceAccountToken": False,
         "securityContext": {
             "runAsNonRoot": True,

@@ -15,6 +15,7 @@ from loomvideo.platform.errors import UserError
 
 PROFILE_FOLDER = Path("infra/profiles")
 QUEUES = ("plain", "kueue", "volcano")
+POD_SECURITY = ("restricted", "privileged")
 DNS_1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 # KubeRay appends suffixes for services and, to a RayJob's cluster, five random characters.
 MAX_CLUSTER_NAME = 53
@@ -41,6 +42,19 @@ class NodeGroup:
     node_selector: dict[str, str] = option({}, "labels of the Kubernetes nodes to run on")
     tolerations: list[str] = option([], "taint keys to tolerate")
     image: str = option("", "image of this group; the profile's when empty")
+    resources: dict[str, str] = option(
+        {}, "further resources a node: {rdma/hca: 8}, {vpc.amazonaws.com/efa: 32, hugepages-2Mi: 5Gi}, …"
+    )
+    capabilities: list[str] = option([], "Linux capabilities, e.g. [IPC_LOCK] for RDMA; needs pod_security: privileged")
+    host_network: bool = option(False, "use the node's own network interfaces; needs pod_security: privileged")
+    runtime_class: str = option("", "RuntimeClass of the pods, e.g. nvidia; the node's default when empty")
+    topology: str = option(
+        "", "label of a network domain (rack, block) that all nodes of a job must share; Kueue places them"
+    )
+    environment: dict[str, str] = option({}, "further environment of this group's pods: NCCL_*, FI_*; no secrets")
+    min_bus_gb_per_s: float = option(
+        0.0, "all-reduce bandwidth between nodes below which doctor fails, GB/s a GPU; 0 only reports it"
+    )
 
     @property
     def autoscales(self) -> bool:
@@ -78,6 +92,19 @@ class Queue:
 
 
 @dataclass
+class Quota:
+    """What Kueue and Volcano let LoomVideo use at once."""
+
+    cluster_queue: str = option("loomvideo", "name of the ClusterQueue (kueue) that the queue draws from")
+    flavor: str = option("loomvideo", "name of the ResourceFlavor (kueue)")
+    cohort: str = option("", "cohort (kueue) of queues that lend each other what they do not use")
+    node_labels: dict[str, str] = option({}, "labels of the nodes the quota counts (kueue); all nodes when empty")
+    resources: dict[str, str] = option(
+        {}, "quota a resource: {nvidia.com/gpu: 80, memory: 20Ti}; what is left out: all groups at their largest"
+    )
+
+
+@dataclass
 class Storage:
     """Where runs, shards and caches live."""
 
@@ -85,9 +112,20 @@ class Storage:
     mount: str = option("/mnt/loomvideo", "where the claim is mounted in every pod")
     storage_class: str = option("", "storage class of the claim; the cluster's default when empty")
     size_gib: int = option(1000, "size of the claim")
-    object_store_secret: str = option("", "secret with AWS_* variables; empty for workload identity or no object store")
+    object_store_secret: str = option(
+        "", "secret with AWS_* keys of the buckets with data; empty for workload identity or no object store"
+    )
     object_store_endpoint: str = option("", "S3 endpoint when it is not AWS's")
     artifacts: str = option("s3://loomvideo-mlflow", "where the MLflow server keeps artifacts")
+
+
+@dataclass
+class Identity:
+    """Workload identity: which cloud role a pod has without a key."""
+
+    nodes: dict[str, str] = option({}, "annotations of the Ray nodes' service account, e.g. eks.amazonaws.com/role-arn")
+    mlflow: dict[str, str] = option({}, "annotations of the MLflow server's service account")
+    metadata_server: bool = option(False, "let pods ask the node's metadata server for tokens (GKE, EKS Pod Identity)")
 
 
 @dataclass
@@ -95,7 +133,11 @@ class Tracking:
     """The MLflow server jobs report to."""
 
     uri: str = option("http://mlflow:5000", "tracking URI as seen from the pods")
-    secret: str = option("loomvideo-mlflow-client", "secret with MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
+    secret: str = option(
+        "loomvideo-mlflow-client",
+        "secret with MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD of the jobs' user, who is no administrator",
+    )
+    image: str = option("loomvideo/mlflow:0.1.0", "image of the MLflow server: infra/images/Dockerfile.mlflow")
 
 
 @dataclass
@@ -127,10 +169,17 @@ class ClusterProfile:
     head: Head = option(Head, "")
     groups: list[NodeGroup] = option([], "worker groups")
     queue: Queue = option(Queue, "")
+    quota: Quota = option(Quota, "")
+    identity: Identity = option(Identity, "")
     storage: Storage = option(Storage, "")
     tracking: Tracking = option(Tracking, "")
     access: Access = option(Access, "")
     upload: Upload = option(Upload, "")
+    pod_security: str = option(
+        "restricted",
+        "Pod Security standard of the namespace: restricted, or privileged where a group needs the host's network or "
+        "capabilities; every other pod is still held to restricted by validate",
+    )
     environment: dict[str, str] = option({}, "further environment of every pod; no secrets")
     job_retries: int = option(2, "new clusters a failed RayJob gets; each continues the run")
     job_deadline_hours: float = option(0.0, "stop a RayJob after so long; 0 for never")
@@ -212,6 +261,8 @@ def check_profile(profile: ClusterProfile, source: str) -> None:
     """
     if profile.queue.kind not in QUEUES:
         raise UserError(f"{source}: queue.kind={profile.queue.kind!r}: use one of {', '.join(QUEUES)}")
+    if profile.pod_security not in POD_SECURITY:
+        raise UserError(f"{source}: pod_security={profile.pod_security!r}: use one of {', '.join(POD_SECURITY)}")
     if profile.queue.kind != "plain" and not profile.queue.name:
         raise UserError(f"{source}: queue.name: name the queue that {profile.queue.kind} admits jobs from")
     _check_name(profile.name, f"{source}: name", MAX_CLUSTER_NAME)
@@ -228,11 +279,26 @@ def check_profile(profile: ClusterProfile, source: str) -> None:
             raise UserError(f"{key}: need min_replicas <= replicas <= max_replicas")
         if group.shared_memory_gib >= group.memory_gib:
             raise UserError(f"{key}.shared_memory_gib: /dev/shm is part of memory_gib and must be smaller")
+        _check_group_access(profile, group, key)
     endpoint = profile.storage.object_store_endpoint
     if endpoint and not endpoint.startswith(("http://", "https://")):
         raise UserError(f"{source}: storage.object_store_endpoint={endpoint!r}: start with http:// or https://")
     if profile.tracking.uri.partition("://")[2].count("@"):
         raise UserError(f"{source}: tracking.uri: keep the password in the secret tracking.secret, not in the URI")
+
+
+def _check_group_access(profile: ClusterProfile, group: NodeGroup, key: str) -> None:
+    for name in ("capabilities", "host_network"):
+        if getattr(group, name) and profile.pod_security != "privileged":
+            raise UserError(
+                f"{key}.{name}: the restricted Pod Security standard refuses it; set pod_security: privileged, "
+                "which lifts the API server's check for the whole namespace"
+            )
+    for resource in group.resources:
+        if resource in ("cpu", "memory", "ephemeral-storage", group.gpu_resource):
+            raise UserError(f"{key}.resources: {resource} has its own key (cpus, memory_gib, local_disk_gib, gpus)")
+    if group.topology and profile.queue.kind != "kueue":
+        raise UserError(f"{key}.topology: only Kueue places by topology; set queue.kind: kueue or leave it out")
 
 
 def _check_name(name: str, key: str, longest: int) -> None:

@@ -10,15 +10,19 @@ from urllib.parse import urlsplit
 import yaml
 
 from loomvideo.platform.cluster.manifests import ray_cluster
+from loomvideo.platform.cluster.pods import HEAD_ACCOUNT, NODE_ACCOUNT
 from loomvideo.platform.cluster.profile import ClusterProfile
+from loomvideo.platform.cluster.queues import KUEUE, queue_objects
 from loomvideo.platform.errors import UserError
 
 KUBERNETES = Path("infra/kubernetes")
-CLUSTER_QUEUE = "loomvideo-training"
+MLFLOW_ACCOUNT = "loomvideo-mlflow"
+# Where clouds answer pods that ask who they are (GKE, EKS Pod Identity, EC2).
+METADATA_SERVERS = {"169.254.169.254/32": [80], "169.254.169.252/32": [988], "169.254.170.23/32": [80]}
 
 
 def namespaced_objects(profile: ClusterProfile) -> list[dict[str, Any]]:
-    """What depends on the profile: namespace, volume claim, MLflow settings, queue and Ray cluster."""
+    """What depends on the profile: namespace, accounts, volume claim, MLflow settings, queue and Ray cluster."""
     storage = profile.storage
     claim: dict[str, Any] = {
         "accessModes": ["ReadWriteMany"],
@@ -37,20 +41,25 @@ def namespaced_objects(profile: ClusterProfile) -> list[dict[str, Any]]:
                 "name": profile.namespace,
                 "labels": {
                     "app.kubernetes.io/part-of": "loomvideo",
-                    # The API server itself refuses privileged, host-network and root pods here.
-                    "pod-security.kubernetes.io/enforce": "restricted",
+                    # The API server itself refuses privileged, host-network and root pods here, unless a group of
+                    # the profile needs the host's network: then it still warns of each.
+                    "pod-security.kubernetes.io/enforce": profile.pod_security,
                     "pod-security.kubernetes.io/warn": "restricted",
+                    "pod-security.kubernetes.io/audit": "restricted",
                 },
             },
         },
+        *_accounts(profile),
         _object("v1", "PersistentVolumeClaim", profile, storage.claim, spec=claim),
         _object("v1", "ConfigMap", profile, "loomvideo-mlflow", data=settings),
     ]
     if storage.object_store_endpoint:
         objects.append(_object_store_policy(profile))
+    if profile.identity.metadata_server:
+        objects.append(_metadata_policy(profile))
     if profile.queue.kind == "kueue":
-        queue = {"clusterQueue": CLUSTER_QUEUE}
-        objects.append(_object("kueue.x-k8s.io/v1beta1", "LocalQueue", profile, profile.queue.name, spec=queue))
+        queue = {"clusterQueue": profile.quota.cluster_queue}
+        objects.append(_object(KUEUE, "LocalQueue", profile, profile.queue.name, spec=queue))
     return [*objects, ray_cluster(profile)]
 
 
@@ -75,12 +84,14 @@ def write_folder(
         raise UserError(f"{kubernetes}/base: not found; run from a checkout of the repository")
     inner = folder / "namespaced"
     # Namespaced and cluster-wide objects apart: Kustomize would give a namespace to kinds it does not know.
+    queue = queue_objects(profile)
     files = {
-        folder / "kustomization.yaml": _kustomization([inner.name, *_queue_resources(profile, kubernetes, folder)]),
+        folder / "kustomization.yaml": _kustomization([inner.name, *(["queue.yaml"] if queue else [])]),
+        **({folder / "queue.yaml": to_yaml(queue)} if queue else {}),
         inner / "kustomization.yaml": _kustomization(
             [_relative(kubernetes / "base", inner), "cluster.yaml"],
             namespace=profile.namespace,
-            images=[_image("loomvideo/mlflow", profile.image)],
+            images=[_image("loomvideo/mlflow", profile.tracking.image)],
         ),
         inner / "cluster.yaml": to_yaml(namespaced_objects(profile)),
         **{folder / f"{job['metadata']['name']}.rayjob.yaml": to_yaml([job]) for job in jobs},
@@ -134,8 +145,28 @@ def _object_store_policy(profile: ClusterProfile) -> dict[str, Any]:
     return _object("networking.k8s.io/v1", "NetworkPolicy", profile, "object-store", spec=spec)
 
 
-def _queue_resources(profile: ClusterProfile, kubernetes: Path, folder: Path) -> list[str]:
-    return [] if profile.queue.kind == "plain" else [_relative(kubernetes / "queues" / profile.queue.kind, folder)]
+def _metadata_policy(profile: ClusterProfile) -> dict[str, Any]:
+    """The way to the node's metadata server, which hands workload identities their tokens."""
+    egress = [
+        {"to": [{"ipBlock": {"cidr": address}}], "ports": [{"protocol": "TCP", "port": port} for port in ports]}
+        for address, ports in METADATA_SERVERS.items()
+    ]
+    labels = {"app.kubernetes.io/part-of": "loomvideo"}
+    spec = {"podSelector": {"matchLabels": labels}, "policyTypes": ["Egress"], "egress": egress}
+    return _object("networking.k8s.io/v1", "NetworkPolicy", profile, "metadata-server", spec=spec)
+
+
+def _accounts(profile: ClusterProfile) -> list[dict[str, Any]]:
+    """Service accounts of nodes, of a head that scales, and of MLflow, with their cloud roles."""
+    identity = profile.identity
+    roles = {NODE_ACCOUNT: identity.nodes, HEAD_ACCOUNT: identity.nodes, MLFLOW_ACCOUNT: identity.mlflow}
+    accounts = []
+    for name, annotations in roles.items():
+        account = _object("v1", "ServiceAccount", profile, name, automountServiceAccountToken=False)
+        if annotations:
+            account["metadata"]["annotations"] = dict(annotations)
+        accounts.append(account)
+    return accounts
 
 
 def _kustomization(resources: list[str], **fields: Any) -> str:

@@ -40,7 +40,11 @@ def run(tmp_path):
     return call
 
 
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "id-value", "AWS_SECRET_ACCESS_KEY": "key-value"}
+CREDENTIALS = {
+    f"{store}_AWS_{key}": f"{store}-{key}-value"
+    for store in ("DATA", "ARTIFACTS")
+    for key in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")
+}
 
 
 def test_every_declared_secret_is_made_and_no_value_is_an_argument(run):
@@ -52,10 +56,14 @@ def test_every_declared_secret_is_made_and_no_value_is_an_argument(run):
         for key in secret["keys"]:
             values[secret["name"], key] = (record / secret["name"] / key).read_text()
     assert all(values.values())
-    assert [v for v in values.values() if v in arguments and v != "loomvideo"] == []
+    names = {"admin", "loomvideo-jobs"}
+    assert [v for v in values.values() if v in arguments and v not in names] == []
     assert values["loomvideo-postgres", "password"] in values["loomvideo-mlflow-server", "backend-store-uri"]
-    password = values["loomvideo-mlflow-client", "MLFLOW_TRACKING_PASSWORD"]
-    assert f"admin_password = {password}\n" in values["loomvideo-mlflow-server", "basic_auth.ini"]
+    settings = values["loomvideo-mlflow-server", "basic_auth.ini"]
+    assert f"admin_password = {values['loomvideo-mlflow-server', 'admin-password']}\n" in settings
+    assert values["loomvideo-mlflow-client", "MLFLOW_TRACKING_PASSWORD"] not in settings
+    assert values["loomvideo-object-store", "AWS_ACCESS_KEY_ID"] == CREDENTIALS["DATA_AWS_ACCESS_KEY_ID"]
+    assert values["loomvideo-artifact-store", "AWS_ACCESS_KEY_ID"] == CREDENTIALS["ARTIFACTS_AWS_ACCESS_KEY_ID"]
     _, other = run("two", **CREDENTIALS)
     token = ("loomvideo-ray-token", "auth_token")
     assert (other / token[0] / token[1]).read_text() != values[token]
@@ -66,10 +74,17 @@ def test_existing_secrets_are_kept(run):
     result, record = run("kept", have="loomvideo-postgres loomvideo-ray-token", **CREDENTIALS)
     assert result.returncode == 0
     made = {path.name for path in record.iterdir() if path.is_dir()}
-    assert made == {"loomvideo-object-store"}
+    assert made == {"loomvideo-object-store", "loomvideo-artifact-store"}
 
 
-def test_missing_credentials_are_named(run):
-    result, _ = run("missing")
+def test_without_keys_no_object_store_secret_is_made(run):
+    result, record = run("identity")
+    assert result.returncode == 0
+    assert "left out loomvideo-object-store (DATA_AWS_ACCESS_KEY_ID and" in result.stdout
+    assert not (record / "loomvideo-artifact-store").exists()
+
+
+def test_half_a_key_pair_is_named(run):
+    result, _ = run("half", DATA_AWS_ACCESS_KEY_ID="id-value")
     assert result.returncode != 0
-    assert "AWS_ACCESS_KEY_ID" in result.stderr
+    assert "set both DATA_AWS_ACCESS_KEY_ID and DATA_AWS_SECRET_ACCESS_KEY" in result.stderr
