@@ -21,8 +21,10 @@ RESOURCE_PARAMETERS = {"num-cpus", "num-gpus", "memory", "resources"}
 
 
 def rule_problems(manifest: dict[str, Any]) -> Iterator[str]:
-    """Broken rules of a RayCluster or RayJob; nothing for other kinds."""
+    """Broken rules of a RayCluster or RayJob, and versions that are going away; nothing for other kinds."""
     kind = manifest.get("kind")
+    if manifest.get("apiVersion") == "kueue.x-k8s.io/v1beta1":
+        yield "apiVersion kueue.x-k8s.io/v1beta1 is deprecated since Kueue 0.15; use kueue.x-k8s.io/v1beta2"
     if kind == "RayCluster":
         yield from _name_problems(manifest, MAX_CLUSTER_NAME)
         yield from _cluster_problems(manifest["spec"], manifest["metadata"], prefix="spec")

@@ -11,6 +11,9 @@ from typing import Any
 
 import yaml
 
+from loomvideo.platform.cluster.admission import ENFORCE, object_problems, quota_problems, restricted_problems
+from loomvideo.platform.cluster.network import network_problems
+from loomvideo.platform.cluster.operator_pods import pods_of
 from loomvideo.platform.cluster.profile import ClusterProfile
 from loomvideo.platform.cluster.references import Given, reference_problems
 from loomvideo.platform.cluster.render import KUBERNETES, build, find_kubectl, write_folder
@@ -26,6 +29,9 @@ SECRET_VALUES = {
     "bearer token": re.compile(r"\bBearer +[0-9a-zA-Z._~+/=-]{20,}"),
     "Hugging Face token": re.compile(r"\bhf_[0-9a-zA-Z]{30,}\b"),
 }
+
+
+RAY_KINDS = ("RayCluster", "RayJob", "RayService")
 
 
 @dataclass
@@ -65,13 +71,44 @@ def validate_manifests(
         problems = list(schema_problems(manifest, kubernetes_version, crds))
         # The operators' rules read fields that a schema problem may have put in doubt.
         problems = problems or list(rule_problems(manifest))
-        problems += secret_problems(manifest)
+        problems += [*secret_problems(manifest), *object_problems(manifest)]
         if identity in seen:
             problems.append("defined twice")
         seen.add(identity)
         report.add(where, problems)
-    for manifest, problem in reference_problems(manifests, given):
+    for manifest, problem in (*reference_problems(manifests, given), *admission_problems(manifests)):
         report.problems.append(f"{source}: {manifest['kind']} {manifest['metadata']['name']}: {problem}")
+
+
+def admission_problems(manifests: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str]]:
+    """``(object, problem)`` for pods that the API server would refuse or the network policies would cut off.
+
+    Pods are read as the operators make them. Where the namespace does not enforce the restricted standard, only what
+    a group's own capabilities and the host's network break of it is allowed.
+    """
+    enforced = [m["metadata"].get("labels", {}).get(ENFORCE) for m in manifests if m.get("kind") == "Namespace"]
+    quotas = [manifest for manifest in manifests if manifest.get("kind") == "ResourceQuota"]
+    pods = [(manifest, list(pods_of(manifest))) for manifest in manifests]
+    for manifest, made in pods:
+        for pod in made:
+            for problem in restricted_problems(pod):
+                if "privileged" not in enforced or not _excepted(pod.role, problem):
+                    yield manifest, f"{pod.role}: {problem}"
+            for quota in quotas:
+                for problem in quota_problems(pod, quota):
+                    yield manifest, f"{pod.role}: {problem}"
+    around = [pod for manifest, made in pods if manifest.get("kind") not in RAY_KINDS for pod in made]
+    for manifest, made in pods:
+        if manifest.get("kind") in RAY_KINDS:
+            spec = manifest["spec"]
+            cluster = spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
+            for problem in network_problems(manifests, [*made, *around], bool(cluster.get("enableInTreeAutoscaling"))):
+                yield manifest, problem
+
+
+def _excepted(role: str, problem: str) -> bool:
+    fast_network = ("hostNetwork", "container ray-worker: must not add", "container wait-gcs-ready: must not add")
+    return role.startswith("worker group ") and problem.startswith(fast_network)
 
 
 def validate_profile(
