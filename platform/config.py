@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from loomvideo.platform.errors import UserError
-from loomvideo.platform.typed_text import parse_text, read_yaml, type_at, typed, write_yaml
+from loomvideo.platform.typed_text import key_parts, parse_text, read_yaml, type_at, typed, write_yaml
 
 Schema = TypeVar("Schema")
 
@@ -77,16 +77,16 @@ def load_config(
         if not preset_file.is_file():
             raise UserError(f"preset file {preset_file}: not found")
         for key, value in _leaves(_read_preset(preset_file)):
-            _set(config, key, typed(value, type_at(schema, key)), source=str(preset_file))
+            _set(config, schema, key, typed(value, type_at(schema, key)), source=str(preset_file))
     for key, text in split_overrides(overrides).items():
         try:
             value = parse_text(text, type_at(schema, key))
         except ValueError as error:
             raise UserError(f"command line: {key}={text}: {error}") from error
-        _set(config, key, value, source="command line")
+        _set(config, schema, key, value, source="command line")
     for key, value in _leaves(values or {}):
         text = str(value) if isinstance(value, Path) else value
-        _set(config, key, typed(text, type_at(schema, key)), source="keyword arguments")
+        _set(config, schema, key, typed(text, type_at(schema, key)), source="keyword arguments")
     missing = [key for key, value in _leaves(config) if value == "???"]
     if missing:
         raise UserError(f"missing configuration: set {missing[0]}=…")
@@ -149,9 +149,9 @@ def _literal(value: Any) -> Any:
     return value
 
 
-def _set(config: DictConfig, key: str, value: Any, source: str) -> None:
+def _set(config: DictConfig, schema: type, key: str, value: Any, source: str) -> None:
     node = config
-    *parents, last = key.split(".")
+    *parents, last = key_parts(schema, key)
     for depth, part in enumerate(parents):
         if not isinstance(node, DictConfig) or part not in node.keys():  # noqa: SIM118 - a missing (???) value is not `in` the node
             if isinstance(node, DictConfig) and not dataclasses.is_dataclass(OmegaConf.get_type(node)):
@@ -166,7 +166,10 @@ def _set(config: DictConfig, key: str, value: Any, source: str) -> None:
     if value == "???":
         raise UserError(f"{source}: {key}=???: this text stands for a value that is missing; write something else")
     try:
-        OmegaConf.update(config, key, _literal(value), merge=True)
+        if "." in last:
+            node[last] = _literal(value)  # OmegaConf.update would take the name apart
+        else:
+            OmegaConf.update(config, key, _literal(value), merge=True)
     except (OmegaConfBaseException, ValueError) as error:
         expected = getattr(node._get_node(last), "_metadata", None)
         expected_type = getattr(getattr(expected, "ref_type", None), "__name__", "another type")

@@ -143,7 +143,7 @@ def _text_items(text: str) -> list[str]:
 def type_at(schema: type, key: str) -> Any:
     """The declared type of ``section.key``; ``Any`` inside open mappings without one, and for unknown keys."""
     hint: Any = schema
-    for part in key.split("."):
+    for part in key_parts(schema, key):
         hint, _ = _without_none(hint)
         if dataclasses.is_dataclass(hint):
             hint = typing.get_type_hints(hint).get(part, Any)
@@ -152,6 +152,26 @@ def type_at(schema: type, key: str) -> Any:
         else:
             return Any
     return hint
+
+
+def key_parts(schema: type, key: str) -> list[str]:
+    """``section.key`` in its parts; what follows a mapping of plain values is one name, dots and all.
+
+    So ``head.node_selector.cloud.google.com/gke-nodepool`` has three parts, as Kubernetes' labels need.
+    """
+    hint: Any = schema
+    parts = key.split(".")
+    for position, part in enumerate(parts):
+        hint, _ = _without_none(hint)
+        if dataclasses.is_dataclass(hint):
+            hint = typing.get_type_hints(hint).get(part, Any)
+        elif typing.get_origin(hint) is dict:
+            hint = typing.get_args(hint)[1]
+            if hint in (str, int, float, bool):
+                return [*parts[:position], ".".join(parts[position:])]
+        else:
+            break
+    return parts
 
 
 def _without_none(hint: Any) -> tuple[Any, bool]:

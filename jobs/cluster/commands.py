@@ -99,8 +99,10 @@ def _validate_profiles(cluster: str | None, changes: list[str] | None, report: "
         raise UserError(f"{PROFILES}: no profiles; run from a checkout of the repository or give --cluster PATH")
     with tempfile.TemporaryDirectory(dir=".", prefix=".validate-") as scratch:
         for name in names:
-            for kind in QUEUES:
-                queue = [] if changes else [f"queue.kind={kind}", "queue.name=training"]
+            own = load_profile(name, changes or []).queue.kind
+            # A profile that chose its queue is checked with it, one without with every kind.
+            for kind in QUEUES if own == "plain" else (own,):
+                queue = [] if changes or own != "plain" else [f"queue.kind={kind}", "queue.name=training"]
                 profile = load_profile(name, [*queue, *(changes or [])])
                 served = [job for job in RAY_JOBS if any(job in group.jobs for group in profile.groups)]
                 jobs = tuple(ray_job(profile, job, "check") for job in served)

@@ -1,4 +1,5 @@
 import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -143,3 +144,22 @@ def test_text_in_a_preset_keeps_what_was_written(tmp_path):
     file = tmp_path / "p.yaml"
     file.write_text("prompt: 007\nrefs: [off, 12:30]\ndata: {a: 1.50}\nrate: 1e-4\nnote: ~\n")
     assert load_config(Texts, [], file) == Texts("007", None, ["off", "12:30"], [], 1e-4, True, {"a": "1.50"})
+
+
+@dataclass
+class Labels:
+    selector: dict[str, str] = option({}, "labels")
+
+
+@dataclass
+class WithLabels:
+    head: Labels = option(Labels, "")
+
+
+def test_names_with_dots_are_one_key_of_a_mapping(tmp_path):
+    file = tmp_path / "p.yaml"
+    file.write_text("head:\n  selector: {cloud.google.com/gke-nodepool: gpu, plain: '7'}\n")
+    overrides = ["head.selector.eks.amazonaws.com/role-arn=arn:aws:iam::1:role/r"]
+    expected = {"cloud.google.com/gke-nodepool": "gpu", "plain": "7"}
+    expected |= {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/r"}
+    assert load_config(WithLabels, overrides, file).head.selector == expected
