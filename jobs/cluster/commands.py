@@ -49,6 +49,10 @@ def render(
     if job and not run:
         raise UserError("--run: name the run of the job, so that a second try continues it")
     profile = load_profile(cluster, changes or [])
+    if profile.existing:
+        raise UserError(
+            f"--cluster {cluster}: existing: true describes a cluster that is up; there is nothing to render"
+        )
     jobs = (ray_job(profile, job, run, arguments or [], wheel),) if job and run else ()
     folder = output or Path("build") / Path(cluster).stem
     for path in write_folder(profile, folder, jobs=jobs):
@@ -99,6 +103,9 @@ def _validate_profiles(cluster: str | None, changes: list[str] | None, report: "
         raise UserError(f"{PROFILES}: no profiles; run from a checkout of the repository or give --cluster PATH")
     with tempfile.TemporaryDirectory(dir=".", prefix=".validate-") as scratch:
         for name in names:
+            if load_profile(name, changes or []).existing:
+                report.checked += 1
+                continue
             own = load_profile(name, changes or []).queue.kind
             # A profile that chose its queue is checked with it, one without with every kind.
             for kind in QUEUES if own == "plain" else (own,):
@@ -112,6 +119,7 @@ def _validate_profiles(cluster: str | None, changes: list[str] | None, report: "
 
 
 SUBMIT_FOLDER = Path("build/submit")
+LOCK = Path("locks/base.txt")
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -169,6 +177,8 @@ def _planner(
 
     if not RUN_NAME.fullmatch(run):
         raise UserError(f"--run={run!r}: use letters, digits, '.', '_' and '-', at most 63 characters")
+    if profile.existing and code == "image":
+        raise UserError("--code=image: an existing cluster has no image of ours; use --code wheel")
     if code not in ("wheel", "image"):
         raise UserError(f"--code={code!r}: use wheel or image")
     limit = profile.upload.limit_mib * MIB
@@ -189,6 +199,7 @@ def _planner(
     named = named_arguments(profile, job, run, arguments)
     environment = {"MLFLOW_TRACKING_URI": profile.tracking.uri, STOP_VARIABLE: str(profile.stop_grace_s)}
     environment |= profile.environment
+    packages = tuple(profile.packages) or submission.locked_packages(LOCK) if profile.existing else ()
     metadata = {"loomvideo.code": wheel.digest if wheel else "image", **_source_state()}
 
     def plan(address: str) -> submission.SubmissionPlan:
@@ -201,6 +212,7 @@ def _planner(
             working_dir=shipped,
             environment=environment,
             metadata=metadata,
+            packages=packages,
         )
 
     return plan

@@ -31,6 +31,10 @@ def dashboard(profile: ClusterProfile) -> Iterator[str]:
     if address:
         yield address
         return
+    if profile.existing:
+        raise UserError(
+            f"profile {profile.name}: no address; set RAY_API_SERVER_ADDRESS=http://HEAD:8265 or access.address"
+        )
     kubectl = _kubectl(profile)
     if not has_token():
         os.environ["RAY_AUTH_TOKEN"] = _token(profile, kubectl)

@@ -1,5 +1,6 @@
 """Check every node of a cluster before a job burns GPUs on it: one task a node, one table, under a minute."""
 
+import os
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -11,11 +12,15 @@ from rich.console import Console
 from rich.table import Table
 
 from loomvideo.platform.cluster.node_checks import Check, Probe, node_probes, run_probes
+from loomvideo.platform.cluster.pods import MIN_BUS_VARIABLE
 from loomvideo.platform.errors import UserError
 
 CLOCK_SKEW_S = 2.0
 TASK_TIMEOUT_S = 60.0
-ALL_REDUCE_MIB = 16
+# Between GPUs a small message measures latency; between CPUs a large one takes long.
+ALL_REDUCE_MIB = {"gloo": 16, "nccl": 512}
+GROUP_LABEL = "loomvideo.io/group"
+
 COMPARED = ("versions", "abi")
 
 
@@ -101,7 +106,7 @@ def examine_cluster(
     rows.append(("cluster", _guarded(dashboard_url or _dashboard_url())))
     # An unreachable node would make the collective wait for its time-out and say nothing new.
     if len(nodes) > 1 and not any(check.name == "reached" for _, check in rows):
-        rows.append(("cluster", all_reduce(nodes, timeout_s)))
+        rows += [("cluster", check) for check in all_reduce(nodes, timeout_s)]
     return Diagnosis(tuple(rows), time.monotonic() - started)
 
 
@@ -186,27 +191,53 @@ def _guarded(url: str | None) -> Check:
     return Check("dashboard", "fail", f"{url}: answers anonymous requests; start Ray with RAY_AUTH_MODE=token")
 
 
-def all_reduce(nodes: Sequence[dict[str, Any]], timeout_s: float = TASK_TIMEOUT_S) -> Check:
-    """Bandwidth of an all-reduce between one process a node (gloo on CPU, NCCL on GPU nodes)."""
+def all_reduce(nodes: Sequence[dict[str, Any]], timeout_s: float = TASK_TIMEOUT_S) -> list[Check]:
+    """Bandwidth of an all-reduce between one process a node, group by group (gloo on CPU, NCCL on GPU nodes).
+
+    A group whose nodes state the least bandwidth they must have (``min_bus_gb_per_s`` of the profile) fails below it.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for node in nodes:
+        if node["Resources"].get("CPU", 0) > 0:
+            groups.setdefault((node.get("Labels") or {}).get(GROUP_LABEL, ""), []).append(node)
+    checks = [
+        _group_all_reduce(f"all-reduce {name}".strip(), members, timeout_s)
+        for name, members in sorted(groups.items())
+        if len(members) > 1
+    ]
+    return checks or [Check("all-reduce", "ok", "no group of more than one worker node")]
+
+
+def _group_all_reduce(name: str, members: Sequence[dict[str, Any]], timeout_s: float) -> Check:
     import ray
 
-    on_gpu = all(node["Resources"].get("GPU", 0) >= 1 for node in nodes if node["Resources"].get("CPU", 0) > 0)
-    members = [node for node in nodes if node["Resources"].get("CPU", 0) > 0]
-    if len(members) < 2:
-        return Check("all-reduce", "ok", "one worker node")
+    on_gpu = all(node["Resources"].get("GPU", 0) >= 1 for node in members)
     actor = ray.remote(num_cpus=0, num_gpus=1 if on_gpu else 0)(_Member)
     actors = [actor.options(**_pinned(node)).remote() for node in members]
     try:
         address = ray.get(actors[0].address.remote(), timeout=timeout_s)
         rates = [member.run.remote(rank, len(actors), address, on_gpu) for rank, member in enumerate(actors)]
         slowest = min(ray.get(rates, timeout=timeout_s))
+        wanted = max(ray.get([member.wanted_gb_per_s.remote() for member in actors], timeout=timeout_s))
     except (ray.exceptions.RayError, TimeoutError) as error:
-        return Check("all-reduce", "fail", f"{len(actors)} nodes: {str(error).strip().splitlines()[-1]}")
+        return Check(name, "fail", f"{len(actors)} nodes: {str(error).strip().splitlines()[-1]}")
     finally:
         for member in actors:
             ray.kill(member)
-    backend = "NCCL" if on_gpu else "gloo"
-    return Check("all-reduce", "ok", f"{len(actors)} nodes, {ALL_REDUCE_MIB} MiB, {backend}: {slowest:.2f} GB/s")
+    return judge_bandwidth(name, len(actors), "nccl" if on_gpu else "gloo", slowest, wanted)
+
+
+def judge_bandwidth(name: str, num_nodes: int, backend: str, slowest: float, wanted: float) -> Check:
+    """The verdict on a measured bus bandwidth, both in GB/s; ``wanted`` 0 only reports."""
+    found = f"{num_nodes} nodes, {ALL_REDUCE_MIB[backend]} MiB, {backend}: {slowest:.2f} GB/s"
+    if slowest >= wanted:
+        return Check(name, "ok", found)
+    return Check(
+        name,
+        "fail",
+        f"{found}, and min_bus_gb_per_s is {wanted:g}: NCCL does not use the fast network; NCCL_DEBUG=INFO in the "
+        "group's environment says which it found",
+    )
 
 
 class _Member:
@@ -219,6 +250,10 @@ class _Member:
             probe.bind(("", 0))
             return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
+    def wanted_gb_per_s(self) -> float:
+        """What this node's profile says it must reach."""
+        return float(os.environ.get(MIN_BUS_VARIABLE, 0.0))
+
     def run(self, rank: int, world_size: int, address: str, on_gpu: bool) -> float:
         """Bytes a second of the bus, in GB/s."""
         import datetime
@@ -226,14 +261,15 @@ class _Member:
         import torch
         from torch import distributed
 
+        backend = "nccl" if on_gpu else "gloo"
         distributed.init_process_group(
-            "nccl" if on_gpu else "gloo",
+            backend,
             init_method=f"tcp://{address}",
             rank=rank,
             world_size=world_size,
             timeout=datetime.timedelta(seconds=TASK_TIMEOUT_S / 2),
         )
-        data = torch.ones(ALL_REDUCE_MIB * 1024**2 // 4, device="cuda" if on_gpu else "cpu")
+        data = torch.ones(ALL_REDUCE_MIB[backend] * 1024**2 // 4, device="cuda" if on_gpu else "cpu")
         distributed.all_reduce(data)
         repeats = 3
         started = time.monotonic()

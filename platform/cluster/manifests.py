@@ -7,7 +7,13 @@ from typing import Any
 
 import yaml
 
-from loomvideo.platform.cluster.pods import autoscaler_options, head_template, submitter_template, worker_template
+from loomvideo.platform.cluster.pods import (
+    autoscaler_options,
+    head_template,
+    schedule_template,
+    submitter_template,
+    worker_template,
+)
 from loomvideo.platform.cluster.profile import DNS_1035, MAX_JOB_NAME, ClusterProfile, NodeGroup
 from loomvideo.platform.errors import UserError
 
@@ -84,6 +90,44 @@ def ray_job(
 def _entrypoint(words: Sequence[str]) -> str:
     # The submitter's pod gets it as a container argument, where Kubernetes reads $(NAME) and turns $$ into $.
     return shlex.join(words).replace("$", "$$")
+
+
+def cron_jobs(profile: ClusterProfile) -> list[dict[str, Any]]:
+    """The profile's schedules as CronJobs; KubeRay's own RayCronJob is behind a gate that is off.
+
+    Each submits to the long-lived cluster and waits, so that one that still runs is not started twice and one that
+    fails shows as failed. Its run is named after the minute it was started in.
+    """
+    jobs = []
+    for schedule in profile.schedules:
+        run = f"{schedule.name}-$(date +%Y%m%d-%H%M)"
+        named = [f'"run={run}"', f"runs={profile.storage.mount}/runs"] if schedule.job in NAMED_JOBS else []
+        address = f"http://{profile.name}-head-svc:8265"
+        metadata = f'{{\\"loomvideo.job\\": \\"{schedule.job}\\", \\"loomvideo.run\\": \\"{run}\\"}}'
+        submit = (
+            f'ray job submit --address {address} --submission-id "{schedule.job}-{run}" --metadata-json "{metadata}"'
+        )
+        words = [shlex.join([*command_of(schedule.job), *schedule.arguments]), *named]
+        jobs.append(
+            {
+                "apiVersion": "batch/v1",
+                "kind": "CronJob",
+                "metadata": {"name": schedule.name, "namespace": profile.namespace, "labels": _labels(profile)},
+                "spec": {
+                    "schedule": schedule.cron,
+                    "concurrencyPolicy": "Forbid",
+                    "startingDeadlineSeconds": 3600,
+                    "failedJobsHistoryLimit": 3,
+                    "jobTemplate": {
+                        "spec": {
+                            "backoffLimit": 0,
+                            "template": schedule_template(profile, f"{submit} -- {' '.join(words)}"),
+                        }
+                    },
+                },
+            }
+        )
+    return jobs
 
 
 def command_of(job: str) -> list[str]:

@@ -17,6 +17,8 @@ CACHES = {
 }
 HEAD_DISK_GIB = 20
 NODE_ACCOUNT, HEAD_ACCOUNT = "loomvideo-node", "loomvideo-head"
+# What doctor holds the measured bandwidth of a group against.
+MIN_BUS_VARIABLE = "LOOMVIDEO_MIN_BUS_GB_PER_S"
 TOKEN_VOLUME = "autoscaler-token"
 # Kubernetes puts its own certificate into every namespace under this name.
 ROOT_CERTIFICATE = "kube-root-ca.crt"
@@ -59,6 +61,8 @@ def worker_template(profile: ClusterProfile, group: NodeGroup) -> dict[str, Any]
     for kind in ("requests", "limits"):
         container["resources"][kind] |= extra | group.resources
     container["env"] += _variables(group.environment)
+    if group.min_bus_gb_per_s:
+        container["env"] += _variables({MIN_BUS_VARIABLE: str(group.min_bus_gb_per_s)})
     if group.capabilities:
         container["securityContext"]["capabilities"]["add"] = list(group.capabilities)
     container["lifecycle"] = {"preStop": {"exec": {"command": _drain_command(profile)}}}
@@ -120,6 +124,22 @@ def submitter_template(profile: ClusterProfile) -> dict[str, Any]:
     }
     spec = _security(profile) | {"restartPolicy": "Never", "containers": [container]}
     return {"metadata": {"labels": _labels(profile, "submitter") | {SUBMITTER_LABEL: "true"}}, "spec": spec}
+
+
+def schedule_template(profile: ClusterProfile, command: str) -> dict[str, Any]:
+    """The pod of a schedule: runs a shell command that submits to the long-lived cluster, with its token."""
+    template = submitter_template(profile)
+    token = {"name": profile.token_secret, "key": "auth_token"}
+    container = template["spec"]["containers"][0]
+    container |= {
+        "name": "submit",
+        "command": ["bash", "-c", command],
+        "env": [
+            *_variables({"RAY_AUTH_MODE": "token", "HOME": "/tmp"}),
+            {"name": "RAY_AUTH_TOKEN", "valueFrom": {"secretKeyRef": token}},
+        ],
+    }
+    return template
 
 
 def _drain_command(profile: ClusterProfile) -> list[str]:

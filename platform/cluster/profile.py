@@ -53,7 +53,7 @@ class NodeGroup:
     )
     environment: dict[str, str] = option({}, "further environment of this group's pods: NCCL_*, FI_*; no secrets")
     min_bus_gb_per_s: float = option(
-        0.0, "all-reduce bandwidth between nodes below which doctor fails, GB/s a GPU; 0 only reports it"
+        0.0, "all-reduce bus bandwidth below which doctor fails, one process a node, GB/s; 0 only reports it"
     )
 
     @property
@@ -141,6 +141,16 @@ class Tracking:
 
 
 @dataclass
+class Schedule:
+    """A job that is submitted again and again to the long-lived cluster."""
+
+    name: str = option("", "name of the schedule; runs are called NAME-YYYYMMDD-HHMM")
+    cron: str = option("0 2 * * *", "when, in cron's five fields and the cluster's time zone")
+    job: str = option("evaluate", "the job")
+    arguments: list[str] = option([], "its arguments: preset=… section.key=…")
+
+
+@dataclass
 class Access:
     """How a person's machine reaches the dashboard."""
 
@@ -163,7 +173,14 @@ class ClusterProfile:
     namespace: str = option("loomvideo", "Kubernetes namespace")
     kubernetes_version: str = option("1.34", "version whose schemas manifests are checked against")
     ray_version: str = option("2.60.0", "Ray in the image; must equal the submitting machine's")
-    image: str = option("???", "image of all nodes, pinned by digest for anything that must be repeatable")
+    existing: bool = option(
+        False,
+        "a Ray cluster that is there already, reached by access.address: nothing is rendered, packages are shipped",
+    )
+    packages: list[str] = option(
+        [], "pip packages that an existing cluster's nodes install for a job; empty: the versions of locks/base.txt"
+    )
+    image: str = option("", "image of all nodes, pinned by digest for anything that must be repeatable")
     image_pull_secret: str = option("", "secret for a private registry")
     token_secret: str = option("loomvideo-ray-token", "secret whose auth_token guards dashboard and jobs API")
     head: Head = option(Head, "")
@@ -173,6 +190,7 @@ class ClusterProfile:
     identity: Identity = option(Identity, "")
     storage: Storage = option(Storage, "")
     tracking: Tracking = option(Tracking, "")
+    schedules: list[Schedule] = option([], "jobs by the clock: nightly evaluation, pruning")
     access: Access = option(Access, "")
     upload: Upload = option(Upload, "")
     pod_security: str = option(
@@ -235,22 +253,23 @@ def load_profile(name: str, overrides: Sequence[str] = ()) -> ClusterProfile:
     path = profile_path(name)
     if not path.is_file():
         raise UserError(f"cluster profile {path}: not found")
-    _check_group_keys(path)
+    _check_item_keys(path)
     profile = load_config(ClusterProfile, overrides, path)
     check_profile(profile, str(path))
     return profile
 
 
-def _check_group_keys(path: Path) -> None:
+def _check_item_keys(path: Path) -> None:
     # The configuration loader treats a list as one value; its items get the same kind of message here.
     values = yaml.safe_load(path.read_text()) or {}
-    known = [field.name for field in dataclasses.fields(NodeGroup)]
-    for position, group in enumerate(values.get("groups") or []):
-        for key in group:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-                hint = f"; did you mean {near[0]}?" if near else f"; valid keys: {', '.join(known)}"
-                raise UserError(f"{path}: unknown key groups[{position}].{key}{hint}")
+    for section, schema in (("groups", NodeGroup), ("schedules", Schedule)):
+        known = [field.name for field in dataclasses.fields(schema)]
+        for position, item in enumerate(values.get(section) or []):
+            for key in item:
+                if key not in known:
+                    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+                    hint = f"; did you mean {near[0]}?" if near else f"; valid keys: {', '.join(known)}"
+                    raise UserError(f"{path}: unknown key {section}[{position}].{key}{hint}")
 
 
 def check_profile(profile: ClusterProfile, source: str) -> None:
@@ -267,6 +286,11 @@ def check_profile(profile: ClusterProfile, source: str) -> None:
         raise UserError(f"{source}: queue.name: name the queue that {profile.queue.kind} admits jobs from")
     _check_name(profile.name, f"{source}: name", MAX_CLUSTER_NAME)
     _check_name(profile.namespace, f"{source}: namespace", 63)
+    if profile.existing:
+        _check_existing(profile, source)
+        return
+    if not profile.image:
+        raise UserError(f"{source}: image: name the image of all nodes, or set existing: true for a cluster that is up")
     if not profile.groups:
         raise UserError(f"{source}: groups: a cluster without workers runs nothing; add a group")
     names = [group.name for group in profile.groups]
@@ -280,11 +304,24 @@ def check_profile(profile: ClusterProfile, source: str) -> None:
         if group.shared_memory_gib >= group.memory_gib:
             raise UserError(f"{key}.shared_memory_gib: /dev/shm is part of memory_gib and must be smaller")
         _check_group_access(profile, group, key)
+    for schedule in profile.schedules:
+        _check_name(schedule.name, f"{source}: schedules[{schedule.name or '?'}].name", 40)
+        if len(schedule.cron.split()) != 5:
+            raise UserError(
+                f"{source}: schedules[{schedule.name}].cron={schedule.cron!r}: five fields, like '0 2 * * *'"
+            )
     endpoint = profile.storage.object_store_endpoint
     if endpoint and not endpoint.startswith(("http://", "https://")):
         raise UserError(f"{source}: storage.object_store_endpoint={endpoint!r}: start with http:// or https://")
     if profile.tracking.uri.partition("://")[2].count("@"):
         raise UserError(f"{source}: tracking.uri: keep the password in the secret tracking.secret, not in the URI")
+
+
+def _check_existing(profile: ClusterProfile, source: str) -> None:
+    if profile.image or profile.groups:
+        raise UserError(f"{source}: existing: true takes no image and no groups; the cluster has its own")
+    if profile.access.address and not profile.access.address.startswith(("http://", "https://")):
+        raise UserError(f"{source}: access.address={profile.access.address!r}: start with http:// or https://")
 
 
 def _check_group_access(profile: ClusterProfile, group: NodeGroup, key: str) -> None:

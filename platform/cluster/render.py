@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from loomvideo.platform.cluster.manifests import ray_cluster
+from loomvideo.platform.cluster.manifests import cron_jobs, ray_cluster
 from loomvideo.platform.cluster.pods import HEAD_ACCOUNT, NODE_ACCOUNT
 from loomvideo.platform.cluster.profile import ClusterProfile
 from loomvideo.platform.cluster.queues import KUEUE, queue_objects
@@ -60,7 +60,7 @@ def namespaced_objects(profile: ClusterProfile) -> list[dict[str, Any]]:
     if profile.queue.kind == "kueue":
         queue = {"clusterQueue": profile.quota.cluster_queue}
         objects.append(_object(KUEUE, "LocalQueue", profile, profile.queue.name, spec=queue))
-    return [*objects, ray_cluster(profile)]
+    return [*objects, *cron_jobs(profile), ray_cluster(profile)]
 
 
 def write_folder(

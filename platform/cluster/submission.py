@@ -45,6 +45,7 @@ class SubmissionPlan:
         working_dir: Folder to ship, or None.
         environment: Variables of the job; no secrets.
         metadata: Further metadata of the job.
+        packages: pip packages that the cluster's nodes install for the job; none where an image has them.
     """
 
     address: str
@@ -55,6 +56,7 @@ class SubmissionPlan:
     working_dir: Path | None = None
     environment: dict[str, str] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+    packages: tuple[str, ...] = ()
 
     @property
     def runtime_env(self) -> dict[str, Any]:
@@ -62,6 +64,8 @@ class SubmissionPlan:
         environment: dict[str, Any] = {"env_vars": self.environment} if self.environment else {}
         if self.wheel:
             environment["py_modules"] = [str(self.wheel)]
+        if self.packages:
+            environment["pip"] = {"packages": list(self.packages)}
         return environment
 
     @property
@@ -78,6 +82,18 @@ class SubmissionPlan:
             command += ["--runtime-env-json", json.dumps(self.runtime_env, sort_keys=True)]
         command += ["--metadata-json", json.dumps(self.all_metadata, sort_keys=True)]
         return f"{shlex.join(command)} -- {shlex.join(self.entrypoint)}"
+
+
+def locked_packages(lock: Path) -> tuple[str, ...]:
+    """The pins of a lock file as pip takes them; Ray's is left out, since a cluster runs its own.
+
+    Raises:
+        UserError: if the file is not there.
+    """
+    if not lock.is_file():
+        raise UserError(f"{lock}: not found; run from a checkout, or list packages in the profile")
+    pins = (line.partition("#")[0].strip() for line in lock.read_text().splitlines())
+    return tuple(pin for pin in pins if pin and not pin.startswith("ray=="))
 
 
 def ship_files(arguments: Sequence[str], folder: Path) -> list[str]:
@@ -332,4 +348,6 @@ def upload_summary(plan: SubmissionPlan) -> str:
     if plan.working_dir:
         files = [path for path in plan.working_dir.rglob("*") if path.is_file()]
         parts.append(f"{len(files)} files ({sum(path.stat().st_size for path in files) / MIB:.2f} MiB)")
+    if plan.packages:
+        parts.append(f"a list of {len(plan.packages)} pip packages, which nodes install once")
     return " and ".join(parts) or "nothing (the image's code)"

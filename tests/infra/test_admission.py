@@ -1,17 +1,23 @@
 """What an API server, a quota or a network policy would stop is found without a cluster, by name."""
 
 import copy
+import json
+import os
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from loomvideo.platform.cluster import render
+from loomvideo.platform.cluster.access import dashboard
 from loomvideo.platform.cluster.admission import object_problems, quota_problems, restricted_problems
 from loomvideo.platform.cluster.manifests import ray_cluster, ray_job
 from loomvideo.platform.cluster.operator_pods import pods_of
 from loomvideo.platform.cluster.profile import load_profile
 from loomvideo.platform.cluster.queues import KUEUE, queue_objects, quota
 from loomvideo.platform.cluster.references import Given
+from loomvideo.platform.cluster.submission import SubmissionPlan, locked_packages
 from loomvideo.platform.cluster.validate import Report, admission_problems, validate_manifests
 from loomvideo.platform.errors import UserError
 
@@ -264,3 +270,52 @@ def test_amount_that_is_no_number_is_named(tmp_path):
     (tmp_path / "p.yaml").write_text(text)
     with pytest.raises(UserError, match=r"groups\[w\].resources.rdma/hca='some': use a whole number"):
         queue_objects(load_profile(str(tmp_path / "p.yaml")))
+
+
+@needs_kubectl
+def test_a_schedule_submits_to_the_long_lived_cluster(rendered, tmp_path):
+    job = find(rendered, "CronJob", "nightly")
+    pod = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    command = pod["containers"][0]["command"]
+    recorder = tmp_path / "ray"
+    recorder.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
+    recorder.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    words = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    run = next(word for word in words if word.startswith("run="))
+    assert re.fullmatch(r"run=nightly-\d{8}-\d{4}", run)
+    assert words[words.index("--address") + 1] == "http://loomvideo-head-svc:8265"
+    assert json.loads(words[words.index("--metadata-json") + 1])["loomvideo.run"] == run.removeprefix("run=")
+    assert words[words.index("--") + 1 :][:2] == ["loomvideo", "evaluate"]
+    assert "suites=[fashion]" in words
+    assert "runs=/mnt/loomvideo/runs" in words
+
+
+def test_an_existing_cluster_needs_an_address_and_nothing_else(monkeypatch, tmp_path):
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    profile = load_profile("quickstart")
+    with pytest.raises(UserError, match="set RAY_API_SERVER_ADDRESS=http://HEAD:8265"), dashboard(profile):
+        pass
+    packages = locked_packages(REPO / "locks" / "base.txt")
+    assert any(pin.startswith("torch==") for pin in packages)
+    assert not any(pin.startswith("ray==") or "#" in pin for pin in packages)
+    plan = SubmissionPlan("http://h:8265", "pretrain", "r", ("loomvideo",), packages=("six==1.17.0",))
+    assert plan.runtime_env["pip"] == {"packages": ["six==1.17.0"]}
+    (tmp_path / "p.yaml").write_text("name: a\nexisting: true\nimage: i")
+    with pytest.raises(UserError, match="takes no image and no groups"):
+        load_profile(str(tmp_path / "p.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("{name: N, cron: 0 2 * * *}", "schedules[N].name='N'"),
+        ("{name: n, cron: daily}", "schedules[n].cron='daily': five fields"),
+        ("{name: n, when: daily}", "unknown key schedules[0].when"),
+    ],
+)
+def test_schedule_mistakes_are_named(tmp_path, schedule, expected):
+    (tmp_path / "p.yaml").write_text(f"name: a\nimage: i\ngroups: [{{name: w}}]\nschedules: [{schedule}]")
+    with pytest.raises(UserError) as caught:
+        load_profile(str(tmp_path / "p.yaml"))
+    assert expected in str(caught.value)

@@ -306,7 +306,7 @@ def test_profile_mistakes_are_one_line_with_the_fix(tmp_path, text, expected):
 
 
 def test_unknown_profile_names_the_known_ones():
-    with pytest.raises(UserError, match="production, small"):
+    with pytest.raises(UserError, match="production, quickstart, small"):
         load_profile("nowhere")
 
 

@@ -200,3 +200,11 @@ def test_drained_node_takes_no_new_work(token_cluster):
     variables = token_cluster.variables() | {"RAY_ADDRESS": token_cluster.gcs_address}
     result = subprocess.run([sys.executable, "-c", DRAIN], env=variables, capture_output=True, text=True, timeout=120)
     assert "refused" in result.stdout, result.stdout + result.stderr
+
+
+def test_a_slow_network_fails_with_what_was_wanted():
+    assert doctor.judge_bandwidth("all-reduce train", 8, "nccl", 41.0, 20.0).status == "ok"
+    assert doctor.judge_bandwidth("all-reduce train", 8, "gloo", 0.2, 0.0).status == "ok"
+    slow = doctor.judge_bandwidth("all-reduce train", 8, "nccl", 1.1, 20.0)
+    assert slow.status == "fail"
+    assert "1.10 GB/s, and min_bus_gb_per_s is 20" in slow.detail
