@@ -10,7 +10,7 @@ from pathlib import Path
 
 import fsspec
 
-from loomvideo.pipelines.media.decode import DecodeError
+from loomvideo.pipelines.media.decode import DecodeError, on_disk
 from loomvideo.pipelines.media.fragments import split_fragment, with_fragment
 from loomvideo.platform.shards.storage import is_storage_error, patiently
 
@@ -61,7 +61,8 @@ def local_copies(paths: list[str]) -> Iterator[dict[str, str]]:
         for number, full in enumerate(dict.fromkeys(paths)):
             path, fragment = split_fragment(full)
             if "://" not in path:
-                names[full] = full
+                found = on_disk(path)
+                names[full] = full if found == path else with_fragment(found, fragment) if fragment else found
                 continue
             folder = folder or tempfile.mkdtemp(prefix="loomvideo-media-")
             local = os.path.join(folder, f"{number}{Path(path).suffix}")
@@ -82,7 +83,10 @@ def local_copies(paths: list[str]) -> Iterator[dict[str, str]]:
 
 def _download(path: str, local: str) -> None:
     fs, remote = fsspec.url_to_fs(path)
-    fs.get(remote, local, recursive=fs.isdir(remote))
+    if fs.isdir(remote):
+        fs.get(remote, local, recursive=True)
+    else:
+        fs.get_file(remote, local)  # `get` would read [, ] and * in a name as a pattern
 
 
 def content_hash(path: str) -> str:
