@@ -20,9 +20,8 @@ from loomvideo.pipelines.sources.samples import read_jsonl
 from loomvideo.pipelines.training.config import ObjectiveConfig
 from loomvideo.pipelines.training.recipe import LoomVideoRecipe
 from loomvideo.platform.shards.reader import ShardDataset
-from loomvideo.platform.training.config import MixtureConfig, PackConfig
-from loomvideo.platform.training.order import SampleOrder, build_sources
-from loomvideo.platform.training.packing import PackPlanner
+from loomvideo.platform.training.config import MixtureConfig, PackConfig, TrainingConfig
+from loomvideo.platform.training.packing import planner_of
 from loomvideo.platform.training.randomness import SampleRandom
 
 
@@ -49,14 +48,12 @@ def main():
     parser.add_argument("shards")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--tokens", type=int, default=160)
+    parser.add_argument("--tokens", type=int, default=480)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     dataset, model = ShardDataset.open(arguments.shards), model_size(arguments.model)
     recipe = LoomVideoRecipe(arguments.model, ObjectiveConfig(), [dataset.shared()["null"]])
-    sources = build_sources(
-        [dataset.index], [dataset.index.column("dit_tokens").to_pylist()], "train", MixtureConfig(by_size=True)
-    )
+    config = TrainingConfig(mixture=MixtureConfig(by_size=True), pack=PackConfig(tokens=arguments.tokens))
     encoding = Encoding(arguments.samples, dataset, model)
     ways = {
         "shards": lambda number, row, random: recipe.read(dataset, number, row, random),
@@ -64,7 +61,7 @@ def main():
     }
     figures = {}
     for name, read in ways.items():
-        planner = PackPlanner(SampleOrder(sources, 0), PackConfig(tokens=arguments.tokens), 1)
+        planner = planner_of(recipe, [dataset], config, 1)
         dit = recipe.build_model()
         optimizer = torch.optim.AdamW(dit.parameters(), lr=1e-4, fused=True)
         load_s = train_s = 0.0

@@ -26,8 +26,7 @@ from loomvideo.platform.runs import RunFolder
 from loomvideo.platform.training.config import TrainingConfig
 from loomvideo.platform.training.driver import train
 from loomvideo.platform.training.loader import load_draw
-from loomvideo.platform.training.order import SampleOrder, build_sources
-from loomvideo.platform.training.packing import PackPlanner
+from loomvideo.platform.training.packing import planner_of
 from loomvideo.platform.training.recipe import BaseRecipe, LossOutput
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -122,8 +121,7 @@ def plain_step(arguments, recipe, dataset):
     """Seconds and tokens of a step of the plain loop, its packs made beforehand, the first steps left out."""
     torch.set_num_threads(arguments.workers)
     config = configuration(arguments)
-    sources = build_sources([dataset.index], [recipe.sample_tokens(dataset.index)], "train", config.mixture)
-    planner = PackPlanner(SampleOrder(sources, config.seed), config.pack, config.pack.per_step)
+    planner = planner_of(recipe, [dataset], config, config.pack.per_step)
     model = recipe.build_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     average = [p.detach().clone() for p in model.parameters()]

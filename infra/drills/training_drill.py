@@ -25,18 +25,19 @@ import numpy as np
 import psutil
 from local_cluster import LocalCluster
 
+from loomvideo.pipelines.training.config import ObjectiveConfig
+from loomvideo.pipelines.training.recipe import LoomVideoRecipe
 from loomvideo.platform.shards.reader import ShardDataset
 from loomvideo.platform.shards.tensors import HEADER_SIZE_BYTES, parse_header
 from loomvideo.platform.training.checkpoint import CheckpointFolder
-from loomvideo.platform.training.config import MixtureConfig, PackConfig
-from loomvideo.platform.training.order import SampleOrder, build_sources
-from loomvideo.platform.training.packing import PackPlanner
+from loomvideo.platform.training.config import MixtureConfig, PackConfig, TrainingConfig
+from loomvideo.platform.training.packing import planner_of
 
 REPO = Path(__file__).resolve().parents[2]
 PATIENCE_S = 300.0
 NOTICE_S = 10.0
 STEPS, EVERY = 40, 5
-PACK_TOKENS, PACKS = 96, 2
+PACK_TOKENS, PACKS = 288, 2
 
 
 class DrillError(Exception):
@@ -181,10 +182,10 @@ class Rehearsal:
     def drawn_in_step(self, step: int) -> tuple[Path, dict]:
         """The shard (relative) and index row of the first sample that the run draws in a step."""
         dataset = ShardDataset.open(self.shards)
-        tokens = [dataset.index.column("dit_tokens").to_pylist()]
+        recipe = LoomVideoRecipe("tiny", ObjectiveConfig(), [dataset.shared()["null"]])
         # As the tiny preset has it.
-        sources = build_sources([dataset.index], tokens, "train", MixtureConfig(by_size=True))
-        planner = PackPlanner(SampleOrder(sources, 0), PackConfig(tokens=PACK_TOKENS), PACKS)
+        config = TrainingConfig(mixture=MixtureConfig(by_size=True), pack=PackConfig(tokens=PACK_TOKENS))
+        planner = planner_of(recipe, [dataset], config, PACKS)
         for _ in range(step):
             packs = planner.next_step()
         row = dataset.index.slice(packs[0][0].row, 1).to_pylist()[0]

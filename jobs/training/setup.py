@@ -18,8 +18,7 @@ from loomvideo.platform.nodes.config import KernelConfig
 from loomvideo.platform.runs import RunFolder
 from loomvideo.platform.shards.reader import ShardDataset
 from loomvideo.platform.training.hardware import peak_tflops
-from loomvideo.platform.training.order import SampleOrder, build_sources
-from loomvideo.platform.training.packing import PackPlanner
+from loomvideo.platform.training.packing import planner_of
 
 START_FILE = "start.json"
 
@@ -156,15 +155,13 @@ def predictor(
         if not machine.peak_tflops:
             return {}
         training, num_packs, ranks = config.training, ready["packs_per_step"], ready["world_size"]
-        tokens = [dataset.index.column("dit_tokens").to_pylist() for dataset in datasets]
-        sources = build_sources([d.index for d in datasets], tokens, training.split, training.mixture)
-        packs = PackPlanner(SampleOrder(sources, training.seed), training.pack, num_packs).next_step()
+        recipe = recipe_factory(config, datasets)()
+        packs = planner_of(recipe, datasets, training, num_packs).next_step()
         draws = packs[len(packs) // 2]
-        mllm = [datasets[draw.dataset].index.column("mllm_tokens")[draw.row].as_py() for draw in draws]
         planned = plan(
             dataclasses.replace(model.dit, use_source_embedding=config.objective.use_source_embedding),
             [draw.tokens for draw in draws],
-            mllm,
+            [draw.context_tokens for draw in draws],
             machine,
             ranks,
             recompute=training.activation_checkpointing == "all",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from loomvideo.model import kernels as kernels_in_use
 from loomvideo.model import weights
+from loomvideo.model.codec.grid import LatentGrid
 from loomvideo.model.config import LoRAConfig
 from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.flops import pack_flops
@@ -24,8 +25,10 @@ from loomvideo.model.lora import MergedWeights, adapt
 from loomvideo.model.packing import DiTSample, PackedBatch, pack
 from loomvideo.model.sizes import model_size
 from loomvideo.pipelines.training.config import ObjectiveConfig
+from loomvideo.pipelines.training.visit_sizes import VARIANTS, sample_sizes
 from loomvideo.platform.nodes.config import KernelConfig
 from loomvideo.platform.shards.sample import ShardSample
+from loomvideo.platform.training.order import SampleSizes
 from loomvideo.platform.training.randomness import SampleRandom
 from loomvideo.platform.training.recipe import BaseRecipe, LossOutput, TrainingDataset
 
@@ -109,7 +112,9 @@ class LoomVideoRecipe(BaseRecipe):
         lora: LoRAConfig | None = None,
         features: StateSource | None = None,
     ):
-        self.config = dataclasses.replace(model_size(model).dit, use_source_embedding=objective.use_source_embedding)
+        size = model_size(model)
+        self.config = dataclasses.replace(size.dit, use_source_embedding=objective.use_source_embedding)
+        self.grid = LatentGrid.of(size.codec, self.config.patch_size)
         self.objective = objective
         self.null_states = null_states
         self.initial_weights = initial_weights
@@ -137,6 +142,14 @@ class LoomVideoRecipe(BaseRecipe):
         """Kernels that eager replaced on this rank, and why."""
         replaced = kernels_in_use.report()["replaced"]
         return [f"kernel {name} is replaced by eager: {why}" for name, why in replaced.items()]
+
+    def sample_sizes(self, dataset_index: int, index: Any) -> SampleSizes:
+        """Tokens, MLLM tokens and counted operations of every row, whole and with dropped conditioning."""
+        return sample_sizes(self.config, self.grid, index, self.null_states[dataset_index].shape[1])
+
+    def visit_variant(self, random: SampleRandom) -> int:
+        """What guidance dropout leaves of a visit, as a column of :meth:`sample_sizes`."""
+        return VARIANTS.index(self._variant(random.uniform("dropout")) or "null")
 
     def layers(self, model: nn.Module) -> Sequence[nn.Module]:
         """The transformer blocks."""

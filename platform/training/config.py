@@ -19,9 +19,9 @@ class MixtureConfig:
 class PackConfig:
     """How samples are joined into packs and packs into steps."""
 
-    tokens: int = option(16384, "budget of a pack; a sample of L tokens counts L * (1 + L / attention_tokens)")
-    attention_tokens: int = option(0, "length at which self-attention costs as much as all else; 0 counts plain tokens")
+    tokens: int = option(16384, "budget of a pack: counted work, attention and conditioning too, in units of a token's")
     max_tokens: int = option(0, "hard limit of plain tokens in a pack, for memory; 0 for none")
+    max_context_tokens: int = option(0, "hard limit of conditioning (MLLM) tokens in a pack, for memory; 0 for none")
     per_step: int = option(0, "packs in one optimiser step over all workers; 0 takes the number of workers")
     lookahead: float = option(0.5, "how far beyond a step, in steps, samples are looked at to fill gaps")
 

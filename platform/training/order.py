@@ -6,7 +6,7 @@ weights closely, and its sample from the source's current epoch, a seeded permut
 The state is the position and one counter a source.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,41 @@ import numpy as np
 
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.training.config import MixtureConfig
-from loomvideo.platform.training.randomness import stream
+from loomvideo.platform.training.randomness import SampleRandom, stream
 
 GOLDEN_RATIO = 0.6180339887498949
+
+
+@dataclass(frozen=True)
+class SampleSizes:
+    """What samples take of a pack, by row and variant: arrays [rows, variants].
+
+    A visit may be of another variant than the whole sample, such as one whose conditioning is dropped; variant 0 is the
+    whole sample and the largest.
+
+    Attributes:
+        tokens: Length in the pack's sequence.
+        context_tokens: Tokens of conditioning beside the sequence.
+        costs: Work, in units of one token's linear layers.
+    """
+
+    tokens: np.ndarray
+    context_tokens: np.ndarray
+    costs: np.ndarray
+
+    @classmethod
+    def plain(cls, tokens: Sequence[int]) -> "SampleSizes":
+        """One variant, without conditioning, whose cost is its length."""
+        lengths = np.asarray(tokens, dtype=np.int64).reshape(-1, 1)
+        return cls(lengths, np.zeros_like(lengths), lengths.astype(np.float64))
+
+    def __post_init__(self) -> None:
+        if not self.tokens.shape == self.context_tokens.shape == self.costs.shape or self.tokens.ndim != 2:
+            raise ValueError("tokens, context_tokens and costs must be arrays [rows, variants] of one shape")
+
+    def take(self, rows: Sequence[int]) -> "SampleSizes":
+        """The sizes of some rows, in their order."""
+        return SampleSizes(self.tokens[rows], self.context_tokens[rows], self.costs[rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +61,8 @@ class Draw:
         key: The sample's key.
         visit: How often the sample was drawn before.
         tokens: Its length in a pack.
+        context_tokens: Its tokens of conditioning.
+        cost: Its work in units of one token's linear layers.
     """
 
     source: int
@@ -38,6 +72,8 @@ class Draw:
     key: str
     visit: int
     tokens: int
+    context_tokens: int
+    cost: float
 
 
 @dataclass
@@ -49,17 +85,17 @@ class Source:
     dataset: list[int]
     row: list[int]
     key: list[str]
-    tokens: list[int]
+    sizes: SampleSizes
 
 
 def build_sources(
-    indexes: Sequence[Any], tokens: Sequence[Sequence[int]], split: str, mixture: MixtureConfig
+    indexes: Sequence[Any], sizes: Sequence[SampleSizes], split: str, mixture: MixtureConfig
 ) -> list[Source]:
     """Group the rows of a split by (task, dataset) and weigh the groups.
 
     Args:
         indexes: ``pyarrow.Table`` of every dataset folder.
-        tokens: Pack length of every row, by folder.
+        sizes: Of every row, by folder.
         split: The index split to take.
         mixture: The weights.
 
@@ -67,16 +103,21 @@ def build_sources(
         UserError: if a weight names nothing, is negative, or nothing is left.
     """
     groups: dict[tuple[str, str], Source] = {}
-    for folder, (index, lengths) in enumerate(zip(indexes, tokens, strict=True)):
+    offsets = np.cumsum([0, *(len(part.tokens) for part in sizes)])
+    for folder, index in enumerate(indexes):
         columns = (index.column(name).to_pylist() for name in ("task", "dataset", "key", "split"))
         for row, (task, dataset, key, row_split) in enumerate(zip(*columns, strict=True)):
             if row_split != split:
                 continue
-            source = groups.setdefault((task, dataset), Source(f"{task}/{dataset}", 0.0, [], [], [], []))
+            source = groups.get((task, dataset))
+            if source is None:
+                source = groups[task, dataset] = Source(f"{task}/{dataset}", 0.0, [], [], [], _NO_SIZES)
             source.dataset.append(folder)
             source.row.append(row)
             source.key.append(key)
-            source.tokens.append(int(lengths[row]))
+    whole = _joined(sizes)
+    for source in groups.values():
+        source.sizes = whole.take(offsets[source.dataset] + np.asarray(source.row))
     for section, weights, present in (
         ("tasks", mixture.tasks, {task for task, _ in groups}),
         ("datasets", mixture.datasets, {dataset for _, dataset in groups}),
@@ -106,19 +147,30 @@ def build_sources(
     return sources
 
 
+_NO_SIZES = SampleSizes.plain([])
+
+
+def _joined(sizes: Sequence[SampleSizes]) -> SampleSizes:
+    """All rows, folder after folder."""
+    parts = zip(*((part.tokens, part.context_tokens, part.costs) for part in sizes), strict=True)
+    return SampleSizes(*(np.concatenate(part) for part in parts))
+
+
 class SampleOrder:
     """The stream of draws.
 
     Args:
         sources: From :func:`build_sources`.
         seed: The run's seed.
+        variant: Which variant of its sample a visit is (a recipe's ``visit_variant``); None for the whole sample.
     """
 
     BLOCK = 4096
 
-    def __init__(self, sources: Sequence[Source], seed: int):
+    def __init__(self, sources: Sequence[Source], seed: int, variant: Callable[[SampleRandom], int] | None = None):
         self.sources = list(sources)
         self.seed = seed
+        self._variant = variant
         self.position = 0
         self.counts = [0] * len(self.sources)
         self._offset = stream("mixture", seed).random()
@@ -144,8 +196,18 @@ class SampleOrder:
         samples = self.sources[source]
         visit, place = divmod(number, len(samples.key))
         index = int(self._epoch(source, visit)[place])
+        key, sizes = samples.key[index], samples.sizes
+        which = (index, self._variant(SampleRandom(self.seed, key, visit)) if self._variant else 0)
         return Draw(
-            source, number, samples.dataset[index], samples.row[index], samples.key[index], visit, samples.tokens[index]
+            source,
+            number,
+            samples.dataset[index],
+            samples.row[index],
+            key,
+            visit,
+            int(sizes.tokens[which]),
+            int(sizes.context_tokens[which]),
+            float(sizes.costs[which]),
         )
 
     def _epoch(self, source: int, epoch: int) -> np.ndarray:

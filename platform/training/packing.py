@@ -1,32 +1,40 @@
 """Packs of whole samples, and their assignment to ranks.
 
 A step is ``per_step`` packs, filled from the global stream by best fit under a cost budget, and is the same for any
-number of ranks. The cost of a sample of L tokens is L + L^2 / attention_tokens, in units of one token's linear work
-(projections, feed-forward), so equally full packs take equally long whatever mixture of lengths they hold. Nothing is
-dropped and nothing waits for long: what did not fit one step is placed first in the next.
+number of ranks. The cost of a visit is the recipe's (ours counts the operations of the network, attention and
+conditioning included), in units of one token's linear layers, so equally full packs take equally long whatever mixture
+they hold. Nothing is dropped and nothing waits for long: what did not fit one step is placed first in the next.
 """
 
 import bisect
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from loomvideo.platform.errors import UserError
-from loomvideo.platform.training.config import PackConfig
-from loomvideo.platform.training.order import Draw, SampleOrder
-
-
-def sample_cost(tokens: int, attention_tokens: int) -> float:
-    """Cost of a sample of ``tokens`` in units of one token's linear work."""
-    return tokens + (tokens * tokens / attention_tokens if attention_tokens else 0.0)
+from loomvideo.platform.training.config import PackConfig, TrainingConfig
+from loomvideo.platform.training.order import Draw, SampleOrder, build_sources
+from loomvideo.platform.training.recipe import Recipe, TrainingDataset
 
 
 class _Bin:
-    __slots__ = ("draws", "gap", "room")
+    __slots__ = ("context_room", "draws", "gap", "room")
 
-    def __init__(self, budget: float, room: float):
+    def __init__(self, config: PackConfig):
         self.draws: list[Draw] = []
-        self.gap = budget
-        self.room = room
+        self.gap = float(config.tokens)
+        self.room = config.max_tokens or float("inf")
+        self.context_room = config.max_context_tokens or float("inf")
+
+    def fits(self, draw: Draw) -> bool:
+        """Whether the hard limits leave room for a draw."""
+        return draw.tokens <= self.room and draw.context_tokens <= self.context_room
+
+    def put(self, draw: Draw) -> None:
+        """Add a draw."""
+        self.draws.append(draw)
+        self.gap -= draw.cost
+        self.room -= draw.tokens
+        self.context_room -= draw.context_tokens
 
 
 class PackPlanner:
@@ -43,16 +51,14 @@ class PackPlanner:
         self.step = 0
         self._held: list[Draw] = []
         self._num_due = 0
-        longest = max(max(source.tokens) for source in order.sources)
-        if config.max_tokens and longest > config.max_tokens:
-            raise UserError(
-                f"training.pack.max_tokens={config.max_tokens}: a sample has {longest} tokens; "
-                "raise it, or prepare shorter clips"
-            )
-
-    def cost(self, draw: Draw) -> float:
-        """Cost of a draw."""
-        return sample_cost(draw.tokens, self.config.attention_tokens)
+        for key, limit, kind, fix in (
+            ("max_tokens", config.max_tokens, "tokens", "prepare shorter clips"),
+            ("max_context_tokens", config.max_context_tokens, "context_tokens", "prepare shorter texts"),
+        ):
+            longest = max(int(getattr(source.sizes, kind).max()) for source in order.sources)
+            if limit and longest > limit:
+                name = kind.replace("_", " ")
+                raise UserError(f"training.pack.{key}={limit}: a sample has {longest} {name}; raise it, or {fix}")
 
     def next_step(self, excluded: Collection[str] = ()) -> list[list[Draw]]:
         """The packs of the next step, most expensive first.
@@ -66,27 +72,25 @@ class PackPlanner:
         num_due = min(self._num_due, len(held))
         # At least a few packs of lookahead, or small steps would find nothing to fill their gaps with.
         wanted = need + max(self.config.lookahead * need, 8 * budget)
-        total = sum(map(self.cost, held))
+        total = sum(draw.cost for draw in held)
         attempts = 0
         while total < wanted:
             draw = self.order.next()
             attempts += 1
             if draw.key not in excluded:
                 held.append(draw)
-                total += self.cost(draw)
+                total += draw.cost
             elif attempts > 100 * sum(len(source.key) for source in self.order.sources) + 100:
                 raise UserError("every sample is quarantined; look at quarantine.json in the run folder")
-        prefix, due_cost = num_due, sum(map(self.cost, held[:num_due]))
-        while prefix < len(held) and due_cost + self.cost(held[prefix]) <= need:
-            due_cost += self.cost(held[prefix])
+        prefix, due_cost = num_due, sum(draw.cost for draw in held[:num_due])
+        while prefix < len(held) and due_cost + held[prefix].cost <= need:
+            due_cost += held[prefix].cost
             prefix += 1
-        bins = [_Bin(budget, self.config.max_tokens or float("inf")) for _ in range(self.packs_per_step)]
-        placed: set[int] = set()
-        for part in (range(num_due), range(num_due, prefix)):
-            for place in sorted(part, key=lambda place: (-self.cost(held[place]), place)):
-                if self._place(bins, held[place]):
-                    placed.add(place)
-        self._fill_gaps(bins, held, placed)
+        # Into the widest gap: every pack gets of everything. Into the narrowest: large samples meet that fit together.
+        bins, placed = min(
+            (self._packed(held, num_due, prefix, choose) for choose in (max, min)),
+            key=lambda result: max(item.gap for item in result[0]) - min(item.gap for item in result[0]),
+        )
         late = [place for place in range(len(held)) if place not in placed]
         self._held = [held[place] for place in late]
         self._num_due = sum(place < prefix for place in late)
@@ -94,43 +98,49 @@ class PackPlanner:
         bins.sort(key=lambda item: item.gap)
         return [item.draws for item in bins]
 
-    def _place(self, bins: list[_Bin], draw: Draw) -> bool:
-        """Put a draw into the fullest bin it fits; a draw larger than any budget gets an empty bin."""
-        cost = self.cost(draw)
-        fitting = [item for item in bins if item.gap >= cost and item.room >= draw.tokens]
-        if not fitting and cost > self.config.tokens:
+    def _packed(
+        self, held: list[Draw], num_due: int, prefix: int, choose: Callable[..., _Bin]
+    ) -> tuple[list[_Bin], set[int]]:
+        """Packs of the first ``prefix`` draws, those that are due before others, and of what fills the gaps."""
+        bins = [_Bin(self.config) for _ in range(self.packs_per_step)]
+        placed: set[int] = set()
+        for part in (range(num_due), range(num_due, prefix)):
+            for place in sorted(part, key=lambda place: (-held[place].cost, place)):
+                if self._place(bins, held[place], choose):
+                    placed.add(place)
+        self._fill_gaps(bins, held, placed)
+        return bins, placed
+
+    def _place(self, bins: list[_Bin], draw: Draw, choose: Callable[..., _Bin]) -> bool:
+        """Put a draw into the bin chosen by gap among those it fits; one larger than any budget gets an empty bin."""
+        fitting = [item for item in bins if item.gap >= draw.cost and item.fits(draw)]
+        if not fitting and draw.cost > self.config.tokens:
             fitting = [item for item in bins if not item.draws]
         if not fitting:
             return False
-        self._put(min(fitting, key=lambda item: item.gap), draw, cost)
+        choose(fitting, key=lambda item: item.gap).put(draw)
         return True
-
-    @staticmethod
-    def _put(item: _Bin, draw: Draw, cost: float) -> None:
-        item.draws.append(draw)
-        item.gap -= cost
-        item.room -= draw.tokens
 
     def _fill_gaps(self, bins: list[_Bin], held: list[Draw], placed: set[int]) -> None:
         """Fill what is left of every bin with the largest samples that fit, widest gap first."""
-        free = sorted((self.cost(held[place]), -place) for place in range(len(held)) if place not in placed)
+        free = sorted((held[place].cost, -place) for place in range(len(held)) if place not in placed)
         for item in sorted(bins, key=lambda item: -item.gap):
             end = bisect.bisect_right(free, (item.gap, 0))
             while end > 0:
-                cost, place = free[end - 1]
-                if held[-place].tokens <= item.room:
+                _, place = free[end - 1]
+                if item.fits(held[-place]):
                     free.pop(end - 1)
                     placed.add(-place)
-                    self._put(item, held[-place], cost)
+                    item.put(held[-place])
                     end = bisect.bisect_right(free, (item.gap, 0))
                 else:
                     end -= 1
         # Widest gaps took first pick; an empty bin is left only if every sample exceeds the budget.
         for item in bins:
             if not item.draws and free:
-                cost, place = free.pop(0)
+                _, place = free.pop(0)
                 placed.add(-place)
-                self._put(item, held[-place], cost)
+                item.put(held[-place])
 
     def state(self) -> dict[str, Any]:
         """A few integers that continue the plan."""
@@ -151,6 +161,23 @@ class PackPlanner:
         self.step = state["step"]
 
 
+def planner_of(
+    recipe: Recipe, datasets: Sequence[TrainingDataset], config: TrainingConfig, packs_per_step: int
+) -> PackPlanner:
+    """The planner of a run, at its first step.
+
+    Args:
+        recipe: Knows what samples take of a pack.
+        datasets: The run's datasets.
+        config: The run's configuration.
+        packs_per_step: Packs in a step over all ranks.
+    """
+    indexes = [dataset.index for dataset in datasets]
+    sizes = [recipe.sample_sizes(number, index) for number, index in enumerate(indexes)]
+    order = SampleOrder(build_sources(indexes, sizes, config.split, config.mixture), config.seed, recipe.visit_variant)
+    return PackPlanner(order, config.pack, packs_per_step)
+
+
 def packs_of_rank(num_packs: int, rank: int, world_size: int) -> list[tuple[int, bool]]:
     """The packs a rank computes, one a micro-step, as (pack index, counts).
 
@@ -164,6 +191,6 @@ def packs_of_rank(num_packs: int, rank: int, world_size: int) -> list[tuple[int,
 
 def fill_and_imbalance(packs: Sequence[Sequence[Draw]], config: PackConfig) -> tuple[float, float]:
     """Mean cost over the budget, and the most expensive pack over the mean less 1."""
-    costs = [sum(sample_cost(draw.tokens, config.attention_tokens) for draw in pack) for pack in packs]
+    costs = [sum(draw.cost for draw in pack) for pack in packs]
     mean = sum(costs) / len(costs)
     return mean / config.tokens, max(costs) / mean - 1.0

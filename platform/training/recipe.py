@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from loomvideo.platform.training.order import SampleSizes
 from loomvideo.platform.training.randomness import SampleRandom
 
 
@@ -73,8 +74,12 @@ class Recipe(Protocol):
         """Called once, before anything is loaded, with the run's datasets."""
         ...
 
-    def sample_tokens(self, index: Any) -> Sequence[int]:
-        """Tokens a pack spends on each row of a dataset's index [num_rows]; the length of self-attention."""
+    def sample_sizes(self, dataset_index: int, index: Any) -> SampleSizes:
+        """What each row of a dataset's index takes of a pack, for every variant of a visit."""
+        ...
+
+    def visit_variant(self, random: SampleRandom) -> int:
+        """Which variant (column of :meth:`sample_sizes`) a visit is, from the same draws as ``load_example``."""
         ...
 
     def read(self, dataset: TrainingDataset, row_number: int, row: Mapping[str, Any], random: SampleRandom) -> Any:
@@ -119,9 +124,13 @@ class BaseRecipe:
     def open(self, datasets: Sequence[TrainingDataset]) -> None:
         """Nothing to prepare."""
 
-    def sample_tokens(self, index: Any) -> Sequence[int]:
-        """The index's ``dit_tokens`` column."""
-        return index.column("dit_tokens").to_numpy()
+    def sample_sizes(self, dataset_index: int, index: Any) -> SampleSizes:
+        """The index's ``dit_tokens`` column, each token costing the same."""
+        return SampleSizes.plain(index.column("dit_tokens").to_numpy())
+
+    def visit_variant(self, random: SampleRandom) -> int:
+        """Every visit is of the whole sample."""
+        return 0
 
     def read(self, dataset: TrainingDataset, row_number: int, row: Mapping[str, Any], random: SampleRandom) -> Any:
         """The whole sample; override to read less of it, e.g. one window."""

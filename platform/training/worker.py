@@ -26,8 +26,7 @@ from loomvideo.platform.training.engine import ZeroEngine
 from loomvideo.platform.training.guard import SpikeGuard
 from loomvideo.platform.training.hardware import NodeMonitor, device_name
 from loomvideo.platform.training.loader import LoadedStep, SampleError, StepLoader
-from loomvideo.platform.training.order import SampleOrder, build_sources
-from loomvideo.platform.training.packing import PackPlanner, packs_of_rank
+from loomvideo.platform.training.packing import packs_of_rank, planner_of
 from loomvideo.platform.training.profiling import profiled
 from loomvideo.platform.training.recipe import Recipe, TrainingDataset
 from loomvideo.platform.training.schedule import learning_rate
@@ -305,11 +304,7 @@ class Worker:
         self.guard.consecutive_skips = 0
 
     def _open_loader(self) -> StepLoader:
-        tokens = [self.recipe.sample_tokens(dataset.index) for dataset in self.datasets]
-        sources = build_sources(
-            [dataset.index for dataset in self.datasets], tokens, self.config.split, self.config.mixture
-        )
-        planner = PackPlanner(SampleOrder(sources, self.config.seed), self.config.pack, self.packs_per_step)
+        planner = planner_of(self.recipe, self.datasets, self.config, self.packs_per_step)
         if self._planner_state is None:
             self._planner_state = planner.state()
         else:

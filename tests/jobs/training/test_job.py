@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 SMALL = [
     "evaluation.samples=data/sample/samples.jsonl",
-    "training.pack.tokens=96",
+    "training.pack.tokens=288",
     "training.log_every=1",
     "training.optimizer.warmup_steps=1",
     "evaluation.num_edits=6",

@@ -17,7 +17,6 @@ def test_presets_load_and_pass_their_checks(job, name):
 
 def test_published_stages_differ_as_published():
     one, two, three = (job_config(TrainingJobConfig, "pretrain", [f"preset=5b-stage{n}"]) for n in (1, 2, 3))
-    assert [c.training.pack.tokens for c in (one, two, three)] == [10_240, 16_384, 16_384]
     assert [c.objective.use_source_embedding for c in (one, two, three)] == [False, True, True]
     assert [c.objective.shift_scale for c in (one, two, three)] == [0.65, 0.5, 0.5]
     assert [c.training.optimizer.warmup_steps for c in (one, two, three)] == [100, 1000, 1000]

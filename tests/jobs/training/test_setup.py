@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
+import torch
 
 from loomvideo.jobs.training.config import TrainingJobConfig
 from loomvideo.jobs.training.plan import MACHINES, machine_named, plan
@@ -83,8 +84,10 @@ def test_the_plan_of_the_5b_model():
 
 def test_predictions_need_a_peak_and_scale_with_it():
     names = {"key": ["a", "b"], "task": ["t2v"] * 2, "dataset": ["d"] * 2, "split": ["train"] * 2}
+    names |= {"width": [64] * 2, "height": [64] * 2, "num_frames": [9, 17]}
     table = pa.table(names | {"dit_tokens": [12, 20], "mllm_tokens": [9, 9]})
-    config, datasets = TrainingJobConfig(), [SimpleNamespace(index=table)]
+    shared = {"null": torch.zeros(4, 3, 128)}
+    config, datasets = TrainingJobConfig(), [SimpleNamespace(index=table, shared=lambda: shared)]
     config.training.pack.tokens = 64
     ready = {"device_name": "", "world_size": 2, "packs_per_step": 2}
     assert predictor(config, model_size("tiny"), datasets)(ready) == {}

@@ -13,8 +13,7 @@ from loomvideo.platform.training.beside import load_checkpoint_weights
 from loomvideo.platform.training.checkpoint import CheckpointFolder
 from loomvideo.platform.training.config import TrainingConfig
 from loomvideo.platform.training.loader import load_draw
-from loomvideo.platform.training.order import SampleOrder, build_sources
-from loomvideo.platform.training.packing import PackPlanner
+from loomvideo.platform.training.packing import planner_of
 from loomvideo.platform.training.schedule import ema_decay, learning_rate
 from loomvideo.platform.training.validation import Validator
 
@@ -40,8 +39,7 @@ def config(packs_per_step, **changes):
 def plain_training(config, recipe):
     """The same training in a few lines of PyTorch: one process, one pack after another."""
     dataset = ToyDataset("toy://64")
-    sources = build_sources([dataset.index], [recipe.sample_tokens(dataset.index)], "train", config.mixture)
-    planner = PackPlanner(SampleOrder(sources, config.seed), config.pack, config.pack.per_step)
+    planner = planner_of(recipe, [dataset], config, config.pack.per_step)
     model = recipe.build_model()
     matrices = [p for p in model.parameters() if p.ndim >= 2 and p.requires_grad]
     vectors = [p for p in model.parameters() if p.ndim < 2 and p.requires_grad]

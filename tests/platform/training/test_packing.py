@@ -7,7 +7,7 @@ import pytest
 
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.training.config import MixtureConfig, PackConfig
-from loomvideo.platform.training.order import SampleOrder, build_sources
+from loomvideo.platform.training.order import SampleOrder, SampleSizes, build_sources
 from loomvideo.platform.training.packing import PackPlanner, fill_and_imbalance, packs_of_rank
 
 
@@ -17,10 +17,16 @@ def index(rows):
     return pa.table(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)))
 
 
-def order(rows, mixture=None, seed=0):
+def order(rows, mixture=None, seed=0, sizes=None, variant=None):
     table = index(rows)
-    tokens = table.column("dit_tokens").to_pylist()
-    return SampleOrder(build_sources([table], [tokens], "train", mixture or MixtureConfig()), seed)
+    sizes = sizes or SampleSizes.plain(table.column("dit_tokens").to_numpy())
+    return SampleOrder(build_sources([table], [sizes], "train", mixture or MixtureConfig()), seed, variant)
+
+
+def quadratic(rows):
+    """Sizes of rows whose attention costs as much as all else at 24,000 tokens."""
+    tokens = np.array([row[-1] for row in rows])[:, None]
+    return SampleSizes(tokens, np.zeros_like(tokens), tokens + tokens**2 / 24_000)
 
 
 def mixed_rows():
@@ -75,8 +81,8 @@ def test_unknown_or_empty_mixtures_are_user_errors():
 
 @pytest.mark.parametrize("num_packs", [2, 8, 64])
 def test_packs_are_full_balanced_and_drop_nothing(num_packs):
-    config = PackConfig(tokens=42000, attention_tokens=24000)
-    stream = order(mixed_rows())
+    config = PackConfig(tokens=42000)
+    stream = order(mixed_rows(), sizes=quadratic(mixed_rows()))
     planner = PackPlanner(stream, config, num_packs)
     fills, imbalances, seen = [], [], []
     for _ in range(12):
@@ -96,7 +102,7 @@ def test_packs_are_full_balanced_and_drop_nothing(num_packs):
 
 
 def test_no_sample_waits_long():
-    planner = PackPlanner(order(mixed_rows()), PackConfig(tokens=24000, attention_tokens=24000), 2)
+    planner = PackPlanner(order(mixed_rows(), sizes=quadratic(mixed_rows())), PackConfig(tokens=24000), 2)
     drawn_at, waited = {}, []
     for step in range(60):
         packs = planner.next_step()
@@ -131,6 +137,29 @@ def test_oversize_samples_travel_alone_and_the_hard_limit_is_an_error():
     assert all(len(pack) == 1 for pack in packs if pack[0].key == "long")
     with pytest.raises(UserError, match="max_tokens=4000: a sample has 5000 tokens"):
         PackPlanner(order(rows), PackConfig(tokens=1000, max_tokens=4000), 2)
+
+
+def test_context_tokens_have_a_limit_of_their_own():
+    rows = [(f"s{n}", "t2i", "x", "train", 100) for n in range(40)]
+    context = np.array([[300 if n % 2 else 20] for n in range(40)])
+    sizes = SampleSizes(np.full((40, 1), 100), context, np.full((40, 1), 100.0))
+    planner = PackPlanner(order(rows, sizes=sizes), PackConfig(tokens=1000, max_context_tokens=1000), 4)
+    packs = [pack for _ in range(8) for pack in planner.next_step()]
+    assert max(sum(draw.context_tokens for draw in pack) for pack in packs) <= 1000
+    assert sum(len(pack) for pack in packs) > 0.6 * 10 * len(packs)
+    with pytest.raises(UserError, match="max_context_tokens=100: a sample has 300 context tokens"):
+        PackPlanner(order(rows, sizes=sizes), PackConfig(tokens=1000, max_context_tokens=100), 4)
+
+
+def test_a_visit_costs_what_its_variant_costs():
+    rows = [(f"s{n}", "t2i", "x", "train", 100) for n in range(6)]
+    tokens = np.tile([100, 60], (6, 1))
+    sizes = SampleSizes(tokens, tokens // 2, tokens * 2.0)
+    stream = order(rows, seed=3, sizes=sizes, variant=lambda random: random.visit % 2)
+    for _ in range(24):
+        draw = stream.next()
+        whole = draw.visit % 2 == 0
+        assert (draw.tokens, draw.context_tokens, draw.cost) == ((100, 50, 200.0) if whole else (60, 30, 120.0))
 
 
 def test_excluded_samples_are_passed_over():

@@ -22,8 +22,8 @@ from loomvideo.platform.training.config import (
 )
 from loomvideo.platform.training.guard import SpikeGuard
 from loomvideo.platform.training.loader import SampleError, StepLoader
-from loomvideo.platform.training.order import SampleOrder, build_sources
-from loomvideo.platform.training.packing import PackPlanner
+from loomvideo.platform.training.order import SampleSizes, build_sources
+from loomvideo.platform.training.packing import planner_of
 from loomvideo.platform.training.progress import STEPS_FILE, Progress
 from loomvideo.platform.training.schedule import ema_decay, learning_rate
 from loomvideo.platform.training.simulate import simulate, suggest_budget
@@ -96,7 +96,10 @@ def sources(lengths):
     names = ("key", "task", "dataset", "split")
     columns = zip(*((f"k{n}", "t2v", "x", "train") for n in range(len(lengths))), strict=True)
     return build_sources(
-        [pa.table(dict(zip(names, map(list, columns), strict=True)))], [lengths], "train", MixtureConfig()
+        [pa.table(dict(zip(names, map(list, columns), strict=True)))],
+        [SampleSizes.plain(lengths)],
+        "train",
+        MixtureConfig(),
     )
 
 
@@ -114,8 +117,7 @@ def test_simulation_counts_and_suggests_a_budget_that_lengths_add_up_to():
 def loader(url, rank=0, world_size=1, num_steps=5):
     dataset, recipe, config = ToyDataset(url), ToyRecipe(), TrainingConfig()
     config.pack.tokens = 100
-    grouped = build_sources([dataset.index], [recipe.sample_tokens(dataset.index)], "train", config.mixture)
-    planner = PackPlanner(SampleOrder(grouped, 0), config.pack, 4)
+    planner = planner_of(recipe, [dataset], config, 4)
     return StepLoader(planner, recipe, [dataset], 0, rank, world_size, num_steps)
 
 
