@@ -52,15 +52,15 @@ def plain_loop(samples: Path, folder: Path, count: int, bucket: int) -> dict[str
     from loomvideo.model.buckets import resize_and_crop
     from loomvideo.model.sizes import model_size
     from loomvideo.pipelines.media.decode import open_media
+    from loomvideo.pipelines.prepare import encode
     from loomvideo.pipelines.prepare.geometry import plan_clips
     from loomvideo.pipelines.prepare.inputs import read_inputs
-    from loomvideo.pipelines.prepare.job import encode
 
     torch.set_num_threads(1)
     config = config_for(samples, folder / "plain", count, bucket)
     encoder = encode.SampleEncoder(model_size(config.model), config.features)
     grid = model_size(config.model).grid
-    inputs = read_inputs(config).samples
+    inputs = list(read_inputs(config).samples())
     began, cpu = time.perf_counter(), time.process_time()
     (folder / "plain").mkdir()
     base = Path(config.input).parent
@@ -131,7 +131,7 @@ def builder_alone(samples: Path, folder: Path, count: int, bucket: int) -> dict[
     config = config_for(samples, folder / "alone", count, bucket)
     found: dict[str, float] = {}
 
-    def run(config, work):
+    def run(stage, config, work):
         builder = ShardBuilder(config)
         began, cpu = time.perf_counter(), cpu_seconds(builder.loader.decoder)
         yield from (builder(row) for row in work)
@@ -141,9 +141,9 @@ def builder_alone(samples: Path, folder: Path, count: int, bucket: int) -> dict[
         found.update(samples_per_s=count / seconds, ms_per_sample=1e3 * seconds / count)
         found["cpu_ms_per_sample"] = 1e3 * cpu_s / count
 
-    original, job.run_builders = job.run_builders, run
+    original, job.run_stage = job.run_stage, run
     job.prepare(config)
-    job.run_builders = original
+    job.run_stage = original
     return found
 
 

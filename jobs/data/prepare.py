@@ -20,7 +20,7 @@ from rich.table import Table
 
 from loomvideo.pipelines.prepare.builder import SHARED_TASK
 from loomvideo.pipelines.prepare.config import PrepareConfig
-from loomvideo.pipelines.prepare.job import PrepareResult, prepare
+from loomvideo.pipelines.prepare.job import UP_TO_DATE, PrepareResult, prepare
 from loomvideo.pipelines.prepare.report import write_report
 from loomvideo.platform.config import flatten
 from loomvideo.platform.runs import RunFolder
@@ -61,7 +61,7 @@ class PrepareProgress:
 
     def __call__(self, report: dict[str, Any], total: int) -> None:
         """Count one finished shard or chunk."""
-        kind = next((kind for kind, name in _KINDS.items() if name in report), "build")
+        kind = report["stage"]
         if kind not in self._tasks:
             self._tasks[kind] = self._bar.add_task(kind, total=total, rate="")
             self._started[kind] = self._begun
@@ -78,7 +78,7 @@ class PrepareProgress:
 
     def _build_rate(self, report: dict[str, Any], seconds: float) -> str:
         total = self._total
-        if report["shard"] == SHARED_TASK:
+        if report["unit"] == SHARED_TASK:
             return ""
         figures = {
             "written": total["written"],
@@ -128,12 +128,13 @@ class PrepareRun:
             self._tracker.finish("KILLED" if killed else "FAILED" if kind else "FINISHED")
 
 
-def run(config: PrepareConfig, again: Collection[str] = ()) -> PrepareResult:
+def run(config: PrepareConfig, again: Collection[str] = (), redeal: bool = False) -> PrepareResult:
     """Prepare, print what was done, and return it.
 
     Args:
         config: The job.
-        again: Shards, and paths of chunks' results, to do again though they are up to date.
+        again: Units to do again though they are up to date.
+        redeal: Deal all samples into shards anew.
     """
     console = Console(markup=False)
 
@@ -150,13 +151,13 @@ def run(config: PrepareConfig, again: Collection[str] = ()) -> PrepareResult:
 
     with PrepareRun(config) as tracked:
         with PrepareProgress(console, tracked.log) as progress:
-            result = prepare(config, session, progress, again)
-        if result.reason != "up to date":
+            result = prepare(config, session, progress, again, redeal)
+        if result.reason != UP_TO_DATE:
             dataset = ShardDataset.open(config.output)
             write_report(dataset)
         tracked.complete(result)
     summary = result.summary()
-    if not result.built_shards and result.reason == "up to date":
+    if not result.built_shards and result.reason == UP_TO_DATE:
         console.print(f"{config.output}: up to date, nothing to do ({summary['written']} samples)", soft_wrap=True)
         return result
     table = Table(title=f"{config.output}: {result.reason}", title_justify="left", show_header=False)

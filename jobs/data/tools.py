@@ -136,8 +136,22 @@ def remove(
     print(f"{folder}: removed {len(keys)} samples: {', '.join(keys[:10])}{' …' if len(keys) > 10 else ''}")
 
 
-def compact(folder: DatasetFolder) -> None:
-    """Rewrite the tars that hold removed samples."""
+def compact(
+    folder: DatasetFolder,
+    redeal: Annotated[
+        bool, typer.Option("--redeal", help="deal all samples into shards anew, as a first prepare would")
+    ] = False,
+) -> None:
+    """Rewrite the tars that hold removed samples; with --redeal all, so that many small additions become full shards.
+
+    Encoded members are copied, never made again. Dealing anew holds both sets of shards until the new one is whole.
+    """
+    if redeal:
+        from loomvideo.jobs.data.prepare import run
+        from loomvideo.pipelines.prepare.quarantine import saved_config
+
+        run(saved_config(folder), redeal=True)
+        return
     from loomvideo.platform.shards.takedown import compact
 
     shards = compact(folder)

@@ -1,71 +1,88 @@
 """The accounts of a prepare job: every input sample's fate, the ledger of losses, and when losses are too many."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Sequence
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from loomvideo.pipelines.prepare.config import PrepareConfig
 from loomvideo.pipelines.prepare.inputs import Inputs
-from loomvideo.pipelines.sources.samples import Sample
+from loomvideo.pipelines.prepare.outcomes import Outcome
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.manifest import QUARANTINE_FILE
+from loomvideo.platform.shards.storage import Storage
+from loomvideo.platform.shards.writer import ShardRecord, write_table
 
 QUARANTINE_SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("key", "dataset", "outcome", "stage", "reason")]
     + [("retriable", pa.bool_())]
-    + [(name, pa.string()) for name in ("message", "sample")]
+    + [(name, pa.string()) for name in ("message", "where", "sample")]
 )
-# Reasons that another attempt may not meet again: of files, of our own code, and of a model that was asked for texts.
-# `judge_error` is what earlier releases wrote for `assess_error`.
-RETRIABLE = (
-    "missing_file", "timeout", "download_failed", "decoder_crash", "encode_error", "assess_error", "judge_error",
-    "unreachable", "server_error", "rate_limited", "empty", "invalid_answer", "mixed_up",
-)  # fmt: skip
 
 
-def is_retriable(outcome: Mapping[str, Any]) -> bool:
-    """Whether another attempt may write the sample of an outcome."""
-    return outcome["outcome"] == "quarantined" and outcome["reason"] in RETRIABLE
+class Accounts:
+    """Adds up what came of the inputs.
+
+    Attributes:
+        counts: ``{dataset: {inputs, written, filtered, duplicates, quarantined}}``.
+        losses: Of all stages.
+    """
+
+    def __init__(self, inputs: Inputs):
+        self.counts: dict[str, dict[str, int]] = {}
+        self.losses: list[Outcome] = []
+        for entry in pc.value_counts(inputs.table.column("dataset")):
+            self._count(entry["values"].as_py())["inputs"] = entry["counts"].as_py()
+        for loss in inputs.losses:
+            self._count(loss.dataset)["inputs"] += 1
+            self._lose(loss)
+
+    @property
+    def num_inputs(self) -> int:
+        """Of all datasets."""
+        return sum(count["inputs"] for count in self.counts.values())
+
+    def add(self, record: ShardRecord) -> None:
+        """Count what a shard holds and what of its plan it does not."""
+        for entry in pc.value_counts(record.index.column("dataset")):
+            self._count(entry["values"].as_py())["written"] += entry["counts"].as_py()
+        for loss in record.losses:
+            self._lose(Outcome(**loss))
+
+    def _lose(self, loss: Outcome) -> None:
+        count = self._count(loss.dataset)
+        count[loss.outcome] = count.get(loss.outcome, 0) + 1
+        self.losses.append(loss)
+
+    def _count(self, dataset: str) -> dict[str, int]:
+        empty = {"inputs": 0, "written": 0, "filtered": 0, "duplicates": 0, "quarantined": 0}
+        return self.counts.setdefault(dataset, empty)
 
 
-def count_outcomes(inputs: Inputs, outcomes: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
-    """``{dataset: {inputs, written, filtered, duplicates, quarantined}}``."""
-    empty = {"inputs": 0, "written": 0, "filtered": 0, "duplicates": 0, "quarantined": 0}
-    counts: dict[str, dict[str, int]] = {}
-    for entry in [*({"dataset": s.dataset} for s in inputs.samples), *inputs.rejected]:
-        counts.setdefault(entry["dataset"], dict(empty))["inputs"] += 1
-    for outcome in outcomes:
-        count = counts[outcome["dataset"]]
-        count[outcome["outcome"]] = count.get(outcome["outcome"], 0) + 1
-    return counts
+def write_quarantine(storage: Storage, losses: Sequence[Outcome], inputs: Inputs) -> None:
+    """Write the ledger: a row a sample that was not written, with the sample where it is known."""
+    bare = pa.array([loss.key for loss in losses if loss.sample is None], pa.string())
+    found = inputs.table.select(["key", "sample"]).filter(pc.is_in(inputs.table.column("key"), bare))
+    known = dict(zip(found.column("key").to_pylist(), found.column("sample").to_pylist(), strict=True))
+    columns = {
+        name: [getattr(loss, name) for loss in losses] for name in QUARANTINE_SCHEMA.names if name != "sample"
+    } | {"sample": [loss.sample or known.get(loss.key) for loss in losses]}
+    write_table(storage, QUARANTINE_FILE, pa.table(columns, schema=QUARANTINE_SCHEMA))
 
 
-def quarantine_table(losses: Iterable[Mapping[str, Any]], samples: Mapping[str, Sample]) -> pa.Table:
-    """The ledger: a row a sample that was not written, with the sample where it is known."""
-    rows = [
-        {
-            **{name: loss[name] for name in ("key", "dataset", "outcome", "stage", "reason", "message")},
-            "retriable": is_retriable(loss),
-            "sample": loss.get("sample") or (samples[loss["key"]].to_json() if loss["key"] in samples else None),
-        }
-        for loss in losses
-    ]
-    return pa.Table.from_pylist(rows, schema=QUARANTINE_SCHEMA)
-
-
-def check_losses(losses: list[dict[str, Any]], num_inputs: int, config: PrepareConfig) -> None:
+def check_losses(accounts: Accounts, config: PrepareConfig) -> None:
     """Fail when one reason quarantines more than ``limits.max_loss`` of the inputs.
 
     Raises:
         UserError: naming the reason, its count and the first case.
     """
-    by_reason = Counter(loss["reason"] for loss in losses if loss["outcome"] == "quarantined")
+    by_reason = Counter(loss.reason for loss in accounts.losses if loss.outcome == "quarantined")
     for reason, count in by_reason.most_common():
-        if count > config.limits.max_loss * num_inputs:
-            example = next(loss["message"] for loss in losses if loss["reason"] == reason)
+        if count > config.limits.max_loss * accounts.num_inputs:
+            example = next(loss.message for loss in accounts.losses if loss.reason == reason)
             raise UserError(
-                f"{count} of {num_inputs} samples were lost to {reason} (limits.max_loss={config.limits.max_loss:g}); "
+                f"{count} of {accounts.num_inputs} samples were lost to {reason} "
+                f"(limits.max_loss={config.limits.max_loss:g}); "
                 f"first: {example.strip().splitlines()[-1][:200]}; all are in {config.output}/{QUARANTINE_FILE}"
             )

@@ -21,44 +21,42 @@ import torch
 
 from loomvideo.model.sizes import model_size, with_folders
 from loomvideo.pipelines.media.decode import DecodeError
-from loomvideo.pipelines.media.files import base_folder, media_stamp, resolve
-from loomvideo.pipelines.prepare.chunks import read_planned
+from loomvideo.pipelines.media.files import base_folder
 from loomvideo.pipelines.prepare.config import PrepareConfig
 from loomvideo.pipelines.prepare.encode import LoadedSample, SampleEncoder, SampleLoader
 from loomvideo.pipelines.prepare.features import combined_error
 from loomvideo.pipelines.prepare.geometry import Filtered
-from loomvideo.pipelines.sources.samples import Sample, parse_sample
+from loomvideo.pipelines.prepare.outcomes import Outcome
+from loomvideo.pipelines.prepare.units import WorkRow, read_planned
+from loomvideo.pipelines.sources.samples import Sample, stored_sample
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.manifest import shard_path
 from loomvideo.platform.shards.reader import read_placed
 from loomvideo.platform.shards.sample import ShardSample
 from loomvideo.platform.shards.storage import Storage
-from loomvideo.platform.shards.writer import read_record, write_shard, write_shared
+from loomvideo.platform.shards.writer import RECORD_FOLDER, ShardRecord, write_shard, write_shared
 
 logger = logging.getLogger(__name__)
 
-PLAN_FILE = "work/plan.parquet"
 SHARED_TASK = "shared"
 SHARED_RECORD = "work/shared.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedSample:
-    """A sample, its slot in the shard, and what curation found."""
+    """A sample of the plan.
+
+    Attributes:
+        slot: In the shard.
+        sample: What to make.
+        judged: What curation found.
+        place: Index row of its earlier encoding, None without one.
+    """
 
     slot: int
     sample: Sample
     judged: dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Failure:
-    """Why a planned sample is not written."""
-
-    outcome: str
-    stage: str
-    reason: str
-    message: str
+    place: dict[str, Any] | None
 
 
 class ShardBuilder:
@@ -80,7 +78,11 @@ class ShardBuilder:
         self.encoder = SampleEncoder(model, config.features, device)
         self.loader = SampleLoader(config, self.base, self.encoder.fingerprints)
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+    def close(self) -> None:
+        """End the decoder process."""
+        self.loader.close()
+
+    def __call__(self, row: WorkRow) -> dict[str, Any]:
         """Build the shard that a row names, or the dataset-wide tensors.
 
         Returns:
@@ -88,38 +90,38 @@ class ShardBuilder:
             samples (``wait_s``) and encoding (``encode_s``), and how many members were made and kept (``members``).
         """
         started = time.perf_counter()
-        if row["shard"] == SHARED_TASK:
+        if row["unit"] == SHARED_TASK:
             sha256 = write_shared(self.storage, self.encoder.null_features())
-            self.storage.write_bytes(
-                "work/shared.json", json.dumps({"sha256": sha256, "recipe": row["recipe"]}).encode()
-            )
+            self.storage.write_bytes(SHARED_RECORD, json.dumps({"sha256": sha256, "recipe": row["recipe"]}).encode())
             return self._report(SHARED_TASK, 0, 0, 0, 0.0, 0.0, started)
         self._wait_s = self._encode_s = 0.0
         self._members: Counter[str] = Counter()
         facts: dict[str, Any] = {"encoders": self.encoder.fingerprints}
-        planned = read_plan(self.storage, row["shard"])
-        outcomes: list[dict[str, Any]] = []
+        planned = self._planned(row)
+        losses: list[dict[str, Any]] = []
         record = write_shard(
             self.storage,
-            row["shard"],
+            row["unit"],
             row["split"],
-            self._samples(row, planned, outcomes, facts),
+            self._samples(row, planned, losses, facts),
             row["recipe"],
-            outcomes,
+            losses,
             facts,
+            row["before"],
         )
-        lost = len(planned) - len(record.rows)
+        lost = len(planned) - len(record.index)
         report = self._report(
-            row["shard"], len(record.rows), lost, record.num_bytes, self._wait_s, self._encode_s, started
+            row["unit"], len(record.index), lost, record.num_bytes, self._wait_s, self._encode_s, started
         )
         error = max(record.facts["feature_error"]["layers"], default=0.0)
         return report | {"feature_error": error, "members": dict(self._members)}
 
     def _report(
-        self, shard: str, written: int, lost: int, num_bytes: int, wait_s: float, encode_s: float, started: float
+        self, unit: str, written: int, lost: int, num_bytes: int, wait_s: float, encode_s: float, started: float
     ) -> dict[str, Any]:
         return {
-            "shard": shard,
+            "stage": "encode",
+            "unit": unit,
             "written": written,
             "lost": lost,
             "num_bytes": num_bytes,
@@ -130,45 +132,36 @@ class ShardBuilder:
         }
 
     def _samples(
-        self,
-        row: dict[str, Any],
-        planned: list[PlannedSample],
-        outcomes: list[dict[str, Any]],
-        facts: dict[str, Any],
+        self, row: WorkRow, planned: list[PlannedSample], losses: list[dict[str, Any]], facts: dict[str, Any]
     ) -> Iterator[tuple[int, ShardSample]]:
-        previous = self._previous(row["shard"])
         errors = []
-        for plan, loaded in zip(planned, self._loaded(planned, previous), strict=True):
-            sample = plan.sample
-            outcome = {"key": sample.key, "dataset": sample.dataset, "media": self._stamps(sample)}
+        for plan, loaded in zip(planned, self._loaded(planned), strict=True):
             if isinstance(loaded, LoadedSample):
                 began = time.perf_counter()
                 kept = loaded.kept
                 loaded = self._encoded(loaded, row["split"], plan.judged)
                 self._encode_s += time.perf_counter() - began
-            if isinstance(loaded, Failure):
-                outcomes.append({**outcome, **dataclasses.asdict(loaded)})
+            if isinstance(loaded, Outcome):
+                losses.append(loaded.to_dict())
                 continue
-            if loaded.key != sample.key:
-                raise RuntimeError(f"encoded {loaded.key} where {sample.key} was planned")
+            if loaded.key != plan.sample.key:
+                raise RuntimeError(f"encoded {loaded.key} where {plan.sample.key} was planned")
             self._members.update(f"{'kept' if member in kept else 'made'}.{member}" for member in loaded.tensors)
             errors.append(loaded.metadata.get("feature_error"))
-            outcomes.append({**outcome, "outcome": "written"})
             yield plan.slot, loaded
         facts["feature_error"] = combined_error(errors)
 
-    def _encoded(self, loaded: LoadedSample, split: str, judged: dict[str, Any]) -> ShardSample | Failure:
+    def _encoded(self, loaded: LoadedSample, split: str, judged: dict[str, Any]) -> ShardSample | Outcome:
         try:
             return self.encoder.encode(loaded, split, judged)
         except UserError as error:
-            return Failure("quarantined", "encode", "invalid_sample", str(error))
+            return _lost(loaded.sample, "quarantined", "encode", "invalid_sample", str(error))
         except Exception:
             # One sample must not end the run; a fault of all samples ends it through limits.max_loss.
-            return Failure("quarantined", "encode", "encode_error", traceback.format_exc(limit=-4))
+            trace = traceback.format_exc(limit=-4)
+            return _lost(loaded.sample, "quarantined", "encode", "encode_error", trace)
 
-    def _loaded(
-        self, planned: list[PlannedSample], previous: dict[str, dict[str, Any]]
-    ) -> Iterator[LoadedSample | Failure]:
+    def _loaded(self, planned: list[PlannedSample]) -> Iterator[LoadedSample | Outcome]:
         ready: queue.Queue = queue.Queue(self.config.workers.prefetch)
         stopped = threading.Event()
 
@@ -183,7 +176,7 @@ class ShardBuilder:
                 for plan in planned:
                     if stopped.is_set():
                         return
-                    put(self._load(plan.sample, previous.get(plan.sample.key)))
+                    put(self._load(plan))
             except BaseException as error:
                 put(error)
 
@@ -201,38 +194,46 @@ class ShardBuilder:
             stopped.set()
             thread.join()
 
-    def _load(self, sample: Sample, place: dict[str, Any] | None) -> LoadedSample | Failure:
+    def _load(self, plan: PlannedSample) -> LoadedSample | Outcome:
+        sample = plan.sample
         try:
-            return self.loader.load(sample, self._before(place))
+            return self.loader.load(sample, self._before(plan.place))
         except DecodeError as error:
-            return Failure("quarantined", "decode", error.reason, str(error))
+            return _lost(sample, "quarantined", "decode", error.reason, str(error))
         except Filtered as decision:
-            return Failure("filtered", "clip", decision.reason, str(decision))
+            return _lost(sample, "filtered", "clip", decision.reason, str(decision))
         except UserError as error:
-            return Failure("quarantined", "decode", "invalid_sample", str(error))
+            return _lost(sample, "quarantined", "decode", "invalid_sample", str(error))
 
     def _before(self, place: dict[str, Any] | None) -> ShardSample | None:
         if place is None:
             return None
         try:
             return read_placed(self.storage, shard_path(place["shard"]), place, raw=True)
-        except UserError as error:
+        except (UserError, ValueError, KeyError) as error:
+            # A shard that another worker is writing anew holds other bytes there.
             logger.warning("%s; %s is encoded again", error, place["key"])
             return None
 
-    def _previous(self, shard: str) -> dict[str, dict[str, Any]]:
-        """Index rows of the shard as it lies there, by key."""
-        record = read_record(self.storage, shard)
-        return {} if record is None else {row["key"]: row for row in record.rows}
+    def _planned(self, row: WorkRow) -> list[PlannedSample]:
+        """The unit's samples, with where they lie now: in the unit's own shard, or in those they are moved from."""
+        files = json.loads(row["moved"]) | ({row["unit"]: row["before"][0]} if row["before"] else {})
+        records = {
+            unit: ShardRecord.from_bytes(self.storage.read_bytes(f"{RECORD_FOLDER}/{file}"))
+            for unit, file in files.items()
+        }
+        places = {(unit, place["key"]): place for unit, record in records.items() for place in record.rows}
+        return [
+            PlannedSample(
+                entry["slot"],
+                stored_sample(entry["sample"]),
+                json.loads(entry["judged"]),
+                places.get((entry["was"] or row["unit"], entry["key"])),
+            )
+            for entry in read_planned(self.storage, row)
+        ]
 
-    def _stamps(self, sample: Sample) -> dict[str, list | None]:
-        paths = [path for path in (sample.target, sample.source, *sample.references) if path]
-        return {path: media_stamp(resolve(path, self.base)) for path in paths}
 
-
-def read_plan(storage: Storage, shard: str) -> list[PlannedSample]:
-    """The samples of one planned shard."""
-    return [
-        PlannedSample(row["slot"], parse_sample(row["sample"], f"{PLAN_FILE}:{row['key']}"), json.loads(row["judged"]))
-        for row in read_planned(storage, PLAN_FILE, shard)
-    ]
+def _lost(sample: Sample, outcome: str, stage: str, reason: str, message: str) -> Outcome:
+    # The plan has the sample: its record needs no copy.
+    return Outcome(sample.key, sample.dataset, outcome, stage, reason, message)

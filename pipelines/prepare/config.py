@@ -40,7 +40,7 @@ class FeatureOptions:
 
 @dataclass
 class ShardOptions:
-    """How samples are dealt into shards."""
+    """How new samples are dealt into shards; those that lie in one stay there (`loomvideo data compact --redeal`)."""
 
     target_bytes: int = option(1_000_000_000, "size aimed at for a shard")
     max_samples: int = option(256, "samples aimed at for a shard at most")
@@ -50,11 +50,19 @@ class ShardOptions:
 class WorkerOptions:
     """The pool of shard builders. Nothing here changes what is written."""
 
-    count: int = option(0, "builders; 0 takes as many as the cluster's CPUs and GPUs allow")
+    count: int = option(0, "builders at most; 0: as many as the cluster has, or gets, room for")
     cpus: float = option(1.0, "CPUs a builder reserves")
     gpus: float = option(0.0, "GPUs a builder reserves")
     decode_timeout_s: float = option(60.0, "longest time for one read of one file")
     prefetch: int = option(2, "decoded samples held ready by a builder")
+
+
+@dataclass
+class CurationWorkers:
+    """The pool of workers that look at samples before they are encoded. Nothing here changes what they find."""
+
+    count: int = option(0, "workers at most; 0: as many as the cluster has, or gets, room for")
+    cpus: float = option(1.0, "CPUs a worker reserves; it decodes and measures in one thread")
 
 
 @dataclass
@@ -89,6 +97,7 @@ class PrepareConfig:
     run: str = option("", "name of that run; by default the time")
     curate: bool = option(False, "assess samples before encoding: shots, quality, text, pairs, duplicates (stages.*)")
     stages: StageOptions = option(StageOptions, "")
+    curation_workers: CurationWorkers = option(CurationWorkers, "")
     captions: CaptionOptions = option(CaptionOptions, "")
     caption_workers: CaptionWorkers = option(CaptionWorkers, "")
 

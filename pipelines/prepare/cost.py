@@ -13,7 +13,8 @@ from loomvideo.pipelines.prepare.encode import SampleEncoder, SampleLoader
 from loomvideo.pipelines.prepare.estimate import estimated_bytes, estimated_tokens
 from loomvideo.pipelines.prepare.geometry import Filtered
 from loomvideo.pipelines.prepare.inputs import read_inputs
-from loomvideo.pipelines.prepare.job import make_plan
+from loomvideo.pipelines.prepare.stages import ENCODE
+from loomvideo.platform.shards.storage import Storage
 
 MODES = (("stored", "bf16"), ("stored", "fp8"), ("stored", "int8"), ("text", "bf16"), ("streamed", "bf16"))
 
@@ -64,21 +65,22 @@ def estimate_cost(
     config.check()
     inputs = read_inputs(config)
     model = with_folders(model_size(config.model), config.codec_folder, config.mllm_folder)
-    plan = make_plan(inputs, config)
+    num_shards = len(ENCODE.plan(Storage(config.output), inputs, config).units)
+    samples = list(inputs.samples())
     modes = []
     for mode, dtype in MODES:
         features = dataclasses.replace(config.features, mode=mode, dtype=dtype)
         variant = dataclasses.replace(config, features=features)
-        total = sum(estimated_bytes(sample, variant, model) for sample in inputs.samples)
-        each = total / len(inputs.samples)
+        total = sum(estimated_bytes(sample, variant, model) for sample in samples)
+        each = total / len(samples)
         modes.append({"mode": f"{mode} {dtype}", "bytes_per_sample": each, "total_bytes": total,
                       "read_s_per_sample": each / config.clips.windows / (read_gb_per_s * 1e9)})  # fmt: skip
-    tokens = sum(sum(estimated_tokens(sample, config)) for sample in inputs.samples) / len(inputs.samples)
+    tokens = sum(sum(estimated_tokens(sample, config)) for sample in samples) / len(samples)
     recompute_s = tokens * recompute_us_per_token * 1e-6
-    measured, losses = _measure(config, model, inputs.samples[:: max(len(inputs.samples) // max(num_probes, 1), 1)],
+    measured, losses = _measure(config, model, samples[:: max(len(samples) // max(num_probes, 1), 1)],
                                 num_probes)  # fmt: skip
     recommended, why = _recommend(modes, recompute_s)
-    return CostEstimate(len(inputs.samples), len(plan), modes, measured, losses, recompute_s, recommended, why)
+    return CostEstimate(len(samples), num_shards, modes, measured, losses, recompute_s, recommended, why)
 
 
 def _recommend(modes: list[dict[str, Any]], recompute_s: float) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """Assessing samples before they are encoded: shots, quality, text overlay, pairs, duplicates.
 
-An assessment has two parts: what the frames say (scores, hashes), which takes decoding, and what the limits say of
-that, which does not. The first is kept in the chunk's result: after a new caption or another limit nothing is decoded.
+A assessment is made of two parts: what the frames say (scores, hashes), which takes decoding, and what the limits say of
+that, which does not. The first is kept in the unit's result: after a new caption or another limit nothing is decoded.
 Only scores and decisions leave a worker, never pixels.
 """
 
@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import cv2
@@ -19,22 +19,22 @@ from loomvideo.model.tasks import TASKS
 from loomvideo.pipelines.media.decode import DecodeError
 from loomvideo.pipelines.media.decode_process import IsolatedDecoder
 from loomvideo.pipelines.media.files import base_folder, content_hash, local_copies, media_stamp, resolve
-from loomvideo.pipelines.prepare.chunks import chunk_path, read_chunk
 from loomvideo.pipelines.prepare.config import PrepareConfig
 from loomvideo.pipelines.prepare.curation.assess import Assessor, Clip, drops, reasons_of
 from loomvideo.pipelines.prepare.curation.duplicates import exact_duplicates, near_duplicates
 from loomvideo.pipelines.prepare.curation.options import StageOptions
 from loomvideo.pipelines.prepare.curation.pair_audit import in_step_paths
 from loomvideo.pipelines.prepare.curation.shots import build_detector, shot_samples, shot_thumbnails, shots
+from loomvideo.pipelines.prepare.outcomes import RETRIABLE, Outcome
+from loomvideo.pipelines.prepare.units import WorkRow, commit_result, earlier_result, read_planned
 from loomvideo.pipelines.sources.samples import Sample, media_paths, stored_sample
 from loomvideo.platform.errors import UserError
-from loomvideo.platform.shards.plan import PlannedShard, digest
+from loomvideo.platform.shards.plan import digest
 from loomvideo.platform.shards.storage import Storage
 
 # Raise when the same frames and options give other assessments.
 ASSESSMENT_VERSION = 2
 CURATION_FOLDER = "work/curation"
-CURATION_PLAN = "work/curation.parquet"
 # Frames of a clip that are looked at; of longer ones every second, third ...
 MAX_FRAMES = 240
 LONGER_SIDE = 320
@@ -95,7 +95,7 @@ class Assessment:
 
 
 class SampleAssessor:
-    """Assesses the samples of a chunk; one a Ray actor.
+    """Assesses the samples of a unit; one a Ray actor.
 
     Args:
         config: Of the job.
@@ -111,14 +111,14 @@ class SampleAssessor:
         self.detector = None if config.stages.shots.detector == "off" else build_detector(config.stages.shots)
         self._scoring = digest(ASSESSMENT_VERSION, config.decoder, json.dumps(scoring_options(config.stages)))
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Assess the chunk that a row names and commit the result."""
-        before = self._before(row["chunk"])
+    def __call__(self, row: WorkRow) -> dict[str, Any]:
+        """Assess the unit that a row names and commit the result."""
+        before = earlier_result(self.storage, CURATION_FOLDER, row).get("measured", {})
         decoded = 0
-        assessments, media, measured = [], {}, {}
-        for sample in read_chunk(self.storage, CURATION_PLAN, row["chunk"]):
+        assessments, measured = [], {}
+        for planned in read_planned(self.storage, row):
+            sample = stored_sample(planned["sample"])
             stamps = {path: media_stamp(resolve(path, self.base)) for path in media_paths(sample)}
-            media |= stamps
             basis = self._basis(sample, stamps)
             known = before.get(sample.key, {})
             if known.get("basis") == basis:
@@ -129,15 +129,13 @@ class SampleAssessor:
             assessments += assessments_of(sample, parts, self.options)
             if all(isinstance(part, Measured) for part in parts):
                 measured[sample.key] = {"basis": basis, "parts": [dataclasses.asdict(part) for part in parts]}
-        record = {
-            "recipe": row["recipe"],
-            "media": media,
-            "measured": measured,
-            "assessments": [dataclasses.asdict(assessment) for assessment in assessments],
-        }
-        path = chunk_path(CURATION_FOLDER, row["chunk"])
-        self.storage.write_bytes(path, json.dumps(record, sort_keys=True).encode())
-        return {"chunk": row["chunk"], "assessed": len(assessments), "decoded": decoded}
+        result = {"measured": measured, "assessments": [dataclasses.asdict(assessment) for assessment in assessments]}
+        commit_result(self.storage, CURATION_FOLDER, row, result)
+        return {"stage": "assess", "unit": row["unit"], "assessed": len(assessments), "decoded": decoded}
+
+    def close(self) -> None:
+        """End the decoder process."""
+        self.decoder.close()
 
     def measure(self, sample: Sample) -> list[Measured | Assessment]:
         """What the frames say: one part, or one a shot; an assessment where they cannot be had."""
@@ -172,12 +170,6 @@ class SampleAssessor:
             fps=target.fps * target.stride,
             stride=stride,
         )
-
-    def _before(self, chunk: str) -> dict[str, Any]:
-        path = chunk_path(CURATION_FOLDER, chunk)
-        if not self.storage.exists(path):
-            return {}
-        return json.loads(self.storage.read_bytes(path)).get("measured", {})
 
     def _basis(self, sample: Sample, stamps: Mapping[str, list | None]) -> str:
         """Names all that a sample's scores depend on."""
@@ -251,27 +243,25 @@ def _assessment(sample: Sample, measured: Measured, options: StageOptions) -> As
     )
 
 
-def chunk_recipe_parts(config: PrepareConfig) -> tuple[object, ...]:
-    """What a chunk's assessments depend on besides its samples."""
+def assess_recipe(config: PrepareConfig) -> tuple[object, ...]:
+    """What a unit's assessments depend on besides its samples."""
     return ASSESSMENT_VERSION, json.dumps(dataclasses.asdict(config.stages), sort_keys=True)
 
 
-def assessments(storage: Storage, chunks: list[PlannedShard]) -> Iterator[Assessment]:
-    """All assessments."""
-    for chunk in chunks:
-        record = json.loads(storage.read_bytes(chunk_path(CURATION_FOLDER, chunk.name)))
-        for values in stored_assessments(record):
+def assessments(results: Iterable[bytes]) -> Iterator[Assessment]:
+    """All assessments of committed results."""
+    for result in results:
+        for values in json.loads(result)["assessments"]:
             yield Assessment(**{**values, "reasons": tuple(values["reasons"]), "signature": tuple(values["signature"])})
 
 
-def stored_assessments(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The assessments of a chunk's result; datasets of earlier releases call them judgements."""
-    return record["assessments"] if "assessments" in record else record["judgements"]
+def lost_by_curation(result: bytes) -> set[str]:
+    """Keys of a committed result that another attempt may judge."""
+    found = assessments([result])
+    return {stored_sample(j.sample).key for j in found if j.outcome == "quarantined" and j.reason in RETRIABLE}
 
 
-def decide(
-    found: list[Assessment], config: PrepareConfig
-) -> tuple[list[tuple[Sample, Assessment]], list[dict[str, Any]]]:
+def decide(found: list[Assessment], config: PrepareConfig) -> tuple[list[tuple[Sample, Assessment]], list[Outcome]]:
     """Who is kept, after duplicates over the whole input are out.
 
     Returns:
@@ -279,7 +269,7 @@ def decide(
     """
     parsed = sorted(((stored_sample(j.sample), j) for j in found), key=lambda pair: pair[0].key)
     outcomes = [
-        _outcome(sample, j.outcome, j.stage, j.reason, j.message) for sample, j in parsed if j.outcome != "kept"
+        Outcome.of(sample, j.outcome, j.stage, j.reason, j.message) for sample, j in parsed if j.outcome != "kept"
     ]
     kept = [pair for pair in parsed if pair[1].outcome == "kept"]
     limits = config.stages.duplicates
@@ -297,7 +287,7 @@ def decide(
     for position, (sample, assessment) in enumerate(kept):
         reason, first = repeats.get(position, ("", 0))
         if reason and not config.stages.score_only and reason not in config.stages.keep_reasons:
-            outcomes.append(_outcome(sample, "duplicates", "duplicates", reason, f"repeats {kept[first][0].key}"))
+            outcomes.append(Outcome.of(sample, "duplicates", "duplicates", reason, f"repeats {kept[first][0].key}"))
         else:
             reasons = (*assessment.reasons, reason) if reason else assessment.reasons
             final.append((sample, dataclasses.replace(assessment, reasons=reasons)))
@@ -305,15 +295,3 @@ def decide(
     if len(set(keys)) != len(keys):
         raise UserError("two shots have the same key; give the samples keys that differ before -shot")
     return final, outcomes
-
-
-def _outcome(sample: Sample, outcome: str, stage: str, reason: str, message: str) -> dict[str, Any]:
-    return {
-        "key": sample.key,
-        "dataset": sample.dataset,
-        "outcome": outcome,
-        "stage": stage,
-        "reason": reason,
-        "message": message,
-        "sample": sample.to_json(),
-    }

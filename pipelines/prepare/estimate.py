@@ -10,6 +10,8 @@ _LATENT_BYTES = 2
 _FEATURE_BYTES = {"bf16": 2, "fp8": 1, "int8": 1}
 _CHARACTERS_PER_TOKEN = 4
 _TEMPLATE_TOKENS = 16
+# Of a text that a plan must not depend on: a new caption is no reason to deal samples anew.
+_PLANNED_TEXT_TOKENS = 64
 # Frames the MLLM is shown, in pairs, of a clip to edit.
 _SHOWN_PAIRS = 2
 _BYTES_PER_PIXEL = 3
@@ -29,8 +31,18 @@ def estimated_tokens(sample: Sample, config: PrepareConfig) -> tuple[int, int]:
     return mllm_tokens(sample, max(config.clips.buckets) ** 2, model_size(config.model).mllm.processor)
 
 
+def planned_bytes(sample: Sample, config: PrepareConfig, model: ModelSize) -> int:
+    """Bytes that a plan assumes of a sample, whatever its text."""
+    _, media = mllm_tokens(sample, max(config.clips.buckets) ** 2, model.mllm.processor)
+    return _bytes(sample, config, model, _PLANNED_TEXT_TOKENS, media)
+
+
 def estimated_bytes(sample: Sample, config: PrepareConfig, model: ModelSize) -> int:
     """Bytes of a sample in a shard; the largest bucket class is assumed."""
+    return _bytes(sample, config, model, *estimated_tokens(sample, config))
+
+
+def _bytes(sample: Sample, config: PrepareConfig, model: ModelSize, text: int, media: int) -> int:
     pixels = max(config.clips.buckets) ** 2
     is_image = TASKS[sample.task].is_image
     windows = 1 if is_image else config.clips.windows
@@ -39,7 +51,6 @@ def estimated_bytes(sample: Sample, config: PrepareConfig, model: ModelSize) -> 
     picture = model.codec.latent_channels * pixels // model.grid.spatial_stride**2 * _LATENT_BYTES * moments
     clips = (2 if sample.source else 1) * windows * frames
     latents = picture * (clips + len(sample.references))
-    text, media = mllm_tokens(sample, pixels, model.mllm.processor)
     if config.features.mode == "stored" or (config.features.mode == "text" and not media):
         tokens = text + media + (media if media else 0)
         entries = windows if sample.source else 1

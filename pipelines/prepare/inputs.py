@@ -1,106 +1,198 @@
-"""The input of a prepare job: its samples, and the lines that are none."""
+"""The input of a prepare job: its samples as a table, and what is none or was dropped on the way.
 
-import dataclasses
+A sample is a row of a few hundred bytes, its JSON among them: the driver holds that and its key, never an object a
+sample.
+"""
+
+import functools
 import json
+from collections.abc import Iterator
 from typing import Any
 
-from loomvideo.pipelines.media.files import base_folder
+import pyarrow as pa
+
+from loomvideo.model.sizes import model_size
+from loomvideo.pipelines.media.files import base_folder, media_stamp, resolve
 from loomvideo.pipelines.prepare.config import PrepareConfig
+from loomvideo.pipelines.prepare.estimate import planned_bytes
+from loomvideo.pipelines.prepare.outcomes import Outcome
 from loomvideo.pipelines.sources import Rejected, open_source
 from loomvideo.pipelines.sources.fields import without_spaces
-from loomvideo.pipelines.sources.samples import Sample, media_paths
+from loomvideo.pipelines.sources.samples import Sample, media_paths, stored_sample
 from loomvideo.platform.errors import UserError
-from loomvideo.platform.shards.plan import digest_lines
-from loomvideo.platform.shards.takedown import identities
+from loomvideo.platform.shards.plan import digest_unordered
+from loomvideo.platform.shards.storage import Storage
+from loomvideo.platform.shards.takedown import identities, tombstones
+
+SAMPLE_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("dataset", pa.string()),
+        ("split", pa.string()),
+        ("num_bytes", pa.int64()),
+        ("sample", pa.large_string()),
+        ("media", pa.large_string()),
+        ("judged", pa.large_string()),
+    ]
+)
+"""A row a sample: its JSON, estimated size, what is known of its files (``{path: [size, time]}``) and frames."""
+
+_BATCH_ROWS = 16_384
+# Files that samples share, such as sources, come again soon; all of them would be a table of their own.
+_KNOWN_FILES = 65_536
 
 
-@dataclasses.dataclass
 class Inputs:
     """The samples to prepare and the lines that are none.
 
     Attributes:
-        samples: In input order, keys unique.
-        rejected: Outcomes ``{key, dataset, outcome, stage, reason, message}`` of what is left out.
-        judged: What curation found of the samples, by key.
+        table: Of :data:`SAMPLE_SCHEMA`, in input order, keys unique.
+        losses: What is left out.
     """
 
-    samples: list[Sample]
-    rejected: list[dict[str, Any]]
-    judged: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    def __init__(self, table: pa.Table, losses: list[Outcome]):
+        self.table, self.losses = table, losses
 
-    @property
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @functools.cached_property
     def digest(self) -> str:
         """Names the input, whatever order its lines have."""
-        lines = [sample.to_json() for sample in self.samples] + [json.dumps(r, sort_keys=True) for r in self.rejected]
-        return digest_lines(sorted(lines))
+        return digest_unordered(self._lines())
 
-    def judged_json(self, key: str) -> str:
-        """What curation found of a sample."""
-        return json.dumps(self.judged.get(key, {}), sort_keys=True)
+    def _lines(self) -> Iterator[str]:
+        yield from self._strings("sample")
+        for loss in self.losses:
+            yield json.dumps([loss.key, loss.dataset, loss.outcome, loss.stage, loss.reason, loss.message])
+
+    def _strings(self, column: str) -> Iterator[str]:
+        for chunk in self.table.column(column).chunks:
+            for start in range(0, len(chunk), _BATCH_ROWS):
+                yield from chunk.slice(start, _BATCH_ROWS).to_pylist()
+
+    def samples(self) -> Iterator[Sample]:
+        """The samples, parsed one after another."""
+        return map(stored_sample, self._strings("sample"))
+
+    def judged(self) -> Iterator[dict[str, Any]]:
+        """What curation found of each sample."""
+        return map(json.loads, self._strings("judged"))
 
 
-def read_inputs(config: PrepareConfig) -> Inputs:
-    """Read the input; what is no sample, and repeated keys, are set aside with their reason.
+class InputTable:
+    """Collects samples as rows.
+
+    Args:
+        config: Of the job, for splits, sizes and the files' folder.
+    """
+
+    def __init__(self, config: PrepareConfig):
+        self.config, self.base, self.model = config, base_folder(config.input), model_size(config.model)
+        self._batches: list[pa.RecordBatch] = []
+        self._rows: list[tuple] = []
+        self._stamp = functools.lru_cache(_KNOWN_FILES)(lambda path: media_stamp(resolve(path, self.base)))
+
+    def __len__(self) -> int:
+        return len(self._batches) * _BATCH_ROWS + len(self._rows)
+
+    def add(self, sample: Sample, judged: dict[str, Any] | None = None) -> None:
+        """Append a sample, with what curation found of it."""
+        self._rows.append(
+            (
+                sample.key,
+                sample.dataset,
+                sample.assigned_split(self.config.heldout_fraction),
+                planned_bytes(sample, self.config, self.model),
+                sample.to_json(),
+                self.stamps(sample),
+                json.dumps(judged, sort_keys=True) if judged else "{}",
+            )
+        )
+        if len(self._rows) == _BATCH_ROWS:
+            self._flush()
+
+    def sample_json(self, row: int) -> str:
+        """JSON of a sample that was added."""
+        batch, position = divmod(row, _BATCH_ROWS)
+        if batch < len(self._batches):
+            return self._batches[batch].column("sample")[position].as_py()
+        return self._rows[position][4]
+
+    def stamps(self, sample: Sample) -> str:
+        """JSON of what the sample's files look like now: ``{path: [size, time]}`` of local ones that exist."""
+        found = {path: stamp for path in media_paths(sample) if (stamp := self._stamp(path)) is not None}
+        return json.dumps(found, sort_keys=True) if found else ""
+
+    def _flush(self) -> None:
+        columns = zip(*self._rows, strict=True) if self._rows else [[] for _ in SAMPLE_SCHEMA]
+        arrays = [pa.array(values, field.type) for values, field in zip(columns, SAMPLE_SCHEMA, strict=True)]
+        self._batches.append(pa.record_batch(arrays, schema=SAMPLE_SCHEMA))
+        self._rows = []
+
+    def finish(self, losses: list[Outcome]) -> Inputs:
+        """The collected samples."""
+        if self._rows:
+            self._flush()
+        return Inputs(pa.Table.from_batches(self._batches, SAMPLE_SCHEMA), losses)
+
+
+def read_inputs(config: PrepareConfig, storage: Storage | None = None) -> Inputs:
+    """Read the input; what is no sample, repeated keys, and what was taken down are set aside with their reason.
 
     Samples that lack nothing but their text are taken when the caption stage can give them one.
+
+    Args:
+        config: The job.
+        storage: The dataset folder whose take-downs count; None for none.
 
     Raises:
         UserError: if there is no such input or it holds no sample.
     """
     base = base_folder(config.input) + "/"
-    samples: dict[str, Sample] = {}
-    rejected = []
+    removed = tombstones(storage) if storage is not None else set()
+    collected = InputTable(config)
+    rows: dict[str, int] = {}
+    losses: list[Outcome] = []
+    taken_down = 0
     for found in open_source(config.input, config.format, **config.source_options):
         unfinished = isinstance(found, Rejected) and config.makes_texts and found.unfinished is not None
         item = found.unfinished if unfinished else found
         if isinstance(item, Rejected):
             where = item.where.removeprefix(base)
             message = f"{where}: {item.detail}"
-            rejected.append(_rejected(where, item.dataset or "unknown", "quarantined", item.reason, message))
+            losses.append(Outcome(where, item.dataset or "unknown", "quarantined", "read", item.reason, message))
             continue
-        # Paths as they stand in the input: equal input makes equal shards wherever it lies.
-        sample = dataclasses.replace(
-            item,
-            target=item.target.removeprefix(base),
-            source=item.source and item.source.removeprefix(base),
-            references=[path.removeprefix(base) for path in item.references],
-        )
-        if sample.key in samples:
-            same = _squeezed(samples[sample.key]) == _squeezed(sample)
-            outcome = ("duplicates", "repeated_line") if same else ("quarantined", "repeated_key")
-            rejected.append(_rejected(sample.key, sample.dataset, *outcome, f"key {sample.key} again"))
+        sample = _relative(item, base)
+        if removed and removed & identities(sample.key, sample.group, media_paths(sample), sample.extra):
+            taken_down += 1
+            losses.append(Outcome(sample.key, sample.dataset, "removed", "read", "tombstone", "removed by request"))
             continue
-        samples[sample.key] = sample
-    if not samples:
-        first = f"; first: {rejected[0]['message']}" if rejected else ""
+        if sample.key in rows:
+            same = _squeezed(stored_sample(collected.sample_json(rows[sample.key]))) == _squeezed(sample)
+            kind, reason = ("duplicates", "repeated_line") if same else ("quarantined", "repeated_key")
+            losses.append(Outcome(sample.key, sample.dataset, kind, "read", reason, f"key {sample.key} again"))
+            continue
+        rows[sample.key] = len(collected)
+        collected.add(sample)
+    if not rows and not taken_down:
+        first = f"; first: {losses[0].message}" if losses else ""
         raise UserError(f"input={config.input}: no valid sample in it{first}")
-    return Inputs(list(samples.values()), rejected)
+    return collected.finish(losses)
+
+
+def _relative(sample: Sample, base: str) -> Sample:
+    """Paths as they stand in the input: equal input makes equal shards wherever it lies."""
+    if not any(path.startswith(base) for path in media_paths(sample)):
+        return sample
+    values = vars(sample) | {
+        "target": sample.target.removeprefix(base),
+        "source": sample.source and sample.source.removeprefix(base),
+        "references": [path.removeprefix(base) for path in sample.references],
+    }
+    return Sample(**values)
 
 
 def _squeezed(sample: Sample) -> dict[str, Any]:
     """The fields of a sample, texts without the spaces that a copy may have more."""
     return {name: without_spaces(value) for name, value in vars(sample).items()}
-
-
-def without_removed(inputs: Inputs, ids: set[str]) -> Inputs:
-    """The inputs without samples that were asked to be removed."""
-    if not ids:
-        return inputs
-    kept, rejected = [], list(inputs.rejected)
-    for sample in inputs.samples:
-        if ids & identities(sample.key, sample.group, media_paths(sample), sample.extra):
-            rejected.append(_rejected(sample.key, sample.dataset, "removed", "tombstone", "removed by request"))
-        else:
-            kept.append(sample)
-    return Inputs(kept, rejected)
-
-
-def _rejected(key: str, dataset: str, outcome: str, reason: str, message: str) -> dict[str, Any]:
-    return {
-        "key": key,
-        "dataset": dataset,
-        "outcome": outcome,
-        "stage": "read",
-        "reason": reason,
-        "message": message,
-    }

@@ -1,51 +1,55 @@
 """Small rows through a pool of actors on Ray Data: how assessors, caption models and shard builders are run."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from loomvideo.platform.errors import UserError
+
+@dataclass(frozen=True)
+class Pool:
+    """How many workers a stage may have, and what each reserves.
+
+    Attributes:
+        size: Workers at most; 0 sets no limit but the work.
+        cpus: That a worker reserves.
+        gpus: That a worker reserves.
+    """
+
+    size: int
+    cpus: float
+    gpus: float = 0.0
 
 
 def map_on_actors(
-    worker: type, arguments: Sequence[Any], work: list[dict[str, Any]], count: int, cpus: float, gpus: float
+    worker: type, arguments: Sequence[Any], work: Sequence[Mapping[str, Any]], pool: Pool
 ) -> Iterator[dict[str, Any]]:
     """Call ``worker(*arguments)(row)`` for every row; yields what comes back, in any order.
+
+    The pool starts with one worker and grows while rows wait and the cluster has, or gets, room: nothing is asked of
+    the nodes that are there now, so a cluster that scales from zero nodes is waited for.
 
     Args:
         worker: Class of the actors.
         arguments: Of its constructor.
         work: Rows.
-        count: Actors; 0 takes as many as the cluster's CPUs and GPUs allow.
-        cpus: That an actor reserves.
-        gpus: That an actor reserves.
-
-    Raises:
-        UserError: if the cluster has no such GPU.
+        pool: How many, and what each reserves.
     """
     import ray
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # A worker has one row at a time, so a pool is full at 100 %, which Ray's own threshold is above.
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    fitting = _workers_that_fit(cpus, gpus, ray.cluster_resources())
-    size = max(min(count or fitting, len(work)), 1)
-    dataset = ray.data.from_items(work, override_num_blocks=len(work)).map(
+    most = min(pool.size or len(work), len(work))
+    dataset = ray.data.from_items(list(work), override_num_blocks=len(work)).map(
         worker,
         fn_constructor_args=tuple(arguments),
-        num_cpus=cpus,
-        num_gpus=gpus,
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus,
         # One row at a time: queueing several behind one worker would leave others idle at the end.
-        compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most, max_tasks_in_flight_per_actor=1),
     )
     yield from dataset.iter_rows()
-
-
-def _workers_that_fit(cpus: float, gpus: float, resources: dict[str, float]) -> int:
-    count = int(resources.get("CPU", 1) / cpus) if cpus else 1
-    if gpus:
-        count = min(count, int(resources.get("GPU", 0) / gpus))
-        if count < 1:
-            raise UserError(f"workers.gpus={gpus:g}: the cluster has {resources.get('GPU', 0):g} GPUs")
-    return max(count, 1)

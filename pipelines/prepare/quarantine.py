@@ -1,7 +1,6 @@
 """The ledger of what was not written: list it, try it again, export it."""
 
 import io
-import json
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -9,21 +8,19 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from loomvideo.pipelines.prepare.accounts import RETRIABLE, is_retriable
-from loomvideo.pipelines.prepare.caption_stage import CAPTION_FOLDER
 from loomvideo.pipelines.prepare.config import PrepareConfig
-from loomvideo.pipelines.prepare.curate import CURATION_FOLDER, stored_assessments
 from loomvideo.pipelines.prepare.job import CONFIG_FILE
+from loomvideo.pipelines.prepare.stages import STAGES
 from loomvideo.pipelines.sources.samples import stored_sample, write_jsonl
 from loomvideo.platform.config import load_config
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.shards.commits import commits, read_all
 from loomvideo.platform.shards.manifest import QUARANTINE_FILE
 from loomvideo.platform.shards.storage import Storage
-from loomvideo.platform.shards.writer import RECORD_FOLDER, read_record
 
 
 def ledger(url: str) -> list[dict[str, Any]]:
-    """Rows ``{key, dataset, outcome, stage, reason, retriable, message, sample}``.
+    """Rows ``{key, dataset, outcome, stage, reason, retriable, message, where, sample}``.
 
     Raises:
         UserError: if there is none.
@@ -41,28 +38,14 @@ def by_reason(rows: list[dict[str, Any]]) -> list[tuple[str, str, str, int]]:
 
 
 def retriable_work(url: str) -> set[str]:
-    """What to do again for samples that another attempt may write: names of shards, and paths of chunks' results."""
+    """Names of the units, of any stage, that miss samples which another attempt may write."""
     wanted = {row["key"] for row in ledger(url) if row["retriable"]}
-    storage = Storage(url)
-    work = set()
-    for name in storage.names(RECORD_FOLDER):
-        record = read_record(storage, name.removesuffix(".json"))
-        if record and any(o["key"] in wanted and is_retriable(o) for o in record.outcomes):
-            work.add(record.name)
-    for folder, lost in ((CURATION_FOLDER, _lost_by_curation), (CAPTION_FOLDER, _lost_by_captions)):
-        for name in storage.names(folder):
-            record = json.loads(storage.read_bytes(f"{folder}/{name}"))
-            if wanted & lost(record):
-                work.add(f"{folder}/{name}")
+    storage, work = Storage(url), set()
+    for stage in STAGES if wanted else ():
+        found = [commit for some in commits(storage, stage.folder).values() for commit in some]
+        results = read_all(storage, stage.folder, [commit.file for commit in found])
+        work |= {commit.unit for commit, result in zip(found, results, strict=True) if wanted & stage.lost(result)}
     return work
-
-
-def _lost_by_curation(record: dict[str, Any]) -> set[str]:
-    return {stored_sample(found["sample"]).key for found in stored_assessments(record) if is_retriable(found)}
-
-
-def _lost_by_captions(record: dict[str, Any]) -> set[str]:
-    return {result["key"] for result in record["results"] if result["status"] in RETRIABLE}
 
 
 def saved_config(url: str) -> PrepareConfig:

@@ -85,3 +85,15 @@ def index_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     scores = sorted({name for row in rows for name in row if name.startswith(SCORE_PREFIX)})
     schema = pa.schema([*_FIXED, *(pa.field(name, pa.float64()) for name in scores)])
     return pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+
+
+def joined(tables: Sequence[pa.Table]) -> pa.Table:
+    """Index tables as one, in order; scores that one lacks are null."""
+    if not tables:
+        return index_table([])
+    table = pa.concat_tables(tables, promote_options="default")
+    scores = sorted(name for name in table.column_names if name.startswith(SCORE_PREFIX))
+    schema = pa.schema([*_FIXED, *(pa.field(name, pa.float64()) for name in scores)])
+    # Columns that were read from Parquet carry its field numbers: the same rows shall make the same file.
+    return pa.Table.from_arrays([table[name].cast(field.type) for name, field in zip(schema.names, schema, strict=True)],
+                                schema=schema).combine_chunks()  # fmt: skip

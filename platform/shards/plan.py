@@ -2,63 +2,80 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from loomvideo.platform.shards.manifest import shard_name
 
 
 @dataclass(frozen=True)
-class PlanItem:
-    """A sample to place: its key, split and estimated size."""
-
-    key: str
-    split: str
-    num_bytes: int
-
-
-@dataclass(frozen=True)
 class PlannedShard:
-    """A shard and its samples; position is slot."""
+    """A shard and its samples.
+
+    Attributes:
+        name: Of the shard.
+        split: Of its samples.
+        rows: Positions of its samples in what was dealt, in slot order.
+    """
 
     name: str
     split: str
-    keys: tuple[str, ...]
+    rows: np.ndarray
 
 
-def plan_shards(items: Iterable[PlanItem], target_bytes: int, max_samples: int, seed: int) -> list[PlannedShard]:
+def plan_shards(
+    keys: Sequence[str],
+    splits: Sequence[str],
+    num_bytes: Sequence[int],
+    target_bytes: int,
+    max_samples: int,
+    seed: int,
+    placed: Sequence[str | None] | None = None,
+    taken: Collection[str] = (),
+) -> list[PlannedShard]:
     """Deal samples into shards in a seeded order.
 
-    A sample's shard is its hash scaled to the number of shards of its split, and its slot is its rank by hash. So the
-    order is shuffled once for all, nothing depends on the order of the input or on workers, and adding or removing a
-    sample changes one shard (unless it changes the number of shards). Sizes scatter around the target as random
-    dealing does.
+    Samples that an earlier plan placed stay in their shard as long as they are of its split. The others are dealt into
+    new shards: a sample's shard is its hash scaled to the number of new shards of its split. Its slot is its rank by
+    hash in its shard. So the order is shuffled, nothing depends on the order of the input or on workers, and what is
+    added or removed moves nothing else. Sizes scatter around the target as random dealing does.
 
     Args:
-        items: Keys must be unique.
+        keys: Unique.
+        splits: Of each sample.
+        num_bytes: Estimated size of each sample.
         target_bytes: Size aimed at for a shard.
         max_samples: Samples aimed at for a shard at most.
         seed: Another seed, another order.
+        placed: Shard of each sample in an earlier plan, None for new ones.
+        taken: Names of earlier shards, not given to new ones.
     """
-    by_split: dict[str, list[PlanItem]] = {}
-    for item in items:
-        by_split.setdefault(item.split, []).append(item)
-    shards = []
-    for split in sorted(by_split):
-        members = by_split[split]
-        num_shards = max(
-            math.ceil(sum(item.num_bytes for item in members) / target_bytes), math.ceil(len(members) / max_samples), 1
-        )
-        dealt: list[list[tuple[float, str]]] = [[] for _ in range(num_shards)]
-        for item in members:
-            rank = _rank(seed, item.key)
-            dealt[int(rank * num_shards)].append((rank, item.key))
-        shards += [
-            PlannedShard(shard_name(split, number), split, tuple(key for _, key in sorted(part)))
-            for number, part in enumerate(dealt)
-            if part
-        ]
-    return shards
+    ranks = np.fromiter((_rank(seed, key) for key in keys), np.float64, len(keys))
+    members: dict[str, list[int]] = {}
+    fresh: dict[str, list[int]] = {}
+    for row, split in enumerate(splits):
+        name = placed[row] if placed is not None else None
+        if name is not None and name.rpartition("-")[0] == split:
+            members.setdefault(name, []).append(row)
+        else:
+            fresh.setdefault(split, []).append(row)
+    split_of = {name: splits[rows[0]] for name, rows in members.items()}
+    for split, rows in fresh.items():
+        used = [int(name.rpartition("-")[2]) for name in {*taken, *members} if name.rpartition("-")[0] == split]
+        first = max(used, default=-1) + 1
+        size = sum(num_bytes[row] for row in rows)
+        num_shards = max(math.ceil(size / target_bytes), math.ceil(len(rows) / max_samples), 1)
+        for row in rows:
+            name = shard_name(split, first + int(ranks[row] * num_shards))
+            members.setdefault(name, []).append(row)
+            split_of[name] = split
+    return [PlannedShard(name, split_of[name], _in_order(members[name], ranks, keys)) for name in sorted(members)]
+
+
+def _in_order(rows: list[int], ranks: np.ndarray, keys: Sequence[str]) -> np.ndarray:
+    return np.array(sorted(rows, key=lambda row: (ranks[row], keys[row])), np.int64)
 
 
 def digest(*parts: object) -> str:
@@ -66,9 +83,10 @@ def digest(*parts: object) -> str:
     return hashlib.sha256("\x1f".join(str(part) for part in parts).encode()).hexdigest()[:16]
 
 
-def digest_lines(lines: Sequence[str]) -> str:
-    """SHA-256 over lines."""
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+def digest_unordered(lines: Iterable[str]) -> str:
+    """SHA-256 over lines whatever their order; 32 bytes of memory a line."""
+    hashes = sorted(hashlib.sha256(line.encode()).digest() for line in lines)
+    return hashlib.sha256(b"".join(hashes)).hexdigest()
 
 
 def _rank(seed: int, key: str) -> float:

@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from loomvideo.platform.errors import UserError
-from loomvideo.platform.shards.interop import write_interop
-from loomvideo.platform.shards.manifest import INDEX_FILE, MANIFEST_FILE, Manifest, shard_path
+from loomvideo.platform.shards.index import joined
+from loomvideo.platform.shards.manifest import MANIFEST_FILE, Manifest, shard_path
 from loomvideo.platform.shards.reader import ShardDataset, read_placed
 from loomvideo.platform.shards.sample import ShardSample
 from loomvideo.platform.shards.storage import Storage
-from loomvideo.platform.shards.writer import read_record, write_shard, write_table
+from loomvideo.platform.shards.writer import publish, read_record, write_shard
 
 TOMBSTONES_FILE = "tombstones.json"
 
@@ -59,7 +59,8 @@ def remove(url: str, ids: Collection[str]) -> list[str]:
     known = json.dumps({"ids": sorted(tombstones(storage) | wanted)}, indent=1) + "\n"
     storage.write_bytes(TOMBSTONES_FILE, known.encode())
     index = dataset.index.filter(pc.invert(pc.is_in(dataset.index.column("key"), pa.array(sorted(found)))))
-    _publish(storage, _without(dataset, found), index)
+    storage.delete(MANIFEST_FILE)
+    publish(storage, _without(dataset, found), index)
     return sorted(found)
 
 
@@ -92,27 +93,18 @@ def compact(url: str) -> list[str]:
         if record is None:
             raise UserError(f"{url}: shard {name} has no commit record; run `loomvideo data prepare` to rebuild it")
         kept = [row for row in record.rows if row["key"] not in keys]
-        outcomes = [outcome for outcome in record.outcomes if outcome["key"] not in keys]
         records[name] = write_shard(
-            storage, name, record.split, _stored(storage, name, kept), record.recipe, outcomes, record.facts
+            storage, name, record.split, _stored(storage, name, kept), record.recipe, record.losses, record.facts
         )
     shards = [records[shard.name].entry if shard.name in records else shard for shard in manifest.shards]
     rows = dataset.index.filter(pc.invert(pc.is_in(dataset.index.column("shard"), pa.array(sorted(affected)))))
-    new = [{**dict.fromkeys(rows.column_names), **row} for record in records.values() for row in record.rows]
-    table = pa.concat_tables([rows, pa.Table.from_pylist(new, schema=rows.schema)])
+    table = joined([rows, *(record.index for record in records.values())])
     table = table.take(pc.sort_indices(table, [("shard", "ascending"), ("slot", "ascending")]))
     shards = [shard for shard in shards if shard.num_samples]
-    _publish(storage, dataclasses.replace(manifest, shards=shards, removed=[]), table)
+    publish(storage, dataclasses.replace(manifest, shards=shards, removed=[]), table)
     return sorted(affected)
 
 
 def _stored(storage: Storage, name: str, rows: list[dict[str, Any]]) -> Iterator[tuple[int, ShardSample]]:
     for row in rows:
         yield row["slot"], read_placed(storage, shard_path(name), row, raw=True)
-
-
-def _publish(storage: Storage, manifest: Manifest, index: pa.Table) -> None:
-    storage.delete(MANIFEST_FILE)
-    write_table(storage, INDEX_FILE, index)
-    write_interop(storage, manifest)
-    storage.write_bytes(MANIFEST_FILE, manifest.to_json().encode())

@@ -3,16 +3,18 @@
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from torch import Tensor
 
 from loomvideo.platform.shards import tensors as safetensors
-from loomvideo.platform.shards.index import index_row, index_table
+from loomvideo.platform.shards.commits import Commit, commits
+from loomvideo.platform.shards.index import index_row, index_table, joined
 from loomvideo.platform.shards.interop import write_interop
 from loomvideo.platform.shards.manifest import (
     INDEX_FILE,
@@ -28,16 +30,17 @@ from loomvideo.platform.shards.storage import Storage
 from loomvideo.platform.shards.tar import TarWriter
 
 RECORD_FOLDER = "work/records"
+_FACTS = b"loomvideo.record"
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """The commit record of one shard: its checksum, index rows and the fate of every planned sample.
+    """The commit record of one shard: its checksum, index rows and the samples that were planned and not written.
 
     Attributes:
         recipe: Digest of everything that determines the shard's content.
-        rows: Index rows in slot order.
-        outcomes: One ``{key, dataset, outcome, ...}`` for every planned sample.
+        index: Index rows in slot order.
+        losses: One ``{key, dataset, outcome, ...}`` for every planned sample that is not written.
         facts: What made the shard, such as encoder fingerprints.
     """
 
@@ -46,14 +49,39 @@ class ShardRecord:
     recipe: str
     sha256: str
     num_bytes: int
-    rows: list[dict[str, Any]]
-    outcomes: list[dict[str, Any]] = field(default_factory=list)
+    index: pa.Table
+    losses: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def entry(self) -> ShardEntry:
         """The manifest's line for this shard."""
-        return ShardEntry(self.name, self.split, self.sha256, self.num_bytes, len(self.rows))
+        return ShardEntry(self.name, self.split, self.sha256, self.num_bytes, len(self.index))
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Index rows as dictionaries."""
+        return self.index.to_pylist()
+
+    @property
+    def commit(self) -> Commit:
+        """How the record is found in a listing."""
+        return Commit(self.name, self.recipe, self.num_bytes)
+
+    def to_bytes(self) -> bytes:
+        """A Parquet file: the index rows, and the rest in its metadata."""
+        rest = {name: value for name, value in vars(self).items() if name != "index"}
+        table = self.index.replace_schema_metadata({_FACTS: json.dumps(rest, sort_keys=True)})
+        sink = io.BytesIO()
+        pq.write_table(table, sink, compression="zstd")
+        return sink.getvalue()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> "ShardRecord":
+        """Parse :meth:`to_bytes`."""
+        table = pq.read_table(io.BytesIO(data), use_threads=False)
+        facts = json.loads(table.schema.metadata[_FACTS])
+        return ShardRecord(index=table.replace_schema_metadata(None), **facts)
 
 
 def write_shard(
@@ -62,15 +90,27 @@ def write_shard(
     split: str,
     samples: Iterable[tuple[int, ShardSample]],
     recipe: str = "",
-    outcomes: Sequence[Mapping[str, Any]] = (),
+    losses: Sequence[Mapping[str, Any]] = (),
     facts: Mapping[str, Any] | None = None,
+    before: Collection[str] | None = None,
 ) -> ShardRecord:
     """Write one tar from a stream of ``(slot, sample)`` in slot order, then commit its record.
 
-    Only one sample is held at a time. ``outcomes`` may be a list that the stream fills as it runs. A shard that gets
-    no sample has a record and no tar.
+    Only one sample is held at a time. A shard that gets no sample has a record and no tar.
+
+    Args:
+        storage: The dataset folder.
+        name: Of the shard.
+        split: Of its samples.
+        samples: In slot order.
+        recipe: Digest of everything that determines the content.
+        losses: Of the record; may be a list that the stream fills as it runs.
+        facts: Of the record; may be a dictionary that the stream fills as it runs.
+        before: File names of the shard's earlier records; by default the folder is listed for them.
     """
     rows: list[dict[str, Any]] = []
+    if before is None:
+        before = [commit.file for commit in commits(storage, RECORD_FOLDER).get(name, ())]
     try:
         with storage.staged(shard_path(name)) as path:
             with path.open("wb") as out:
@@ -80,14 +120,17 @@ def write_shard(
                     rows.append(index_row(sample, name, slot, place))
                 sha256 = tar.finish()
             # Between the rename and the new record there must be no record: an old one would vouch for the new bytes.
-            storage.delete(record_path(name))
+            for file in before:
+                storage.delete(f"{RECORD_FOLDER}/{file}")
             if not rows:
                 raise _EmptyShardError
     except _EmptyShardError:
         storage.delete(shard_path(name))
     num_bytes = tar.num_bytes if rows else 0
-    record = ShardRecord(name, split, recipe, sha256, num_bytes, rows, [dict(o) for o in outcomes], dict(facts or {}))
-    storage.write_bytes(record_path(name), (json.dumps(record.__dict__, sort_keys=True) + "\n").encode())
+    record = ShardRecord(
+        name, split, recipe, sha256, num_bytes, index_table(rows), [dict(loss) for loss in losses], dict(facts or {})
+    )
+    storage.write_bytes(f"{RECORD_FOLDER}/{record.commit.file}", record.to_bytes())
     return record
 
 
@@ -95,17 +138,13 @@ class _EmptyShardError(Exception):
     """Leaves the staging block so that nothing is published."""
 
 
-def record_path(name: str) -> str:
-    """Where a shard's commit record lies."""
-    return f"{RECORD_FOLDER}/{name}.json"
-
-
 def read_record(storage: Storage, name: str) -> ShardRecord | None:
     """The commit record of a shard, None when it is not committed or its tar is gone."""
-    if not storage.exists(record_path(name)):
+    found = commits(storage, RECORD_FOLDER).get(name)
+    if not found:
         return None
-    record = ShardRecord(**json.loads(storage.read_bytes(record_path(name))))
-    if record.rows and storage.size(shard_path(name)) != record.num_bytes:
+    record = ShardRecord.from_bytes(storage.read_bytes(f"{RECORD_FOLDER}/{found[0].file}"))
+    if len(record.index) and storage.size(shard_path(name)) != record.num_bytes:
         return None
     return record
 
@@ -125,24 +164,37 @@ def write_table(storage: Storage, path: str, table: pa.Table) -> None:
     storage.write_bytes(path, sink.getvalue())
 
 
-def finish_dataset(storage: Storage, records: Sequence[ShardRecord], **manifest_fields: Any) -> Manifest:
+def finish_dataset(storage: Storage, records: Iterable[ShardRecord], **manifest_fields: Any) -> Manifest:
     """Write the index and, last of all, the manifest from the records of all shards.
 
     Args:
         storage: The dataset folder.
-        records: In manifest order.
+        records: In manifest order; each is let go when its rows are taken.
         manifest_fields: The other fields of :class:`Manifest`.
 
     Raises:
         RuntimeError: if the counts do not add up.
     """
-    keys = [row["key"] for record in records for row in record.rows]
-    if len(set(keys)) != len(keys):
-        repeated = next(key for key in keys if keys.count(key) > 1)
+    entries, tables = [], []
+    for record in records:
+        if len(record.index):
+            entries.append(record.entry)
+            tables.append(record.index)
+    return publish(storage, Manifest(entries, **manifest_fields), joined(tables))
+
+
+def publish(storage: Storage, manifest: Manifest, index: pa.Table) -> Manifest:
+    """Write index and other readers' files and, last of all, the manifest.
+
+    Raises:
+        RuntimeError: if a key is in the index twice or the counts do not add up.
+    """
+    if pc.count_distinct(index.column("key")).as_py() != len(index):
+        found = pc.value_counts(index.column("key"))
+        repeated = next(entry["values"].as_py() for entry in found if entry["counts"].as_py() > 1)
         raise RuntimeError(f"key {repeated!r} was written twice")
-    manifest = Manifest([record.entry for record in records if record.rows], **manifest_fields)
     check_counts(manifest.counts)
-    write_table(storage, INDEX_FILE, index_table([row for record in records for row in record.rows]))
+    write_table(storage, INDEX_FILE, index)
     write_interop(storage, manifest)
     storage.write_bytes(MANIFEST_FILE, manifest.to_json().encode())
     return manifest

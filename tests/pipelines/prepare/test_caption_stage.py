@@ -67,7 +67,7 @@ def test_only_missing_texts_are_made(captioned):
     config, samples, built, asked, _ = captioned
     result = prepare(config)
     assert sorted(asked) == ["sample-001", "sample-003"]
-    assert built[0] == "caption-chunk-000000"
+    assert built[0] == "caption-000000"
     assert result.summary()["written"] == 12
     assert (result.work["captioned"], result.work["asked"]) == (6, 2)
     found = texts(config)

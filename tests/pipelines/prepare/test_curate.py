@@ -97,7 +97,7 @@ def test_a_changed_threshold_assesses_again_and_encodes_nothing_twice(curated, m
     config.stages.keep_reasons = ["black"]
     result = prepare(config)
     assert "stages.keep_reasons" in result.reason
-    assert any(name.startswith("chunk") for name in built)
+    assert any(name.startswith("assess") for name in built)
     # The one that cannot be decoded is tried again; the scores of the others are kept.
     assert (result.work["assessed"], result.work["decoded"]) == (6, 1)
 
@@ -109,7 +109,7 @@ def test_diff_knows_who_was_dropped(curated):
     assert stale_parts(config) == []
     config.stages.pairs.min_change = 0.0
     assert {(part.what, part.name) for part in stale_parts(config)} == {
-        ("config", "stages.pairs.min_change"), ("assess", "chunk-000000")}  # fmt: skip
+        ("config", "stages.pairs.min_change"), ("assess", "assess-000000")}  # fmt: skip
     assert built == []
 
 
@@ -118,11 +118,11 @@ def test_what_could_not_be_assessed_is_retried(curated):
     prepare(config)
     folder = Path(config.input).parent
     # The same stamp as before, which is none: only asking again finds the file.
-    assert retriable_work(config.output) == {"work/curation/chunk-000000.json"}
+    assert retriable_work(config.output) == {"assess-000000"}
     write_picture(folder / "gone.png", textured(1, 5)[0])
     built.clear()
     result = prepare(config, again=retriable_work(config.output))
-    assert built[0] == "chunk-000000"
+    assert built[0] == "assess-000000"
     assert result.summary()["quarantined"] == 0
     assert retriable_work(config.output) == set()
 

@@ -136,7 +136,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(raw, tmp_path, built, fini
     config = prepare_config(raw[0], tmp_path)
 
     def interrupt(report, total):
-        if report["shard"] != "shared":
+        if report["unit"] != "shared":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -298,6 +298,6 @@ def test_on_a_ray_cluster(raw, tmp_path, ray_cluster, finished):
     config = prepare_config(raw[0], tmp_path)
     config.workers.count = 2
     reports = []
-    result = prepare(config, on_progress=lambda report, total: reports.append((report["shard"], total)))
+    result = prepare(config, on_progress=lambda report, total: reports.append((report["unit"], total)))
     assert len(reports) == result.built_shards + 1 == reports[0][1]
     assert checksums(tmp_path) == checksums(finished.storage.root)

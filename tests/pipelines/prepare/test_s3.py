@@ -38,7 +38,7 @@ def test_prepare_and_read_on_s3(bucket, tmp_path, monkeypatch):
     remote.input = f"{bucket}/raw/samples.jsonl"
 
     def interrupt(report, total):
-        if report["shard"] != "shared":
+        if report["unit"] != "shared":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -9,7 +9,7 @@ import pytest
 
 from loomvideo.pipelines.media.decode import DecodeError
 from loomvideo.pipelines.media.files import local_copies
-from loomvideo.pipelines.prepare.chunks import read_planned
+from loomvideo.pipelines.prepare.units import read_planned
 from loomvideo.platform.shards import storage
 from loomvideo.platform.shards.storage import Storage
 
@@ -36,12 +36,13 @@ def failing(monkeypatch):
 
 def test_a_plan_is_read_through_a_bad_moment(failing):
     store = Storage("memory://plans")
-    with store.staged("plan.parquet") as path:
-        pq.write_table(pa.table({"shard": ["train-0"], "slot": [0], "key": ["a"]}), path)
+    with store.staged("work/plans/part.parquet") as path:
+        pq.write_table(pa.table({"unit": ["train-0"], "slot": [0], "key": ["a"]}), path)
     failing("_open", 3)
-    assert read_planned(store, "plan.parquet", "train-0") == [{"shard": "train-0", "slot": 0, "key": "a"}]
-    with pytest.raises(KeyError, match="no train-9 in it"):
-        read_planned(store, "plan.parquet", "train-9")
+    row = {"unit": "train-0", "part": "part.parquet", "group": 0}
+    assert read_planned(store, row) == [{"unit": "train-0", "slot": 0, "key": "a"}]
+    with pytest.raises(RuntimeError, match="row group 0 is not train-9"):
+        read_planned(store, row | {"unit": "train-9"})
 
 
 def test_media_are_fetched_through_a_bad_moment_and_lost_with_a_reason_after_it(failing):

@@ -1,0 +1,75 @@
+"""What a dataset's content depends on, part by part, so that a stale one can say why."""
+
+import json
+from typing import Any
+
+from loomvideo.model.sizes import model_size, with_folders
+from loomvideo.pipelines.prepare.caption_stage import caption_recipe
+from loomvideo.pipelines.prepare.config import PrepareConfig
+from loomvideo.pipelines.prepare.curate import assess_recipe
+from loomvideo.pipelines.prepare.encode import TENSORS_VERSION, encoder_identity
+from loomvideo.pipelines.prepare.geometry import PIXELS_VERSION
+from loomvideo.platform.config import flatten
+from loomvideo.platform.shards.manifest import Manifest
+from loomvideo.platform.shards.plan import digest
+
+# What changes where or how fast the work is done, not what is written.
+NOT_IN_MANIFEST = (
+    "input", "output", "run", "workers.", "limits.", "codec_folder", "mllm_folder", "features.max_error",
+    "caption_workers.", "curation_workers.", "captions.base_url", "captions.api_key_env", "captions.cache",
+    "captions.concurrency", "captions.per_minute", "captions.max_attempts", "captions.timeout_s",
+)  # fmt: skip
+# Texts are part of the samples and assessments are kept beside them: what made them is no part of a shard's recipe.
+# How samples are dealt is: they stay where they were dealt first.
+_NOT_IN_RECIPE = (*NOT_IN_MANIFEST, "captions.", "stages.", "curate", "shards.")
+
+
+def encode_parts(config: PrepareConfig) -> dict[str, str]:
+    """What every shard depends on besides its samples."""
+    values = {k: v for k, v in flatten(config).items() if not k.startswith(_NOT_IN_RECIPE)}
+    model = with_folders(model_size(config.model), config.codec_folder, config.mllm_folder)
+    return {
+        "config": digest(json.dumps(values, sort_keys=True)),
+        "encoders": encoder_identity(model),
+        "code": digest(PIXELS_VERSION, TENSORS_VERSION),
+    }
+
+
+def encode_recipe(config: PrepareConfig) -> tuple[str, ...]:
+    """The same for a stage's recipe."""
+    return tuple(encode_parts(config).values())
+
+
+def recipe_parts(input_digest: str, config: PrepareConfig) -> dict[str, str]:
+    """What the whole dataset depends on."""
+    parts = {"input": input_digest, **encode_parts(config)}
+    if config.curate:
+        parts["stages"] = digest(*assess_recipe(config))
+    if config.makes_texts:
+        parts["captions"] = caption_recipe(config)
+    return parts
+
+
+def manifest_config(config: PrepareConfig) -> dict[str, Any]:
+    """The configuration that a dataset's content depends on; stages that are off left out."""
+    off = [*(() if config.curate else ("stages.",)), *(() if config.makes_texts else ("captions.",))]
+    return {k: v for k, v in flatten(config).items() if not k.startswith((*NOT_IN_MANIFEST, *off))}
+
+
+def why_stale(before: Manifest | None, recipe: dict[str, str], num_units: int, config: PrepareConfig) -> str:
+    """One line for a person: what makes a dataset stale."""
+    if before is None:
+        return "built"
+    changed = sorted(part for part in {*recipe, *before.recipe} if before.recipe.get(part) != recipe.get(part))
+    if not changed:
+        return f"rebuilt {num_units} shards: media files changed or a shard was damaged"
+    parts = [part for part in changed if part not in ("config", "stages", "captions")]
+    if parts != changed:
+        now = manifest_config(config)
+        different = [
+            f"{key} {before.config[key]!r} -> {now[key]!r}"
+            for key in now
+            if key in before.config and before.config[key] != now[key]
+        ]
+        parts.append("config (" + ", ".join(different or ["stages on or off, or new keys"]) + ")")
+    return "rebuilt: changed " + ", ".join(parts)

@@ -1,0 +1,288 @@
+"""Units of work: how every stage deals samples, plans, finds what is stale and hands it to workers.
+
+A stage's plan says which sample lies in which unit (a shard, or a chunk of samples to look at). It is kept, and the
+next plan places the same samples in the same units, so what is added or removed moves nothing. A unit's recipe is a
+digest of all that its result depends on: its samples, what their files look like, and the stage's configuration. It
+stands in the name of the committed result, so one listing says what is stale.
+"""
+
+import json
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from loomvideo.pipelines.prepare.inputs import SAMPLE_SCHEMA, Inputs
+from loomvideo.platform.shards.commits import Commit, commits
+from loomvideo.platform.shards.plan import PlannedShard, digest, plan_shards
+from loomvideo.platform.shards.storage import Storage
+
+PLAN_FOLDER = "work/plans"
+# Before plans were kept in parts; says in which shards the samples of such a dataset lie.
+OLD_PLAN_FILE = "work/plan.parquet"
+# A part's footer lists its units: small enough to be read for each of them.
+_UNITS_IN_A_PART = 64
+_COLUMNS = [("unit", pa.string()), ("slot", pa.int32()), ("was", pa.string())]
+_PLAN_SCHEMA = pa.schema([*_COLUMNS, *SAMPLE_SCHEMA])
+
+
+class WorkRow(TypedDict):
+    """What a worker is told: its unit, where its samples are listed, and what lies there from before.
+
+    Attributes:
+        unit: Name.
+        split: Of a shard.
+        recipe: Of the result.
+        part: File of the plan.
+        group: Row group in it.
+        before: File names of earlier results of the unit, newest recipe unknown.
+        moved: JSON ``{unit: file name}`` of results that hold samples which lie elsewhere now.
+        attempt: How often the unit was tried before in this run.
+    """
+
+    unit: str
+    split: str
+    recipe: str
+    part: str
+    group: int
+    before: list[str]
+    moved: str
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Dealing:
+    """How a stage deals samples into units.
+
+    Attributes:
+        name: Prefix of the units; empty takes the samples' split.
+        max_samples: Samples aimed at for a unit at most.
+        target_bytes: Size aimed at for a unit.
+        seed: Of the order.
+    """
+
+    name: str
+    max_samples: int
+    target_bytes: int = 2**62
+    seed: int = 0
+
+
+@dataclass
+class UnitPlan:
+    """The units of a stage.
+
+    Attributes:
+        stage: Name of the stage.
+        folder: Of its results.
+        table: The samples, of :data:`~loomvideo.pipelines.prepare.inputs.SAMPLE_SCHEMA`.
+        units: With the rows of the table that each holds, in slot order.
+        recipes: Of the units.
+        was: Unit that the earlier plan placed each sample in, where that differs; None if it never does.
+        committed: Results that are there, by unit.
+        stale: Indices of units without a result that holds.
+    """
+
+    stage: str
+    folder: str
+    table: pa.Table
+    units: list[PlannedShard]
+    recipes: list[str]
+    was: pa.ChunkedArray | None
+    committed: dict[str, list[Commit]]
+    stale: list[int]
+
+
+def plan_units(
+    storage: Storage,
+    stage: str,
+    folder: str,
+    inputs: Inputs,
+    dealing: Dealing,
+    parts: Sequence[object],
+    again: Collection[str] = (),
+    redeal: bool = False,
+    sound: Callable[[Commit], bool] = lambda commit: True,
+) -> UnitPlan:
+    """Deal the inputs into units, as the earlier plan did where it can, and find what is stale.
+
+    Args:
+        storage: The dataset folder.
+        stage: Name of the stage.
+        folder: Of its results.
+        inputs: All of them are dealt.
+        dealing: How.
+        parts: What every result depends on besides its samples.
+        again: Names of units to do again though nothing they depend on has changed.
+        redeal: Place every sample anew.
+        sound: Whether what a result vouches for is there.
+    """
+    table = inputs.table
+    before = kept_plan(storage, stage, ["key", "unit", "was"])
+    committed = {unit: kept for unit, found in commits(storage, folder).items() if (kept := list(filter(sound, found)))}
+    placed = None
+    if before is not None:
+        found = pc.index_in(table.column("key"), before.column("key"))
+        placed = before.column("unit").take(found)
+    splits = [dealing.name] * len(table) if dealing.name else table.column("split").to_pylist()
+    units = plan_shards(
+        table.column("key").to_pylist(),
+        splits,
+        table.column("num_bytes").to_pylist(),
+        dealing.target_bytes,
+        dealing.max_samples,
+        dealing.seed,
+        None if placed is None or redeal else placed.to_pylist(),
+        () if before is None else pc.unique(before.column("unit")).to_pylist(),
+    )
+    was = None if placed is None else _moved(units, placed, before.column("was").take(found), committed)
+    recipes = [digest(*parts, unit.name, rows) for unit, rows in zip(units, _content(table, units), strict=True)]
+    stale = [
+        number
+        for number, (unit, recipe) in enumerate(zip(units, recipes, strict=True))
+        if unit.name in again or recipe not in {commit.recipe for commit in committed.get(unit.name, ())}
+    ]
+    return UnitPlan(stage, folder, table, units, recipes, was, committed, stale)
+
+
+def _moved(
+    units: list[PlannedShard], placed: pa.ChunkedArray, was: pa.ChunkedArray, committed: Collection[str]
+) -> pa.ChunkedArray | None:
+    """Where samples lay that lie elsewhere now, or that an unfinished run was to move."""
+    found: list[str | None] = [None] * len(placed)
+    earlier, unfinished = placed.to_pylist(), was.to_pylist()
+    anything = False
+    for unit in units:
+        for row in unit.rows.tolist():
+            name = earlier[row] if earlier[row] != unit.name else unfinished[row]
+            if name is not None and name in committed:
+                found[row], anything = name, True
+    return pa.chunked_array([pa.array(found, pa.string())]) if anything else None
+
+
+def _content(table: pa.Table, units: list[PlannedShard]) -> Iterator[str]:
+    """All that is known of each unit's samples, as one text; some units at a time, for memory."""
+    columns = table.select(["sample", "judged", "media"])
+    for start in range(0, len(units), _UNITS_IN_A_PART):
+        for unit in units[start : start + _UNITS_IN_A_PART]:
+            rows = columns.take(pa.array(unit.rows))
+            yield "\n".join(
+                "\t".join(row) for row in zip(*(column.to_pylist() for column in rows.columns), strict=True)
+            )
+
+
+def commit_plan(storage: Storage, plan: UnitPlan) -> list[WorkRow]:
+    """Write the plan, parts that are there already left as they lie; returns the rows of stale work."""
+    known = set(storage.names(PLAN_FOLDER))
+    files: dict[int, tuple[str, int]] = {}
+    listed = []
+    for start in range(0, len(plan.units), _UNITS_IN_A_PART):
+        units = plan.units[start : start + _UNITS_IN_A_PART]
+        was = [_was(plan, unit) for unit in units]
+        recipes = plan.recipes[start : start + len(units)]
+        name = f"{plan.stage}-{digest([unit.name for unit in units], recipes, was)}.parquet"
+        listed.append(name)
+        if name not in known:
+            with (
+                storage.staged(f"{PLAN_FOLDER}/{name}") as path,
+                pq.ParquetWriter(path, _PLAN_SCHEMA, compression="zstd") as out,
+            ):
+                for unit, earlier in zip(units, was, strict=True):
+                    part = plan.table.take(pa.array(unit.rows))
+                    columns = [pa.array([unit.name] * len(part)), pa.array(range(len(part)), pa.int32())]
+                    columns += [pa.array(earlier, pa.string()), *part.columns]
+                    out.write_table(pa.table(columns, schema=_PLAN_SCHEMA))
+        files |= {start + group: (name, group) for group in range(len(units))}
+    storage.write_bytes(_plan_list(plan.stage), json.dumps(listed).encode())
+    for name in known - set(listed):
+        if name.startswith(f"{plan.stage}-"):
+            storage.delete(f"{PLAN_FOLDER}/{name}")
+    return [_work_row(plan, number, *files[number]) for number in plan.stale]
+
+
+def _was(plan: UnitPlan, unit: PlannedShard) -> list[str | None]:
+    return [None] * len(unit.rows) if plan.was is None else plan.was.take(pa.array(unit.rows)).to_pylist()
+
+
+def _work_row(plan: UnitPlan, number: int, part: str, group: int) -> WorkRow:
+    unit = plan.units[number]
+    moved = {name: plan.committed[name][0].file for name in {*_was(plan, unit)} - {None}}
+    before = [commit.file for commit in plan.committed.get(unit.name, ())]
+    return WorkRow(
+        unit=unit.name,
+        split=unit.split,
+        recipe=plan.recipes[number],
+        part=part,
+        group=group,
+        before=before,
+        moved=json.dumps(moved),
+        attempt=0,
+    )
+
+
+def kept_plan(storage: Storage, stage: str, columns: list[str]) -> pa.Table | None:
+    """Columns of the plan that a stage wrote last, None without one."""
+    if not storage.exists(_plan_list(stage)):
+        return None
+    schema = pa.schema([_PLAN_SCHEMA.field(name) for name in columns])
+    files = [f"{PLAN_FOLDER}/{name}" for name in json.loads(storage.read_bytes(_plan_list(stage)))]
+    tables = [pq.read_table(pa.BufferReader(data), columns=columns) for data in storage.read_many(files)]
+    return pa.concat_tables(tables) if tables else schema.empty_table()
+
+
+def read_planned(storage: Storage, row: WorkRow) -> list[dict[str, Any]]:
+    """The rows ``{slot, was, key, sample, judged, media, ...}`` of a unit of a plan, in slot order."""
+
+    def read() -> list[dict[str, Any]]:
+        with storage.fs.open(storage.full_path(f"{PLAN_FOLDER}/{row['part']}"), "rb") as opened:
+            return pq.ParquetFile(opened).read_row_group(row["group"], use_threads=False).to_pylist()
+
+    found = storage.patiently(read)
+    if any(entry["unit"] != row["unit"] for entry in found):
+        raise RuntimeError(f"{storage.url}/{PLAN_FOLDER}/{row['part']}: row group {row['group']} is not {row['unit']}")
+    return found
+
+
+def commit_result(storage: Storage, folder: str, row: WorkRow, result: dict[str, Any]) -> None:
+    """Write a unit's result, then remove the earlier one."""
+    commit = Commit(row["unit"], row["recipe"], 0, "json")
+    storage.write_bytes(f"{folder}/{commit.file}", json.dumps(result, sort_keys=True, ensure_ascii=False).encode())
+    for file in row["before"]:
+        if file != commit.file:
+            storage.delete(f"{folder}/{file}")
+
+
+def earlier_result(storage: Storage, folder: str, row: WorkRow) -> dict[str, Any]:
+    """What an earlier run committed for the unit, empty without it."""
+    return json.loads(storage.read_bytes(f"{folder}/{row['before'][0]}")) if row["before"] else {}
+
+
+def committed_files(storage: Storage, plan: UnitPlan) -> list[str]:
+    """File names of the results of all units, in order.
+
+    Raises:
+        RuntimeError: if one is missing.
+    """
+    found = commits(storage, plan.folder)
+    files = []
+    for unit, recipe in zip(plan.units, plan.recipes, strict=True):
+        commit = next((commit for commit in found.get(unit.name, ()) if commit.recipe == recipe), None)
+        if commit is None:
+            raise RuntimeError(f"{plan.stage}: {unit.name} was not committed")
+        files.append(commit.file)
+    return files
+
+
+def remove_unplanned(storage: Storage, plan: UnitPlan) -> None:
+    """Delete results that the plan does not have, of whatever recipe."""
+    planned = {unit.name: recipe for unit, recipe in zip(plan.units, plan.recipes, strict=True)}
+    for unit, found in commits(storage, plan.folder).items():
+        for commit in found:
+            if planned.get(unit) != commit.recipe:
+                storage.delete(f"{plan.folder}/{commit.file}")
+
+
+def _plan_list(stage: str) -> str:
+    return f"{PLAN_FOLDER}/{stage}.json"
