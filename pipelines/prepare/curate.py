@@ -1,6 +1,6 @@
 """Assessing samples before they are encoded: shots, quality, text overlay, pairs, duplicates.
 
-A assessment is made of two parts: what the frames say (scores, hashes), which takes decoding, and what the limits say of
+An assessment has two parts: what the frames say (scores, hashes), which takes decoding, and what the limits say of
 that, which does not. The first is kept in the unit's result: after a new caption or another limit nothing is decoded.
 Only scores and decisions leave a worker, never pixels.
 """

@@ -95,5 +95,5 @@ def joined(tables: Sequence[pa.Table]) -> pa.Table:
     scores = sorted(name for name in table.column_names if name.startswith(SCORE_PREFIX))
     schema = pa.schema([*_FIXED, *(pa.field(name, pa.float64()) for name in scores)])
     # Columns that were read from Parquet carry its field numbers: the same rows shall make the same file.
-    return pa.Table.from_arrays([table[name].cast(field.type) for name, field in zip(schema.names, schema, strict=True)],
-                                schema=schema).combine_chunks()  # fmt: skip
+    columns = [table[name].cast(field.type) for name, field in zip(schema.names, schema, strict=True)]
+    return pa.Table.from_arrays(columns, schema=schema).combine_chunks()
