@@ -258,8 +258,8 @@ def test_a_row_that_repeats_another_but_for_spaces_is_a_duplicate(tmp_path):
     rows = ["video,caption", "a.mp4,a red  dress", "a.mp4, a red dress ", "a.mp4,a blue dress"]
     (tmp_path / "t.csv").write_text("\n".join(rows))
     inputs = read_inputs(PrepareConfig(input=str(tmp_path / "t.csv"), output="x"))
-    assert len(inputs.samples) == 2
-    assert [(r["outcome"], r["reason"]) for r in inputs.rejected] == [("duplicates", "repeated_line")]
+    assert len(inputs) == 2
+    assert [(loss.outcome, loss.reason) for loss in inputs.losses] == [("duplicates", "repeated_line")]
 
 
 def test_hidden_files_links_and_odd_names(tmp_path):
