@@ -55,6 +55,8 @@ INI
 fi
 random | value loomvideo-ray-token auth_token
 apply loomvideo-ray-token
+random | value loomvideo-serve LOOMVIDEO_SERVE_TOKEN
+apply loomvideo-serve
 
 # keys SECRET PREFIX: a secret with an S3 key pair, if the environment has one.
 keys() {

@@ -8,8 +8,10 @@ import threading
 from ray import serve
 from rich.console import Console
 
+from loomvideo.jobs.command import job_config
 from loomvideo.jobs.serving.config import ServeConfig
 from loomvideo.jobs.weights.model_choice import model_source
+from loomvideo.model.loading import ModelSource
 from loomvideo.pipelines.serving.app import PageConfig
 from loomvideo.pipelines.serving.deployment import APPLICATION, build_application
 from loomvideo.pipelines.serving.model_generator import PageGenerator
@@ -25,9 +27,36 @@ def run(config: ServeConfig) -> None:
         UserError: if there is no such checkpoint, or its size is unknown.
     """
     console = Console(markup=False)
+    source, application = _application(config)
+    token = _token(config)
+    # A busy machine takes longer than Serve's 5 s to start its proxy.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+    if not token and not _is_local(config.host):
+        console.print(f"warning: everyone who reaches {config.host} can use this; set {TOKEN_VARIABLE}", style="yellow")
+    with ray_session():
+        try:
+            serve.start(http_options={"host": config.host, "port": config.port})
+            serve.run(application, name=APPLICATION, route_prefix="/")
+            console.print(f"serving {source.weights} on http://{config.host}:{config.port}; Ctrl-C stops it")
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            console.print("stopping")
+        finally:
+            serve.shutdown()
+
+
+def build(arguments: dict[str, list[str]]) -> serve.Application:
+    """The application of a RayService: ``{"arguments": ["preset=5b", "checkpoint=…"]}``, as on the command line.
+
+    Raises:
+        UserError: if there is no such checkpoint, or an argument is wrong.
+    """
+    return _application(job_config(ServeConfig, "serve", arguments["arguments"]))[1]
+
+
+def _application(config: ServeConfig) -> tuple[ModelSource, serve.Application]:
     config.generation.check()
     source = model_source(config, drop_exact=True)
-    token = config.token or os.environ.get(TOKEN_VARIABLE, "")
     width, height = config.generation.size()
     defaults = {
         "steps": config.generation.steps,
@@ -39,22 +68,13 @@ def run(config: ServeConfig) -> None:
     negative = source.size.negative_prompt if negative is None else negative
     if negative:
         defaults["negative_prompt"] = negative
-    page = PageConfig(token, config.title, config.uploads, config.requests, defaults)
+    page = PageConfig(_token(config), config.title, config.uploads, config.requests, defaults)
     load = functools.partial(PageGenerator.load, source, config.generation)
-    # A busy machine takes longer than Serve's 5 s to start its proxy.
-    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
-    if not token and not _is_local(config.host):
-        console.print(f"warning: everyone who reaches {config.host} can use this; set {TOKEN_VARIABLE}", style="yellow")
-    with ray_session():
-        try:
-            serve.start(http_options={"host": config.host, "port": config.port})
-            serve.run(build_application(load, page, config.replicas), name=APPLICATION, route_prefix="/")
-            console.print(f"serving {source.weights} on http://{config.host}:{config.port}; Ctrl-C stops it")
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            console.print("stopping")
-        finally:
-            serve.shutdown()
+    return source, build_application(load, page, config.replicas)
+
+
+def _token(config: ServeConfig) -> str:
+    return config.token or os.environ.get(TOKEN_VARIABLE, "")
 
 
 def _is_local(host: str) -> bool:

@@ -37,9 +37,9 @@ def ray_cluster(profile: ClusterProfile) -> dict[str, Any]:
         "metadata": {
             "name": profile.name,
             "namespace": profile.namespace,
-            "labels": _labels(profile) | _queue_labels(profile),
+            "labels": labels_of(profile) | _queue_labels(profile),
         },
-        "spec": _cluster_spec(profile, profile.groups, own_cluster=False),
+        "spec": cluster_spec(profile, profile.groups, own_cluster=False),
     }
 
 
@@ -68,7 +68,7 @@ def ray_job(
         "submitterPodTemplate": submitter_template(profile),
         # A retry is a new cluster, so it only makes sense for jobs that resume by run name: all of ours do.
         "backoffLimit": profile.job_retries,
-        "rayClusterSpec": _cluster_spec(profile, groups, own_cluster=True),
+        "rayClusterSpec": cluster_spec(profile, groups, own_cluster=True),
         **_ending(profile, groups),
     }
     if profile.job_deadline_hours:
@@ -81,7 +81,7 @@ def ray_job(
         "metadata": {
             "name": job_object_name(job, run),
             "namespace": profile.namespace,
-            "labels": _labels(profile) | _queue_labels(profile),
+            "labels": labels_of(profile) | _queue_labels(profile),
         },
         "spec": {key: value for key, value in spec.items() if value not in ("", None)},
     }
@@ -112,7 +112,7 @@ def cron_jobs(profile: ClusterProfile) -> list[dict[str, Any]]:
             {
                 "apiVersion": "batch/v1",
                 "kind": "CronJob",
-                "metadata": {"name": schedule.name, "namespace": profile.namespace, "labels": _labels(profile)},
+                "metadata": {"name": schedule.name, "namespace": profile.namespace, "labels": labels_of(profile)},
                 "spec": {
                     "schedule": schedule.cron,
                     "concurrencyPolicy": "Forbid",
@@ -157,7 +157,8 @@ def job_object_name(job: str, run: str) -> str:
     return name
 
 
-def _cluster_spec(profile: ClusterProfile, groups: Sequence[NodeGroup], own_cluster: bool) -> dict[str, Any]:
+def cluster_spec(profile: ClusterProfile, groups: Sequence[NodeGroup], own_cluster: bool) -> dict[str, Any]:
+    """The spec of a Ray cluster of some groups; ``own_cluster`` for one that lives as long as its job."""
     sizes = [_sizes(profile, group, own_cluster) for group in groups]
     autoscaler = any(low != high for low, _, high in sizes)
     spec: dict[str, Any] = {
@@ -217,7 +218,8 @@ def _ending(profile: ClusterProfile, groups: Sequence[NodeGroup]) -> dict[str, A
     return {"shutdownAfterJobFinishes": False, "deletionStrategy": {"deletionRules": rules}}
 
 
-def _labels(profile: ClusterProfile) -> dict[str, str]:
+def labels_of(profile: ClusterProfile) -> dict[str, str]:
+    """Labels of every object of a profile."""
     return {"app.kubernetes.io/part-of": "loomvideo", "app.kubernetes.io/instance": profile.name}
 
 

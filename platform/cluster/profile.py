@@ -151,6 +151,21 @@ class Schedule:
 
 
 @dataclass
+class Service:
+    """``loomvideo serve`` for other people: a RayService on the groups whose jobs name serve, behind an ingress."""
+
+    arguments: list[str] = option(
+        [], "arguments of loomvideo serve: checkpoint=… replicas.max_replicas=…; none: no service"
+    )
+    host: str = option("", "host name of the page")
+    tls_secret: str = option("loomvideo-serve-tls", "secret with the certificate of the host (kubernetes.io/tls)")
+    ingress_class: str = option("nginx", "IngressClass that publishes it")
+    ingress_namespace: str = option("ingress-nginx", "namespace of the ingress controller, which may reach the page")
+    annotations: dict[str, str] = option({}, "annotations of the ingress: body sizes, certificate issuer")
+    token_secret: str = option("loomvideo-serve", "secret whose LOOMVIDEO_SERVE_TOKEN people enter first")
+
+
+@dataclass
 class Access:
     """How a person's machine reaches the dashboard."""
 
@@ -191,6 +206,7 @@ class ClusterProfile:
     storage: Storage = option(Storage, "")
     tracking: Tracking = option(Tracking, "")
     schedules: list[Schedule] = option([], "jobs by the clock: nightly evaluation, pruning")
+    service: Service = option(Service, "")
     access: Access = option(Access, "")
     upload: Upload = option(Upload, "")
     pod_security: str = option(
@@ -304,6 +320,11 @@ def check_profile(profile: ClusterProfile, source: str) -> None:
         if group.shared_memory_gib >= group.memory_gib:
             raise UserError(f"{key}.shared_memory_gib: /dev/shm is part of memory_gib and must be smaller")
         _check_group_access(profile, group, key)
+    if profile.service.arguments:
+        if not profile.service.host:
+            raise UserError(f"{source}: service.host: name the host that people open")
+        if not any("serve" in group.jobs for group in profile.groups):
+            raise UserError(f"{source}: service: no group lists serve under jobs, so nothing would run the generators")
     for schedule in profile.schedules:
         _check_name(schedule.name, f"{source}: schedules[{schedule.name or '?'}].name", 40)
         if len(schedule.cron.split()) != 5:

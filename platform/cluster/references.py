@@ -46,6 +46,9 @@ class _Index:
         self.manifests = manifests
         self.names = {(m["kind"], m["metadata"]["name"]) for m in manifests} | given.names
         self.names |= {("Secret", name) for name in given.secrets}
+        # KubeRay makes the service of a RayService's page.
+        services = [m["metadata"]["name"] for m in manifests if m["kind"] == "RayService"]
+        self.names |= {("Service", f"{name}-serve-svc") for name in services}
         self.keys = {("Secret", name): keys for name, keys in given.secrets.items()}
         for manifest in manifests:
             if manifest["kind"] in ("ConfigMap", "Secret"):
@@ -113,8 +116,8 @@ class _Index:
         kind, spec = manifest["kind"], manifest.get("spec", {})
         if kind == "Service":
             yield from self._service_problems(spec)
-        elif kind in ("RayCluster", "RayJob"):
-            cluster = spec.get("rayClusterSpec", {}) if kind == "RayJob" else spec
+        elif kind in ("RayCluster", "RayJob", "RayService"):
+            cluster = spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
             secret = cluster.get("authOptions", {}).get("secretName")
             if secret:
                 yield from self.missing_key("Secret", {"name": secret, "key": "auth_token"}, "authOptions.secretName")
@@ -129,6 +132,12 @@ class _Index:
             yield from self.missing(manifest["roleRef"]["kind"], manifest["roleRef"]["name"], "roleRef")
             for subject in manifest.get("subjects", []):
                 yield from self.missing(subject["kind"], subject["name"], "subjects")
+        elif kind == "Ingress":
+            for tls in spec.get("tls", []):
+                yield from self.missing("Secret", tls["secretName"], "spec.tls")
+            for rule in spec.get("rules", []):
+                for path in rule["http"]["paths"]:
+                    yield from self.missing("Service", path["backend"]["service"]["name"], f"host {rule.get('host')}")
         elif kind == "StatefulSet":
             yield from self.missing("Service", spec["serviceName"], "spec.serviceName")
 

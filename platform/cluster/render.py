@@ -13,6 +13,7 @@ from loomvideo.platform.cluster.manifests import cron_jobs, ray_cluster
 from loomvideo.platform.cluster.pods import HEAD_ACCOUNT, NODE_ACCOUNT
 from loomvideo.platform.cluster.profile import ClusterProfile
 from loomvideo.platform.cluster.queues import KUEUE, queue_objects
+from loomvideo.platform.cluster.service import service_objects
 from loomvideo.platform.errors import UserError
 
 KUBERNETES = Path("infra/kubernetes")
@@ -60,7 +61,7 @@ def namespaced_objects(profile: ClusterProfile) -> list[dict[str, Any]]:
     if profile.queue.kind == "kueue":
         queue = {"clusterQueue": profile.quota.cluster_queue}
         objects.append(_object(KUEUE, "LocalQueue", profile, profile.queue.name, spec=queue))
-    return [*objects, *cron_jobs(profile), ray_cluster(profile)]
+    return [*objects, *cron_jobs(profile), *service_objects(profile), ray_cluster(profile)]
 
 
 def write_folder(

@@ -12,6 +12,8 @@ from packaging.version import Version
 
 from loomvideo.platform.cluster.profile import DNS_1035, MAX_CLUSTER_NAME, MAX_JOB_NAME
 
+# KubeRay appends suffixes for two clusters and their services.
+MAX_SERVICE_NAME = 41
 DELETION_ORDER = ("DeleteWorkers", "DeleteCluster", "DeleteSelf")
 KUEUE_QUEUE = "kueue.x-k8s.io/queue-name"
 KUEUE_ELASTIC = "kueue.x-k8s.io/elastic-job"
@@ -31,6 +33,9 @@ def rule_problems(manifest: dict[str, Any]) -> Iterator[str]:
     elif kind == "RayJob":
         yield from _name_problems(manifest, MAX_JOB_NAME)
         yield from _job_problems(manifest)
+    elif kind == "RayService":
+        yield from _name_problems(manifest, MAX_SERVICE_NAME)
+        yield from _service_problems(manifest)
 
 
 def _name_problems(manifest: dict[str, Any], longest: int) -> Iterator[str]:
@@ -74,6 +79,23 @@ def _job_problems(manifest: dict[str, Any]) -> Iterator[str]:
             yield "spec.rayClusterSpec.authOptions.enableK8sTokenAuth: not supported for RayJob"
     if _queue_of(manifest["metadata"]):
         yield from _kueue_job_problems(spec)
+
+
+def _service_problems(manifest: dict[str, Any]) -> Iterator[str]:
+    cluster = manifest["spec"]["rayClusterConfig"]
+    yield from _cluster_problems(cluster, manifest["metadata"], prefix="spec.rayClusterConfig")
+    if cluster.get("authOptions", {}).get("enableK8sTokenAuth"):
+        yield "spec.rayClusterConfig.authOptions.enableK8sTokenAuth: not supported for RayService"
+    ports = cluster["headGroupSpec"]["template"]["spec"]["containers"][0].get("ports", [])
+    if "serve" not in [port.get("name") for port in ports]:
+        yield "spec.rayClusterConfig.headGroupSpec: KubeRay makes the service of the container port named serve; add it"
+    try:
+        serve = yaml.safe_load(manifest["spec"].get("serveConfigV2") or "")
+    except yaml.YAMLError as error:
+        yield f"spec.serveConfigV2: not YAML ({str(error).splitlines()[0]})"
+        return
+    if not isinstance(serve, dict) or not serve.get("applications"):
+        yield "spec.serveConfigV2: needs a list of applications"
 
 
 def _sidecar_problems(spec: dict[str, Any], mode: str) -> Iterator[str]:

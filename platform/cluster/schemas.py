@@ -11,7 +11,7 @@ import jsonschema
 import yaml
 
 CRDS_VARIABLE = "LOOMVIDEO_KUBERAY_CRDS"
-KUBERAY_KINDS = {"RayCluster": "rayclusters", "RayJob": "rayjobs"}
+KUBERAY_KINDS = {"RayCluster": "rayclusters", "RayJob": "rayjobs", "RayService": "rayservices"}
 METADATA_KEYS = {"name", "namespace", "labels", "annotations", "generateName", "finalizers", "ownerReferences"}
 # Kinds of other operators that the repository uses; their schemas are not part of any package.
 UNCHECKED_GROUPS = ("kueue.x-k8s.io", "scheduling.volcano.sh", "monitoring.coreos.com", "ray.io")

@@ -1,6 +1,7 @@
 """What an API server, a quota or a network policy would stop is found without a cluster, by name."""
 
 import copy
+import importlib.util
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from loomvideo.platform.cluster import render
 from loomvideo.platform.cluster.access import dashboard
@@ -17,6 +19,7 @@ from loomvideo.platform.cluster.operator_pods import pods_of
 from loomvideo.platform.cluster.profile import load_profile
 from loomvideo.platform.cluster.queues import KUEUE, queue_objects, quota
 from loomvideo.platform.cluster.references import Given
+from loomvideo.platform.cluster.rules import rule_problems
 from loomvideo.platform.cluster.submission import SubmissionPlan, locked_packages
 from loomvideo.platform.cluster.validate import Report, admission_problems, validate_manifests
 from loomvideo.platform.errors import UserError
@@ -319,3 +322,51 @@ def test_schedule_mistakes_are_named(tmp_path, schedule, expected):
     with pytest.raises(UserError) as caught:
         load_profile(str(tmp_path / "p.yaml"))
     assert expected in str(caught.value)
+
+
+@needs_kubectl
+def test_the_page_is_reached_through_its_ingress_and_asks_for_a_token(rendered):
+    service = find(rendered, "RayService")
+    serve = yaml.safe_load(service["spec"]["serveConfigV2"])
+    module, _, function = serve["applications"][0]["import_path"].partition(":")
+    source = Path(importlib.util.find_spec(module).origin).read_text()
+    assert re.search(rf"^def {function}\(arguments:", source, re.MULTILINE)
+    group = service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]
+    assert group["groupName"] == "encode"
+    container = group["template"]["spec"]["containers"][0]
+    assert {"secretRef": {"name": "loomvideo-serve"}} in container["envFrom"]
+    assert {"name": "serve", "containerPort": 8000} in container["ports"]
+    ingress = find(rendered, "Ingress")["spec"]
+    assert ingress["tls"] == [{"hosts": ["loomvideo.example.com"], "secretName": "loomvideo-serve-tls"}]
+    backend = ingress["rules"][0]["http"]["paths"][0]["backend"]["service"]
+    assert backend["name"] == f"{service['metadata']['name']}-serve-svc"
+
+
+SERVICE_FAULTS = {
+    "port": (lambda c, s: c["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"].pop(), "port named serve"),
+    "config": (lambda c, s: s.update(serveConfigV2="- a"), "needs a list of applications"),
+    "token": (lambda c, s: c.pop("authOptions"), "without mode: token"),
+}
+
+
+@needs_kubectl
+@pytest.mark.parametrize("name", SERVICE_FAULTS)
+def test_service_fault_is_named(rendered, name):
+    service = copy.deepcopy(find(rendered, "RayService"))
+    assert list(rule_problems(service)) == []
+    change, expected = SERVICE_FAULTS[name]
+    change(service["spec"]["rayClusterConfig"], service["spec"])
+    assert any(expected in problem for problem in rule_problems(service))
+
+
+@pytest.mark.parametrize(
+    ("service", "expected"),
+    [
+        ("{arguments: [preset=5b]}", "service.host: name the host"),
+        ("{arguments: [preset=5b], host: h.example.com}", "no group lists serve under jobs"),
+    ],
+)
+def test_service_mistakes_are_named(tmp_path, service, expected):
+    (tmp_path / "p.yaml").write_text(f"name: a\nimage: i\ngroups: [{{name: w}}]\nservice: {service}")
+    with pytest.raises(UserError, match=expected):
+        load_profile(str(tmp_path / "p.yaml"))
