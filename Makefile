@@ -14,7 +14,7 @@ SUITES ?= sample
 CHECKPOINT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev lock check-lock FORCE lint format test test-fast sample-data shards pretrain finetune-edit evaluate serve mlflow bench clean render submit validate doctor mlflow-server rehearse drill drill-training image kernels bench-data bench-kernels bench-generation bench-training
+.PHONY: help setup setup-dev lock check-lock FORCE lint format test test-fast sample-data shards pretrain finetune-edit evaluate serve mlflow bench clean render submit validate doctor mlflow-server rehearse rehearse-fresh drill drill-training image kernels bench-data bench-kernels bench-generation bench-training
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -108,6 +108,9 @@ mlflow-server: $(VENV)/.setup-server ## an MLflow server with a user: PORT= ARGS
 
 rehearse: $(VENV)/.setup-dev sample-data ## run every job on a cluster of several nodes on this machine (as root: own networks)
 	$(MAKE) drill ARGS="--only jobs $(ARGS)"
+
+rehearse-fresh: ## a minimal Debian in a folder, then make pretrain and the quick tests in it (root): SUITE= FOLDER= STEPS= ARGS=
+	SUITE="$(SUITE)" FOLDER="$(FOLDER)" STEPS="$(STEPS)" ARGS="$(ARGS)" infra/setup/rehearse_fresh.sh
 
 drill: $(VENV)/.setup-dev $(VENV)/.setup-server sample-data ## the jobs and the failures of that cluster, one after another: ARGS="--only head,worker"
 	$(BIN)/python infra/drills/drill.py --folder $(or $(DRILL),runs/drill-$$(date +%Y%m%d-%H%M%S)) --sample $(DATA) $(ARGS)
