@@ -26,3 +26,16 @@ def test_every_package_folder_is_listed():
         for init in (REPO / room).rglob("__init__.py"):
             found.add("loomvideo." + ".".join(init.parent.relative_to(REPO).parts))
     assert listed == found
+
+
+def test_every_direct_dependency_is_explained():
+    import re
+    import tomllib
+
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    requirements = sum(project["optional-dependencies"].values(), project["dependencies"])
+    names = {re.match(r"[\w.-]+", line).group() for line in requirements} - {"loomvideo"}
+    table = (REPO / "docs" / "development.md").read_text().partition("## Dependencies")[2]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("|")]
+    explained = {word for row in rows for word in re.findall(r"[\w.-]+", row)}
+    assert names - explained == set()
