@@ -1,15 +1,18 @@
 """Experiment tracking in MLflow: one run a job, owned by the driver and resumed by run name.
 
 Metrics are queued and sent by a background thread, so that a slow or absent tracking server never stops training:
-what cannot be sent is retried, and what is still unsent at the end is kept in the run folder. Files are in the run
+what cannot be sent is retried, what the server refuses is kept in the run folder with its reason and holds nothing
+else up, and what is still unsent at the end is kept there too. Files are in the run
 folder anyway: a server that is away costs their copies, not the job.
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +24,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.tracking import MlflowClient
 
+from loomvideo.platform.errors import UserError
 from loomvideo.platform.runs import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -28,6 +32,20 @@ logger = logging.getLogger(__name__)
 MAX_PARAM_CHARACTERS = 6000
 BATCH_SIZE = 500
 RETRY_INTERVAL_S = 5.0
+MAX_NAME_CHARACTERS = 250
+REFUSED_FILE, UNSENT_FILE = "refused_metrics.jsonl", "unsent_metrics.jsonl"
+# Answers that the same request will get again; everything else may pass.
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")
+
+
+def metric_name(name: str) -> str:
+    """A name that MLflow takes: itself where it can, else with `_` for what it refuses and a digest to stay unique."""
+    parts = [part.strip() for part in re.sub(r"[^\w.\- :/]", "_", name).split("/")]
+    cleaned = "/".join("_" if set(part) <= {"."} else part for part in parts)
+    if cleaned == name and len(name) <= MAX_NAME_CHARACTERS:
+        return name
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:6]
+    return f"{cleaned[: MAX_NAME_CHARACTERS - len(digest) - 1]}-{digest}"
 
 
 def default_tracking_uri(runs_root: Path) -> str:
@@ -57,10 +75,16 @@ class Tracker:
         self.folder = folder
         self.uri = uri or default_tracking_uri(folder.root)
         self._client = MlflowClient(tracking_uri=self.uri)
-        self.experiment_id = self._open_experiment(experiment or f"loomvideo/{folder.job}")
-        self.run_id = self._open_run(tags or {}, parent_run_id)
+        try:
+            self.experiment_id = self._open_experiment(experiment or f"loomvideo/{folder.job}")
+            self.run_id = self._open_run(tags or {}, parent_run_id)
+        except (MlflowException, OSError) as error:
+            reason = str(error).strip().splitlines()[0][:300]
+            fix = f"start the server, or unset it to keep a local store in {folder.root}"
+            raise UserError(f"MLFLOW_TRACKING_URI={self.uri}: {reason}; {fix}") from error
         self._queue: queue.Queue[list[Metric] | None] = queue.Queue()
         self._warned = False
+        self._refused: set[str] = set()
         self._sender = threading.Thread(target=self._send_loop, name="mlflow-sender", daemon=True)
         self._sender.start()
 
@@ -96,7 +120,7 @@ class Tracker:
     def log_params(self, params: dict[str, Any]) -> None:
         """Log parameters; ones that a resumed run already has keep their first value, changes become tags."""
         present = self._client.get_run(self.run_id).data.params
-        values = {key: str(value)[:MAX_PARAM_CHARACTERS] for key, value in params.items()}
+        values = {metric_name(key): str(value)[:MAX_PARAM_CHARACTERS] for key, value in params.items()}
         fresh = [Param(key, value) for key, value in values.items() if key not in present]
         for start in range(0, len(fresh), 100):
             self._client.log_batch(self.run_id, params=fresh[start : start + 100])
@@ -109,9 +133,14 @@ class Tracker:
         self._client.log_batch(self.run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
 
     def log_metrics(self, metrics: dict[str, float], step: int = 0) -> None:
-        """Queue metrics for sending; returns at once."""
+        """Queue metrics for sending; returns at once. What is no number goes to the refused ones."""
         now_ms = int(time.time() * 1000)
-        batch = [Metric(key, float(value), now_ms, step) for key, value in metrics.items()]
+        batch = []
+        for key, value in metrics.items():
+            try:
+                batch.append(Metric(metric_name(key), float(value), now_ms, step))
+            except (TypeError, ValueError, OverflowError) as error:
+                self._refuse({"key": key, "value": repr(value)[:200], "timestamp": now_ms, "step": step}, error)
         if batch:
             self._queue.put(batch)
 
@@ -178,20 +207,53 @@ class Tracker:
 
     def _send(self, batch: list[Metric]) -> None:
         self._pending = batch
-        while True:
-            try:
-                for start in range(0, len(batch), BATCH_SIZE):
-                    self._client.log_batch(self.run_id, metrics=batch[start : start + BATCH_SIZE])
-                break
-            except (MlflowException, OSError) as error:
-                if not self._warned:
-                    logger.warning("tracking server %s: %s; metrics are kept and retried", self.uri, error)
-                    self._warned = True
-                time.sleep(RETRY_INTERVAL_S)
+        for start in range(0, len(batch), BATCH_SIZE):
+            self._send_some(batch[start : start + BATCH_SIZE])
         self._pending = []
         if self._warned:
             logger.warning("tracking server %s: reached again, kept metrics were sent", self.uri)
             self._warned = False
+
+    def _send_some(self, metrics: list[Metric]) -> None:
+        """Send until they are there; a batch that is refused is halved until what is wrong in it stands alone."""
+        refusal = self._attempt(metrics)
+        if refusal is None or len(metrics) == 1:
+            if refusal is not None:
+                self._refuse(_as_dict(metrics[0]), refusal)
+            self._settle(metrics)
+            return
+        middle = len(metrics) // 2
+        self._send_some(metrics[:middle])
+        self._send_some(metrics[middle:])
+
+    def _attempt(self, metrics: list[Metric]) -> MlflowException | None:
+        """Send, again while the server is away; returns its refusal, None when they are there."""
+        while True:
+            try:
+                self._client.log_batch(self.run_id, metrics=metrics)
+                return None
+            except (MlflowException, OSError) as error:
+                if isinstance(error, MlflowException) and error.error_code in _REFUSALS:
+                    return error
+                if not self._warned:
+                    logger.warning("tracking server %s: %s; metrics are kept and retried", self.uri, error)
+                    self._warned = True
+                time.sleep(RETRY_INTERVAL_S)
+
+    def _settle(self, metrics: list[Metric]) -> None:
+        settled = {id(metric) for metric in metrics}
+        self._pending = [metric for metric in self._pending if id(metric) not in settled]
+
+    def _refuse(self, metric: dict[str, Any], error: Exception) -> None:
+        path = self.folder.path / REFUSED_FILE
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        with path.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(metric | {"reason": reason}) + "\n")
+        if metric["key"] not in self._refused:
+            self._refused.add(metric["key"])
+            logger.warning(
+                "tracking server %s refuses metric %s: %s; kept in %s", self.uri, metric["key"], reason, path
+            )
 
     def _spool(self) -> None:
         unsent = list(self._pending)
@@ -201,10 +263,11 @@ class Tracker:
             except queue.Empty:
                 break
             unsent += batch or []
-        path = self.folder.path / "unsent_metrics.jsonl"
-        with path.open("a") as out:
-            out.writelines(
-                json.dumps({"key": m.key, "value": m.value, "timestamp": m.timestamp, "step": m.step}) + "\n"
-                for m in unsent
-            )
+        path = self.folder.path / UNSENT_FILE
+        with path.open("a", encoding="utf-8") as out:
+            out.writelines(json.dumps(_as_dict(metric)) + "\n" for metric in unsent)
         logger.warning("tracking server %s: not reached; %d metrics are in %s", self.uri, len(unsent), path)
+
+
+def _as_dict(metric: Metric) -> dict[str, Any]:
+    return {"key": metric.key, "value": metric.value, "timestamp": metric.timestamp, "step": metric.step}

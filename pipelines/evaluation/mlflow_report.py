@@ -3,6 +3,7 @@
 Only the driver logs. Per-sample values are table rows, never metrics.
 """
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,12 +21,12 @@ from loomvideo.pipelines.evaluation.published import published_scores
 from loomvideo.pipelines.evaluation.stages import MODEL, STRIP, Row
 from loomvideo.pipelines.evaluation.store import Store, content_key
 from loomvideo.pipelines.evaluation.table import headline_metrics, ranking_metrics
-from loomvideo.platform.tracking import Tracker
+from loomvideo.platform.tracking import Tracker, metric_name
 
 TABLE_ROWS = 60
 """Rows a table with pictures holds; larger ones freeze the browser, so suites are split by category."""
 
-_FILE_SAFE = str.maketrans({"/": "-", " ": "_"})
+_FILE_UNSAFE = re.compile(r"[^\w.-]")
 
 
 def metric_values(result: SuiteResult) -> dict[str, float]:
@@ -42,12 +43,12 @@ def metric_values(result: SuiteResult) -> dict[str, float]:
         if not f.category:
             _put(values, f"{result.suite}/identity/{f.metric}", f.value)
     for name, value in result.official.items():
-        _put(values, f"{result.suite}/official/{_metric_safe(name)}", value)
+        _put(values, f"{result.suite}/official/{metric_name(name)}", value)
     values[f"{result.suite}/coverage"] = result.coverage
     for reason, count in result.failures.items():
-        values[f"{result.suite}/failures/{_metric_safe(reason)}"] = count
+        values[f"{result.suite}/failures/{metric_name(reason)}"] = count
     for fault, count in result.defects.items():
-        values[f"{result.suite}/defects/{_metric_safe(fault)}"] = count
+        values[f"{result.suite}/defects/{metric_name(fault)}"] = count
     if result.reliability is not None:
         for name in ("icc", "icc_mean", "changed", "deviation"):
             _put(values, f"{result.suite}/retest/{name}", getattr(result.reliability, name))
@@ -174,7 +175,7 @@ def log_tables(client: MlflowClient, run_id: str, suite: str, store: Store, rows
     if len(own) > TABLE_ROWS:
         groups = {}
         for row in own:
-            name = f"samples-{suite}-{row['item']['category']}".translate(_FILE_SAFE)
+            name = _FILE_UNSAFE.sub("_", f"samples-{suite}-{row['item']['category']}".replace("/", "-"))[:120]
             groups.setdefault(name, []).append(row)
     for name, members in groups.items():
         members = members[:TABLE_ROWS]
@@ -231,8 +232,4 @@ def _worth(row: Row) -> float:
 
 def _put(values: dict[str, float], name: str, value: float) -> None:
     if not np.isnan(value):
-        values[_metric_safe(name)] = value
-
-
-def _metric_safe(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "_-./ " else " " for c in name).strip()
+        values[metric_name(name)] = value

@@ -8,7 +8,7 @@ from mlflow.tracking import MlflowClient
 
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.runs import RunFolder
-from loomvideo.platform.tracking import Tracker
+from loomvideo.platform.tracking import Tracker, metric_name
 
 
 @pytest.fixture
@@ -47,6 +47,66 @@ def test_metrics_survive_an_absent_server(folder, monkeypatch):
     tracker.finish(timeout_s=0.5)
     lines = (folder.path / "unsent_metrics.jsonl").read_text().splitlines()
     assert [(json.loads(line)["key"], json.loads(line)["step"]) for line in lines] == [("loss", 7)]
+
+
+def refused(folder):
+    path = folder.path / "refused_metrics.jsonl"
+    return [json.loads(line)["key"] for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def test_odd_numbers_and_names_hold_nothing_else_up(folder, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    tracker = Tracker(folder)
+    names = ["tops #1", "tops @1", "a/", "/a", "..", "a/../b", "", "x" * 60, "x" * 300, "été", "a\nb", "half \ud83d"]
+    tracker.log_metrics(dict.fromkeys(names, 1.0))
+    tracker.log_metrics({"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf"), "none": None, "word": "x"})
+    tracker.log_metrics({"loss": 2.0}, step=7)
+    tracker.log_params({"data.my suite #1": "x", "..": 1})
+    tracker.finish()
+    run = tracker._client.get_run(tracker.run_id)
+    assert {metric_name(name) for name in names} <= set(run.data.metrics)
+    assert len({metric_name(name) for name in names}) == len(names)
+    assert run.data.metrics["loss"] == 2.0
+    assert run.data.params[metric_name("data.my suite #1")] == "x"
+    assert run.info.status == "FINISHED"
+    assert {"none", "word"} <= set(refused(folder)) <= {"none", "word", "nan", "inf", "-inf"}
+
+
+def test_what_a_server_refuses_is_kept_with_its_reason_and_the_rest_is_sent(folder, monkeypatch, caplog):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    tracker = Tracker(folder)
+    sent, send, failures = [], tracker._client.log_batch, [OSError("away"), MlflowException("away")]
+
+    def strict(run_id, metrics=(), **rest):
+        if failures:
+            raise failures.pop()
+        if any(metric.key == "bad" for metric in metrics):
+            raise RestException({"error_code": "INVALID_PARAMETER_VALUE", "message": "no bad"})
+        sent.extend(metric.key for metric in metrics)
+        send(run_id, metrics=metrics, **rest)
+
+    monkeypatch.setattr("loomvideo.platform.tracking.RETRY_INTERVAL_S", 0.01)
+    monkeypatch.setattr(tracker._client, "log_batch", strict)
+    with caplog.at_level(logging.WARNING):
+        for step in range(3):
+            tracker.log_metrics(
+                {f"a{n}": 1.0 for n in range(5)} | {"bad": 1.0} | {f"b{n}": 1.0 for n in range(5)}, step
+            )
+        tracker.finish()
+    assert sorted(sent) == sorted([f"{letter}{n}" for letter in "ab" for n in range(5)] * 3)
+    assert refused(folder) == ["bad"] * 3
+    assert caplog.text.count("refuses metric bad") == 1
+    assert not (folder.path / "unsent_metrics.jsonl").exists()
+
+
+def test_a_server_that_is_away_at_the_start_is_one_line(folder, monkeypatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(UserError, match="start the server, or unset it") as caught:
+        Tracker(folder, nobody)
+    assert "\n" not in str(caught.value)
 
 
 def test_an_absent_server_costs_copies_of_files_and_not_the_job(folder, monkeypatch, caplog):
