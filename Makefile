@@ -56,8 +56,8 @@ format: $(VENV)/.setup-dev ## let ruff format and fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: lint check-lock ## lint, lock files and all tests
-	$(BIN)/pytest
+test: lint check-lock ## lint, lock files and all tests: quick ones, then slow ones until 55 minutes have gone
+	$(BIN)/pytest --slow-until 55
 
 test-fast: lint ## lint and the quick tests
 	$(BIN)/pytest -m 'not slow'

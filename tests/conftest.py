@@ -1,6 +1,7 @@
-"""Shared fixtures: one Ray cluster for all tests that need one."""
+"""Shared fixtures: one Ray cluster for all tests that need one. Quick tests run first, slow ones while time is left."""
 
 import os
+import time
 
 import pytest
 
@@ -20,8 +21,48 @@ def ray_cluster(tmp_path_factory):
     ray.shutdown()
 
 
+def pytest_addoption(parser):
+    """How long slow tests may be started."""
+    parser.addoption(
+        "--slow-until",
+        type=float,
+        default=float("inf"),
+        metavar="MINUTES",
+        help="start no slow test later than this after the start (or after LOOMVIDEO_TESTS_STARTED, in Unix seconds)",
+    )
+
+
+def pytest_configure(config):
+    """Note when the run started: on a slow machine making the environment has taken of its time already."""
+    started = float(os.environ.get("LOOMVIDEO_TESTS_STARTED") or time.time())
+    config.stash[_DEADLINE] = started + 60 * config.getoption("--slow-until")
+    config.stash[_NOT_RUN] = []
+
+
+_DEADLINE = pytest.StashKey[float]()
+_NOT_RUN = pytest.StashKey[list]()
+
+
+def pytest_runtest_setup(item):
+    """Leave out a slow test for which no time is left."""
+    if item.get_closest_marker("slow") and time.time() > item.config.stash[_DEADLINE]:
+        item.config.stash[_NOT_RUN].append(item.nodeid)
+        pytest.skip("no time left for slow tests")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Name what was not run: a skip that nobody sees looks like a pass."""
+    names = config.stash[_NOT_RUN]
+    if names:
+        minutes = config.getoption("--slow-until")
+        terminalreporter.section(f"{len(names)} slow tests not run: {minutes:g} minutes had gone")
+        for name in names:
+            terminalreporter.write_line(name)
+
+
 def pytest_collection_modifyitems(items):
-    """Skip gpu tests where there is no CUDA device."""
+    """Quick tests first, so that a slow machine has run them all; gpu tests are skipped without a CUDA device."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return
