@@ -2,7 +2,9 @@
 
 Memory of a rank under ZeRO-3 with W ranks and N parameters, in bytes: working weights 2N/W in bf16, accumulated
 gradients, master weights and two moments 4N/W each (float32), the average 4N/W; a gathered layer and its gradient twice
-(one computing, one prefetched); activations of the layers that are not recomputed; buckets and the CUDA runtime.
+(one computing, one prefetched); MLLM states; what backward needs of the layers, by what is recomputed; buckets and the
+CUDA runtime. On the host every pack in flight holds its MLLM states. Activations are counted from what each operation
+saves; torch's memory tracker finds the same within 15 % (tests/model/test_fake_cuda.py).
 """
 
 from collections.abc import Sequence
@@ -10,13 +12,18 @@ from dataclasses import dataclass
 
 import torch
 
+from loomvideo.model.conditioning.config import MLLMConfig
 from loomvideo.model.config import DiTConfig
-from loomvideo.model.dit import LoomVideoDiT
+from loomvideo.model.dit import CHECKPOINTING, LoomVideoDiT
 from loomvideo.model.flops import sequence_flops
+from loomvideo.platform.errors import UserError
 
 BYTES_BF16, BYTES_FP32 = 2, 4
-# Activations a token that a layer keeps for backward, in units of its width (inner dim; the feed-forward's extra).
-KEPT_PER_LAYER, KEPT_FEED_FORWARD = 16, 2
+# What a block saves of a token, in rows of the inner dim: its input; the outputs of attention and of products that do
+# not widen; the rest. Its feed-forward saves two rows of its own width.
+INPUT_ROWS, PRODUCT_ROWS, OTHER_ROWS, FEED_FORWARD_ROWS = 1, 9, 7, 2
+# The same of an MLLM token: the embedded states; keys and values before and after their norms.
+CONTEXT_ROWS, KEYS_VALUES_ROWS = 1, 3
 # Two gradient buckets and one of prefetched weights (see training.engine), and what CUDA, NCCL and kernels take.
 NUM_BUCKETS, BUCKET_ELEMENTS, RUNTIME_BYTES = 3, 200_000_000, 3 * 2**30
 
@@ -54,14 +61,16 @@ def machine_named(device_name: str) -> Machine | None:
 
 @dataclass(frozen=True)
 class StepEstimate:
-    """Estimates for one rank and one step; bytes and seconds."""
+    """Estimates for one rank and one step; bytes and seconds. ``mllm_actors`` is for all ranks."""
 
     num_parameters: int
     num_ranks: int
     state_bytes: float
     layer_bytes: float
     activation_bytes: float
+    states_bytes: float
     buffer_bytes: float
+    host_bytes: float
     train_flops: float
     executed_flops: float
     communication_bytes: float
@@ -70,12 +79,13 @@ class StepEstimate:
     step_s: float
     tokens_per_s: float
     samples_per_day: float
-    attention_tokens: int
+    mllm_actors: float
 
     @property
     def memory_bytes(self) -> float:
         """All of a rank."""
-        return self.state_bytes + self.layer_bytes + self.activation_bytes + self.buffer_bytes
+        parts = self.state_bytes, self.layer_bytes, self.activation_bytes, self.states_bytes, self.buffer_bytes
+        return sum(parts)
 
 
 def count_parameters(config: DiTConfig) -> tuple[int, int]:
@@ -86,12 +96,58 @@ def count_parameters(config: DiTConfig) -> tuple[int, int]:
     return sum(parameter.numel() for parameter in model.parameters()), block
 
 
-def attention_tokens(config: DiTConfig) -> int:
-    """The length at which self-attention costs as much as a sample's other work: ``training.pack.attention_tokens``."""
-    length = 1024
-    one, two = (sequence_flops(config, [n], [0]).forward for n in (length, 2 * length))
-    quadratic = (two - 2 * one) / (2 * length * length)
-    return round((one - quadratic * length * length) / length / quadratic)
+def activation_bytes(config: DiTConfig, tokens: int, mllm_tokens: int, policy: str = "full") -> float:
+    """Peak of what a forward and backward pass over a pack keeps, beside weights, their gradients and MLLM states."""
+    dim, ffn = config.inner_dim, config.ffn_dim
+    mode = _checked(policy)
+    embedder = mllm_tokens * (config.mllm_dim + 2 * config.mllm_hidden_dim)
+    rest = tokens * (OTHER_ROWS * dim + FEED_FORWARD_ROWS * ffn)
+    products = tokens * PRODUCT_ROWS * dim + mllm_tokens * KEYS_VALUES_ROWS * dim
+    inputs = tokens * INPUT_ROWS * dim + mllm_tokens * CONTEXT_ROWS * dim
+    whole = inputs + products + rest + embedder
+    kept = {"none": whole, "selective": inputs + products, "full": inputs}[mode]
+    # The block, or the embedder, whose backward pass runs holds all it would without recomputation, and gradients.
+    running = {"none": 0, "selective": max(rest, embedder), "full": max(rest + products, embedder)}[mode]
+    running += tokens * (FEED_FORWARD_ROWS * ffn if mode == "full" else ffn + 3 * dim)
+    return BYTES_BF16 * (config.num_layers * kept + running)
+
+
+def recomputed_flops(config: DiTConfig, lengths: Sequence[int], mllm_lengths: Sequence[int], policy: str) -> float:
+    """Operations that the backward pass repeats of the forward's."""
+    mode = _checked(policy)
+    if mode == "none":
+        return 0.0
+    if mode == "full":
+        return sequence_flops(config, lengths, mllm_lengths).forward
+    # The products that widen: of the feed-forward and of the embedder.
+    widening = sum(lengths) * config.inner_dim * config.ffn_dim
+    widening += sum(mllm_lengths) * config.mllm_dim * config.mllm_hidden_dim
+    return 2.0 * config.num_layers * widening
+
+
+def _checked(policy: str) -> str:
+    # "all" is what runs of before wrote for "full".
+    policy = "full" if policy == "all" else policy
+    if policy not in CHECKPOINTING:
+        raise UserError(f"recompute={policy}: use one of {', '.join(CHECKPOINTING)}")
+    return policy
+
+
+def states_bytes(config: DiTConfig, mllm_tokens: int) -> int:
+    """MLLM states of a pack in bf16, on the host and on the device."""
+    return config.num_layers * mllm_tokens * config.mllm_dim * BYTES_BF16
+
+
+def packs_in_flight(prefetch_steps: int) -> int:
+    """Packs of a rank between their planning and their use (see ``StepLoader.max_ahead``)."""
+    return 2 * prefetch_steps + 2
+
+
+def mllm_token_flops(config: MLLMConfig) -> int:
+    """Operations of an MLLM's language layers for a token, its attention scores and the vision tower left out."""
+    heads = 2 * (config.num_attention_heads + config.num_key_value_heads)
+    layer = config.hidden_size * config.head_dim * heads + 3 * config.hidden_size * config.intermediate_size
+    return 2 * config.num_hidden_layers * layer
 
 
 def plan(
@@ -100,11 +156,13 @@ def plan(
     mllm_lengths: Sequence[int],
     machine: Machine,
     num_ranks: int,
-    recompute: bool = True,
+    recompute: str = "full",
     efficiency: float = 0.45,
     average: bool = True,
     hpz: bool = False,
     micro_steps: int = 1,
+    prefetch_steps: int = 3,
+    mllm: MLLMConfig | None = None,
 ) -> StepEstimate:
     """Estimate a step in which every rank gets ``micro_steps`` packs of these samples.
 
@@ -114,25 +172,24 @@ def plan(
         mllm_lengths: Their MLLM tokens.
         machine: The GPU.
         num_ranks: GPUs.
-        recompute: Whether all layers are recomputed in backward.
+        recompute: What is recomputed in backward, as in ``training.activation_checkpointing``.
         efficiency: Share of the peak that executed operations reach.
         average: Whether an exponential average is kept.
         hpz: Whether weights are gathered inside the node (ZeRO++ hpZ).
         micro_steps: Packs of a rank in a step.
+        prefetch_steps: Steps that are loaded ahead, whose MLLM states wait on the host.
+        mllm: The MLLM of ``features``, for the number of its actors; None where its states are stored.
     """
     parameters, block = count_parameters(config)
-    tokens, dim = sum(lengths), config.inner_dim
+    tokens = sum(lengths)
     per_parameter = BYTES_BF16 + (5 if average else 4) * BYTES_FP32
     state = parameters * per_parameter / num_ranks
     if hpz:
         state += parameters * BYTES_BF16 / min(num_ranks, machine.gpus_per_node)
     layer = 2 * 2 * block * BYTES_BF16
-    kept_layer = tokens * (KEPT_PER_LAYER * dim + KEPT_FEED_FORWARD * config.ffn_dim) * BYTES_BF16
-    kept_input = config.num_layers * tokens * dim * BYTES_BF16
-    activations = kept_input + kept_layer if recompute else config.num_layers * kept_layer
-    activations += config.num_layers * sum(mllm_lengths) * config.mllm_dim * BYTES_BF16
+    mllm_tokens = sum(mllm_lengths)
     flops = sequence_flops(config, lengths, mllm_lengths)
-    executed = flops.total + (flops.forward if recompute else 0)
+    executed = flops.total + recomputed_flops(config, lengths, mllm_lengths, recompute)
     share = (num_ranks - 1) / num_ranks
     gathered = 2 * parameters * BYTES_BF16 * share
     reduced = parameters * BYTES_BF16 * share
@@ -144,13 +201,16 @@ def plan(
     # Gathers and reductions run beside the layers before and after them.
     step_s = max(compute_s, communication_s)
     per_step = num_ranks * micro_steps
+    mllm_work = mllm_token_flops(mllm) * mllm_tokens * per_step / step_s if mllm else 0.0
     return StepEstimate(
         parameters,
         num_ranks,
         state,
         layer,
-        activations,
+        activation_bytes(config, tokens, mllm_tokens, recompute),
+        states_bytes(config, mllm_tokens),
         NUM_BUCKETS * min(parameters, BUCKET_ELEMENTS) * BYTES_BF16 + RUNTIME_BYTES,
+        packs_in_flight(prefetch_steps) * micro_steps * states_bytes(config, mllm_tokens),
         micro_steps * flops.total,
         micro_steps * executed,
         micro_steps * (gathered + reduced),
@@ -159,5 +219,5 @@ def plan(
         step_s,
         per_step * tokens / step_s,
         per_step * len(lengths) * 86400 / step_s,
-        attention_tokens(config),
+        mllm_work / (machine.peak_tflops * 1e12 * efficiency),
     )

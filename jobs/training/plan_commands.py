@@ -1,5 +1,6 @@
 """``loomvideo plan``: memory, operations, communication and time of a training run before launch."""
 
+import math
 from dataclasses import dataclass
 
 import typer
@@ -16,11 +17,12 @@ class PlanConfig:
     model: str = option("5b", "model size: tiny, small or 5b")
     machine: str = option("h100", "h100, h200 or a100")
     ranks: list[int] = option([8, 64], "GPUs")
-    lengths: list[int] = option([12090, 4294], "tokens of each sample of a pack")
-    mllm_lengths: list[int] = option([1030, 250], "their MLLM tokens")
+    lengths: list[int] = option([12090, 12090, 400], "tokens of each sample of a pack")
+    mllm_lengths: list[int] = option([830, 830, 450], "their MLLM tokens")
     steps: int = option(10000, "optimiser steps, for the time of the whole run")
     packs_per_rank: int = option(1, "packs of a rank in a step")
-    recompute: bool = option(True, "activation checkpointing of all layers")
+    recompute: str = option("full", "training.activation_checkpointing: none, selective or full")
+    prefetch_steps: int = option(3, "training.prefetch_steps: how many steps' MLLM states wait in host memory")
     efficiency: float = option(0.45, "share of the GPU's peak that executed operations reach; measure it")
     hpz: bool = option(True, "gather weights inside the node (zero.hpz_partition_size=8) where there are several nodes")
     hourly_price: float = option(0.0, "price of a GPU hour, for the cost of the run; 0 leaves it out")
@@ -45,13 +47,16 @@ def print_plan(config: PlanConfig) -> None:
     from rich.table import Table
 
     from loomvideo.jobs.training.plan import MACHINES, plan
+    from loomvideo.model.flops import relative_cost
     from loomvideo.model.sizes import model_size
 
     if config.machine not in MACHINES:
         raise UserError(f"machine={config.machine}: use one of {', '.join(MACHINES)}")
     if len(config.lengths) != len(config.mllm_lengths):
         raise UserError("lengths and mllm_lengths: give one number for every sample of the pack")
-    machine, dit = MACHINES[config.machine], model_size(config.model).dit
+    machine, size = MACHINES[config.machine], model_size(config.model)
+    dit = size.dit
+    cost = sum(relative_cost(dit, n, m, n) for n, m in zip(config.lengths, config.mllm_lengths, strict=True))
     plans = [
         plan(
             dit,
@@ -63,6 +68,8 @@ def print_plan(config: PlanConfig) -> None:
             config.efficiency,
             hpz=config.hpz and ranks > machine.gpus_per_node,
             micro_steps=config.packs_per_rank,
+            prefetch_steps=config.prefetch_steps,
+            mllm=size.mllm,
         )
         for ranks in config.ranks
     ]
@@ -72,8 +79,12 @@ def print_plan(config: PlanConfig) -> None:
         "weights, gradients, optimiser, average": [f"{p.state_bytes / gib:.1f} GiB" for p in plans],
         "gathered layers": [f"{p.layer_bytes / gib:.1f} GiB" for p in plans],
         "activations": [f"{p.activation_bytes / gib:.1f} GiB" for p in plans],
+        "MLLM states": [f"{p.states_bytes / gib:.1f} GiB" for p in plans],
         "buckets and runtime": [f"{p.buffer_bytes / gib:.1f} GiB" for p in plans],
         f"memory of {machine.memory_gib:.0f} GiB": [f"{p.memory_bytes / gib:.1f} GiB" for p in plans],
+        "host memory of a node, packs in flight": [
+            f"{min(p.num_ranks, machine.gpus_per_node) * p.host_bytes / gib:.0f} GiB" for p in plans
+        ],
         "FLOPs, model": [f"{p.train_flops / tera:,.1f} T" for p in plans],
         "FLOPs, with recomputation": [f"{p.executed_flops / tera:,.1f} T" for p in plans],
         "communication": [f"{p.communication_bytes / 1e9:.1f} GB" for p in plans],
@@ -81,6 +92,7 @@ def print_plan(config: PlanConfig) -> None:
         "communication, hidden up to compute": [f"{p.communication_s:.2f} s" for p in plans],
         "step": [f"{p.step_s:.2f} s" for p in plans],
         "MFU": [f"{p.train_flops / p.step_s / machine.peak_tflops / tera:.0%}" for p in plans],
+        "MLLM actors on GPUs of their own (features.actors), all": [f"{math.ceil(p.mllm_actors)}" for p in plans],
         "tokens/s, all": [f"{p.tokens_per_s:,.0f}" for p in plans],
         "samples/day, all": [f"{p.samples_per_day:,.0f}" for p in plans],
         f"{config.steps:,} steps": [f"{config.steps * p.step_s / 3600:.1f} h" for p in plans],
@@ -93,8 +105,9 @@ def print_plan(config: PlanConfig) -> None:
     console = Console(markup=False)
     console.print(table)
     console.print(
-        f"{plans[0].num_parameters / 1e9:.2f} G parameters; training.pack.attention_tokens="
-        f"{plans[0].attention_tokens}; nothing here is measured (efficiency={config.efficiency})"
+        f"{plans[0].num_parameters / 1e9:.2f} G parameters; the pack counts {cost:,.0f} of training.pack.tokens and "
+        f"{sum(config.mllm_lengths):,} of training.pack.max_context_tokens; nothing here is measured "
+        f"(efficiency={config.efficiency})"
     )
     if any(p.memory_bytes > 0.92 * machine.memory_gib * gib for p in plans):
-        console.print("memory is short: shorter packs, more GPUs, recompute=true or zero.offload_optimizer=true")
+        console.print("memory is short: shorter packs, more GPUs, recompute=full or zero.offload_optimizer=true")

@@ -8,6 +8,7 @@ import typer
 
 from loomvideo.jobs.command import config_command
 from loomvideo.jobs.weights.references import CHECKPOINT_HELP, RunReference, find_run
+from loomvideo.pipelines.training.config import ObjectiveConfig
 from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.training.config import MixtureConfig, PackConfig
@@ -21,6 +22,9 @@ class SimulateConfig:
     ranks: list[int] = option([2, 8, 64, 512], "packs a step to simulate")
     steps: int = option(50, "steps to simulate for each")
     split: str = option("train", "index split")
+    recompute: str = option("full", "training.activation_checkpointing: none, selective or full")
+    prefetch_steps: int = option(3, "training.prefetch_steps")
+    objective: ObjectiveConfig = option(ObjectiveConfig, "")
     pack: PackConfig = option(PackConfig, "")
     mixture: MixtureConfig = option(MixtureConfig, "")
 
@@ -30,7 +34,7 @@ def register(app: typer.Typer, data_app: typer.Typer) -> None:
 
     @config_command(data_app, "simulate", "data-simulate", lambda: SimulateConfig)
     def simulate(config: SimulateConfig) -> None:
-        """Print fill, imbalance between ranks and samples seen of every dataset, without reading a shard."""
+        """Print fill, imbalance between ranks, memory and samples seen of every dataset, without reading a shard."""
         print_simulation(config)
 
     @app.command("audit-resume")
@@ -56,20 +60,32 @@ def print_simulation(config: SimulateConfig) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from loomvideo.jobs.training.plan import activation_bytes, packs_in_flight, states_bytes
+    from loomvideo.pipelines.training.recipe import LoomVideoRecipe
     from loomvideo.platform.shards.reader import ShardDataset
     from loomvideo.platform.training.order import build_sources
     from loomvideo.platform.training.simulate import simulate, suggest_budget
 
     if not config.shards:
         raise UserError("shards: name at least one folder made by `loomvideo data prepare`")
-    indexes = [ShardDataset.open(url).index for url in config.shards]
-    tokens = [index.column("dit_tokens").to_pylist() for index in indexes]
-    sources = build_sources(indexes, tokens, config.split, config.mixture)
+    datasets = [ShardDataset.open(url) for url in config.shards]
+    models = {dataset.manifest.config["model"] for dataset in datasets}
+    if len(models) > 1:
+        raise UserError(f"shards: encoded for several models ({', '.join(sorted(models))}); name those of one")
+    recipe = LoomVideoRecipe(models.pop(), config.objective, [dataset.shared()["null"] for dataset in datasets])
+    indexes = [dataset.index for dataset in datasets]
+    sizes = [recipe.sample_sizes(number, index) for number, index in enumerate(indexes)]
+    sources = build_sources(indexes, sizes, config.split, config.mixture)
+    in_flight = packs_in_flight(config.prefetch_steps)
     table = Table(
-        "ranks", "fill", "imbalance", "worst", "tokens/step", "samples/step", "held", box=None, padding=(0, 2)
-    )
+        "ranks", "fill", "imbalance", "worst", "tokens/step", "samples/step", "held", "MLLM tokens, mean and most",
+        "activations and states", "host memory a rank", box=None, padding=(0, 2),
+    )  # fmt: skip
     for ranks in config.ranks:
-        result = simulate(sources, config.pack, ranks, config.steps)
+        result = simulate(sources, config.pack, ranks, config.steps, variant=recipe.visit_variant)
+        tokens, context = result.largest_pack
+        gpu_bytes = activation_bytes(recipe.config, tokens, context, config.recompute)
+        gpu_bytes += states_bytes(recipe.config, context)
         table.add_row(
             str(ranks),
             f"{result.fill:.1%}",
@@ -78,9 +94,16 @@ def print_simulation(config: SimulateConfig) -> None:
             f"{result.tokens_per_step:,.0f}",
             f"{result.samples_per_step:,.1f}",
             str(result.num_held),
+            f"{result.mean_context_tokens:,.0f}, {result.most_context_tokens:,}",
+            f"{gpu_bytes / 2**30:.1f} GiB",
+            f"{in_flight * states_bytes(recipe.config, result.most_context_tokens) / 2**30:.1f} GiB",
         )
     console = Console(markup=False)
     console.print(table)
+    console.print(
+        "imbalance: counted operations of the most expensive pack over the mean; memory: of the largest pack, as "
+        f"`loomvideo plan` estimates it, with {in_flight} packs in flight on the host"
+    )
     seen = Table(f"source (after {config.steps} steps)", "samples", "drawn", "epochs", box=None, padding=(0, 2))
     for source in sources:
         drawn = result.draws.get(source.name, 0)

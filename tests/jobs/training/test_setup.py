@@ -77,9 +77,32 @@ def test_the_plan_of_the_5b_model():
     assert eight.state_bytes == pytest.approx(eight.num_parameters * 22 / 8)
     assert many.state_bytes == pytest.approx(eight.state_bytes / 8)
     assert eight.memory_bytes < 80e9
+    # Eight packs in flight, 240 KiB an MLLM token.
+    assert eight.host_bytes == 8 * 1_030 * 240 * 1024
     assert eight.train_flops == many.train_flops
     assert machine_named("NVIDIA H100 80GB HBM3") is MACHINES["h100"]
     assert machine_named("") is None
+
+
+def test_recomputing_less_keeps_more_and_executes_less():
+    size = model_size("5b")
+    modes = [plan(size.dit, [12_090], [1_030], MACHINES["h100"], 8, mode) for mode in ("none", "selective", "full")]
+    kept, executed = [p.activation_bytes for p in modes], [p.executed_flops for p in modes]
+    assert kept == sorted(kept, reverse=True)
+    assert executed == sorted(executed)
+    assert executed[0] == modes[0].train_flops
+    assert executed[2] == pytest.approx(4 / 3 * modes[2].train_flops, rel=0.01)
+    assert executed[1] < 1.12 * modes[1].train_flops
+    with pytest.raises(UserError, match="recompute=some: use one of none, selective, full"):
+        plan(size.dit, [12_090], [1_030], MACHINES["h100"], 8, "some")
+
+
+def test_captions_of_stage_1_need_mllm_actors():
+    size = model_size("5b")
+    lengths, texts = [64] * 20 + [576] * 14, [150] * 34
+    planned = plan(size.dit, lengths, texts, MACHINES["h100"], 64, mllm=size.mllm)
+    # 13.9 GFLOP an MLLM token beside about 26 a token of the transformer and its share of attention.
+    assert 8 < planned.mllm_actors < 24
 
 
 def test_predictions_need_a_peak_and_scale_with_it():
