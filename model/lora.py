@@ -22,7 +22,7 @@ from loomvideo.model.config import LoRAConfig
 from loomvideo.platform.errors import UserError
 
 ADAPTER_FILE = "adapter_model.safetensors"
-_DOWN, _UP, _MAGNITUDE = ".lora_A", ".lora_B", ".lora_magnitude"
+DOWN, UP, MAGNITUDE = ".lora_A", ".lora_B", ".lora_magnitude"
 
 
 class AdaptedLinear(nn.Module):
@@ -94,17 +94,17 @@ class MergedWeights(Mapping[str, Tensor]):
 
     def __init__(self, state: Mapping[str, Tensor], config: LoRAConfig) -> None:
         self.state, self.config = state, config
-        self._names = [name for name in state if not name.endswith((_DOWN, _UP, _MAGNITUDE))]
+        self._names = [name for name in state if not name.endswith((DOWN, UP, MAGNITUDE))]
 
     def __getitem__(self, name: str) -> Tensor:
         weight, layer = self.state[name], name.removesuffix(".weight")
-        if name == layer or layer + _DOWN not in self.state:
+        if name == layer or layer + DOWN not in self.state:
             return weight
         merged = weight.float() + self.config.scale * (
-            self.state[layer + _UP].float() @ self.state[layer + _DOWN].float()
+            self.state[layer + UP].float() @ self.state[layer + DOWN].float()
         )
-        if layer + _MAGNITUDE in self.state:
-            merged *= (self.state[layer + _MAGNITUDE].float() / torch.linalg.norm(merged, dim=1))[:, None]
+        if layer + MAGNITUDE in self.state:
+            merged *= (self.state[layer + MAGNITUDE].float() / torch.linalg.norm(merged, dim=1))[:, None]
         return merged.to(weight.dtype)
 
     def __iter__(self) -> Iterator[str]:
@@ -126,13 +126,13 @@ def save_adapter(
     if (folder / ADAPTER_FILE).exists():
         raise UserError(f"{folder}: already holds an adapter; choose another folder or remove this one")
     folder.mkdir(parents=True, exist_ok=True)
-    suffixes = {_DOWN: ".lora_A.weight", _UP: ".lora_B.weight", _MAGNITUDE: ".lora_magnitude_vector"}
+    suffixes = {DOWN: ".lora_A.weight", UP: ".lora_B.weight", MAGNITUDE: ".lora_magnitude_vector"}
     tensors, layers = {}, []
     for name in state:
         layer, _, kind = name.rpartition(".")
         if f".{kind}" in suffixes:
             tensors[f"base_model.model.{layer}{suffixes[f'.{kind}']}"] = state[name].to("cpu", dtype).contiguous()
-            layers += [layer] if f".{kind}" == _DOWN else []
+            layers += [layer] if f".{kind}" == DOWN else []
     save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
     stated = {
         "peft_type": "LORA",

@@ -62,6 +62,11 @@ class StoredWeights:
     _files: dict[str, Path] = field(default_factory=dict)
     _tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return sorted(set(self._files.values())) or [self.path]
+
     def tensors(self, names: Collection[str]) -> Iterable[tuple[str, Tensor]]:
         """Read tensors one by one, file by file."""
         for name in names:
@@ -129,6 +134,20 @@ def load_dit(
         WeightsError: naming keys that do not fit.
         UserError: if the checkpoint cannot be read or states other sizes.
     """
+    checkpoint, model, start_fresh = match_dit(path, config, allow)
+    parameters = dict(model.named_parameters())
+    for name, tensor in checkpoint.tensors([name for name in parameters if name not in start_fresh]):
+        # Files are memory-mapped: copy, so that no parameter is a view of one.
+        _assign(model, name, tensor.to(device, dtype or tensor.dtype, copy=True))
+    fresh_dtype = dtype or next((p.dtype for p in model.parameters() if not p.is_meta), torch.float32)
+    start_parameters(model, start_fresh, device, fresh_dtype)
+    return model
+
+
+def match_dit(
+    path: str | Path, config: DiTConfig | None = None, allow: Sequence[str] = ()
+) -> tuple[Checkpoint, LoomVideoDiT, set[str]]:
+    """A checkpoint, the model on the meta device that it fits, and the names that it lacks; see :func:`load_dit`."""
     checkpoint = open_checkpoint(path)
     if config is None and checkpoint.config is None:
         raise UserError(f"{path}: this checkpoint does not state its sizes; give model=… (5b for the published one)")
@@ -136,18 +155,20 @@ def load_dit(
     _check_sizes(checkpoint, config)
     with torch.device("meta"):
         model = LoomVideoDiT(config)
-    parameters = dict(model.named_parameters())
     if checkpoint.kind == "wan":
         allow = (*allow, *CONDITIONING_KEYS)
-    start_fresh = check_keys(checkpoint, {name: tuple(p.shape) for name, p in parameters.items()}, allow)
-    for name, tensor in checkpoint.tensors([name for name in parameters if name not in start_fresh]):
-        # Files are memory-mapped: copy, so that no parameter is a view of one.
-        _assign(model, name, tensor.to(device, dtype or tensor.dtype, copy=True))
-    fresh_dtype = dtype or next((p.dtype for p in model.parameters() if not p.is_meta), torch.float32)
-    for name in start_fresh:
-        _assign(model, name, torch.empty(parameters[name].shape, device=device, dtype=fresh_dtype))
-    model.init_weights(start_fresh)
-    return model
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return checkpoint, model, check_keys(checkpoint, shapes, allow)
+
+
+def start_parameters(
+    model: LoomVideoDiT, names: Collection[str], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> None:
+    """Give the named parameters of a model on the meta device the values that training starts from."""
+    parameters = dict(model.named_parameters())
+    for name in names:
+        _assign(model, name, torch.empty(parameters[name].shape, device=device, dtype=dtype))
+    model.init_weights(names)
 
 
 def check_keys(checkpoint: StoredWeights, expected: Mapping[str, tuple[int, ...]], allow: Sequence[str]) -> set[str]:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from loomvideo.platform.errors import UserError
 
+CONFIG_FILE = "config.yaml"
 RUN_NAME = re.compile(r"[0-9a-zA-Z][0-9a-zA-Z._-]{0,62}")
 
 

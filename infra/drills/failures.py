@@ -200,7 +200,11 @@ def _continued(rehearsal: Rehearsal) -> str:
 def _checkpoints(rehearsal: Rehearsal) -> list[int]:
     """Steps of the run's checkpoints."""
     folder = rehearsal.run_folder(RUN) / "checkpoints"
-    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-????????"))
+    return sorted(
+        int(path.name.removeprefix("step-"))
+        for path in folder.glob("step-????????")
+        if (path / "manifest.json").is_file()
+    )
 
 
 def _same_shards(rehearsal: Rehearsal, manifest: str) -> str:

@@ -248,7 +248,7 @@ def drill_notice(rehearsal: Rehearsal) -> str:
     newest = folder.newest()
     if newest is None or newest.step != max(run.steps()):
         raise DrillError(f"last recorded step {max(run.steps())}, checkpoint {newest and newest.step}")
-    written_s = (newest.path / "manifest.json").stat().st_mtime - sent
+    written_s = (Path(newest.url) / "manifest.json").stat().st_mtime - sent
     stopped_at = newest.step
     run = rehearsal.train("notice")
     run.finish()
@@ -276,7 +276,8 @@ def drill_disk(rehearsal: Rehearsal) -> str:
         checkpoints = CheckpointFolder(folder)
         for step in checkpoints.steps():
             checkpoints.open(step).verify()
-        left = [path.name for path in folder.iterdir() if path.name.startswith(".step")]
+        whole = {checkpoints.name_of(step) for step in checkpoints.steps()}
+        left = [path.name for path in folder.iterdir() if path.name not in whole]
         if left or STEPS not in checkpoints.steps():
             raise DrillError(f"checkpoints {checkpoints.steps()}, left behind {left}")
         message = next(line for line in run.log.splitlines() if "was not written" in line)
@@ -291,7 +292,7 @@ def drill_bit(rehearsal: Rehearsal) -> str:
     name = "bit-flipped"
     shutil.copytree(source, source.with_name(name), ignore=shutil.ignore_patterns(".ray", "mlflow.json"))
     folder = CheckpointFolder(source.with_name(name) / "checkpoints")
-    file = next(folder.at(STEPS).glob("rank-*.safetensors"))
+    file = next(Path(folder.at(STEPS)).glob("rank-*.safetensors"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
@@ -397,7 +398,7 @@ def _has_worker(nodes: LocalCluster, name: str) -> bool:
 
 def _a_checkpoint(rehearsal: Rehearsal) -> Path:
     folder = CheckpointFolder(rehearsal.folder / "runs" / "pretrain" / "worker-killed" / "checkpoints")
-    return folder.at(folder.steps()[-1])
+    return Path(folder.at(folder.steps()[-1]))
 
 
 @contextlib.contextmanager

@@ -5,39 +5,29 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loomvideo.jobs.weights.references import CHECKPOINT_HELP, REFERENCE_HELP, find_run, split_step
+from loomvideo.jobs.weights.references import CHECKPOINT_HELP, REFERENCE_HELP
 from loomvideo.platform.errors import UserError
 
 if TYPE_CHECKING:
-    from loomvideo.platform.training.checkpoint import Checkpoint, CheckpointFolder
+    from loomvideo.platform.training.checkpoint import Checkpoint
 
 app = typer.Typer(name="checkpoint", help="List, check, compare and export training checkpoints.", no_args_is_help=True)
 
-Reference = Annotated[str, typer.Argument(metavar="RUN[@STEP]", help=CHECKPOINT_HELP)]
+URL_HELP = ", or URL/JOB/NAME of one with checkpoint.url"
+Reference = Annotated[str, typer.Argument(metavar="RUN[@STEP]", help=CHECKPOINT_HELP + URL_HELP)]
 Runs = Annotated[Path, typer.Option(help="folder of all runs")]
 RUNS = Path("runs")
 
 
-def _steps(reference: str, runs: Path) -> "CheckpointFolder":
-    from loomvideo.platform.training.checkpoint import CheckpointFolder
-
-    run = find_run(reference, runs).run
-    folder = CheckpointFolder(run.path / "checkpoints")
-    if not folder.steps():
-        raise UserError(f"{reference}: {folder.path} holds no checkpoints")
-    return folder
-
-
 def _open(reference: str, runs: Path) -> "Checkpoint":
-    from loomvideo.jobs.weights.export import open_checkpoint
+    from loomvideo.jobs.weights.export import RunCheckpoints
 
-    found = find_run(reference, runs)
-    return open_checkpoint(found.run, found.step)
+    return RunCheckpoints.find(reference, runs).open()
 
 
 @app.command("ls")
 def list_checkpoints(
-    run: Annotated[str, typer.Argument(metavar="RUN", help=REFERENCE_HELP)], runs: Runs = RUNS
+    run: Annotated[str, typer.Argument(metavar="RUN", help=REFERENCE_HELP + URL_HELP)], runs: Runs = RUNS
 ) -> None:
     """List a run's checkpoints."""
     import datetime
@@ -45,10 +35,10 @@ def list_checkpoints(
     from rich.console import Console
     from rich.table import Table
 
-    from loomvideo.jobs.weights.export import NAMES
+    from loomvideo.jobs.weights.export import NAMES, RunCheckpoints
     from loomvideo.platform.training.checkpoint import Checkpoint, DamagedCheckpoint
 
-    folder = _steps(run, runs)
+    folder = RunCheckpoints.find(run, runs).folder
     table = Table("step", "written", "ranks", "size", "weights", "digest", box=None, padding=(0, 2, 0, 0))
     for step in folder.steps():
         try:
@@ -65,18 +55,20 @@ def list_checkpoints(
 @app.command()
 def verify(reference: Reference, runs: Runs = RUNS) -> None:
     """Check the size and hash of every file; of all checkpoints of a run, or of the named one."""
+    from loomvideo.jobs.weights.export import RunCheckpoints
     from loomvideo.platform.training.checkpoint import Checkpoint, DamagedCheckpoint
 
-    folder, (_, step) = _steps(reference, runs), split_step(reference)
-    paths = [folder.at(step) for step in folder.steps()] if step is None else [_open(reference, runs).path]
+    found = RunCheckpoints.find(reference, runs)
+    paths = [found.folder.at(step) for step in found.folder.steps()] if found.step is None else [found.open().url]
     damaged = 0
-    for checkpoint in paths:
+    for url in paths:
+        name = url.rsplit("/", 1)[-1]
         try:
-            Checkpoint(checkpoint).verify()
-            print(f"{checkpoint.name}  whole")
+            Checkpoint(url).verify()
+            print(f"{name}  whole")
         except DamagedCheckpoint as damage:
             damaged += 1
-            print(f"{checkpoint.name}  damaged: {damage}")
+            print(f"{name}  damaged: {damage}")
     if damaged:
         raise UserError(f"{damaged} of {len(paths)} checkpoints are damaged; resuming passes them over")
 
@@ -130,6 +122,7 @@ def export(
     weights: Annotated[str, typer.Option(help="ema or raw; default: ema where the checkpoint has it")] = "",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32")] = "float32",
     adapter: Annotated[bool, typer.Option("--adapter", help="write LoRA adapters alone, in PEFT's format")] = False,
+    base: Annotated[str, typer.Option(help="weights an adapter run started from, if they have moved")] = "",
     runs: Runs = RUNS,
 ) -> None:
     """Write a weights folder that `generate`, `evaluate` and diffusers' key names understand; adapters are merged.
@@ -140,10 +133,9 @@ def export(
 
     from loomvideo.jobs.weights.export import (
         KINDS,
+        RunCheckpoints,
         default_kind,
         export_weights,
-        open_checkpoint,
-        run_config,
         run_recipe,
         staged_folder,
     )
@@ -151,14 +143,14 @@ def export(
 
     if weights not in ("", *KINDS) or dtype not in ("bfloat16", "float16", "float32"):
         raise UserError(f"--weights={weights} --dtype={dtype}: use ema or raw; bfloat16, float16 or float32")
-    found, precision = find_run(reference, runs), getattr(torch, dtype)
-    config, checkpoint = run_config(found.run), open_checkpoint(found.run, found.step)
+    found, precision = RunCheckpoints.find(reference, runs), getattr(torch, dtype)
+    config, checkpoint = found.config(), found.open()
     if adapter:
         if not config.lora.rank:
-            raise UserError(f"{found.run.path}: --adapter: the run trained no adapters (lora.rank=0)")
+            raise UserError(f"{reference}: --adapter: the run trained no adapters (lora.rank=0)")
         kind = weights or default_kind(checkpoint)
         with staged_folder(output) as staged:
             save_adapter(checkpoint.weights(KINDS[kind]), config.lora, staged, precision)
     else:
-        kind = export_weights(run_recipe(config), config, found.run, checkpoint, output, weights, precision)
+        kind = export_weights(run_recipe(config), config, found.run, checkpoint, output, weights, precision, base=base)
     print(f"{output}: {kind} {'adapters' if adapter else 'weights'} of step {checkpoint.step}")

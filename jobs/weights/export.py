@@ -4,19 +4,24 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from loomvideo.jobs.training.config import TrainingJobConfig
+from loomvideo.jobs.weights.references import find_run, split_step
 from loomvideo.model.sizes import PIPELINE_FILE
 from loomvideo.model.weights import save_dit
 from loomvideo.pipelines.training.recipe import LoomVideoRecipe
 from loomvideo.platform.config import load_config
 from loomvideo.platform.errors import UserError
-from loomvideo.platform.runs import RunFolder
-from loomvideo.platform.training.checkpoint import Checkpoint, CheckpointFolder, DamagedCheckpoint
+from loomvideo.platform.runs import CONFIG_FILE, RunFolder
+from loomvideo.platform.shards.storage import Storage
+from loomvideo.platform.training.checkpoint import Checkpoint, CheckpointFolder, DamagedCheckpoint, checkpoints_of
+from loomvideo.platform.training.config import CheckpointConfig
 
 # Names of weights for people, and what checkpoints call them.
 KINDS = {"ema": "ema", "raw": "master"}
@@ -35,10 +40,71 @@ def run_config(run: RunFolder) -> TrainingJobConfig:
     Raises:
         UserError: if the folder is no training run's.
     """
-    file = run.path / "config.yaml"
+    file = run.path / CONFIG_FILE
     if not file.is_file():
         raise UserError(f"{file}: not found; it says which model the run trains")
     return load_config(TrainingJobConfig, preset_file=file)
+
+
+@dataclass(frozen=True)
+class RunCheckpoints:
+    """The checkpoints of a run, which need not be where its folder is.
+
+    Attributes:
+        run: The run; of one that was named by a URL, nothing but job and name are meaningful.
+        folder: Its checkpoints.
+        step: The one that was named, if any.
+    """
+
+    run: RunFolder
+    folder: CheckpointFolder
+    step: int | None = None
+
+    @classmethod
+    def of(cls, run: RunFolder, step: int | None = None) -> "RunCheckpoints":
+        """Those of a run's folder, or of the URL that its configuration states."""
+        stated = (run.path / CONFIG_FILE).is_file()
+        config = run_config(run).training.checkpoint if stated else CheckpointConfig()
+        return cls(run, CheckpointFolder(checkpoints_of(config, run)), step)
+
+    @classmethod
+    def find(cls, reference: str, runs: str | Path) -> "RunCheckpoints":
+        """Those of a reference (see :mod:`loomvideo.jobs.weights.references`), or of ``URL/JOB/NAME[@STEP]``.
+
+        Raises:
+            UserError: if there is no such run, or it has no checkpoint.
+        """
+        if "://" in reference:
+            place, step = split_step(reference)
+            root, job, name = place.rstrip("/").rsplit("/", 2)
+            found = cls(RunFolder(Path(root), job, name), CheckpointFolder(f"{place.rstrip('/')}/checkpoints"), step)
+        else:
+            named = find_run(reference, runs)
+            found = cls.of(named.run, named.step)
+        if not found.folder.steps():
+            raise UserError(f"{reference}: {found.folder.url} holds no checkpoints")
+        return found
+
+    def config(self) -> TrainingJobConfig:
+        """The run's configuration, which lies beside checkpoints elsewhere too."""
+        storage = Storage(self.folder.url.rsplit("/", 1)[0])
+        if storage.is_local or not storage.exists(CONFIG_FILE):
+            return run_config(self.run)
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / CONFIG_FILE
+            copy.write_bytes(storage.read_bytes(CONFIG_FILE))
+            return load_config(TrainingJobConfig, preset_file=copy)
+
+    def open(self) -> Checkpoint:
+        """The named checkpoint, else the newest.
+
+        Raises:
+            UserError: if it does not exist or is damaged.
+        """
+        try:
+            return self.folder.open(self.step)
+        except DamagedCheckpoint as damage:
+            raise UserError(f"damaged checkpoint {damage}") from damage
 
 
 def open_checkpoint(run: RunFolder, step: int | None = None) -> Checkpoint:
@@ -47,10 +113,7 @@ def open_checkpoint(run: RunFolder, step: int | None = None) -> Checkpoint:
     Raises:
         UserError: if it does not exist or is damaged.
     """
-    try:
-        return CheckpointFolder(run.path / "checkpoints").open(step)
-    except DamagedCheckpoint as damage:
-        raise UserError(f"damaged checkpoint {damage}") from damage
+    return RunCheckpoints.of(run, step).open()
 
 
 def run_recipe(config: TrainingJobConfig) -> LoomVideoRecipe:
@@ -67,6 +130,7 @@ def export_weights(
     kind: str = "",
     dtype: torch.dtype = torch.float32,
     replace: bool = False,
+    base: str = "",
 ) -> str:
     """Write a checkpoint as a weights folder under the published names, adapters merged; returns the kind written.
 
@@ -81,6 +145,7 @@ def export_weights(
         kind: ``ema`` or ``raw``; empty takes ``ema`` where the checkpoint has it.
         dtype: Of the written tensors.
         replace: Whether a folder that is there already is replaced.
+        base: Where the weights are now that a run with frozen parameters started from; empty for where they were.
 
     Raises:
         UserError: if the folder holds weights already, or the checkpoint has none of this kind.
@@ -88,7 +153,7 @@ def export_weights(
     kind = kind or default_kind(checkpoint)
     if output.exists() and any(output.iterdir()) and not replace:
         raise UserError(f"{output}: already holds weights or other files; name a new folder")
-    state = checkpoint.weights(KINDS[kind])
+    state = checkpoint.weights(KINDS[kind], recipe.open_base(checkpoint.base, base))
     note = {"model": config.model, "step": checkpoint.step, "weights": kind, "run": f"{run.job}/{run.name}"}
     with staged_folder(output) as staged:
         save_dit(recipe.published(state), recipe.config, staged, dtype=dtype)

@@ -20,6 +20,7 @@ from loomvideo.model.config import LoRAConfig
 from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.flops import pack_flops
 from loomvideo.model.flow import noised_and_target, sample_timestep
+from loomvideo.model.initial_weights import InitialWeights, open_base, weights_digest
 from loomvideo.model.kernels.node import use_kernels
 from loomvideo.model.lora import MergedWeights, adapt
 from loomvideo.model.packing import DiTSample, PackedBatch, pack
@@ -65,6 +66,8 @@ class TrainingPack:
     batch: PackedBatch
     target: Tensor
     """Velocity patches [video tokens, patch dim], float32."""
+    timesteps: list[float]
+    """As in the batch, on the host: to read them from a GPU would make it wait."""
 
     @property
     def num_tokens(self) -> int:
@@ -137,6 +140,30 @@ class LoomVideoRecipe(BaseRecipe):
             if self.lora is not None:
                 adapt(model, self.lora)
         return model
+
+    def start(self) -> tuple[nn.Module, Mapping[str, Tensor]]:
+        """The transformer on the meta device and its starting weights; from scratch, the transformer with them."""
+        if self.initial_weights is None:
+            return super().start()
+        if self.kernels is not None:
+            use_kernels(self.kernels)
+        initial = InitialWeights(self.initial_weights, self.config, SOURCE_KEYS, self.lora, self.seed)
+        return initial.model, initial
+
+    def base(self) -> dict[str, str]:
+        """The starting weights, where they hold every parameter."""
+        if self.initial_weights is None or InitialWeights(self.initial_weights, self.config, SOURCE_KEYS).fresh:
+            return super().base()
+        return {"path": str(self.initial_weights), "digest": weights_digest(self.initial_weights)}
+
+    def open_base(self, base: Mapping[str, str], path: str = "") -> Mapping[str, Tensor] | None:
+        """The weights that a checkpoint's ``base`` names; None when it names none.
+
+        Args:
+            base: ``path`` and ``digest``.
+            path: Where they are now.
+        """
+        return open_base(path or base["path"], base["digest"], self.config, SOURCE_KEYS) if base else None
 
     def warnings(self) -> Sequence[str]:
         """Kernels that eager replaced on this rank, and why."""
@@ -248,6 +275,7 @@ class LoomVideoRecipe(BaseRecipe):
             tasks=[example.task for example in examples],
             batch=batch,
             target=batch.pack_targets([example.target for example in examples]),
+            timesteps=[example.sample.timestep for example in examples],
         )
 
     def loss(self, model: nn.Module, pack: TrainingPack) -> LossOutput:
@@ -259,7 +287,7 @@ class LoomVideoRecipe(BaseRecipe):
             per_sample_elements=pack.batch.sum_per_sample(torch.ones_like(squared_error)),
             tags=[
                 {"task": task, "noise": f"{int(min(timestep, 999.0) // 250)}"}
-                for task, timestep in zip(pack.tasks, pack.batch.timesteps.tolist(), strict=True)
+                for task, timestep in zip(pack.tasks, pack.timesteps, strict=True)
             ],
         )
 

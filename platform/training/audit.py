@@ -10,7 +10,7 @@ from typing import Any
 
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.runs import RunFolder
-from loomvideo.platform.training.checkpoint import CheckpointFolder
+from loomvideo.platform.training.checkpoint import CheckpointFolder, checkpoints_of
 from loomvideo.platform.training.config import TrainingConfig
 from loomvideo.platform.training.driver import train
 from loomvideo.platform.training.progress import STEPS_FILE
@@ -73,7 +73,9 @@ def audit_resume(
         UserError: if there is no such checkpoint, or the run did not record the steps after it.
     """
     recorded = read_steps(run / STEPS_FILE)
-    folder = CheckpointFolder(run / "checkpoints")
+    folder = CheckpointFolder(
+        checkpoints_of(config.checkpoint, RunFolder(run.parent.parent, run.parent.name, run.name))
+    )
     usable = [k for k in folder.steps() if all(k + i in recorded for i in range(1, num_steps + 1))]
     if not usable or (step and step not in usable):
         have = ", ".join(map(str, folder.steps())) or "none"
@@ -85,9 +87,12 @@ def audit_resume(
     repetition = RunFolder.open(scratch, "audit", f"{run.name}-{step}")
     shutil.rmtree(repetition.path)
     repetition = RunFolder.open(scratch, "audit", f"{run.name}-{step}")
-    shutil.copytree(folder.at(step), repetition.path / "checkpoints" / folder.at(step).name)
+    copy = repetition.path / "checkpoints" / folder.name_of(step)
+    copy.parent.mkdir()
+    folder.storage.fs.get(folder.storage.full_path(folder.name_of(step)), str(copy), recursive=True)
     config.pack.per_step = folder.open(step).state["planner"]["packs_per_step"]
-    # Neither changes what is compared.
+    # None of these changes what is compared.
+    config.checkpoint.url = ""
     config.validation.every_steps, config.profile_steps = 0, []
     train(config, recipe_factory, datasets, repetition, open_dataset=open_dataset, last_step=step + num_steps)
     repeated = read_steps(repetition.path / STEPS_FILE)

@@ -19,7 +19,7 @@ from loomvideo.platform.training.validation import Validator
 
 logger = logging.getLogger(__name__)
 
-POLL_INTERVAL_S = 1.0
+POLL_INTERVAL_S, REMOTE_POLL_INTERVAL_S = 1.0, 15.0
 PATIENCE_S = 1800.0
 
 
@@ -30,7 +30,7 @@ class CheckpointTask:
     Attributes:
         name: For messages.
         every_steps: Checkpoints whose step is a multiple.
-        function: Picklable; ``function(folder of the checkpoint)``.
+        function: Picklable; ``function(URL of the checkpoint)``.
         on_result: Called in the driver with the step and what the function returned.
         resources: Options of the Ray task, ``num_cpus`` and ``num_gpus``.
     """
@@ -55,13 +55,15 @@ class CheckpointTasks(threading.Thread):
         super().__init__(name="checkpoint-tasks", daemon=True)
         self.folder, self.tasks, self._say = folder, list(tasks), say
         self._ended = threading.Event()
+        # Looking into a bucket costs a request.
+        self._interval_s = POLL_INTERVAL_S if folder.storage.is_local else REMOTE_POLL_INTERVAL_S
         newest = max(folder.steps(), default=0)
         self._done = {task.name: newest for task in self.tasks}
         self._running: dict[str, tuple[int, Any]] = {}
 
     def run(self) -> None:
         """Watch until :meth:`finish`."""
-        while not self._ended.wait(POLL_INTERVAL_S):
+        while not self._ended.wait(self._interval_s):
             self._advance()
 
     def finish(self, wait: bool) -> None:
@@ -90,7 +92,7 @@ class CheckpointTasks(threading.Thread):
             if due and task.name not in self._running:
                 self._done[task.name] = due[-1]
                 options = {"num_cpus": 1, "max_retries": 1} | task.resources
-                reference = ray.remote(task.function).options(**options).remote(str(self.folder.at(due[-1])))
+                reference = ray.remote(task.function).options(**options).remote(self.folder.at(due[-1]))
                 self._running[task.name] = (due[-1], reference)
 
     def _take(self, task: CheckpointTask, step: int, reference: Any) -> None:
@@ -106,7 +108,9 @@ def load_checkpoint_weights(model: torch.nn.Module, checkpoint: Checkpoint, kind
     """Put a checkpoint's ``master`` or ``ema`` weights into a model of one process, one parameter at a time."""
     weights = checkpoint.weights(kind)
     for name, parameter in model.named_parameters():
-        parameter.copy_(weights[name])
+        # What a checkpoint leaves to its base was never trained: the model has it already.
+        if weights.is_stored(name) or not checkpoint.base:
+            parameter.copy_(weights[name])
 
 
 def validation_task(

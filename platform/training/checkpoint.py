@@ -1,32 +1,33 @@
-"""Checkpoints that belong to no world size, written by all ranks and committed by a manifest.
+"""Checkpoints that belong to no world size, on a disk or an object store, written by all ranks.
 
-A checkpoint is a folder ``step-00000500/``. Every rank writes ``rank-00003-of-00008.safetensors`` with its slice of
-every trainable parameter's float32 master weights, moments and average (``master/<name>`` ...); the file's metadata
-says which elements of the parameter each slice is. ``state.json`` holds the counters that continue the run and
-``manifest.json`` the size and SHA-256 of every file. All is written under a temporary name; rank 0 writes the manifest
-last and renames the folder, so a folder under its final name with a manifest is complete, and one that was damaged
-since is recognised by its hashes.
+A checkpoint is a folder ``step-00000500/`` below any fsspec URL. Every rank writes ``rank-00003-of-00008.safetensors``
+with its slice of every trainable parameter's float32 master weights, moments and average (``master/<name>`` ...); the
+file's metadata says which elements of the parameter each slice is. ``state.json`` holds the counters that continue the
+run and ``manifest.json`` the size and SHA-256 of every file. The manifest is written last, all or nothing, and removed
+first: a folder with one is a complete checkpoint, any other is none, and nothing is ever renamed. What was damaged
+since is recognised by the hashes.
 """
 
 import hashlib
 import json
 import logging
-import os
 import re
-import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.runs import RunFolder
+from loomvideo.platform.shards.storage import Storage
+from loomvideo.platform.training.config import CheckpointConfig
+from loomvideo.platform.training.slice_file import FLOAT_BYTES, SavedSlice, hash_of, read_table, write_hashed
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,9 @@ FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.json"
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
+READ_BYTES = 256 * 2**20
+READ_THREADS = 16
+POLL_INTERVAL_S, REMOTE_POLL_INTERVAL_S = 0.02, 1.0
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -41,46 +45,41 @@ class DamagedCheckpoint(ValueError):  # noqa: N818 - a finding, not always an er
     """A checkpoint is incomplete or its content differs from its manifest."""
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def rank_file(rank: int, world_size: int) -> str:
     """Name of one rank's file."""
     return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
-
-
-@dataclass(frozen=True)
-class SavedSlice:
-    """Elements [start, stop) of a flattened parameter in one rank's file."""
-
-    file: str
-    start: int
-    stop: int
 
 
 class Checkpoint:
     """One committed checkpoint, read lazily.
 
     Args:
-        path: Its folder.
+        url: Its folder, a path or fsspec URL.
 
     Raises:
         DamagedCheckpoint: if there is no readable manifest or state.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, url: str | Path):
+        self.storage = Storage(url)
+        self.url = self.storage.url
         try:
-            self.manifest = json.loads((self.path / MANIFEST_FILE).read_text())
-            self.state = json.loads((self.path / STATE_FILE).read_text())
+            self.manifest = json.loads(self.storage.read_bytes(MANIFEST_FILE))
+            self.state = json.loads(self.storage.read_bytes(STATE_FILE))
         except (OSError, ValueError) as error:
-            raise DamagedCheckpoint(f"{self.path}: {error}") from error
+            raise DamagedCheckpoint(f"{self.url}: {error}") from error
         if self.manifest.get("format_version") != FORMAT_VERSION:
-            raise DamagedCheckpoint(f"{self.path}/{MANIFEST_FILE}: not a checkpoint of format {FORMAT_VERSION}")
-        self._open_files: dict[str, Any] = {}
+            raise DamagedCheckpoint(f"{self.url}/{MANIFEST_FILE}: not a checkpoint of format {FORMAT_VERSION}")
+
+    @property
+    def name(self) -> str:
+        """Name of the folder, such as ``step-00000500``."""
+        return self.url.rsplit("/", 1)[-1]
+
+    @property
+    def run_url(self) -> str:
+        """The run's folder, two above."""
+        return self.url.rsplit("/", 2)[0]
 
     @property
     def step(self) -> int:
@@ -103,6 +102,11 @@ class Checkpoint:
         return {name: tuple(shape) for name, shape in self.state["shapes"].items()}
 
     @property
+    def base(self) -> dict[str, str]:
+        """``digest`` and ``path`` of the weights that parameters not stored here come from; empty for none."""
+        return self.state.get("base") or {}
+
+    @property
     def kinds(self) -> list[str]:
         """Which of ``master, exp_avg, exp_avg_sq, ema`` are stored."""
         return [kind for kind in KINDS if self.slices.get(kind)]
@@ -114,35 +118,29 @@ class Checkpoint:
             DamagedCheckpoint: naming the first file that is missing or differs.
         """
         for name in self.manifest["files"] if files is None else files:
-            entry, path = self.manifest["files"][name], self.path / name
-            if not path.is_file():
-                raise DamagedCheckpoint(f"{path}: missing")
-            if path.stat().st_size != entry["bytes"]:
-                raise DamagedCheckpoint(f"{path}: {path.stat().st_size} bytes, the manifest says {entry['bytes']}")
-            if sha256_of(path) != entry["sha256"]:
-                raise DamagedCheckpoint(f"{path}: content differs from the manifest's hash")
+            entry, place = self.manifest["files"][name], f"{self.url}/{name}"
+            size = self.storage.size(name)
+            if size is None:
+                raise DamagedCheckpoint(f"{place}: missing")
+            if size != entry["bytes"]:
+                raise DamagedCheckpoint(f"{place}: {size} bytes, the manifest says {entry['bytes']}")
+            if hash_of(self.storage, name) != entry["sha256"]:
+                raise DamagedCheckpoint(f"{place}: content differs from the manifest's hash")
 
     @cached_property
     def slices(self) -> dict[str, dict[str, list[SavedSlice]]]:
         """``slices[kind][parameter name]`` in order of their start."""
         table: dict[str, dict[str, list[SavedSlice]]] = {}
-        for file in self.manifest["files"]:
-            if not file.endswith(".safetensors"):
-                continue
-            handle = self._file(file)
-            ranges = json.loads(handle.metadata()["slices"])
-            for key in handle.keys():  # noqa: SIM118 - not a mapping
-                kind, _, name = key.partition("/")
-                table.setdefault(kind, {}).setdefault(name, []).append(SavedSlice(file, *ranges[name]))
+        files = [file for file in self.manifest["files"] if file.endswith(".safetensors")]
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            for held in pool.map(lambda file: read_table(self.storage, file), files):
+                for key, part in held.items():
+                    kind, _, name = key.partition("/")
+                    table.setdefault(kind, {}).setdefault(name, []).append(part)
         for parameters in table.values():
             for parts in parameters.values():
                 parts.sort(key=lambda part: part.start)
         return table
-
-    def _file(self, name: str) -> Any:
-        if name not in self._open_files:
-            self._open_files[name] = safe_open(self.path / name, "pt")
-        return self._open_files[name]
 
     def read(self, kind: str, name: str, start: int, stop: int) -> Tensor | None:
         """Elements [start, stop) of a flattened parameter, float32; None when the kind was not stored.
@@ -150,6 +148,23 @@ class Checkpoint:
         Raises:
             DamagedCheckpoint: if the files do not hold all of them.
         """
+        return next(self.read_many([(kind, name, start, stop)]))
+
+    def read_many(self, requests: Sequence[tuple[str, str, int, int]]) -> Iterator[Tensor | None]:
+        """Answer many requests of :meth:`read` in their order, with few and large reads."""
+        batch: list[list[tuple[str, int, int]] | None] = []
+        size = 0
+        for request in requests:
+            pieces = self._pieces(*request)
+            batch.append(pieces)
+            size += (request[3] - request[2]) * FLOAT_BYTES
+            if size >= READ_BYTES:
+                yield from self._read_batch(batch)
+                batch, size = [], 0
+        yield from self._read_batch(batch)
+
+    def _pieces(self, kind: str, name: str, start: int, stop: int) -> list[tuple[str, int, int]] | None:
+        """(file, first byte, number of bytes) of every part of a request."""
         parts = self.slices.get(kind, {}).get(name)
         if parts is None:
             return None
@@ -157,35 +172,75 @@ class Checkpoint:
         for part in parts:
             if part.start <= place < part.stop and place < stop:
                 end = min(stop, part.stop)
-                saved = self._file(part.file).get_slice(f"{kind}/{name}")
-                pieces.append(saved[place - part.start : end - part.start])
+                first = part.offset + (place - part.start) * FLOAT_BYTES
+                pieces.append((part.file, first, (end - place) * FLOAT_BYTES))
                 place = end
         if place < stop:
-            raise DamagedCheckpoint(f"{self.path}: {kind} of {name} ends at element {place}, wanted {stop}")
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            raise DamagedCheckpoint(f"{self.url}: {kind} of {name} ends at element {place}, wanted {stop}")
+        return pieces
 
-    def weights(self, kind: str = "master") -> "LazyWeights":
-        """The full weights, ``master`` or ``ema``, read one parameter at a time."""
+    def _read_batch(self, batch: Sequence[list[tuple[str, int, int]] | None]) -> Iterator[Tensor | None]:
+        merged: dict[str, list[list[int]]] = {}
+        for file, first, size in sorted({piece for pieces in batch for piece in pieces or ()}):
+            ranges = merged.setdefault(file, [])
+            if ranges and ranges[-1][0] + ranges[-1][1] == first:
+                ranges[-1][1] += size
+            else:
+                ranges.append([first, size])
+        data = {
+            file: list(zip(ranges, self.storage.read_ranges(file, [tuple(r) for r in ranges]), strict=True))
+            for file, ranges in merged.items()
+        }
+
+        def piece_of(file: str, first: int, size: int) -> Tensor:
+            start, content = next((r[0], c) for r, c in data[file] if r[0] <= first < r[0] + r[1])
+            return torch.frombuffer(content, dtype=torch.float32, count=size // FLOAT_BYTES, offset=first - start)
+
+        for pieces in batch:
+            if pieces is None:
+                yield None
+            elif not pieces:
+                yield torch.empty(0)
+            else:
+                parts = [piece_of(*piece) for piece in pieces]
+                yield parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def weights(self, kind: str = "master", base: Mapping[str, Tensor] | None = None) -> "LazyWeights":
+        """The full weights, ``master`` or ``ema``, read one parameter at a time.
+
+        Args:
+            kind: Which.
+            base: The weights that :attr:`base` names, for parameters that are not stored here.
+        """
         if kind not in self.slices:
-            raise UserError(f"{self.path}: holds no {kind} weights; it has {', '.join(self.kinds)}")
-        return LazyWeights(self, kind)
+            raise UserError(f"{self.url}: holds no {kind} weights; it has {', '.join(self.kinds)}")
+        return LazyWeights(self, kind, base)
 
 
 class LazyWeights(Mapping[str, Tensor]):
-    """A full float32 state dict of trained parameters that reads a parameter when it is asked for."""
+    """A full float32 state dict that reads a parameter when it is asked for."""
 
-    def __init__(self, checkpoint: Checkpoint, kind: str):
-        self.checkpoint, self.kind = checkpoint, kind
+    def __init__(self, checkpoint: Checkpoint, kind: str, base: Mapping[str, Tensor] | None = None):
+        self.checkpoint, self.kind, self.base = checkpoint, kind, base
+
+    def is_stored(self, name: str) -> bool:
+        """Whether the checkpoint itself holds a parameter."""
+        return any(name in self.checkpoint.slices.get(kind, {}) for kind in (self.kind, "master"))
 
     def __getitem__(self, name: str) -> Tensor:
         shape = self.checkpoint.shapes[name]
-        num_elements = torch.Size(shape).numel()
-        value = self.checkpoint.read(self.kind, name, 0, num_elements)
-        if value is None and self.kind == "ema":
-            # Parameters that are not trained have no average.
-            value = self.checkpoint.read("master", name, 0, num_elements)
+        # Parameters that are not trained have no average.
+        kind = self.kind if name in self.checkpoint.slices.get(self.kind, {}) else "master"
+        value = self.checkpoint.read(kind, name, 0, torch.Size(shape).numel())
+        if value is None and self.base is not None:
+            value = self.base[name].float()
+        if value is None and self.checkpoint.base:
+            raise UserError(
+                f"{self.checkpoint.url}: {name} was not trained and is kept in the weights that the run started from, "
+                f"{self.checkpoint.base['path']} ({self.checkpoint.base['digest']}); name them"
+            )
         if value is None:
-            raise DamagedCheckpoint(f"{self.checkpoint.path}: no {self.kind} of {name}")
+            raise DamagedCheckpoint(f"{self.checkpoint.url}: no {self.kind} of {name}")
         return value.reshape(shape)
 
     def __iter__(self) -> Iterator[str]:
@@ -195,30 +250,50 @@ class LazyWeights(Mapping[str, Tensor]):
         return len(self.checkpoint.shapes)
 
 
+def checkpoints_of(config: CheckpointConfig, run: RunFolder) -> str:
+    """Where a run's checkpoints are: in its folder, or below ``checkpoint.url``."""
+    root = f"{config.url.rstrip('/')}/{run.job}/{run.name}" if config.url else str(run.path)
+    return f"{root}/checkpoints"
+
+
 class CheckpointFolder:
     """The checkpoints of one run.
 
     Args:
-        path: Folder that all ranks share.
+        url: A folder that all ranks reach, a path or fsspec URL.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, url: str | Path):
+        self.storage = Storage(url)
+        self.url = self.storage.url
+
+    def _children(self) -> list[int]:
+        """Steps of all folders, whole or not."""
+        fs, root = self.storage.fs, self.storage.full_path("")
+        fs.invalidate_cache()
+        try:
+            entries = self.storage.patiently(fs.ls, root, detail=False)
+        except FileNotFoundError:
+            return []
+        found = (_NAME.fullmatch(entry.rstrip("/").rsplit("/", 1)[-1]) for entry in entries)
+        return sorted(int(match[1]) for match in found if match)
 
     def steps(self) -> list[int]:
         """Steps of all committed checkpoints, ascending."""
-        if not self.path.is_dir():
-            return []
-        found = (_NAME.fullmatch(entry.name) for entry in self.path.iterdir())
-        return sorted(int(match[1]) for match in found if match)
+        return [step for step in self._children() if self.is_committed(step)]
 
-    def at(self, step: int) -> Path:
-        """Folder of the checkpoint after ``step`` steps."""
-        return self.path / f"step-{step:08d}"
+    def is_committed(self, step: int) -> bool:
+        """Whether there is a whole checkpoint of a step."""
+        return self.storage.exists(f"{self.name_of(step)}/{MANIFEST_FILE}")
 
-    def staging(self, step: int) -> Path:
-        """Where the checkpoint is written before it is committed."""
-        return self.path / f".step-{step:08d}.partial"
+    @staticmethod
+    def name_of(step: int) -> str:
+        """Name of the folder of the checkpoint after ``step`` steps."""
+        return f"step-{step:08d}"
+
+    def at(self, step: int) -> str:
+        """URL of the checkpoint after ``step`` steps."""
+        return f"{self.url}/{self.name_of(step)}"
 
     def newest(self, verify: bool = True) -> Checkpoint | None:
         """The newest checkpoint that is whole; damaged ones are passed over with a warning."""
@@ -241,83 +316,93 @@ class CheckpointFolder:
         if step is None:
             checkpoint = self.newest()
             if checkpoint is None:
-                raise UserError(f"{self.path}: no checkpoint")
+                raise UserError(f"{self.url}: no checkpoint")
             return checkpoint
         if step not in self.steps():
             have = ", ".join(map(str, self.steps())) or "none"
-            raise UserError(f"{self.path}: no checkpoint of step {step}; there are {have}")
+            raise UserError(f"{self.url}: no checkpoint of step {step}; there are {have}")
         return Checkpoint(self.at(step))
 
     def write_rank(
-        self, step: int, rank: int, world_size: int, tensors: Mapping[str, Tensor], ranges: Mapping[str, list[int]]
+        self,
+        step: int,
+        rank: int,
+        world_size: int,
+        content: memoryview,
+        attempt: str = "",
+        progress: Any = lambda num_bytes: None,
     ) -> None:
-        """Write one rank's file into the staging folder, and beside it the note that it is done.
+        """Write one rank's file, and beside it the note that it is done.
 
         Args:
             step: Optimiser steps done.
             rank, world_size: Who writes.
-            tensors: ``<kind>/<name>`` -> 1-D float32.
-            ranges: Parameter name -> [start, stop).
+            content: The file, from :class:`~loomvideo.platform.training.slice_file.HostBuffer`.
+            attempt: The same on all ranks of a start of the run, so that nobody takes an older note for this one.
+            progress: See :func:`write_hashed`.
         """
-        folder = self.staging(step)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / rank_file(rank, world_size)
-        save_file(dict(tensors), path, metadata={"slices": json.dumps(dict(ranges))})
-        _flush(path)
-        note = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        partial = folder / f".{rank}.note"
-        partial.write_text(json.dumps(note))
-        partial.replace(folder / f"{rank}.note")
-
-    def notes(self, step: int, world_size: int) -> list[dict[str, Any]] | None:
-        """The notes of all ranks, or None while one is missing."""
-        paths = [self.staging(step) / f"{rank}.note" for rank in range(world_size)]
-        if not all(path.is_file() for path in paths):
-            return None
-        return [json.loads(path.read_text()) for path in paths]
+        name, file = self.name_of(step), rank_file(rank, world_size)
+        sha256 = write_hashed(self.storage, f"{name}/{file}", content, progress)
+        note = {"file": file, "bytes": len(content), "sha256": sha256, "attempt": attempt}
+        self.storage.write_bytes(f"{name}/{_note(rank)}", json.dumps(note).encode())
 
     def commit(
-        self, step: int, world_size: int, state: Mapping[str, Any], cancelled: threading.Event | None = None
+        self,
+        step: int,
+        world_size: int,
+        state: Mapping[str, Any],
+        cancelled: threading.Event | None = None,
+        attempt: str = "",
     ) -> Checkpoint | None:
-        """Wait for all ranks' files, write state and manifest, and give the folder its final name.
+        """Wait for all ranks' files, then write state and manifest.
 
         Args:
             step: Optimiser steps done.
             world_size: Number of files to wait for.
             state: What ``state.json`` shall hold.
             cancelled: Set when a rank failed; then None is returned.
+            attempt: See :meth:`write_rank`.
         """
-        folder = self.staging(step)
-        while (notes := self.notes(step, world_size)) is None:
-            if cancelled is not None and cancelled.wait(0.02):
+        name, notes = self.name_of(step), {}
+        pause_s = POLL_INTERVAL_S if self.storage.is_local else REMOTE_POLL_INTERVAL_S
+        while len(notes) < world_size:
+            for rank in set(range(world_size)) - set(notes):
+                note = self._note_of(name, rank)
+                if note and note["attempt"] == attempt and note["file"] == rank_file(rank, world_size):
+                    notes[rank] = note
+            if cancelled is not None and cancelled.is_set():
                 return None
-        (folder / STATE_FILE).write_text(json.dumps(dict(state)))
-        _flush(folder / STATE_FILE)
-        files = {note["file"]: {"bytes": note["bytes"], "sha256": note["sha256"]} for note in notes}
-        files[STATE_FILE] = {
-            "bytes": (folder / STATE_FILE).stat().st_size,
-            "sha256": sha256_of(folder / STATE_FILE),
-        }
-        for rank in range(world_size):
-            (folder / f"{rank}.note").unlink()
+            if len(notes) < world_size:
+                time.sleep(pause_s)
+        text = json.dumps(dict(state)).encode()
+        self.storage.write_bytes(f"{name}/{STATE_FILE}", text)
+        files = {notes[r]["file"]: {key: notes[r][key] for key in ("bytes", "sha256")} for r in range(world_size)}
+        files[STATE_FILE] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
         manifest = {"format_version": FORMAT_VERSION, "step": step, "world_size": world_size, "files": files}
-        (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
-        _flush(folder / MANIFEST_FILE)
-        if self.at(step).exists():
-            shutil.rmtree(self.at(step))
-        folder.rename(self.at(step))
-        _flush(self.path)
+        self.storage.write_bytes(f"{name}/{MANIFEST_FILE}", json.dumps(manifest, indent=1).encode())
+        for rank in range(world_size):
+            self.storage.delete(f"{name}/{_note(rank)}")
         return Checkpoint(self.at(step))
 
-    def discard(self, step: int) -> None:
-        """Remove what was written of a checkpoint that will not be committed."""
-        shutil.rmtree(self.staging(step), ignore_errors=True)
+    def _note_of(self, name: str, rank: int) -> dict[str, Any] | None:
+        path = f"{name}/{_note(rank)}"
+        self.storage.fs.invalidate_cache()
+        return json.loads(self.storage.read_bytes(path)) if self.storage.exists(path) else None
 
-    def clear_staging(self) -> None:
+    def discard(self, step: int) -> None:
+        """Remove a checkpoint, its manifest first: a reader never takes the rest for one."""
+        name = self.name_of(step)
+        self.storage.delete(f"{name}/{MANIFEST_FILE}")
+        folder = self.storage.full_path(name)
+        if self.storage.exists(name):
+            self.storage.patiently(self.storage.fs.rm, folder, recursive=True)
+            self.storage.fs.invalidate_cache()
+
+    def clear_unfinished(self) -> None:
         """Remove what interrupted writes left behind. Only while nobody writes."""
-        if self.path.is_dir():
-            for entry in self.path.glob(".step-*.partial"):
-                shutil.rmtree(entry, ignore_errors=True)
+        for step in self._children():
+            if not self.is_committed(step):
+                self.discard(step)
 
     def rotate(self, keep_last: int, keep_every: int = 0, keep: Iterable[int] = ()) -> list[int]:
         """Remove old checkpoints; returns the removed steps.
@@ -332,17 +417,12 @@ class CheckpointFolder:
         if keep_every:
             kept |= {step for step in steps if step % keep_every == 0}
         removed = [step for step in steps if step not in kept]
-        for step in removed:
-            # Renamed first, so that a reader never sees half a folder under a final name.
-            doomed = self.path / f".step-{step:08d}.removed"
-            self.at(step).rename(doomed)
-            shutil.rmtree(doomed)
+        # What was given up before the newest was whole goes too.
+        unfinished = [step for step in self._children() if steps and step < steps[-1] and step not in steps]
+        for step in removed + unfinished:
+            self.discard(step)
         return removed
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _note(rank: int) -> str:
+    return f"{rank}.note"

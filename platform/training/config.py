@@ -23,6 +23,7 @@ class PackConfig:
     max_tokens: int = option(0, "hard limit of plain tokens in a pack, for memory; 0 for none")
     max_context_tokens: int = option(0, "hard limit of conditioning (MLLM) tokens in a pack, for memory; 0 for none")
     per_step: int = option(0, "packs in one optimiser step over all workers; 0 takes the number of workers")
+    stretch: float = option(1.25, "how much larger packs may be when workers are lost, so that a step keeps its tokens")
     lookahead: float = option(0.5, "how far beyond a step, in steps, samples are looked at to fill gaps")
 
 
@@ -48,7 +49,8 @@ class EmaConfig:
     """Exponential moving average of the weights, kept on the ZeRO partitions."""
 
     decay: float = option(0.9999, "decay a step; 0 keeps no average")
-    warmup: bool = option(True, "use min(decay, (1 + step) / (10 + step)), so that short runs average too")
+    warmup: bool = option(True, "start with min(decay, (1 + step) / (10 + step)), so that short runs average too")
+    warmup_steps: int = option(10_000, "steps after which the decay is constant in any case")
 
 
 @dataclass
@@ -72,7 +74,9 @@ class WorkersConfig:
     min: int = option(0, "elastic: continue with as few as this; 0 for a fixed number")
     gpus: int = option(0, "GPUs a worker; 0 trains on CPUs")
     cpus: int = option(1, "CPUs a worker, also its compute threads on CPU")
-    max_failures: int = option(3, "restarts after a worker died; preemptions are not counted")
+    max_failures: int = option(3, "restarts after a worker died, in failure_window_s; preemptions are not counted")
+    failure_window_s: float = option(86_400.0, "a worker's death is forgotten after so long")
+    resize_s: float = option(60.0, "elastic: how often to look for nodes to grow onto; a checkpoint is written first")
 
 
 @dataclass
@@ -85,7 +89,8 @@ class CheckpointConfig:
     keep_best: bool = option(False, "also write and keep the checkpoint with the best validation loss")
     keep_every: int = option(0, "also keep every checkpoint whose step is a multiple; 0 keeps none")
     background: bool = option(True, "write while training goes on")
-    upload: str = option("", "fsspec URL that committed checkpoints are copied to in the background")
+    wait_s: float = option(30.0, "how long a due one waits for the one before; after that it is put off")
+    url: str = option("", "folder or fsspec URL of checkpoints, below it JOB/RUN/checkpoints; empty for the run's own")
 
 
 @dataclass

@@ -2,35 +2,33 @@
 
 import logging
 import os
-import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import ray
 import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.util.state import list_actors
-from ray.util.state.exception import RayStateApiException
+from ray.train.torch import TorchConfig
 
 from loomvideo.platform.errors import UserError
-from loomvideo.platform.runs import RunFolder
+from loomvideo.platform.runs import CONFIG_FILE, RunFolder
+from loomvideo.platform.shards.storage import Storage
 from loomvideo.platform.training.beside import CheckpointTask, CheckpointTasks, validation_task
-from loomvideo.platform.training.checkpoint import CheckpointFolder
+from loomvideo.platform.training.checkpoint import CheckpointFolder, checkpoints_of
 from loomvideo.platform.training.config import TrainingConfig
 from loomvideo.platform.training.mailbox import Mailbox
 from loomvideo.platform.training.progress import Predict, Progress
+from loomvideo.platform.training.ray_trainer import Trainer
 from loomvideo.platform.training.recipe import Recipe, TrainingDataset
+from loomvideo.platform.training.watchdog import FLIGHT_FOLDER, recorder_environment
 from loomvideo.platform.training.worker import OTHER_WORKER, Worker, WorkerJob
 
 logger = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 0.25
-STOP_GRACE_S = 60.0
 FATAL_GRACE_S = 5.0
 PROCESS_GROUP_TIMEOUT_S = 1800
 WORKER_START_TIMEOUT_S = 300
@@ -65,7 +63,8 @@ def train(
         config: What to do.
         recipe_factory: Picklable; builds the recipe on every worker.
         datasets: URLs of the datasets, reachable from every worker.
-        run_folder: Holds ``checkpoints/`` and ``steps.jsonl``; on a cluster, shared storage.
+        run_folder: Holds ``steps.jsonl`` and, without ``checkpoint.url``, ``checkpoints/``; then, on a cluster, shared
+            storage.
         tracker: Gets the metrics; the driver owns it.
         open_dataset: Opens one URL; by default as a dataset folder of shards.
         last_step: Stop after this step, learning rates still those of ``config.steps``; 0 for the end.
@@ -89,8 +88,7 @@ def train(
     open_dataset = open_dataset or _open_shards
     for url in datasets:
         open_dataset(url)
-    checkpoints = run_folder.path / "checkpoints"
-    checkpoints.mkdir(parents=True, exist_ok=True)
+    checkpoints = _prepare_checkpoints(config, run_folder)
     # With the driver, as its controller: a worker node that dies must not take the reports along.
     mailbox = Mailbox.options(
         label_selector={ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
@@ -98,7 +96,7 @@ def train(
     progress = Progress(config, run_folder, tracker, predict)
     job = WorkerJob(config, recipe_factory, list(datasets), open_dataset, checkpoints, run_folder.path, last_step)
     workers = config.workers
-    trainer = _Trainer(
+    trainer = Trainer(
         _run_worker,
         train_loop_config={"job": job, "mailbox": mailbox},
         torch_config=TorchConfig(timeout_s=PROCESS_GROUP_TIMEOUT_S),
@@ -106,16 +104,17 @@ def train(
             num_workers=(workers.min, workers.num) if elastic else workers.num,
             use_gpu=workers.gpus > 0,
             resources_per_worker={"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {}),
+            elastic_resize_monitor_interval_s=workers.resize_s,
         ),
         run_config=RunConfig(
             name=run_folder.name,
             storage_path=str(run_folder.path / ".ray"),
             failure_config=FailureConfig(max_failures=workers.max_failures),
             logging_config=LoggingConfig(log_level="ERROR"),
-            worker_runtime_env={"env_vars": _worker_environment(config)},
+            worker_runtime_env={"env_vars": _worker_environment(config, run_folder)},
         ),
     )
-    trainer.mailbox = mailbox
+    trainer.mailbox, trainer.failure_window_s = mailbox, workers.failure_window_s
     follower = _Follower(mailbox, progress, stop, trainer.abort)
     if config.validation.every_steps and config.validation.beside:
 
@@ -154,69 +153,29 @@ def _open_shards(url: str) -> TrainingDataset:
     return ShardDataset.open(url)
 
 
-def _worker_environment(config: TrainingConfig) -> dict[str, str]:
+def _prepare_checkpoints(config: TrainingConfig, run_folder: RunFolder) -> str:
+    """The URL of the run's checkpoints, ready for workers; elsewhere, the configuration lies beside them."""
+    url = checkpoints_of(config.checkpoint, run_folder)
+    if not config.checkpoint.url:
+        Path(url).mkdir(parents=True, exist_ok=True)
+        return url
+    storage = Storage(url.rsplit("/", 1)[0])
+    if (run_folder.path / CONFIG_FILE).is_file():
+        try:
+            storage.write_bytes(CONFIG_FILE, (run_folder.path / CONFIG_FILE).read_bytes())
+        except OSError as error:
+            raise UserError(
+                f"training.checkpoint.url={config.checkpoint.url}: cannot be written to: {error}"
+            ) from error
+    return url
+
+
+def _worker_environment(config: TrainingConfig, run_folder: RunFolder) -> dict[str, str]:
     environment = {"DS_ACCELERATOR": "cuda" if config.workers.gpus else "cpu"}
+    environment |= recorder_environment(run_folder.path / "logs" / FLIGHT_FOLDER)
     if not config.workers.gpus:
         environment |= {"OMP_NUM_THREADS": str(config.workers.cpus), "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
     return environment
-
-
-def _has_state_api() -> bool:
-    try:
-        list_actors(limit=1, timeout=5)
-    except (RayStateApiException, ConnectionError):
-        return False
-    return True
-
-
-class _Trainer(TorchTrainer):
-    """A trainer that asks the workers for a checkpoint before it ends on a signal."""
-
-    mailbox: Any
-    interrupted = False
-    _controller: Any = None
-
-    def _create_default_callbacks(self) -> list[Any]:
-        callbacks = super()._create_default_callbacks()
-        if _has_state_api():
-            return callbacks
-        # Without a dashboard the cleaner cannot watch the controller and warns every second; a local cluster, the
-        # only kind without one, takes its placement groups along when it ends.
-        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
-
-    def _register_sigint_handler(self, controller: Any) -> None:
-        # Ray would abort the workers at once; catch_signals() gives them time for a checkpoint.
-        self._controller = controller
-
-    def catch_signals(self) -> Callable[[], None]:
-        """Handle SIGINT and SIGTERM while training; returns what restores the handlers before."""
-        if threading.current_thread() is not threading.main_thread():
-            return lambda: None
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-
-        def restore() -> None:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-        return restore
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if self.interrupted:
-            self.abort()
-            return
-        self.interrupted = True
-        if self._controller is None:
-            raise KeyboardInterrupt
-        print("stopping: writing a checkpoint; once more to stop at once", file=sys.stderr, flush=True)
-        self.mailbox.request_stop.remote("interrupted")
-        timer = threading.Timer(STOP_GRACE_S, self.abort)
-        timer.daemon = True
-        timer.start()
-
-    def abort(self) -> None:
-        """End the workers at once."""
-        if self._controller is not None:
-            self._controller.abort.remote()
 
 
 class _Follower(threading.Thread):

@@ -1,134 +1,40 @@
 """The DeepSpeed ZeRO engine: built from our configuration, with the few things DeepSpeed does not offer itself.
 
-Notable: gradients are those of sum / (elements of all ranks and micro-steps); the averaged weights live on the same
-partitions as the float32 master weights; every parameter's slice of master weights, moments and average can be read and
-written by name, which is what makes checkpoints independent of the world size.
+Notable: no rank ever holds the whole model in float32, as weights are read slice by slice into the partitions, and
+master weights are what was read, not what bf16 left of it; gradients are those of sum / (elements of all ranks and
+micro-steps); the averaged weights live on the same partitions as the float32 master weights; every parameter's slice
+of master weights, moments and average can be read and written by name, which is what makes checkpoints independent of
+the world size.
 """
 
-import contextlib
-import fnmatch
-import logging
-import os
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loomvideo.platform.errors import UserError
-from loomvideo.platform.training.config import OptimizerConfig, TrainingConfig
+from loomvideo.platform.training.config import TrainingConfig
+from loomvideo.platform.training.layers import prepare_layers
+from loomvideo.platform.training.moments import MOMENTS, read_moments, write_moments
 from loomvideo.platform.training.recipe import Recipe
 from loomvideo.platform.training.schedule import ema_decay, learning_rate
+from loomvideo.platform.training.zero import build_optimizer, deepspeed_config, import_deepspeed, select_trainable
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-MAX_BUCKET_ELEMENTS = 200_000_000
+Request = tuple[str, str, int, int]
+"""Elements [start, stop) of a flattened parameter: (``master``, ``exp_avg``, ``exp_avg_sq`` or ``ema``, name, start,
+stop)."""
 
-
-def import_deepspeed() -> Any:
-    """DeepSpeed, quiet, and without compiling its shared-memory all-reduce: training never calls that operation."""
-    # DeepSpeed calls collectives by names that torch is renaming.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    import deepspeed
-    import deepspeed.ops
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.ERROR)
-    if not torch.cuda.is_available():
-        deepspeed.ops.__dict__.setdefault("__compatible_ops__", {})
-    return deepspeed
-
-
-def select_trainable(model: nn.Module, patterns: list[str]) -> None:
-    """Freeze every parameter whose name matches none of the patterns; no patterns leave the model as it is.
-
-    Raises:
-        UserError: if a pattern matches nothing.
-    """
-    if not patterns:
-        return
-    names = [name for name, _ in model.named_parameters()]
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise UserError(f"training.optimizer.trainable: {pattern!r} matches no parameter (e.g. {names[0]})")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
-
-
-def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices only."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    if not config.weight_decay:
-        groups = [{"params": trained, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    options = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps}
-    if config.name == "adamw8bit":
-        if device.type != "cuda":
-            raise UserError("training.optimizer.name=adamw8bit: needs a CUDA device; use adamw")
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(groups, **options)
-    return torch.optim.AdamW(groups, fused=True, **options)
-
-
-def deepspeed_config(
-    config: TrainingConfig, num_elements: int, num_micro_steps: int, on_gpu: bool, resident: bool
-) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run.
-
-    Args:
-        config: Ours.
-        num_elements: Trainable parameters of the model.
-        num_micro_steps: Micro-steps of a rank in a step.
-        on_gpu: Whether workers have GPUs.
-        resident: Whether the model stays gathered between steps.
-    """
-    zero = config.zero
-    # One reduction a micro-step for small models; for large ones, buckets that bound the extra memory.
-    bucket = zero.bucket_elements or min(num_elements, MAX_BUCKET_ELEMENTS)
-    section: dict[str, Any] = {
-        "stage": zero.stage,
-        "overlap_comm": zero.overlap and on_gpu,
-        "reduce_scatter": True,
-        "contiguous_gradients": True,
-        "reduce_bucket_size": bucket,
-    }
-    if zero.stage == 3:
-        section |= {
-            "stage3_prefetch_bucket_size": bucket,
-            "stage3_param_persistence_threshold": int(1e12) if resident else zero.persistence_elements,
-            "stage3_max_live_parameters": int(1e9),
-            "stage3_max_reuse_distance": int(1e9),
-            "sub_group_size": int(1e12),
-            "zero_hpz_partition_size": zero.hpz_partition_size,
-        }
-    if zero.offload_optimizer:
-        section["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": num_micro_steps,
-        "gradient_clipping": config.optimizer.clip_norm,
-        "bf16": {"enabled": config.precision == "bf16"},
-        "zero_optimization": section,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": int(1e12),
-        "wall_clock_breakdown": False,
-    }
+Source = Callable[[Sequence[Request]], Iterator[Tensor | None]]
+"""Answers requests in their order: [stop - start] float32 each, or None when there is no such state."""
 
 
 @dataclass
 class ParameterSlice:
-    """A rank's contiguous part of one trainable parameter, elements [start, stop) of it flattened.
+    """A rank's contiguous part of one parameter, elements [start, stop) of it flattened.
 
     Attributes:
-        views: ``master``, and once they exist ``exp_avg``, ``exp_avg_sq`` and ``ema``: [stop - start] float32 views.
+        views: ``master``, and once they exist ``exp_avg``, ``exp_avg_sq`` and ``ema``: [stop - start] float32.
     """
 
     name: str
@@ -143,13 +49,22 @@ class ZeroEngine:
     Args:
         config: The run's configuration.
         recipe: Names the layers.
-        model: Float32 on the CPU, the same on every rank.
+        model: On the CPU or the meta device, the same on every rank; its parameters are replaced.
         device: This worker's.
         num_micro_steps: Micro-steps of a rank in a step.
+        initial: Weights to start from, read one parameter at a time; by default those that ``model`` holds.
+        load: Whether to read them now; a run that continues reads its checkpoint instead.
     """
 
     def __init__(
-        self, config: TrainingConfig, recipe: Recipe, model: nn.Module, device: torch.device, num_micro_steps: int
+        self,
+        config: TrainingConfig,
+        recipe: Recipe,
+        model: nn.Module,
+        device: torch.device,
+        num_micro_steps: int,
+        initial: Mapping[str, Tensor] | None = None,
+        load: bool = True,
     ):
         deepspeed = import_deepspeed()
         self.config, self.device = config, device
@@ -161,29 +76,51 @@ class ZeroEngine:
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.num_frozen = self.num_parameters - self.num_trainable
+        if initial is None:
+            initial = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        self.initial = initial
+        settings = deepspeed_config(config, self.num_trainable, num_micro_steps, device.type == "cuda")
+        self._allocate(model, deepspeed, settings)
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-        on_gpu = device.type == "cuda"
-        self._resident = config.zero.stage == 3 and self.num_parameters <= config.zero.resident_elements
         prepare_layers(recipe.layers(model), config)
-        with _hooks_of_root_only(model) if self._resident else contextlib.nullcontext():
-            self.engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=model,
-                optimizer=build_optimizer(model, config.optimizer, device),
-                config=deepspeed_config(config, self.num_trainable, num_micro_steps, on_gpu, self._resident),
-                dist_init_required=False,
-            )
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(model, self.shapes, config.optimizer, device),
+            config=settings,
+            dist_init_required=False,
+        )
         self.module = self.engine.module
-        if self._resident:
-            # Gathered below in one collective a group, where DeepSpeed would start one a parameter.
-            self.optimizer.persistent_parameters = []
-        self._slices = list(self._partition())
-        self.ema: list[Tensor] = []
-        if config.ema.decay:
-            self.ema = [master.detach().clone() for master in self.masters]
+        self._persistent: list[nn.Parameter] = []
+        if config.zero.stage == 3:
+            # Gathered in one collective, where DeepSpeed would start one a parameter.
+            self._persistent, self.optimizer.persistent_parameters = self.optimizer.persistent_parameters, []
+        self._positions = list(self._partition())
+        self.ema: list[Tensor] = [master.detach().clone() for master in self.masters] if config.ema.decay else []
         self.grad_norm = 0.0
-        if self._resident:
-            self._gather()
+        if load:
+            self.load_slices(read_from(initial), 0)
+
+    def _allocate(self, model: nn.Module, deepspeed: Any, settings: dict[str, Any]) -> None:
+        """Give the model parameters on the device, zero until :meth:`load_slices`; stage 3 partitions each at once."""
+        replaced: dict[int, nn.Parameter] = {}
+        first: nn.Parameter | None = None
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if id(parameter) not in replaced:
+                    zeros = torch.zeros(parameter.shape, dtype=self.dtype, device=self.device)
+                    fresh = nn.Parameter(zeros, requires_grad=parameter.requires_grad)
+                    replaced[id(parameter)] = fresh
+                    if self.config.zero.stage == 3:
+                        if first is None:
+                            first = fresh
+                            holder = nn.ParameterList([fresh])
+                            deepspeed.zero.Init(module=holder, config_dict_or_path=settings, dtype=self.dtype)
+                        else:
+                            first.convert_to_zero_parameters(param_list=[fresh])
+                module.register_parameter(name, replaced[id(parameter)])
+        model.to(self.device)
 
     @property
     def masters(self) -> list[Tensor]:
@@ -216,18 +153,21 @@ class ZeroEngine:
 
     def slices(self) -> Iterator[ParameterSlice]:
         """This rank's part of every trainable parameter."""
-        states = [self.optimizer.optimizer.state.get(master, {}) for master in self.masters]
-        for name, group, offset, start, stop in self._slices:
-            flats = {"master": self.masters[group].data}
-            flats |= {moment: states[group][moment] for moment in MOMENTS if moment in states[group]}
+        # DeepSpeed's safe_get_local_* would copy offloaded state to the GPU first, and know stage 3 alone.
+        states = [read_moments(self.optimizer.optimizer.state.get(master, {})) for master in self.masters]
+        for group, state in enumerate(states):
+            state["master"] = self.masters[group].data
             if self.ema:
-                flats["ema"] = self.ema[group]
-            yield ParameterSlice(
-                name, start, stop, {kind: flat.narrow(0, offset, stop - start) for kind, flat in flats.items()}
-            )
+                state["ema"] = self.ema[group]
+        yield from self._cut(states)
+
+    def _cut(self, flats: Sequence[Mapping[str, Tensor]]) -> Iterator[ParameterSlice]:
+        for name, group, offset, start, stop in self._positions:
+            views = {kind: flat.narrow(0, offset, stop - start) for kind, flat in flats[group].items()}
+            yield ParameterSlice(name, start, stop, views)
 
     def frozen_slices(self) -> Iterator[ParameterSlice]:
-        """This rank's share of the parameters that are not trained, so that checkpoints hold the whole model."""
+        """This rank's share of the parameters that are not trained."""
         for name, parameter in self._frozen.items():
             whole = torch.Size(self.shapes[name]).numel()
             length = -(-whole // self.world_size)
@@ -237,49 +177,57 @@ class ZeroEngine:
                 yield ParameterSlice(name, start, stop, {"master": part[: stop - start]})
 
     @torch.no_grad()
-    def load_slices(self, read: Callable[[str, str, int, int], Tensor | None], optimizer_step: int) -> None:
+    def load_slices(self, source: Source, optimizer_step: int, frozen: Source | None = None) -> None:
         """Fill this rank's partitions.
 
         Args:
-            read: ``read(kind, name, start, stop)`` gives [stop - start] float32, or None when there is no such state.
+            source: Gives master weights, moments and average; without an average it starts from the weights.
             optimizer_step: Steps the moments have seen; 0 leaves the optimiser fresh.
+            frozen: Gives the parameters that are not trained; by default ``source``.
         """
-        if optimizer_step:
-            for master in self.masters:
-                state = self.optimizer.optimizer.state[master]
-                state["step"] = torch.tensor(float(optimizer_step), device=master.device)
-                for moment in MOMENTS:
-                    state[moment] = torch.zeros_like(master)
-        for part in self.slices():
-            for kind, view in part.views.items():
-                value = read(kind, part.name, part.start, part.stop)
-                if value is None and kind == "ema":
-                    # A run that starts to average starts from the weights.
-                    value = part.views["master"]
-                if value is not None:
-                    view.copy_(value)
-        self._load_frozen(read)
+        moments = [
+            {moment: torch.zeros_like(master) for moment in MOMENTS} if optimizer_step else {}
+            for master in self.masters
+        ]
+        flats = [{"master": master.data} | moments[group] for group, master in enumerate(self.masters)]
+        for group, average in enumerate(self.ema):
+            flats[group]["ema"] = average
+        wanted = [(part, kind, view) for part in self._cut(flats) for kind, view in part.views.items()]
+        # The masters come first of each part, so that an average without state can start from them.
+        for (part, kind, view), value in zip(wanted, source(_requests(wanted)), strict=True):
+            if value is not None:
+                view.copy_(value)
+            elif kind == "ema":
+                view.copy_(part.views["master"])
+        for group, master in enumerate(self.masters):
+            if optimizer_step:
+                write_moments(self.optimizer.optimizer, group, master, moments[group], optimizer_step)
+        self._load_frozen(frozen or source)
         self._publish()
 
-    def _load_frozen(self, read: Callable[[str, str, int, int], Tensor | None]) -> None:
-        """Parameters that are not trained come back from the checkpoint too: what they started from may be gone."""
+    def _load_frozen(self, source: Source) -> None:
         if self.config.zero.stage == 3:
-            for part in self.frozen_slices():
-                part.views["master"].copy_(read("master", part.name, part.start, part.stop))
-            return
-        for name, parameter in self._frozen.items():
-            parameter.copy_(read("master", name, 0, parameter.numel()).view_as(parameter))
+            wanted = [(part, "master", part.views["master"]) for part in self.frozen_slices()]
+        else:
+            wanted = [
+                (ParameterSlice(name, 0, p.numel(), {}), "master", p.view(-1)) for name, p in self._frozen.items()
+            ]
+        for (_, _, view), value in zip(wanted, source(_requests(wanted)), strict=True):
+            view.copy_(value)
+        if self.config.zero.hpz_partition_size > 1:
+            # DeepSpeed drops these copies for trained parameters only.
+            for parameter in self._frozen.values():
+                parameter.ds_secondary_tensor = None
 
     def _publish(self) -> None:
         """Bring the working weights in line with the master weights."""
         if self.config.zero.stage == 3:
-            self.optimizer._partition_all_parameters()
+            self.optimizer.empty_partition_cache()
             for group in range(len(self.masters)):
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
-            if self._resident:
-                self._gather()
-            elif self.optimizer.persistent_parameters:
-                self.optimizer.persistent_parameters[0].all_gather(self.optimizer.persistent_parameters)
+            # The node's second copies (hpZ) are of the weights before.
+            self.optimizer.invalidate_secondary_tensor()
+            self._gather_persistent()
             return
         for group, master in enumerate(self.masters):
             partitions = self.optimizer.parallel_partitioned_bit16_groups[group]
@@ -288,21 +236,10 @@ class ZeroEngine:
                 self.optimizer.bit16_groups_flat[group], partitions[self.rank].clone()
             )
 
-    @torch.no_grad()
-    def _gather(self) -> None:
-        """Gather a resident model's working weights."""
-        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-        gathered = []
-        for flat in self.optimizer.fp16_partitioned_groups_flat:
-            whole = flat.new_empty(self.world_size, flat.numel())
-            torch.distributed.all_gather_into_tensor(whole.view(-1), flat)
-            gathered.append(whole)
-        for parameter in self._parameters.values():
-            group, offset, length = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
-            whole = gathered[group][:, offset : offset + length].reshape(-1)
-            parameter.data = whole[: parameter.ds_numel].view(parameter.ds_shape)
-            parameter.ds_status = ZeroParamStatus.AVAILABLE
+    def _gather_persistent(self) -> None:
+        """Gather the small parameters that stay whole between steps."""
+        if self._persistent:
+            self._persistent[0].all_gather_coalesced(self._persistent).wait()
 
     @torch.no_grad()
     def swap_ema(self) -> None:
@@ -350,71 +287,40 @@ class ZeroEngine:
             self._poison_gradients()
         skipped_before = self.engine.skipped_steps
         self.engine.step()
-        if self._resident:
-            self._gather()
         updated = self.engine.skipped_steps == skipped_before
-        if skip and self.config.zero.stage == 3:
-            # Reductions never overwrite the padding of the partitions.
-            self.optimizer.grad_partitions_flat_buffer.zero_()
+        self._gather_persistent()
         self.grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
         if updated and self.ema:
-            decay = ema_decay(self.config.ema.decay, self.config.ema.warmup, step)
+            decay = ema_decay(self.config.ema, step)
             torch._foreach_lerp_(self.ema, [master.data for master in self.masters], 1.0 - decay)
         return updated
 
     def _poison_gradients(self) -> None:
         """Make the gradient norm invalid, upon which the engine drops the gradients on all ranks."""
-        for gradients in self.optimizer.averaged_gradients.values():
-            for gradient in gradients:
-                gradient.fill_(float("nan"))
+        from deepspeed.utils import safe_set_full_grad, safe_set_local_grad
+
+        name, parameter = next(iter(self._parameters.items()))
+        if self.config.zero.stage == 3:
+            start = next((start for other, _, _, start, _ in self._positions if other == name), None)
+            if start is not None:
+                # A gradient's padding is never written again, so it must stay zero.
+                length = parameter.ds_tensor.numel()
+                gradient = torch.zeros(length, device=self.device)
+                gradient[0] = float("nan")
+                safe_set_local_grad(parameter, gradient)
+            return
+        safe_set_full_grad(parameter, torch.full(parameter.shape, float("nan"), device=self.device))
 
 
-@contextlib.contextmanager
-def _hooks_of_root_only(model: nn.Module) -> Iterator[None]:
-    """Let ZeRO-3 watch the model as one module, gradients still reduced a parameter at a time.
-
-    For a resident model the per-module hooks gather nothing and cost a tenth of a small model's step.
-    """
-    from deepspeed.runtime.zero import stage3
-    from deepspeed.utils import set_z3_leaf_module
-
-    set_z3_leaf_module(model, True)
-    of_leaf = stage3.z3_leaf_parameter
-    # A leaf's gradients would be reduced when its inputs have theirs; the root's inputs need none.
-    stage3.z3_leaf_parameter = lambda parameter: False
-    try:
-        yield
-    finally:
-        stage3.z3_leaf_parameter = of_leaf
+def _requests(wanted: Sequence[tuple[ParameterSlice, str, Tensor]]) -> list[Request]:
+    return [(kind, part.name, part.start, part.stop) for part, kind, _ in wanted]
 
 
-def prepare_layers(layers: Any, config: TrainingConfig) -> None:
-    """Compile or recompute layers as configured."""
-    for number, layer in enumerate(layers):
-        if config.compile:
-            layer.compile(dynamic=True)
-        if _recomputes(config.activation_checkpointing, number):
-            _recompute(layer)
+def read_from(weights: Mapping[str, Tensor]) -> Source:
+    """A source of master weights, one whole parameter in memory at a time."""
 
+    def answer(requests: Sequence[Request]) -> Iterator[Tensor | None]:
+        for kind, name, start, stop in requests:
+            yield weights[name].flatten()[start:stop].float() if kind == "master" else None
 
-def _recomputes(policy: str, number: int) -> bool:
-    if policy in ("none", "all"):
-        return policy == "all"
-    kind, _, period = policy.partition(":")
-    if kind != "every" or not period.isdigit() or int(period) < 1:
-        raise UserError(f"training.activation_checkpointing={policy}: use none, all or every:N")
-    return number % int(period) == 0
-
-
-def _recompute(layer: nn.Module) -> None:
-    from torch.utils.checkpoint import checkpoint
-
-    forward = layer.forward
-
-    def recomputed(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        # No random number is drawn inside a layer.
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-    layer.forward = recomputed
+    return answer

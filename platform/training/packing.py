@@ -7,6 +7,7 @@ they hold. Nothing is dropped and nothing waits for long: what did not fit one s
 """
 
 import bisect
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -150,6 +151,7 @@ class PackPlanner:
             "held": [[self.order.sources[draw.source].name, draw.number] for draw in self._held],
             "num_due": self._num_due,
             "packs_per_step": self.packs_per_step,
+            "tokens_per_step": self.packs_per_step * self.config.tokens,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -176,6 +178,22 @@ def planner_of(
     sizes = [recipe.sample_sizes(number, index) for number, index in enumerate(indexes)]
     order = SampleOrder(build_sources(indexes, sizes, config.split, config.mixture), config.seed, recipe.visit_variant)
     return PackPlanner(order, config.pack, packs_per_step)
+
+
+def packs_for(tokens_per_step: float, tokens: int, world_size: int, stretch: float) -> tuple[int, int]:
+    """Packs a step and the budget of a pack that keep a step's tokens on a number of workers.
+
+    A few workers less get somewhat larger packs: 64 packs on 56 workers would take two micro-steps, twice the time.
+
+    Args:
+        tokens_per_step: Budget of all packs of a step.
+        tokens: Budget of a pack as configured.
+        world_size: Workers.
+        stretch: How much larger than configured a pack may be.
+    """
+    micro_steps = max(1, math.ceil(tokens_per_step / (tokens * world_size * stretch) - 1e-9))
+    packs = micro_steps * world_size
+    return packs, round(tokens_per_step / packs)
 
 
 def packs_of_rank(num_packs: int, rank: int, world_size: int) -> list[tuple[int, bool]]:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from loomvideo.platform.runs import RunFolder
+from loomvideo.platform.training.checkpoint import checkpoints_of
 from loomvideo.platform.training.config import TrainingConfig
 from loomvideo.platform.training.hardware import peak_tflops
 from loomvideo.platform.training.validation import paired_change
@@ -262,6 +263,21 @@ class Progress:
             self._failed_checkpoint = report["step"]
             self.say(f"checkpoint of step {report['step']} was not written: {report['message']}; training goes on")
 
+    def _on_checkpoint_postponed(self, report: dict[str, Any]) -> None:
+        if report["rank"] == 0:
+            self.say(
+                f"step {report['step']}: the checkpoint before is still being written; this one follows when "
+                "it is whole (a faster checkpoint.url, or a larger checkpoint.every_steps)"
+            )
+
+    def _on_checkpoint_abandoned(self, report: dict[str, Any]) -> None:
+        if report["rank"] == 0:
+            self.say(f"the checkpoint of step {report['step']} was given up for an urgent one")
+
+    def _on_checkpointed(self, report: dict[str, Any]) -> None:
+        if report["rank"] == 0:
+            self.say(f"step {report['step']}: checkpoint written, as workers are about to change")
+
     def _on_fatal(self, report: dict[str, Any]) -> None:
         self.fatal = self.fatal or report["message"]
 
@@ -294,7 +310,7 @@ class Progress:
             else 0.0,
             "fill": self._totals["fill"] / steps,
             "restarts": self._num_starts - 1,
-            "checkpoints": str(self.folder.path / "checkpoints"),
+            "checkpoints": checkpoints_of(self.config.checkpoint, self.folder),
         }
 
     def _result_mfu(self, seconds: float) -> dict[str, float]:

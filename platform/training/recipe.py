@@ -70,6 +70,20 @@ class Recipe(Protocol):
         """
         ...
 
+    def start(self) -> tuple[nn.Module, Mapping[str, torch.Tensor]]:
+        """The model, which may be on the meta device, and the float32 weights it starts from, by parameter name.
+
+        Weights are asked for one at a time, so that no rank needs the room of all of them.
+        """
+        ...
+
+    def base(self) -> dict[str, str]:
+        """Where parameters that are not trained come from: ``path`` and ``digest``, a hash of the content.
+
+        Checkpoints then name them instead of holding them. Empty strings when they can be found nowhere else.
+        """
+        ...
+
     def open(self, datasets: Sequence[TrainingDataset]) -> None:
         """Called once, before anything is loaded, with the run's datasets."""
         ...
@@ -120,6 +134,15 @@ class Recipe(Protocol):
 
 class BaseRecipe:
     """Defaults of the optional parts of a recipe."""
+
+    def start(self) -> tuple[nn.Module, Mapping[str, torch.Tensor]]:
+        """What :meth:`Recipe.build_model` gives."""
+        model = self.build_model()
+        return model, {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def base(self) -> dict[str, str]:
+        """Nowhere: checkpoints hold every parameter."""
+        return {"path": "", "digest": ""}
 
     def open(self, datasets: Sequence[TrainingDataset]) -> None:
         """Nothing to prepare."""

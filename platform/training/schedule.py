@@ -1,8 +1,8 @@
-"""Learning-rate schedules."""
+"""What changes with the step: learning rate and the decay of the average."""
 
 import math
 
-from loomvideo.platform.training.config import OptimizerConfig
+from loomvideo.platform.training.config import EmaConfig, OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
@@ -17,6 +17,8 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
     return peak * (config.final_ratio + (1 - config.final_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def ema_decay(decay: float, warmup: bool, step: int) -> float:
-    """The decay of the average after optimiser step ``step`` (from 0)."""
-    return min(decay, (1 + step) / (10 + step)) if warmup else decay
+def ema_decay(config: EmaConfig, step: int) -> float:
+    """The decay of the average after optimiser step ``step`` (from 0): the constant, after its warm-up."""
+    if config.warmup and step < config.warmup_steps:
+        return min(config.decay, (1 + step) / (10 + step))
+    return config.decay

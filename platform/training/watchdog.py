@@ -1,4 +1,8 @@
-"""Hang detection: a worker that makes no progress writes all its stacks and ends, so that the run restarts."""
+"""Hang detection: a worker that makes no progress writes all its stacks and ends, so that the run restarts.
+
+Beside the stacks it leaves the collectives it took part in, from torch's flight recorder, as one file a rank;
+``torchfrtrace FOLDER`` tells from all ranks' files which collective one of them did not join.
+"""
 
 import faulthandler
 import os
@@ -8,6 +12,30 @@ import time
 from pathlib import Path
 
 EXIT_CODE = 75
+# All ranks stop within a step of each other; the first to leave would break the connections of those still writing.
+DUMP_GRACE_S = 5.0
+RECORDED_COLLECTIVES = 2000
+FLIGHT_FOLDER = "flight"
+FLIGHT_PREFIX = "nccl_trace_rank_"
+"""What torch's own analyser expects."""
+
+
+def recorder_environment(folder: Path) -> dict[str, str]:
+    """Environment of a worker whose collectives are recorded, with dumps of NCCL's own time-out in ``folder``."""
+    return {
+        "TORCH_FR_BUFFER_SIZE": str(RECORDED_COLLECTIVES),
+        "TORCH_FR_DUMP_TEMP_FILE": str(folder / FLIGHT_PREFIX),
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    }
+
+
+def flight_record() -> bytes:
+    """The recorded collectives of this process, as the analyser reads them."""
+    from torch._C import _distributed_c10d as c10d
+
+    # Builds with NCCL have their own, which knows the state of the GPU too.
+    dump = getattr(c10d, "_dump_nccl_trace", None) or c10d._dump_fr_trace
+    return dump()
 
 
 class Watchdog:
@@ -16,10 +44,11 @@ class Watchdog:
     Args:
         limit_s: Seconds without :meth:`beat` that count as a hang; 0 never does.
         report_file: Where the stacks of all threads are written; they go to stderr too.
+        flight_file: Where the recorded collectives are written; None for nowhere.
     """
 
-    def __init__(self, limit_s: float, report_file: Path):
-        self.limit_s, self.report_file = limit_s, report_file
+    def __init__(self, limit_s: float, report_file: Path, flight_file: Path | None = None):
+        self.limit_s, self.report_file, self.flight_file = limit_s, report_file, flight_file
         self._last = time.monotonic()
         self._closed = threading.Event()
         if limit_s:
@@ -45,5 +74,10 @@ class Watchdog:
         with self.report_file.open("w") as out:
             faulthandler.dump_traceback(out, all_threads=True)
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        if self.flight_file is not None:
+            self.flight_file.parent.mkdir(parents=True, exist_ok=True)
+            self.flight_file.write_bytes(flight_record())
+            print(f"the last collectives are in {self.flight_file.parent} (torchfrtrace)", file=sys.stderr, flush=True)
+            time.sleep(DUMP_GRACE_S)
         # The main thread sits in a collective and cannot be interrupted otherwise.
         os._exit(EXIT_CODE)

@@ -11,6 +11,7 @@ import itertools
 import logging
 import math
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +22,18 @@ import torch.distributed as dist
 
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.training.checkpoint import Checkpoint, CheckpointFolder, DamagedCheckpoint
-from loomvideo.platform.training.config import TrainingConfig
-from loomvideo.platform.training.engine import ZeroEngine
+from loomvideo.platform.training.config import PackConfig, TrainingConfig
+from loomvideo.platform.training.engine import ZeroEngine, read_from
 from loomvideo.platform.training.guard import SpikeGuard
 from loomvideo.platform.training.hardware import NodeMonitor, device_name
 from loomvideo.platform.training.loader import LoadedStep, SampleError, StepLoader
-from loomvideo.platform.training.packing import packs_of_rank, planner_of
+from loomvideo.platform.training.mailbox import WRITE_CHECKPOINT
+from loomvideo.platform.training.packing import packs_for, packs_of_rank, planner_of
 from loomvideo.platform.training.profiling import profiled
 from loomvideo.platform.training.recipe import Recipe, TrainingDataset
 from loomvideo.platform.training.schedule import learning_rate
 from loomvideo.platform.training.validation import Validator
-from loomvideo.platform.training.watchdog import Watchdog
+from loomvideo.platform.training.watchdog import FLIGHT_FOLDER, FLIGHT_PREFIX, Watchdog
 from loomvideo.platform.training.writer import CheckpointWriter
 
 logger = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ logger = logging.getLogger(__name__)
 PREEMPTION_INTERVAL_S = 5.0
 REPORT_INTERVAL_S = 1.0
 RECENT_STEPS = 200
+LAST_RETRIES = 2
 OTHER_WORKER = "another worker could not load its samples"
 
 
@@ -51,7 +54,7 @@ class WorkerJob:
         recipe_factory: Picklable; builds the recipe on the worker.
         datasets: URLs of the datasets.
         open_dataset: Opens one URL.
-        checkpoints: Folder of the run's checkpoints, shared by all workers.
+        checkpoints: Folder or fsspec URL of the run's checkpoints, reached by all workers.
         run_path: The run's folder.
         last_step: Stop after this step, with the learning rates of the whole run; 0 for ``config.steps``.
     """
@@ -60,7 +63,7 @@ class WorkerJob:
     recipe_factory: Callable[[], Recipe]
     datasets: Sequence[str]
     open_dataset: Callable[[str], TrainingDataset]
-    checkpoints: Path
+    checkpoints: str | Path
     run_path: Path
     last_step: int = 0
 
@@ -93,22 +96,26 @@ class Worker:
         self._wants_stop = self._stop_reason = ""
         self._started = time.perf_counter()
         self._asked_at = self._reported_at = time.monotonic()
-        # A preemption notice asks for a checkpoint, once.
-        self._urgent = self._noticed = False
+        # A preemption notice asks for a checkpoint, once; the driver asks before it changes the number of workers.
+        self._urgent = self._noticed = self._asked_for_checkpoint = False
+        attempt = self._from_rank_0(uuid.uuid4().hex)
         resumed = self._newest_checkpoint()
-        self.packs_per_step = self.config.pack.per_step or self.world_size
-        if resumed is not None and not self.config.pack.per_step:
-            self.packs_per_step = resumed.state["planner"]["packs_per_step"]
+        self.pack_config, self.packs_per_step = self._packs(resumed)
         num_micro_steps = len(packs_of_rank(self.packs_per_step, 0, self.world_size))
-        self.engine = ZeroEngine(self.config, self.recipe, self.recipe.build_model(), device, num_micro_steps)
+        model, initial = self.recipe.start()
+        self.engine = ZeroEngine(
+            self.config, self.recipe, model, device, num_micro_steps, initial, load=resumed is None
+        )
+        self._base = self._base_of(resumed)
         self.step = self.optimizer_step = 0
         self.guard = SpikeGuard(self.config.guard)
         self.last_step = job.last_step or self.config.steps
         validates = self.config.validation.every_steps > 0 and not self.config.validation.beside
         self._validator = Validator(self.recipe, self.datasets, self.config.validation) if validates else None
         self._best_loss = math.inf
-        self._watchdog = Watchdog(self.config.guard.hang_s, job.run_path / "logs" / f"hang-rank-{self.rank}.txt")
-        self._writer = CheckpointWriter(self.folder, self.config.checkpoint, self.rank, self.world_size)
+        self._writer = CheckpointWriter(
+            self.folder, self.config.checkpoint, self.rank, self.world_size, attempt, pin=device.type == "cuda"
+        )
         self._planner_state: dict[str, Any] | None = None
         # Kept with checkpoints: a driver that was killed may not have recorded what the workers did until they ended.
         self._recent: collections.deque[dict[str, Any]] = collections.deque(maxlen=RECENT_STEPS)
@@ -122,13 +129,22 @@ class Worker:
         # When the newest checkpoint was begun, and the newest one known to be whole.
         self._last_checkpoint_at = self._whole_at = time.monotonic()
         self._monitor = NodeMonitor(device, job.run_path)
+        # A checkpoint that was due while the one before was being written; whether any rank was, at the last look.
+        self._postponed = self._writing = False
+        # Only now: reading weights from a store may take longer than any step.
+        logs = job.run_path / "logs"
+        self._watchdog = Watchdog(
+            self.config.guard.hang_s,
+            logs / f"hang-rank-{self.rank}.txt",
+            logs / FLIGHT_FOLDER / f"{FLIGHT_PREFIX}{self.rank}",
+        )
 
     # -- state ----------------------------------------------------------------------------------------------------
 
     def _newest_checkpoint(self) -> Checkpoint | None:
         """The newest checkpoint that is whole; every rank checks a share of the files."""
         if self.rank == 0:
-            self.folder.clear_staging()
+            self.folder.clear_unfinished()
         for step in reversed(self._from_rank_0(self.folder.steps())):
             checkpoint, damage = None, ""
             try:
@@ -142,19 +158,45 @@ class Worker:
                 logger.warning("checkpoint passed over: %s", damage)
         return None
 
+    def _packs(self, resumed: Checkpoint | None) -> tuple[PackConfig, int]:
+        """Packs a step and their budget: on another number of workers than at the start, the same tokens a step."""
+        config = self.config.pack
+        if config.per_step or resumed is None:
+            return config, config.per_step or self.world_size
+        planned = resumed.state["planner"]
+        before = resumed.state["config"]["pack"]["tokens"]
+        tokens_per_step = planned.get("tokens_per_step", planned["packs_per_step"] * before) * config.tokens / before
+        packs, tokens = packs_for(tokens_per_step, config.tokens, self.world_size, config.stretch)
+        return dataclasses.replace(config, tokens=tokens), packs
+
+    def _base_of(self, resumed: Checkpoint | None) -> dict[str, str]:
+        """Which weights hold the parameters that are not trained; empty when checkpoints hold them themselves."""
+        if not self.engine.num_frozen or (resumed is not None and not resumed.base):
+            return {}
+        # Hashing 20 GB takes long enough for one rank.
+        base = self._from_rank_0(self.recipe.base() if self.rank == 0 else None)
+        if resumed is not None and base["digest"] != resumed.base["digest"]:
+            raise UserError(
+                f"{resumed.url}: was trained on other weights, {resumed.base['path']} ({resumed.base['digest']}), than "
+                f"{base['path'] or 'random ones'} ({base['digest'] or 'seeded'}); "
+                "put those back, or use another run name"
+            )
+        return base if base["digest"] else {}
+
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
         if checkpoint.shapes != self.engine.shapes:
             differing = set(checkpoint.shapes.items()) ^ set(self.engine.shapes.items())
             raise UserError(
-                f"{checkpoint.path}: was written for another model ({min(differing)[0]} differs); use another run name"
+                f"{checkpoint.url}: was written for another model ({min(differing)[0]} differs); use another run name"
             )
         if state["datasets"] != [dataset.digest for dataset in self.datasets]:
             raise UserError(
-                f"{checkpoint.path}: the datasets are not those of the run so far; use another run name, "
+                f"{checkpoint.url}: the datasets are not those of the run so far; use another run name, "
                 "or put the shards back"
             )
-        self.engine.load_slices(checkpoint.read, state["optimizer_step"])
+        frozen = read_from(self.engine.initial) if checkpoint.base else None
+        self.engine.load_slices(checkpoint.read_many, state["optimizer_step"], frozen)
         self.step, self.optimizer_step = state["step"], state["optimizer_step"]
         self._planner_state = state["planner"]
         self.guard.load_state(state["guard"])
@@ -179,25 +221,65 @@ class Worker:
         }
 
     def save(self) -> None:
-        """Start to write a checkpoint of the current step, once the one before is finished."""
-        self._settle_checkpoint()
+        """Start to write a checkpoint of the current step; the one before must be finished or given up."""
         tensors, ranges = {}, {}
-        for part in itertools.chain(self.engine.slices(), self.engine.frozen_slices()):
+        frozen = () if self._base else self.engine.frozen_slices()
+        for part in itertools.chain(self.engine.slices(), frozen):
             ranges[part.name] = [part.start, part.stop]
             for kind, view in part.views.items():
                 tensors[f"{kind}/{part.name}"] = view
         self._writer.write(self.step, tensors, ranges, self._state())
-        self._saved_at, self._last_checkpoint_at = self.step, time.monotonic()
+        self._saved_at, self._last_checkpoint_at, self._postponed = self.step, time.monotonic(), False
         if not self.config.checkpoint.background:
             self._settle_checkpoint()
 
-    def _settle_checkpoint(self) -> None:
-        """Finish the checkpoint being written; one that failed is reported and training goes on."""
-        error = self._writer.settle(lambda value: self._sum(value)[0])
+    def _save_when_free(self) -> bool:
+        """Save, unless the checkpoint before is still being written after a while: then as soon as it is not."""
+        if self._settle_checkpoint(self.config.checkpoint.wait_s):
+            self.save()
+            return True
+        if not self._postponed:
+            self._postponed = True
+            self._report({"event": "checkpoint_postponed", "rank": self.rank, "step": self.step})
+        return False
+
+    def _save_urgently(self) -> None:
+        """Save now, before the workers are taken away: a checkpoint that is still being written is given up for it."""
+        if self._writer.pending:
+            self._report({"event": "checkpoint_abandoned", "rank": self.rank, "step": self._saved_at})
+            self._writer.abandon()
+        self.save()
+        # Ray takes the workers away at the deadline; until then training goes on.
+        self._settle_checkpoint()
+        self._report({"event": "checkpointed", "rank": self.rank, "step": self.step})
+
+    def _settle_checkpoint(self, patience_s: float = math.inf) -> bool:
+        """Wait until no rank is writing, all ranks together; returns whether that came to pass in time."""
+        waited_from, pause_s = time.monotonic(), 0.002
+        while self._writer.pending:
+            mine = time.monotonic() - waited_from > patience_s
+            busy, failed, late = self._sum(float(self._writer.busy), float(self._writer.failed), float(mine))
+            self._look_at_writing(busy, failed)
+            # Writing is progress, however slow the store.
+            self._watchdog.beat()
+            if self._writer.pending and late:
+                return False
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.5)
+        return True
+
+    def _look_at_writing(self, busy: float, failed: float) -> None:
+        """Act on how many ranks are writing and how many failed; one that failed is reported and training goes on."""
+        self._writing = busy > 0
+        if failed:
+            self._writer.cancel()
+        if busy or not self._writer.pending:
+            return
+        error = self._writer.finish(failed)
         if error:
             self._report({"event": "checkpoint_failed", "rank": self.rank, "step": self._saved_at, "message": error})
             self._checkpoint_error = error
-        elif self._saved_at is not None:
+        else:
             self._checkpoint_error = ""
             self._whole_at = self._last_checkpoint_at
 
@@ -216,7 +298,7 @@ class Worker:
 
     def _run(self) -> dict[str, Any]:
         first_step = self.step
-        self._wants_stop = self._report(
+        self._tell(
             {
                 "event": "ready",
                 "rank": self.rank,
@@ -241,11 +323,14 @@ class Worker:
             if self.guard.consecutive_skips > self.config.guard.max_skips:
                 self._roll_back()
         self._flush(last=True)
-        if self._saved_at != self.step:
-            self.save()
         self._settle_checkpoint()
+        for _ in range(1 + LAST_RETRIES):
+            if self._saved_at == self.step and not self._checkpoint_error:
+                break
+            self.save()
+            self._settle_checkpoint()
         if self._checkpoint_error:
-            raise UserError(f"{self.folder.path}: the last checkpoint was not written: {self._checkpoint_error}")
+            raise UserError(f"{self.folder.url}: the last checkpoint was not written: {self._checkpoint_error}")
         return {"steps": self.step, "first_step": first_step, "stopped": self._stop_reason}
 
     def _train(self, loader: StepLoader) -> None:
@@ -258,12 +343,12 @@ class Worker:
                 return
             if self._validator is not None and self.step % self.config.validation.every_steps == 0:
                 self._validate()
-            if self._checkpoint_is_due() or self._urgent:
-                self.save()
+            due = self._checkpoint_is_due()
             if self._urgent:
-                # Ray takes the workers away at the deadline; until then training goes on.
-                self._settle_checkpoint()
                 self._urgent = False
+                self._save_urgently()
+            elif due or (self._postponed and not self._writing):
+                self._save_when_free()
 
     def _validate(self) -> None:
         """Report the loss of raw and averaged weights on the fixed triples; remember the best checkpoint's step."""
@@ -278,8 +363,9 @@ class Worker:
         if judged < self._best_loss:
             self._best_loss = judged
             if self.config.checkpoint.keep_best and self._saved_at != self.step:
-                self._writer.best_step = self.step
-                self.save()
+                best_before, self._writer.best_step = self._writer.best_step, self.step
+                if not self._save_when_free():
+                    self._writer.best_step = best_before
         if self.rank == 0:
             seconds = time.perf_counter() - started
             self._report({"event": "validation", "step": self.step, "losses": losses, "seconds": seconds})
@@ -304,7 +390,9 @@ class Worker:
         self.guard.consecutive_skips = 0
 
     def _open_loader(self) -> StepLoader:
-        planner = planner_of(self.recipe, self.datasets, self.config, self.packs_per_step)
+        planner = planner_of(
+            self.recipe, self.datasets, dataclasses.replace(self.config, pack=self.pack_config), self.packs_per_step
+        )
         if self._planner_state is None:
             self._planner_state = planner.state()
         else:
@@ -333,14 +421,18 @@ class Worker:
         packs = loaded.packs if loaded else []
         counted = [pack for pack, counts in packs if counts]
         asks = self.rank == 0 and time.monotonic() - self._asked_at > PREEMPTION_INTERVAL_S
-        elements, tokens, flops, stops, asks, failed = self._sum(
+        elements, tokens, flops, stops, asks, failed, wanted, writing, not_written = self._sum(
             float(sum(pack.num_loss_elements for pack in counted)),
             float(sum(pack.num_tokens for pack in counted)),
             float(sum(self.recipe.flops(pack) for pack in counted)),
             float(bool(self._wants_stop)),
             float(asks),
             float(bool(problem)),
+            float(self._asked_for_checkpoint),
+            float(self._writer.busy),
+            float(self._writer.failed),
         )
+        self._look_at_writing(writing, not_written)
         if failed:
             raise UserError(problem or OTHER_WORKER)
         if stops:
@@ -351,6 +443,8 @@ class Worker:
             self._asked_at = time.monotonic()
             self._urgent = self._preempted() and not self._noticed
             self._noticed = self._noticed or self._urgent
+        if wanted:
+            self._urgent, self._asked_for_checkpoint = True, False
         computing = time.perf_counter()
         loss_sum, bad_keys = self._forward_backward(packs, elements)
         total, num_bad = self._sum(loss_sum, float(len(bad_keys)))
@@ -382,7 +476,7 @@ class Worker:
 
     def _forward_backward(self, packs: Sequence[tuple[Any, bool]], elements: float) -> tuple[float, list[str]]:
         """Gradients of this rank's packs; returns the summed loss and the keys whose loss is not finite."""
-        loss_sum, bad_keys = 0.0, []
+        outputs = []
         for number, (pack, counts) in enumerate(packs):
             if number:
                 self.engine.step_micro()
@@ -394,12 +488,15 @@ class Worker:
                     raise
                 raise UserError(self._out_of_memory(pack)) from error
             self._most_tokens = max(self._most_tokens, pack.num_tokens)
-            if not counts:
-                continue
+            if counts:
+                outputs.append((pack.keys, output))
+        # Read when all is queued: a number that is asked for earlier makes the device wait for the host.
+        loss_sum, bad_keys = 0.0, []
+        for keys, output in outputs:
             loss_sum += float(output.sum.detach())
             sums = output.per_sample_sum.float().cpu().tolist()
             numbers = output.per_sample_elements.float().cpu().tolist()
-            bad_keys += [key for key, value in zip(pack.keys, sums, strict=True) if not math.isfinite(value)]
+            bad_keys += [key for key, value in zip(keys, sums, strict=True) if not math.isfinite(value)]
             for value, number_of_elements, tags in zip(sums, numbers, output.tags, strict=False):
                 for tag in tags.items():
                     entry = self._tags.setdefault(tag, [0.0, 0.0])
@@ -443,7 +540,7 @@ class Worker:
         elif self.rank == 0 and time.monotonic() - self._reported_at > REPORT_INTERVAL_S:
             # Asks whether to stop; the answer comes with a later report.
             self._reported_at = time.monotonic()
-            self._wants_stop = self._report({"event": "alive"}) or self._wants_stop
+            self._tell({"event": "alive"})
 
     def _flush(self, last: bool = False) -> None:
         """Send what was noted since the last time; ``last`` when nothing follows."""
@@ -463,8 +560,16 @@ class Worker:
         if self.device.type == "cuda":
             report["memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
         self._reported_at = time.monotonic()
-        self._wants_stop = self._report(report) or self._wants_stop
+        self._tell(report)
         self._records, self._tags = [], {}
+
+    def _tell(self, report: dict[str, Any]) -> None:
+        """Send a report and take the driver's answer."""
+        answer = self._report(report)
+        if answer == WRITE_CHECKPOINT:
+            self._asked_for_checkpoint = True
+        else:
+            self._wants_stop = answer or self._wants_stop
 
     def _checkpoint_is_due(self) -> bool:
         config = self.config.checkpoint

@@ -1,5 +1,7 @@
 import errno
 import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.training.checkpoint import Checkpoint, CheckpointFolder, DamagedCheckpoint
 from loomvideo.platform.training.config import CheckpointConfig
+from loomvideo.platform.training.slice_file import HostBuffer
 from loomvideo.platform.training.writer import CheckpointWriter
 
 WEIGHT = torch.arange(10, dtype=torch.float32)
@@ -18,8 +21,18 @@ def write(folder, step, world_size=2):
     for rank in range(world_size):
         start, stop = rank * length, min(10, (rank + 1) * length)
         tensors = {"master/w": WEIGHT[start:stop].clone(), "ema/w": -WEIGHT[start:stop]}
-        folder.write_rank(step, rank, world_size, tensors, {"w": [start, stop]})
+        folder.write_rank(step, rank, world_size, HostBuffer().fill(tensors, {"w": [start, stop]}))
     return folder.commit(step, world_size, {"step": step, "shapes": {"w": [2, 5]}})
+
+
+WHOLE = {"master/w": WEIGHT.clone()}, {"w": [0, 10]}
+
+
+def end_of(writer):
+    """Wait for a writer as the training loop does; returns its error."""
+    while writer.busy:
+        time.sleep(0.01)
+    return writer.finish(writer.failed)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -34,7 +47,7 @@ def test_slices_of_any_world_size_read_back(tmp_path, world_size):
 
 def test_uncommitted_checkpoints_do_not_exist(tmp_path):
     folder = CheckpointFolder(tmp_path)
-    folder.write_rank(7, 0, 2, {"master/w": WEIGHT.clone()}, {"w": [0, 10]})
+    folder.write_rank(7, 0, 2, HostBuffer().fill(*WHOLE))
     assert folder.steps() == []
     assert folder.newest() is None
     cancelled = threading.Event()
@@ -50,7 +63,7 @@ def test_uncommitted_checkpoints_do_not_exist(tmp_path):
 def test_damage_is_found_and_the_checkpoint_before_is_taken(tmp_path, damage, caplog):
     folder = CheckpointFolder(tmp_path)
     write(folder, 1)
-    path = write(folder, 2).path / "rank-00001-of-00002.safetensors"
+    path = Path(write(folder, 2).url) / "rank-00001-of-00002.safetensors"
     if damage == "flip":
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
@@ -76,11 +89,11 @@ def test_rotation_keeps_last_every_and_named(tmp_path):
     assert removed == [1, 2, 5, 6]
 
 
-def test_clear_staging_removes_only_what_was_not_committed(tmp_path):
+def test_only_what_was_not_committed_is_cleared(tmp_path):
     folder = CheckpointFolder(tmp_path)
     write(folder, 1)
-    folder.write_rank(2, 0, 2, {"master/w": WEIGHT.clone()}, {"w": [0, 10]})
-    folder.clear_staging()
+    folder.write_rank(2, 0, 2, HostBuffer().fill(*WHOLE))
+    folder.clear_unfinished()
     assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000001"]
 
 
@@ -96,11 +109,11 @@ def test_a_full_disk_is_said_and_gives_its_room_back(tmp_path, monkeypatch):
     before = writer.whole_since
     monkeypatch.setattr(folder, "write_rank", full)
     writer.write(3, {"master/w": WEIGHT}, {"w": [0, 10]}, {"step": 3, "shapes": {"w": [10]}})
-    assert "No space left on device" in writer.settle(float)
+    assert "No space left on device" in end_of(writer)
     assert list(tmp_path.iterdir()) == []
     assert writer.whole_since == before
     monkeypatch.undo()
     writer.write(4, {"master/w": WEIGHT}, {"w": [0, 10]}, {"step": 4, "shapes": {"w": [10]}})
-    assert writer.settle(float) == ""
+    assert end_of(writer) == ""
     assert folder.steps() == [4]
     assert writer.whole_since > before

@@ -62,7 +62,7 @@ def plain_training(config, recipe):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.optimizer, step, config.steps)
         optimizer.step()
-        decay = ema_decay(config.ema.decay, config.ema.warmup, step)
+        decay = ema_decay(config.ema, step)
         for name, p in model.named_parameters():
             average[name].lerp_(p.detach(), 1 - decay)
         records.append((loss.item(), norm.item()))
@@ -79,7 +79,7 @@ def two_ranks(tmp_path_factory):
     validated = config(3)
     validated.validation = dataclasses.replace(validated.validation, every_steps=4, samples_per_task=2, levels=3)
     partitioned = config(3)
-    partitioned.zero = dataclasses.replace(partitioned.zero, resident_elements=0, persistence_elements=0)
+    partitioned.zero = dataclasses.replace(partitioned.zero, persistence_elements=0)
     adapted_stage_2 = config(3)
     adapted_stage_2.zero.stage = 2
     rolled_back = config(3, steps=30)

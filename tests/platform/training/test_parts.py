@@ -13,6 +13,7 @@ from helpers.toy_training import ToyDataset, ToyRecipe
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.runs import RunFolder
 from loomvideo.platform.training.config import (
+    EmaConfig,
     GuardConfig,
     MixtureConfig,
     OptimizerConfig,
@@ -41,9 +42,12 @@ def test_learning_rate_warms_up_and_ends_where_it_says():
 
 
 def test_ema_decay_grows_to_its_value():
-    assert ema_decay(0.99, True, 0) == pytest.approx(0.1)
-    assert ema_decay(0.99, True, 10**6) == 0.99
-    assert ema_decay(0.99, False, 0) == 0.99
+    assert ema_decay(EmaConfig(0.99), 0) == pytest.approx(0.1)
+    assert ema_decay(EmaConfig(0.99), 10**6) == 0.99
+    assert ema_decay(EmaConfig(0.99, warmup=False), 0) == 0.99
+    # The published constant, where the warm-up alone would still be at 0.9991.
+    assert ema_decay(EmaConfig(0.9999), 9_999) < 0.9992
+    assert ema_decay(EmaConfig(0.9999), 10_000) == 0.9999
 
 
 def test_guard_skips_spikes_and_what_is_not_finite_and_continues_from_its_state():
