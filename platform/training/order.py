@@ -6,6 +6,7 @@ weights closely, and its sample from the source's current epoch, a seeded permut
 The state is the position and one counter a source.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -154,6 +155,51 @@ def _joined(sizes: Sequence[SampleSizes]) -> SampleSizes:
     """All rows, folder after folder."""
     parts = zip(*((part.tokens, part.context_tokens, part.costs) for part in sizes), strict=True)
     return SampleSizes(*(np.concatenate(part) for part in parts))
+
+
+def data_entry(step: int, datasets: Sequence[str], mixture: MixtureConfig) -> dict[str, Any]:
+    """What a run draws from after ``step`` steps, for its checkpoints: digests of the datasets, and the mixture."""
+    return {"step": step, "datasets": list(datasets), "mixture": dataclasses.asdict(mixture)}
+
+
+def continued_data(
+    url: str, state: dict[str, Any], datasets: Sequence[Any], mixture: MixtureConfig
+) -> list[dict[str, Any]]:
+    """What a run drew from so far, and from now on if that changed: datasets may join, weights may change.
+
+    Args:
+        url: Of the checkpoint, for messages.
+        state: Its state.
+        datasets: From now on, with ``digest`` and ``index``.
+        mixture: From now on.
+
+    Raises:
+        UserError: if a dataset of the run is missing, or one that joins would change the order of another.
+    """
+    history = state.get("data") or [{"step": 0, "datasets": state["datasets"], "mixture": state["config"]["mixture"]}]
+    known, digests = set(history[-1]["datasets"]), [dataset.digest for dataset in datasets]
+    missing = known - set(digests)
+    if missing:
+        raise UserError(
+            f"{url}: datasets of the run so far are missing ({', '.join(sorted(missing))}); put the shards back (a "
+            "weight of 0 in training.mixture leaves them out), or use another run name"
+        )
+    old = {name for dataset in datasets if dataset.digest in known for name in _names(dataset)}
+    new = {name for dataset in datasets if dataset.digest not in known for name in _names(dataset)}
+    if old & new:
+        task, name = min(old & new)
+        raise UserError(
+            f"data.shards: a dataset that joins holds samples of {task} named dataset={name}, as the run does already, in "
+            "an order that more of them would change; prepare the new one under another name"
+        )
+    now = data_entry(state["step"], digests, mixture)
+    if all(now[key] == history[-1][key] for key in ("datasets", "mixture")):
+        return history
+    return [*history, now]
+
+
+def _names(dataset: Any) -> set[tuple[str, str]]:
+    return set(zip(*(dataset.index.column(name).to_pylist() for name in ("task", "dataset")), strict=True))
 
 
 class SampleOrder:

@@ -21,6 +21,7 @@ STEPS_FILE = "steps.jsonl"
 VALIDATION_FILE = "validation.jsonl"
 STARTS_FILE = "starts.json"
 WARNINGS_FILE = "warnings.json"
+DATA_FILE = "data.json"
 LINE_INTERVAL_S = 10.0
 
 Predict = Callable[[dict[str, Any]], dict[str, float]]
@@ -277,6 +278,14 @@ class Progress:
     def _on_checkpointed(self, report: dict[str, Any]) -> None:
         if report["rank"] == 0:
             self.say(f"step {report['step']}: checkpoint written, as workers are about to change")
+
+    def _on_data(self, report: dict[str, Any]) -> None:
+        before, now = report["entries"][-2:]
+        self.folder.write_json(DATA_FILE, {"entries": report["entries"]})
+        joined = len(set(now["datasets"]) - set(before["datasets"]))
+        changes = [f"{joined} datasets joined"] if joined else []
+        changes += ["the mixture changed"] if now["mixture"] != before["mixture"] else []
+        self.say(f"after step {now['step']}: {' and '.join(changes) or 'datasets changed places'} ({DATA_FILE})")
 
     def _on_fatal(self, report: dict[str, Any]) -> None:
         self.fatal = self.fatal or report["message"]

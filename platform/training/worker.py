@@ -28,6 +28,7 @@ from loomvideo.platform.training.guard import SpikeGuard
 from loomvideo.platform.training.hardware import NodeMonitor, device_name
 from loomvideo.platform.training.loader import LoadedStep, SampleError, StepLoader
 from loomvideo.platform.training.mailbox import WRITE_CHECKPOINT
+from loomvideo.platform.training.order import continued_data, data_entry
 from loomvideo.platform.training.packing import packs_for, packs_of_rank, planner_of
 from loomvideo.platform.training.profiling import profiled
 from loomvideo.platform.training.recipe import Recipe, TrainingDataset
@@ -109,6 +110,7 @@ class Worker:
         self._base = self._base_of(resumed)
         self.step = self.optimizer_step = 0
         self.guard = SpikeGuard(self.config.guard)
+        self._data = [data_entry(0, [dataset.digest for dataset in self.datasets], self.config.mixture)]
         self.last_step = job.last_step or self.config.steps
         validates = self.config.validation.every_steps > 0 and not self.config.validation.beside
         self._validator = Validator(self.recipe, self.datasets, self.config.validation) if validates else None
@@ -190,11 +192,7 @@ class Worker:
             raise UserError(
                 f"{checkpoint.url}: was written for another model ({min(differing)[0]} differs); use another run name"
             )
-        if state["datasets"] != [dataset.digest for dataset in self.datasets]:
-            raise UserError(
-                f"{checkpoint.url}: the datasets are not those of the run so far; use another run name, "
-                "or put the shards back"
-            )
+        self._data = continued_data(checkpoint.url, state, self.datasets, self.config.mixture)
         frozen = read_from(self.engine.initial) if checkpoint.base else None
         self.engine.load_slices(checkpoint.read_many, state["optimizer_step"], frozen)
         self.step, self.optimizer_step = state["step"], state["optimizer_step"]
@@ -203,7 +201,9 @@ class Worker:
         if not self._recent:
             self._recent.extend(state.get("records", ()))
         best_loss, self._writer.best_step = state.get("best", (None, None))
-        self._best_loss = math.inf if best_loss is None else best_loss
+        # On other samples a loss means something else.
+        if best_loss is not None and self._data[-1]["datasets"] == state["datasets"]:
+            self._best_loss = best_loss
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -215,6 +215,8 @@ class Worker:
             "records": list(self._recent),
             "shapes": {name: list(shape) for name, shape in self.engine.shapes.items()},
             "datasets": [dataset.digest for dataset in self.datasets],
+            "data": self._data,
+            "base": self._base,
             "config": dataclasses.asdict(self.config),
             "world_size": self.world_size,
             "time": time.time(),
@@ -311,6 +313,8 @@ class Worker:
                 "device_name": device_name(self.device),
             }
         )
+        if len(self._data) > 1 and self.rank == 0:
+            self._report({"event": "data", "entries": self._data})
         if self._recent and self.rank == 0:
             self._report({"event": "recorded", "steps": list(self._recent)})
         self._watchdog.beat()

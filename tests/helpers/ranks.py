@@ -64,7 +64,7 @@ def _rank(answers, function, rank, world_size, port, arguments):
 
 @dataclass
 class Scenario:
-    """One training of the toy: where, how, and after which step the driver asks it to stop."""
+    """One training: where, how, and after which step the driver asks it to stop."""
 
     folder: str
     config: TrainingConfig
@@ -73,6 +73,9 @@ class Scenario:
     copy_from: str = ""
     """A folder whose checkpoints this one starts with."""
     recipe: Callable = ToyRecipe
+    open_dataset: Callable = ToyDataset
+    checkpoints: str = ""
+    """Where checkpoints go, if not into the folder."""
 
 
 def train_scenarios(rank, scenarios):
@@ -98,7 +101,8 @@ def _train(scenario):
     folder = Path(scenario.folder)
     # As the driver does; workers look at its disk.
     folder.mkdir(parents=True, exist_ok=True)
-    job = WorkerJob(scenario.config, scenario.recipe, [scenario.url], ToyDataset, folder / "checkpoints", folder)
+    checkpoints = scenario.checkpoints or folder / "checkpoints"
+    job = WorkerJob(scenario.config, scenario.recipe, [scenario.url], scenario.open_dataset, checkpoints, folder)
     try:
         final = Worker(job, torch.device("cpu"), report).run()
     except UserError as error:

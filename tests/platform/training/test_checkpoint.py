@@ -3,8 +3,10 @@ import threading
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.training.checkpoint import Checkpoint, CheckpointFolder, DamagedCheckpoint
@@ -117,3 +119,127 @@ def test_a_full_disk_is_said_and_gives_its_room_back(tmp_path, monkeypatch):
     assert end_of(writer) == ""
     assert folder.steps() == [4]
     assert writer.whole_since > before
+
+
+@pytest.fixture(params=["file", "memory", "s3"])
+def store(request, tmp_path, monkeypatch):
+    """URL of an empty folder on each kind of store."""
+    if request.param == "file":
+        yield f"file://{tmp_path}"
+        return
+    if request.param == "memory":
+        yield f"memory://{tmp_path.name}"
+        return
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
+    pytest.importorskip("s3fs")
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    fsspec.filesystem("s3", skip_instance_cache=True).mkdir("checkpoints-test")
+    yield "s3://checkpoints-test"
+    server.stop()
+
+
+def test_every_store_keeps_checkpoints_alike(store):
+    """Written by two ranks beside each other, committed, kept, removed, read back and checked, without a rename."""
+    folder = CheckpointFolder(f"{store}/pretrain/one/checkpoints")
+    assert folder.steps() == []
+    writers = [CheckpointWriter(folder, CheckpointConfig(keep_last=2), rank, 2, "attempt") for rank in range(2)]
+    for step in (1, 2, 3):
+        for rank, writer in enumerate(writers):
+            part = WEIGHT[5 * rank : 5 * rank + 5] * step
+            state = {"step": step, "shapes": {"w": [2, 5]}}
+            writer.write(step, {"master/w": part, "ema/w": -part}, {"w": [5 * rank, 5 * rank + 5]}, state)
+        assert [end_of(writer) for writer in reversed(writers)] == ["", ""]
+    assert folder.steps() == [2, 3]
+    checkpoint = CheckpointFolder(folder.url).newest()
+    assert torch.equal(checkpoint.read("master", "w", 3, 9), 3 * WEIGHT[3:9])
+    assert torch.equal(checkpoint.weights("ema")["w"], -3 * WEIGHT.reshape(2, 5))
+    name = checkpoint.storage.full_path("rank-00001-of-00002.safetensors")
+    content = bytearray(checkpoint.storage.fs.cat_file(name))
+    content[-1] ^= 1
+    checkpoint.storage.fs.pipe_file(name, bytes(content))
+    assert CheckpointFolder(folder.url).newest().step == 2
+    folder.write_rank(9, 0, 2, HostBuffer().fill(*WHOLE))
+    folder.clear_unfinished()
+    folder.discard(3)
+    left = [path for path in folder.storage.fs.find(folder.storage.full_path("")) if "step-" in path]
+    assert {path.rsplit("/", 2)[1] for path in left} == {"step-00000002"}
+    assert len(left) == 4
+
+
+def test_a_ranks_file_is_plain_safetensors(tmp_path):
+    write(CheckpointFolder(tmp_path), 1)
+    read = load_file(tmp_path / "step-00000001" / "rank-00001-of-00002.safetensors")
+    assert torch.equal(read["master/w"], WEIGHT[5:])
+
+
+class SlowFolder(CheckpointFolder):
+    """Writes nothing of step 1 before it is told to."""
+
+    def __init__(self, url):
+        super().__init__(url)
+        self.may_write = threading.Event()
+
+    def write_rank(self, step, rank, world_size, content, attempt="", progress=lambda num_bytes: None):
+        if step == 1:
+            self.may_write.wait()
+        super().write_rank(step, rank, world_size, content, attempt, progress)
+
+
+def test_an_urgent_checkpoint_does_not_wait_for_an_older_one(tmp_path):
+    folder = SlowFolder(tmp_path)
+    writer = CheckpointWriter(folder, CheckpointConfig(), 0, 1)
+    writer.write(1, *WHOLE, {"step": 1, "shapes": {"w": [10]}})
+    slow = writer._now.thread
+    assert writer.busy
+    writer.abandon()
+    assert not writer.pending
+    writer.write(2, {"master/w": 2 * WEIGHT}, {"w": [0, 10]}, {"step": 2, "shapes": {"w": [10]}})
+    assert end_of(writer) == ""
+    folder.may_write.set()
+    slow.join()
+    assert folder.steps() == [2]
+    assert torch.equal(folder.open().weights()["w"], 2 * WEIGHT)
+
+
+def test_memory_is_reused_and_the_weights_may_change_meanwhile(tmp_path):
+    folder = SlowFolder(tmp_path)
+    writer = CheckpointWriter(folder, CheckpointConfig(), 0, 1)
+    weight = WEIGHT.clone()
+    writer.write(1, {"master/w": weight}, {"w": [0, 10]}, {"step": 1, "shapes": {"w": [10]}})
+    weight.zero_()
+    place = writer._buffer._bytes.data_ptr()
+    folder.may_write.set()
+    assert end_of(writer) == ""
+    assert torch.equal(folder.open().weights()["w"], WEIGHT)
+    writer.write(2, {"master/w": weight}, {"w": [0, 10]}, {"step": 2, "shapes": {"w": [10]}})
+    assert end_of(writer) == ""
+    assert writer._buffer._bytes.data_ptr() == place
+
+
+def test_notes_of_an_attempt_before_are_not_taken_for_this_one(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    folder.write_rank(1, 1, 2, HostBuffer().fill(*WHOLE), "before")
+    folder.write_rank(1, 0, 2, HostBuffer().fill(*WHOLE), "now")
+    cancelled = threading.Event()
+    cancelled.set()
+    assert folder.commit(1, 2, {}, cancelled, "now") is None
+    assert folder.steps() == []
+
+
+def test_trouble_with_old_checkpoints_does_not_lose_the_new_one(tmp_path, monkeypatch, caplog):
+    folder = CheckpointFolder(tmp_path)
+    writer = CheckpointWriter(folder, CheckpointConfig(), 0, 1)
+
+    def refused(*arguments):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(folder, "rotate", refused)
+    writer.write(1, *WHOLE, {"step": 1, "shapes": {"w": [10]}})
+    assert end_of(writer) == ""
+    assert folder.steps() == [1]
+    assert "old checkpoints were not removed: not yours" in caplog.text

@@ -6,15 +6,13 @@ import shutil
 
 import pytest
 import torch
+from helpers.plain_loop import plain_training
 from helpers.ranks import Scenario, run_ranks, steps_of, train_scenarios
 from helpers.toy_training import HungryRecipe, ToyDataset, ToyRecipe, adapt_toy
 
 from loomvideo.platform.training.beside import load_checkpoint_weights
 from loomvideo.platform.training.checkpoint import CheckpointFolder
 from loomvideo.platform.training.config import TrainingConfig
-from loomvideo.platform.training.loader import load_draw
-from loomvideo.platform.training.packing import planner_of
-from loomvideo.platform.training.schedule import ema_decay, learning_rate
 from loomvideo.platform.training.validation import Validator
 
 pytestmark = pytest.mark.slow
@@ -34,39 +32,6 @@ def config(packs_per_step, **changes):
     result.ema.decay = 0.9
     result.checkpoint = dataclasses.replace(result.checkpoint, every_steps=4, keep_last=10)
     return dataclasses.replace(result, **changes)
-
-
-def plain_training(config, recipe):
-    """The same training in a few lines of PyTorch: one process, one pack after another."""
-    dataset = ToyDataset("toy://64")
-    planner = planner_of(recipe, [dataset], config, config.pack.per_step)
-    model = recipe.build_model()
-    matrices = [p for p in model.parameters() if p.ndim >= 2 and p.requires_grad]
-    vectors = [p for p in model.parameters() if p.ndim < 2 and p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.optimizer.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        betas=(config.optimizer.beta1, config.optimizer.beta2),
-        eps=config.optimizer.eps,
-    )
-    average = {name: p.detach().clone() for name, p in model.named_parameters()}
-    records = []
-    for step in range(config.steps):
-        packs = [
-            recipe.collate([load_draw(recipe, [dataset], draw, config.seed) for draw in draws])
-            for draws in planner.next_step()
-        ]
-        loss = sum(recipe.loss(model, pack).sum for pack in packs) / sum(pack.num_loss_elements for pack in packs)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.optimizer, step, config.steps)
-        optimizer.step()
-        decay = ema_decay(config.ema, step)
-        for name, p in model.named_parameters():
-            average[name].lerp_(p.detach(), 1 - decay)
-        records.append((loss.item(), norm.item()))
-    return records, {name: p.detach() for name, p in model.named_parameters()}, average
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +97,7 @@ def assert_close(records, others, relative):
 )
 def test_zero_equals_a_plain_loop(two_ranks, name, packs_per_step, recipe):
     root, outcomes = two_ranks
-    expected, weights, average = plain_training(config(packs_per_step), recipe())
+    expected, weights, average = plain_training(config(packs_per_step), recipe(), ToyDataset("toy://64"))
     reports, final = outcomes[name][0]
     assert final["steps"] == NUM_STEPS
     for record, (loss, norm) in zip(steps_of(reports), expected, strict=True):
@@ -265,4 +230,4 @@ def test_an_unreadable_sample_is_one_clear_error_on_all_ranks(two_ranks):
 
 def test_a_run_refuses_other_data(two_ranks):
     for _, final in two_ranks[1]["other_data"]:
-        assert "the datasets are not those of the run so far" in final["error"]
+        assert "datasets of the run so far are missing (toy://64)" in final["error"]
