@@ -189,8 +189,8 @@ def continued_data(
     if old & new:
         task, name = min(old & new)
         raise UserError(
-            f"data.shards: a dataset that joins holds samples of {task} named dataset={name}, as the run does already, in "
-            "an order that more of them would change; prepare the new one under another name"
+            f"data.shards: a dataset that joins holds samples of {task} named dataset={name}, as the run has already, "
+            "in an order that more of them would change; prepare the new one under another name"
         )
     now = data_entry(state["step"], digests, mixture)
     if all(now[key] == history[-1][key] for key in ("datasets", "mixture")):
