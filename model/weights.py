@@ -146,7 +146,7 @@ def load_dit(
 
 def match_dit(
     path: str | Path, config: DiTConfig | None = None, allow: Sequence[str] = ()
-) -> tuple[Checkpoint, LoomVideoDiT, set[str]]:
+) -> tuple[StoredWeights, LoomVideoDiT, set[str]]:
     """A checkpoint, the model on the meta device that it fits, and the names that it lacks; see :func:`load_dit`."""
     checkpoint = open_checkpoint(path)
     if config is None and checkpoint.config is None:

@@ -88,8 +88,8 @@ class RunCheckpoints:
     def config(self) -> TrainingJobConfig:
         """The run's configuration, which lies beside checkpoints elsewhere too."""
         storage = Storage(self.folder.url.rsplit("/", 1)[0])
-        if storage.is_local or not storage.exists(CONFIG_FILE):
-            return run_config(self.run)
+        if not storage.exists(CONFIG_FILE):
+            raise UserError(f"{storage.url}/{CONFIG_FILE}: not found; it says which model the run trains")
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / CONFIG_FILE
             copy.write_bytes(storage.read_bytes(CONFIG_FILE))

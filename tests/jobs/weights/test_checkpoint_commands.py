@@ -1,6 +1,7 @@
 import dataclasses
 from pathlib import Path
 
+import fsspec
 import torch
 from fixtures.checkpoints import write_checkpoint
 from safetensors.torch import load_file
@@ -12,43 +13,10 @@ from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.lora import MergedWeights, adapt
 from loomvideo.model.sizes import model_size
 from loomvideo.model.weights import load_dit
-<<<<<<< HEAD
-=======
-from loomvideo.platform.training.checkpoint import CheckpointFolder
-from loomvideo.platform.training.slice_file import HostBuffer
->>>>>>> 77926c6 (Write checkpoints straight to any fsspec URL and keep float32 weights, gradients and node copies exact under ZeRO)
 
 runner = CliRunner()
 
 
-<<<<<<< HEAD
-=======
-def write(run, step, tensors, world_size=2):
-    """A checkpoint of these full tensors with an average of minus the weights, cut over two ranks."""
-    folder = CheckpointFolder(run / "checkpoints")
-    for rank in range(world_size):
-        parts, ranges = {}, {}
-        for name, tensor in tensors.items():
-            length = -(-tensor.numel() // world_size)
-            start, stop = min(rank * length, tensor.numel()), min((rank + 1) * length, tensor.numel())
-            if start < stop:
-                parts[f"master/{name}"] = tensor.flatten()[start:stop].clone()
-                parts[f"ema/{name}"] = -tensor.flatten()[start:stop]
-                ranges[name] = [start, stop]
-        folder.write_rank(step, rank, world_size, HostBuffer().fill(parts, ranges))
-    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    state = {
-        "step": step,
-        "optimizer_step": step,
-        "shapes": shapes,
-        "time": 0.0,
-        "config": {"steps": 9},
-        "datasets": [],
-    }
-    return folder.commit(step, world_size, state | {"world_size": world_size})
-
-
->>>>>>> 77926c6 (Write checkpoints straight to any fsspec URL and keep float32 weights, gradients and node copies exact under ZeRO)
 def invoke(*arguments):
     return runner.invoke(app, ["checkpoint", *map(str, arguments)])
 
@@ -108,3 +76,21 @@ def test_export_merges_adapters_or_writes_them_alone(tmp_path):
     assert invoke("export", tmp_path, tmp_path / "adapter", "--weights", "raw", "--adapter").exit_code == 0
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert torch.equal(tensors["base_model.model.blocks.0.ffn.net.2.lora_A.weight"], state["blocks.0.ffn.net.2.lora_A"])
+
+
+def test_every_command_takes_the_url_of_a_run(tmp_path):
+    """What `checkpoint.url` names needs no run folder here."""
+    url = f"memory://{tmp_path.name}/pretrain/far"
+    model = LoomVideoDiT(model_size("tiny").dit)
+    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for step in (3, 7):
+        write_checkpoint(url, step, state)
+    fsspec.filesystem("memory").pipe_file(f"/{tmp_path.name}/pretrain/far/config.yaml", b"model: tiny\n")
+    assert "master" in invoke("ls", url).output or "raw" in invoke("ls", url).output
+    assert "step-00000007  whole" in invoke("verify", url).output
+    assert "step-00000003  whole" in invoke("verify", f"{url}@3").output
+    result = invoke("export", f"{url}@3", tmp_path / "weights", "--weights", "raw")
+    assert result.exit_code == 0, result.exception
+    for name, parameter in load_dit(tmp_path / "weights").named_parameters():
+        assert torch.equal(parameter, state[name])
+    assert "holds no checkpoints" in str(invoke("ls", f"{url}r").exception)
