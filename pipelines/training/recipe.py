@@ -178,9 +178,11 @@ class LoomVideoRecipe(BaseRecipe):
         """What guidance dropout leaves of a visit, as a column of :meth:`sample_sizes`."""
         return VARIANTS.index(self._variant(random.uniform("dropout")) or "null")
 
-    def layers(self, model: nn.Module) -> Sequence[nn.Module]:
-        """The transformer blocks."""
-        return model.blocks
+    def prepare(self, model: nn.Module, activation_checkpointing: str, compiles: bool) -> None:
+        """As the transformer implements it."""
+        model.set_activation_checkpointing(activation_checkpointing)
+        if compiles:
+            model.compile_blocks(dynamic=True)
 
     def read(
         self, dataset: TrainingDataset, row_number: int, row: Mapping[str, Any], random: SampleRandom

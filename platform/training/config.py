@@ -124,7 +124,10 @@ class TrainingConfig:
     steps: int = option(1000, "optimiser steps")
     seed: int = option(0, "seed of everything random")
     precision: str = option("bf16", "bf16 or fp32 weights and activations; master weights are always float32")
-    activation_checkpointing: str = option("none", "none, all, or every:N layers recomputed in backward")
+    activation_checkpointing: str = option(
+        "none", "backward recomputes none, all but attention and matmuls (selective), or full"
+    )
+    deterministic: bool = option(False, "attention and sums in a fixed order on GPUs, for audits bit by bit; slower")
     compile: bool = option(False, "torch.compile each layer, lengths dynamic")
     data_threads: int = option(2, "threads that load samples in each worker")
     prefetch_steps: int = option(3, "steps loaded ahead")

@@ -172,6 +172,9 @@ def _prepare_checkpoints(config: TrainingConfig, run_folder: RunFolder) -> str:
 
 def _worker_environment(config: TrainingConfig, run_folder: RunFolder) -> dict[str, str]:
     environment = {"DS_ACCELERATOR": "cuda" if config.workers.gpus else "cpu"}
+    if config.deterministic:
+        # cuBLAS repeats itself only with a workspace of its own, chosen before it starts.
+        environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     environment |= recorder_environment(run_folder.path / "logs" / FLIGHT_FOLDER)
     if not config.workers.gpus:
         environment |= {"OMP_NUM_THREADS": str(config.workers.cpus), "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from loomvideo.platform.training.config import TrainingConfig
-from loomvideo.platform.training.layers import prepare_layers
 from loomvideo.platform.training.moments import MOMENTS, read_moments, write_moments
 from loomvideo.platform.training.recipe import Recipe
 from loomvideo.platform.training.schedule import ema_decay, learning_rate
@@ -48,7 +47,7 @@ class ZeroEngine:
 
     Args:
         config: The run's configuration.
-        recipe: Names the layers.
+        recipe: Chooses what is recomputed and compiled.
         model: On the CPU or the meta device, the same on every rank; its parameters are replaced.
         device: This worker's.
         num_micro_steps: Micro-steps of a rank in a step.
@@ -84,7 +83,7 @@ class ZeroEngine:
         self._allocate(model, deepspeed, settings)
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-        prepare_layers(recipe.layers(model), config)
+        recipe.prepare(model, config.activation_checkpointing, config.compile)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, self.shapes, config.optimizer, device),

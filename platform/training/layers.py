@@ -1,30 +1,27 @@
-"""Compilation and recomputation of a model's repeated layers."""
+"""Recomputation and compilation of a model's repeated layers, for recipes whose model brings none of its own."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from loomvideo.platform.errors import UserError
-from loomvideo.platform.training.config import TrainingConfig
 
 
-def prepare_layers(layers: Any, config: TrainingConfig) -> None:
-    """Compile or recompute layers as configured."""
-    for number, layer in enumerate(layers):
-        if config.compile:
+def prepare_layers(layers: Sequence[nn.Module], activation_checkpointing: str, compiles: bool) -> None:
+    """Recompute whole layers in the backward pass (``full``), or compile them.
+
+    Raises:
+        UserError: if the mode is neither ``none`` nor ``full``.
+    """
+    if activation_checkpointing not in ("none", "full"):
+        raise UserError(f"training.activation_checkpointing={activation_checkpointing}: this model knows none and full")
+    for layer in layers:
+        if compiles:
             layer.compile(dynamic=True)
-        if _recomputes(config.activation_checkpointing, number):
+        if activation_checkpointing == "full":
             _recompute(layer)
-
-
-def _recomputes(policy: str, number: int) -> bool:
-    if policy in ("none", "all"):
-        return policy == "all"
-    kind, _, period = policy.partition(":")
-    if kind != "every" or not period.isdigit() or int(period) < 1:
-        raise UserError(f"training.activation_checkpointing={policy}: use none, all or every:N")
-    return number % int(period) == 0
 
 
 def _recompute(layer: nn.Module) -> None:

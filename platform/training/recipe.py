@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from loomvideo.platform.training.layers import prepare_layers
 from loomvideo.platform.training.order import SampleSizes
 from loomvideo.platform.training.randomness import SampleRandom
 
@@ -104,8 +105,17 @@ class Recipe(Protocol):
         """What the run's record should say of this rank so far, such as a replaced kernel."""
         ...
 
-    def layers(self, model: nn.Module) -> Sequence[nn.Module]:
-        """The repeated blocks, in order: units of activation checkpointing and compilation."""
+    def prepare(self, model: nn.Module, activation_checkpointing: str, compiles: bool) -> None:
+        """Make the model recompute in the backward pass, and compile it, as configured.
+
+        Args:
+            model: From :meth:`start`.
+            activation_checkpointing: ``none``, ``selective`` or ``full``.
+            compiles: Whether layers are compiled, lengths dynamic.
+
+        Raises:
+            UserError: if the model does not know the mode.
+        """
         ...
 
     def load_example(self, dataset_index: int, row: Mapping[str, Any], sample: Any, random: SampleRandom) -> Any:
@@ -167,8 +177,12 @@ class BaseRecipe:
         """None."""
         return ()
 
+    def prepare(self, model: nn.Module, activation_checkpointing: str, compiles: bool) -> None:
+        """Whole layers, of those that :meth:`layers` names."""
+        prepare_layers(self.layers(model), activation_checkpointing, compiles)
+
     def layers(self, model: nn.Module) -> Sequence[nn.Module]:
-        """None."""
+        """The repeated blocks, in order; none."""
         return []
 
     def load_validation_example(

@@ -89,6 +89,7 @@ class Worker:
         self.job, self.config, self.device = job, job.config, device
         self._report, self._preempted = report, preempted
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        torch.use_deterministic_algorithms(self.config.deterministic)
         self.datasets = [job.open_dataset(url) for url in job.datasets]
         self.recipe = job.recipe_factory()
         self.recipe.open(self.datasets)
@@ -511,8 +512,8 @@ class Worker:
     def _out_of_memory(self, pack: Any) -> str:
         passed = f"packs of {self._most_tokens} tokens passed" if self._most_tokens else "no pack passed before"
         advice = f"about {int(0.8 * self.config.pack.tokens)}"
-        if self.config.activation_checkpointing != "all":
-            advice += ", or set training.activation_checkpointing=all"
+        if self.config.activation_checkpointing != "full":
+            advice += ", or set training.activation_checkpointing=full"
         return (
             f"out of memory in a pack of {pack.num_tokens} tokens ({', '.join(pack.keys)}; {passed}): lower "
             f"training.pack.tokens={self.config.pack.tokens} to {advice}"

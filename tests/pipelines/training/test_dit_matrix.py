@@ -20,10 +20,11 @@ from loomvideo.platform.shards.reader import ShardDataset
 from loomvideo.platform.training.checkpoint import CheckpointFolder
 from loomvideo.platform.training.config import TrainingConfig
 
-pytestmark = pytest.mark.slow
+# Twenty trainings of the real transformer share two processes.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 DIT = model_size("tiny").dit
-NUM_STEPS, STOP_STEP = 5, 2
+NUM_STEPS, STOP_STEP = 4, 2
 LORA = LoRAConfig(rank=2, alpha=4.0, dora=True, targets=["blocks.*"], unfreeze=["proj_out.*"])
 
 
@@ -57,8 +58,8 @@ CONFIGS = {
     "gathered": changed("zero", persistence_elements=10**9),
     "stage_2": changed("zero", stage=2),
     "stage_2_bf16": dataclasses.replace(changed("zero", stage=2), precision="bf16"),
-    "recompute_all": config(activation_checkpointing="all"),
-    "recompute_some": config(activation_checkpointing="every:2"),
+    "recompute_full": config(activation_checkpointing="full"),
+    "recompute_selective": config(activation_checkpointing="selective"),
     "hpz": HPZ,
     "offload": OFFLOAD,
 }
@@ -109,7 +110,7 @@ def runs(tmp_path_factory):
         )
 
     scenarios = {name: scenario(name, configs[name], recipes[name]) for name in configs}
-    for name in ("fp32", "hpz", "offload", "adapted"):
+    for name in ("hpz", "offload", "adapted"):
         for part in ("stopped", "resumed"):
             stop = STOP_STEP if part == "stopped" else 0
             folder = scenario(f"{name}_resumed", configs[name], recipes[name], stop_after=stop)
@@ -146,7 +147,7 @@ def test_equals_a_plain_loop(runs, name):
                 assert (stored[key] - value).square().mean().sqrt() < 2e-3
 
 
-@pytest.mark.parametrize("name", ["fp32", "hpz", "offload", "adapted"])
+@pytest.mark.parametrize("name", ["hpz", "offload", "adapted"])
 def test_resume_is_bitwise(runs, name):
     """With hpZ too: the copies inside a node are of the weights read, not of those the model began with."""
     runs, _ = runs
@@ -225,14 +226,14 @@ def test_three_ranks_continue_what_two_began(runs, tmp_path):
             open_dataset=ShardDataset.open,
             copy_from=str(runs.root / f"{name}_resumed"),
         )
-        for name in ("fp32", "adapted")
+        for name in ("offload", "adapted")
     ]
-    for name in ("fp32", "adapted"):
+    for name in ("offload", "adapted"):
         folder = CheckpointFolder(runs.root / f"{name}_resumed" / "checkpoints")
         for step in folder.steps():
             if step > STOP_STEP:
                 folder.discard(step)
-    for name, (reports, final) in zip(("fp32", "adapted"), run_ranks(train_scenarios, 3, scenarios)[0], strict=True):
+    for name, (reports, final) in zip(("offload", "adapted"), run_ranks(train_scenarios, 3, scenarios)[0], strict=True):
         assert final["steps"] == NUM_STEPS
         for record, other in zip(steps_of(reports), steps_of(runs.outcomes[name][0][0])[STOP_STEP:], strict=True):
             assert record["keys_digest"] == other["keys_digest"]

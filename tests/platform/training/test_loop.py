@@ -40,7 +40,7 @@ def two_ranks(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     stage_2 = config(3)
     stage_2.zero.stage = 2
-    recomputed = config(3, activation_checkpointing="every:2")
+    recomputed = config(3, activation_checkpointing="full")
     validated = config(3)
     validated.validation = dataclasses.replace(validated.validation, every_steps=4, samples_per_task=2, levels=3)
     partitioned = config(3)
