@@ -1,14 +1,16 @@
-"""One generation on several ranks: guidance branches spread over them, and the sequence split between them.
+"""One generation or one training pack on several ranks: branches spread over them, the sequence split between them.
 
 Guidance parallel gives every rank some of the branches; only velocities travel, once a step. Sequence parallel is
 Ulysses (Jacobs et al., 2023): each rank holds a stretch of the tokens, and two all-to-alls a block trade tokens for
-heads around self-attention. Cross-attention and everything else is local to a token. Both give what one rank gives.
+heads around self-attention, and gradients the way back. Cross-attention and everything else is local to a token. Both
+give what one rank gives; in training each rank's gradients are those of its tokens, and their sum is the pack's.
 """
 
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -121,6 +123,11 @@ class Shard:
     video_tokens: slice
     group: ProcessGroup | None
 
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that share the pack."""
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
     def join(self, velocity: Tensor) -> Tensor:
         """Velocities of this rank's video tokens to those of all: [video tokens, patch dim]."""
         if self.group is None:
@@ -147,17 +154,33 @@ class HeadExchange:
         """``[own tokens, heads, dim]`` each to ``[all tokens, heads / ranks, dim]`` each, in one exchange."""
         joined = torch.cat(tensors, dim=-1)
         by_rank = joined.unflatten(1, (len(self.lengths), -1)).transpose(0, 1).flatten(0, 1).contiguous()
-        received = by_rank.new_empty(sum(self.lengths), *by_rank.shape[1:])
-        own = [self.own] * len(self.lengths)
-        dist.all_to_all_single(received, by_rank, self.lengths, own, group=self.group)
+        received = _AllToAll.apply(by_rank, self.lengths, [self.own] * len(self.lengths), self.group)
         return list(received.split([tensor.shape[-1] for tensor in tensors], dim=-1))
 
     def tokens_of_all_heads(self, tensor: Tensor) -> Tensor:
         """``[all tokens, heads / ranks, dim]`` back to ``[own tokens, heads, dim]``."""
         world = len(self.lengths)
-        received = tensor.new_empty(world * self.own, *tensor.shape[1:])
-        dist.all_to_all_single(received, tensor.contiguous(), [self.own] * world, self.lengths, group=self.group)
+        received = _AllToAll.apply(tensor.contiguous(), [self.own] * world, self.lengths, self.group)
         return received.unflatten(0, (world, self.own)).transpose(0, 1).flatten(1, 2)
+
+
+class _AllToAll(torch.autograd.Function):
+    """An exchange of rows; its gradient is the exchange that sends them back."""
+
+    @staticmethod
+    def forward(context: Any, rows: Tensor, received: list[int], sent: list[int], group: ProcessGroup) -> Tensor:
+        context.received, context.sent, context.group = received, sent, group
+        return _exchange(rows, received, sent, group)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchange(gradient.contiguous(), context.sent, context.received, context.group), None, None, None
+
+
+def _exchange(rows: Tensor, received: list[int], sent: list[int], group: ProcessGroup) -> Tensor:
+    result = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(result, rows, received, sent, group=group)
+    return result
 
 
 def _groups(all_ranks: Sequence[Sequence[int]]) -> list[tuple[ProcessGroup, Sequence[int]]]:

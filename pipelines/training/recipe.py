@@ -24,6 +24,7 @@ from loomvideo.model.initial_weights import InitialWeights, open_base, weights_d
 from loomvideo.model.kernels.node import use_kernels
 from loomvideo.model.lora import MergedWeights, adapt
 from loomvideo.model.packing import DiTSample, PackedBatch, pack
+from loomvideo.model.parallel import Ranks
 from loomvideo.model.sizes import model_size
 from loomvideo.pipelines.training.config import ObjectiveConfig
 from loomvideo.pipelines.training.visit_sizes import VARIANTS, sample_sizes
@@ -68,6 +69,8 @@ class TrainingPack:
     """Velocity patches [video tokens, patch dim], float32."""
     timesteps: list[float]
     """As in the batch, on the host: to read them from a GPU would make it wait."""
+    operations: float
+    """Of forward and backward, without recomputation: of this rank's share, where ranks share the pack."""
 
     @property
     def num_tokens(self) -> int:
@@ -125,6 +128,7 @@ class LoomVideoRecipe(BaseRecipe):
         self.kernels = kernels
         self.lora = lora if lora and lora.rank else None
         self.features = features
+        self.ranks: Ranks | None = None
 
     def build_model(self) -> nn.Module:
         """The transformer in float32 with its starting weights."""
@@ -164,6 +168,11 @@ class LoomVideoRecipe(BaseRecipe):
             path: Where they are now.
         """
         return open_base(path or base["path"], base["digest"], self.config, SOURCE_KEYS) if base else None
+
+    def share_sequences(self, num_ranks: int) -> None:
+        """Cut every pack into stretches of tokens for neighbouring ranks (Ulysses)."""
+        if num_ranks > 1:
+            self.ranks = Ranks.split(num_ranks)
 
     def warnings(self) -> Sequence[str]:
         """Kernels that eager replaced on this rank, and why."""
@@ -272,12 +281,19 @@ class LoomVideoRecipe(BaseRecipe):
     def collate(self, examples: Sequence[Example]) -> TrainingPack:
         """Pack the examples into one sequence."""
         batch = pack([example.sample for example in examples], self.config.patch_size)
+        target = batch.pack_targets([example.target for example in examples])
+        operations, num_ranks = 3.0 * pack_flops(self.config, batch).total, 1
+        if self.ranks is not None:
+            shard = self.ranks.shard(batch, self.config.num_attention_heads)
+            batch, target = shard.local, target[shard.video_tokens]
+            num_ranks = shard.num_ranks
         return TrainingPack(
             keys=[example.key for example in examples],
             tasks=[example.task for example in examples],
             batch=batch,
-            target=batch.pack_targets([example.target for example in examples]),
+            target=target,
             timesteps=[example.sample.timestep for example in examples],
+            operations=operations / num_ranks,
         )
 
     def loss(self, model: nn.Module, pack: TrainingPack) -> LossOutput:
@@ -295,7 +311,7 @@ class LoomVideoRecipe(BaseRecipe):
 
     def flops(self, pack: TrainingPack) -> float:
         """Forward and backward without recomputation."""
-        return 3.0 * pack_flops(self.config, pack.batch).total
+        return pack.operations
 
     def export(self, state: Mapping[str, Tensor], folder: Path) -> None:
         """Write a LoomVideo weights folder."""

@@ -124,6 +124,7 @@ class TrainingConfig:
     steps: int = option(1000, "optimiser steps")
     seed: int = option(0, "seed of everything random")
     precision: str = option("bf16", "bf16 or fp32 weights and activations; master weights are always float32")
+    sequence_ranks: int = option(1, "neighbouring workers that share every pack's tokens, for clips too long for one")
     activation_checkpointing: str = option(
         "none", "backward recomputes none, all but attention and matmuls (selective), or full"
     )
@@ -161,6 +162,9 @@ class TrainingConfig:
         for key, (value, accepted) in choices.items():
             if value not in accepted:
                 raise UserError(f"training.{key}={value}: use one of {', '.join(map(str, accepted))}")
+        for workers in (self.workers.num, self.workers.min):
+            if self.sequence_ranks > 0 and workers % self.sequence_ranks:
+                raise UserError(f"training.sequence_ranks={self.sequence_ranks}: must divide {workers} workers")
         validation = self.validation
         if validation.beside and validation.every_steps % self.checkpoint.every_steps:
             raise UserError(
@@ -173,6 +177,7 @@ class TrainingConfig:
             "workers.num": self.workers.num,
             "workers.cpus": self.workers.cpus,
             "log_every": self.log_every,
+            "sequence_ranks": self.sequence_ranks,
             "checkpoint.every_steps": self.checkpoint.every_steps,
             "data_threads": self.data_threads,
             "prefetch_steps": self.prefetch_steps,

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from loomvideo.platform.errors import UserError
 from loomvideo.platform.training.layers import prepare_layers
 from loomvideo.platform.training.order import SampleSizes
 from loomvideo.platform.training.randomness import SampleRandom
@@ -101,6 +102,16 @@ class Recipe(Protocol):
         """What ``load_example`` needs of a stored sample, on a loader thread."""
         ...
 
+    def share_sequences(self, num_ranks: int) -> None:
+        """Called on all ranks before any pack: ``num_ranks`` neighbours get the same examples to collate.
+
+        Each then computes its stretch of the tokens, and its loss and elements are those of that stretch.
+
+        Raises:
+            UserError: if the recipe or its model cannot.
+        """
+        ...
+
     def warnings(self) -> Sequence[str]:
         """What the run's record should say of this rank so far, such as a replaced kernel."""
         ...
@@ -172,6 +183,11 @@ class BaseRecipe:
     def flops(self, pack: Pack) -> float:
         """Unknown: no MFU is reported."""
         return 0.0
+
+    def share_sequences(self, num_ranks: int) -> None:
+        """Every rank has packs of its own."""
+        if num_ranks > 1:
+            raise UserError(f"training.sequence_ranks={num_ranks}: this recipe cannot share a pack between workers")
 
     def warnings(self) -> Sequence[str]:
         """None."""

@@ -68,10 +68,14 @@ class Validator:
         recipe: Loads and computes.
         datasets: The run's datasets.
         config: What to evaluate.
+        sequence_ranks: Neighbouring ranks that share a sample's tokens.
     """
 
-    def __init__(self, recipe: Recipe, datasets: Sequence[TrainingDataset], config: ValidationConfig):
+    def __init__(
+        self, recipe: Recipe, datasets: Sequence[TrainingDataset], config: ValidationConfig, sequence_ranks: int = 1
+    ):
         self.recipe, self.datasets, self.config = recipe, datasets, config
+        self.sequence_ranks = sequence_ranks
         self.triples = fixed_triples(datasets, config)
 
     def losses(self, engine: ZeroEngine) -> dict[str, Any]:
@@ -80,12 +84,13 @@ class Validator:
         Every rank makes the same number of forward passes, because ZeRO-3 gathers weights in them. ``each`` of the
         result holds the loss of every triple in their fixed order.
         """
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        num_rounds = -(-len(self.triples) // world_size)
+        world_size = dist.get_world_size()
+        group, num_groups = dist.get_rank() // self.sequence_ranks, world_size // self.sequence_ranks
+        num_rounds = -(-len(self.triples) // num_groups)
         rows: list[tuple[int, float, float]] = []
         engine.module.eval()
         for number in range(num_rounds):
-            place = number * world_size + rank
+            place = number * num_groups + group
             row = self._row(min(place, len(self.triples) - 1), engine.engine, engine.device, engine.dtype)
             rows += [row] if place < len(self.triples) else []
         engine.module.train()
@@ -98,7 +103,11 @@ class Validator:
         return self._summary([self._row(place, model, device, dtype) for place in range(len(self.triples))])
 
     def _summary(self, rows: Sequence[tuple[int, float, float]]) -> dict[str, Any]:
-        triples = [(self.triples[place], total, elements) for place, total, elements in sorted(rows)]
+        # Ranks that share a sample have a row each, of their own tokens.
+        sums: dict[int, list[float]] = {}
+        for place, *figures in rows:
+            sums[place] = [one + other for one, other in zip(sums.get(place, [0.0, 0.0]), figures, strict=True)]
+        triples = [(self.triples[place], *sums[place]) for place in sorted(sums)]
         means = mean_losses([(triple.task, triple.level, *figures) for triple, *figures in triples])
         return means | {"each": [total / elements for _, total, elements in triples]}
 

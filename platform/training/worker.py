@@ -93,6 +93,10 @@ class Worker:
         self.datasets = [job.open_dataset(url) for url in job.datasets]
         self.recipe = job.recipe_factory()
         self.recipe.open(self.datasets)
+        self.recipe.share_sequences(self.config.sequence_ranks)
+        # Ranks that share a pack count as one where packs are dealt.
+        shares = self.config.sequence_ranks
+        self.pack_rank, self.pack_ranks = self.rank // shares, self.world_size // shares
         self.folder = CheckpointFolder(job.checkpoints)
         # What this rank would like, and what all ranks agreed on.
         self._wants_stop = self._stop_reason = ""
@@ -103,7 +107,7 @@ class Worker:
         attempt = self._from_rank_0(uuid.uuid4().hex)
         resumed = self._newest_checkpoint()
         self.pack_config, self.packs_per_step = self._packs(resumed)
-        num_micro_steps = len(packs_of_rank(self.packs_per_step, 0, self.world_size))
+        num_micro_steps = len(packs_of_rank(self.packs_per_step, 0, self.pack_ranks))
         model, initial = self.recipe.start()
         self.engine = ZeroEngine(
             self.config, self.recipe, model, device, num_micro_steps, initial, load=resumed is None
@@ -114,7 +118,7 @@ class Worker:
         self._data = [data_entry(0, [dataset.digest for dataset in self.datasets], self.config.mixture)]
         self.last_step = job.last_step or self.config.steps
         validates = self.config.validation.every_steps > 0 and not self.config.validation.beside
-        self._validator = Validator(self.recipe, self.datasets, self.config.validation) if validates else None
+        self._validator = Validator(self.recipe, self.datasets, self.config.validation, shares) if validates else None
         self._best_loss = math.inf
         self._writer = CheckpointWriter(
             self.folder, self.config.checkpoint, self.rank, self.world_size, attempt, pin=device.type == "cuda"
@@ -165,11 +169,11 @@ class Worker:
         """Packs a step and their budget: on another number of workers than at the start, the same tokens a step."""
         config = self.config.pack
         if config.per_step or resumed is None:
-            return config, config.per_step or self.world_size
+            return config, config.per_step or self.pack_ranks
         planned = resumed.state["planner"]
         before = resumed.state["config"]["pack"]["tokens"]
         tokens_per_step = planned.get("tokens_per_step", planned["packs_per_step"] * before) * config.tokens / before
-        packs, tokens = packs_for(tokens_per_step, config.tokens, self.world_size, config.stretch)
+        packs, tokens = packs_for(tokens_per_step, config.tokens, self.pack_ranks, config.stretch)
         return dataclasses.replace(config, tokens=tokens), packs
 
     def _base_of(self, resumed: Checkpoint | None) -> dict[str, str]:
@@ -407,8 +411,8 @@ class Worker:
             self.recipe,
             self.datasets,
             self.config.seed,
-            self.rank,
-            self.world_size,
+            self.pack_rank,
+            self.pack_ranks,
             num_steps=self.last_step - self.step,
             num_threads=self.config.data_threads,
             prefetch=self.config.prefetch_steps,

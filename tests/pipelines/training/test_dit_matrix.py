@@ -17,8 +17,10 @@ from loomvideo.pipelines.training.config import ObjectiveConfig
 from loomvideo.pipelines.training.recipe import LoomVideoRecipe
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.reader import ShardDataset
+from loomvideo.platform.training.beside import load_checkpoint_weights
 from loomvideo.platform.training.checkpoint import CheckpointFolder
 from loomvideo.platform.training.config import TrainingConfig
+from loomvideo.platform.training.validation import Validator
 
 # Twenty trainings of the real transformer share two processes.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -51,6 +53,8 @@ HPZ = dataclasses.replace(changed("zero", hpz_partition_size=2), precision="bf16
 HPZ.validation = dataclasses.replace(HPZ.validation, every_steps=2, samples_per_task=1, levels=2)
 OFFLOAD = changed("zero", offload_optimizer=True)
 OFFLOAD.pack.per_step = 6
+SHARED = config(sequence_ranks=2)
+SHARED.validation = dataclasses.replace(SHARED.validation, every_steps=2, samples_per_task=1, levels=2)
 STILL = dataclasses.replace(changed("optimizer", learning_rate=0.0, weight_decay=0.0), precision="bf16", steps=1)
 CONFIGS = {
     "fp32": config(),
@@ -61,6 +65,8 @@ CONFIGS = {
     "recompute_full": config(activation_checkpointing="full"),
     "recompute_selective": config(activation_checkpointing="selective"),
     "hpz": HPZ,
+    "shared": SHARED,
+    "shared_full": dataclasses.replace(SHARED, activation_checkpointing="full"),
     "offload": OFFLOAD,
 }
 
@@ -169,6 +175,21 @@ def test_validation_leaves_training_with_node_copies_alone(runs):
     assert [r["loss"] for r in hpz] == [r["loss"] for r in plain]
     losses = [m["losses"] for m in runs.outcomes["hpz"][0][0] if m["event"] == "validation"]
     assert losses[-1]["raw"]["loss"] != losses[-1]["ema"]["loss"]
+
+
+def test_ranks_that_share_packs_validate_as_others(runs):
+    runs, _ = runs
+    (first, *_), (other, *_) = (
+        [m["losses"]["raw"] for m in runs.outcomes[name][0][0] if m["event"] == "validation"]
+        for name in ("shared", "shared_full")
+    )
+    recipe = runs.recipes["shared"]()
+    validator = Validator(recipe, [ShardDataset.open(runs.url)], SHARED.validation)
+    model = recipe.build_model()
+    load_checkpoint_weights(model, runs.checkpoint("shared", 2), "master")
+    alone = validator.losses_alone(model, torch.device("cpu"), torch.float32)
+    assert first["each"] == pytest.approx(alone["each"], rel=1e-4)
+    assert other["each"] == pytest.approx(first["each"], rel=1e-4)
 
 
 def test_float32_weights_become_masters_without_rounding(runs):
