@@ -3,15 +3,20 @@
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 
 import pyarrow as pa
 import pytest
 from helpers.toy_training import ToyDataset, ToyRecipe
+from ray.train import FailureConfig
+from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
+from ray.train.v2.api.exceptions import WorkerGroupError
 
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.runs import RunFolder
+from loomvideo.platform.training import ray_trainer
 from loomvideo.platform.training.config import (
     EmaConfig,
     GuardConfig,
@@ -23,12 +28,14 @@ from loomvideo.platform.training.config import (
 )
 from loomvideo.platform.training.guard import SpikeGuard
 from loomvideo.platform.training.loader import SampleError, StepLoader
-from loomvideo.platform.training.order import SampleSizes, build_sources
-from loomvideo.platform.training.packing import planner_of
+from loomvideo.platform.training.mailbox import WRITE_CHECKPOINT, Mailbox
+from loomvideo.platform.training.order import SampleSizes, build_sources, continued_data, data_entry
+from loomvideo.platform.training.packing import packs_for, planner_of
 from loomvideo.platform.training.progress import STEPS_FILE, Progress
 from loomvideo.platform.training.schedule import ema_decay, learning_rate
 from loomvideo.platform.training.simulate import simulate, suggest_budget
 from loomvideo.platform.training.validation import fixed_triples, mean_losses, paired_change
+from loomvideo.platform.training.watchdog import recorder_environment
 
 
 def test_learning_rate_warms_up_and_ends_where_it_says():
@@ -145,19 +152,29 @@ def test_loader_names_the_sample_that_fails():
     failing.close()
 
 
-def test_watchdog_writes_stacks_and_ends_a_hanging_process(tmp_path):
+def test_watchdog_leaves_stacks_and_collectives_of_a_hanging_process(tmp_path):
     program = (
-        "import time, pathlib\n"
-        "from loomvideo.platform.training.watchdog import Watchdog\n"
-        f"watchdog = Watchdog(0.3, pathlib.Path({str(tmp_path / 'hang.txt')!r}))\n"
-        "for _ in range(6):\n    watchdog.beat()\n    time.sleep(0.1)\n"
+        "import time, pathlib, pickle, torch, torch.distributed as dist\n"
+        "from loomvideo.platform.training import watchdog\n"
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        "watchdog.DUMP_GRACE_S = 0.1\n"
+        "store = dist.FileStore(str(folder / 'store'), 1)\n"
+        "dist.init_process_group('gloo', store=store, rank=0, world_size=1)\n"
+        "dist.all_reduce(torch.ones(3))\n"
+        "dog = watchdog.Watchdog(0.3, folder / 'hang.txt', folder / 'flight' / 'nccl_trace_rank_0')\n"
+        "for _ in range(6):\n    dog.beat()\n    time.sleep(0.1)\n"
         "def stuck_here():\n    time.sleep(60)\n"
         "stuck_here()\n"
     )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
-    assert ended.returncode == 75
+    environment = os.environ | recorder_environment(tmp_path / "flight")
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=500, check=False, env=environment
+    )
+    assert ended.returncode == 75, ended.stderr
     assert "no progress for" in ended.stderr
     assert "stuck_here" in (tmp_path / "hang.txt").read_text()
+    recorded = pickle.loads((tmp_path / "flight" / "nccl_trace_rank_0").read_bytes())
+    assert any("reduce" in entry["profiling_name"] for entry in recorded["entries"])
 
 
 def test_a_full_disk_delays_recorded_steps_and_loses_none(tmp_path, capsys):
@@ -201,3 +218,88 @@ def test_warnings_of_ranks_are_kept_with_the_run_and_shown_once(tmp_path, capsys
     progress.close()
     assert capsys.readouterr().err.count("warning: a kernel is replaced") == 1
     assert folder.read_json("warnings.json") == ["a kernel is replaced"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "packs", "tokens"),
+    [(64, 64, 16384), (56, 56, 18725), (128, 128, 8192), (48, 96, 10923), (32, 64, 16384), (52, 52, 20165)],
+)
+def test_lost_workers_change_packs_and_not_the_tokens_of_a_step(ranks, packs, tokens):
+    assert packs_for(64 * 16384, 16384, ranks, 1.25) == (packs, tokens)
+
+
+def state_of(datasets, mixture, step):
+    history = [data_entry(0, [dataset.digest for dataset in datasets], mixture)]
+    return {"step": step, "data": history, "datasets": history[0]["datasets"]}
+
+
+def named(url, name):
+    dataset = ToyDataset(url)
+    dataset.index = dataset.index.set_column(2, "dataset", [[name] * len(dataset.index)])
+    return dataset
+
+
+def test_datasets_join_and_weights_change_at_a_recorded_step():
+    old, new, mixture = named("toy://64", "old"), named("toy://40", "new"), MixtureConfig()
+    state = state_of([old], mixture, 12)
+    assert continued_data("run", state, [old], mixture) == state["data"]
+    joined = continued_data("run", state, [new, old], mixture)
+    assert [entry["step"] for entry in joined] == [0, 12]
+    assert joined[-1]["datasets"] == ["toy://40", "toy://64"]
+    changed = continued_data("run", state, [old], MixtureConfig(tasks={"a": 3.0}))
+    assert changed[-1]["mixture"]["tasks"] == {"a": 3.0}
+    with pytest.raises(UserError, match="datasets of the run so far are missing"):
+        continued_data("run", state, [new], mixture)
+    with pytest.raises(UserError, match="named dataset=old, as the run"):
+        continued_data("run", state, [old, named("toy://40", "old")], mixture)
+
+
+def test_a_dataset_that_joins_leaves_the_order_of_the_others():
+    recipe, config = ToyRecipe(), TrainingConfig(seed=3)
+    config.pack.tokens = 100
+    old, new = named("toy://64", "old"), named("toy://40", "new")
+    planner = planner_of(recipe, [old], config, 2)
+    before = [draw for _ in range(4) for pack in planner.next_step() for draw in pack]
+    alone, both = planner_of(recipe, [old], config, 2), planner_of(recipe, [new, old], config, 2)
+    for other in (alone, both):
+        other.load_state(planner.state())
+    after = {
+        name: [draw for _ in range(30) for pack in p.next_step() for draw in pack]
+        for name, p in (("alone", alone), ("both", both))
+    }
+    seen = {(draw.key, draw.visit) for draw in before}
+    of_old = [(draw.key, draw.visit) for draw in after["both"] if draw.dataset == 1]
+    assert {draw.dataset for draw in after["both"]} == {0, 1}
+    assert not seen & set(of_old)
+    expected = [(draw.key, draw.visit) for draw in after["alone"]]
+    assert set(of_old) <= set(expected)
+
+
+def test_deaths_are_counted_in_a_window(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(ray_trainer.time, "monotonic", lambda: now[0])
+    policy = ray_trainer.FailuresInWindow(FailureConfig(max_failures=2), 100.0)
+    error = WorkerGroupError("died", {0: RuntimeError("x")})
+    decisions = []
+    for at in (0, 60, 120, 180, 181, 182):
+        now[0] = float(at)
+        decisions.append(policy.make_decision(error) is FailureDecision.RETRY)
+    assert decisions == [True, True, True, True, False, False]
+
+
+def test_mailbox_asks_once_for_a_checkpoint_and_knows_when_it_is_written():
+    box = Mailbox.__ray_metadata__.modified_class()
+    assert not box.is_running()
+    box.put({"event": "steps"})
+    assert box.is_running()
+    request = box.request_checkpoint()
+    assert box.put({"event": "alive"}) == WRITE_CHECKPOINT
+    assert box.put({"event": "alive"}) == ""
+    assert not box.is_written(request)
+    box.put({"event": "checkpointed"})
+    assert box.is_written(request)
+    box.note_stopped()
+    assert not box.is_running()
+    box.request_stop("asked to stop")
+    box.request_checkpoint()
+    assert box.put({"event": "alive"}) == "asked to stop"
