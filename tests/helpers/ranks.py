@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 from helpers.toy_training import ToyDataset, ToyRecipe
 
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.training.checkpoint import CheckpointFolder
 from loomvideo.platform.training.config import TrainingConfig
 from loomvideo.platform.training.worker import Worker, WorkerJob
 
@@ -72,6 +73,8 @@ class Scenario:
     stop_after: int = 0
     copy_from: str = ""
     """A folder whose checkpoints this one starts with."""
+    from_step: int = 0
+    """The newest of those it takes; 0 for all."""
     recipe: Callable = ToyRecipe
     open_dataset: Callable = ToyDataset
     checkpoints: str = ""
@@ -84,6 +87,10 @@ def train_scenarios(rank, scenarios):
     for scenario in scenarios:
         if scenario.copy_from and rank == 0:
             shutil.copytree(scenario.copy_from, scenario.folder)
+            copied = CheckpointFolder(f"{scenario.folder}/checkpoints")
+            for step in copied.steps():
+                if step > scenario.from_step > 0:
+                    copied.discard(step)
         dist.barrier()
         outcomes.append(_train(scenario))
         dist.barrier()
