@@ -14,7 +14,7 @@ SUITES ?= sample
 CHECKPOINT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev lock check-lock FORCE lint format test test-fast sample-data shards pretrain finetune-edit evaluate serve mlflow bench clean render submit validate doctor mlflow-server rehearse rehearse-fresh drill drill-training image kernels bench-data bench-kernels bench-generation bench-training
+.PHONY: help setup setup-dev lock check-lock FORCE lint format check test test-fast sample-data shards pretrain finetune-edit evaluate serve mlflow bench clean render submit validate doctor mlflow-server rehearse rehearse-fresh drill drill-training image kernels bench-data bench-kernels bench-generation bench-training
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,13 @@ lint: $(VENV)/.setup-dev ## ruff
 format: $(VENV)/.setup-dev ## let ruff format and fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# What a change breaks most often, for under three minutes; `make test-fast` has the rest.
+TESTS ?= tests/test_architecture.py tests/test_pages.py tests/test_python_page.py tests/model/test_dit.py tests/model/test_packing.py tests/model/test_flow.py tests/platform/test_config.py tests/platform/shards tests/platform/training/test_parts.py tests/platform/training/test_packing.py tests/pipelines/sources tests/pipelines/training tests/jobs/weights tests/jobs/training
+
+check: lint ## before a commit, under three minutes: format, lint, types of the public modules, quick tests (TESTS=…)
+	$(BIN)/python infra/setup/check_types.py
+	$(BIN)/pytest -m 'not slow and not gpu' $(TESTS)
 
 test: lint check-lock ## lint, lock files and all tests: quick ones, then slow ones until 55 minutes have gone
 	$(BIN)/pytest --slow-until 55

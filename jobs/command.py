@@ -5,7 +5,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -61,7 +60,7 @@ def config_command(
     """
 
     class DocumentedCommand(TyperCommand):
-        def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        def format_help(self, ctx: Any, formatter: Any) -> None:
             super().format_help(ctx, formatter)
             table = Table(title="Configuration keys", title_justify="left", box=None, padding=(0, 2, 0, 0))
             for header in ("key", "default", "meaning"):

@@ -1,6 +1,7 @@
 """Flow matching: the path from latents to noise, its velocity, and how timesteps are drawn."""
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ EPS = 1e-3
 """Share of noise left at t = 0, so that the velocity stays bounded there."""
 NUM_TRAIN_TIMESTEPS = 1000
 SHIFT_BASE_TOKENS = 64
+Time = TypeVar("Time", Tensor, float)
 
 
 def noised_and_target(latents: Tensor, noise: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -30,7 +32,7 @@ def dynamic_shift(num_tokens: int, scale: float, base_tokens: int = SHIFT_BASE_T
     return min(max(1 + scale * math.log2(num_tokens / base_tokens), 1.0), 8.0)
 
 
-def shift_time(t: Tensor | float, shift: float) -> Tensor | float:
+def shift_time(t: Time, shift: float) -> Time:
     """Move times towards noise: ``s t / (1 + (s - 1) t)``."""
     return shift * t / (1 + (shift - 1) * t)
 

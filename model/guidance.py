@@ -45,4 +45,5 @@ class Guidance:
 
     def combine(self, velocities: Mapping[str, Tensor]) -> Tensor:
         """Guided velocity from one velocity a branch of :meth:`weights`."""
-        return sum(weight * velocities[branch] for branch, weight in self.weights().items())
+        weighted = [weight * velocities[branch] for branch, weight in self.weights().items()]
+        return sum(weighted[1:], weighted[0])

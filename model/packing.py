@@ -195,7 +195,8 @@ def _from_velocity_patches(patches: Tensor, grid: tuple[int, int, int], patch_si
 
 
 def _grid(latents: Tensor, patch_size: tuple[int, int, int]) -> tuple[int, int, int]:
-    return tuple(size // patch for size, patch in zip(latents.shape[1:], patch_size, strict=True))
+    frames, height, width = (size // patch for size, patch in zip(latents.shape[1:], patch_size, strict=True))
+    return frames, height, width
 
 
 def _positions(grid: tuple[int, int, int], first_frame: int = 0) -> Tensor:

@@ -10,18 +10,22 @@ import torch
 from torch import Tensor
 
 from loomvideo.model.clips import TARGET_FPS
-from loomvideo.model.codec import Codec, LatentGrid
+from loomvideo.model.codec import Codec, LatentGrid, build_codec
 from loomvideo.model.conditioning import prompts
 from loomvideo.model.conditioning.inputs import MLLMInputs, build_inputs, text_inputs
 from loomvideo.model.conditioning.mllm import FrozenMLLM
 from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.float8 import float8_blocks
 from loomvideo.model.guidance import NUM_STEPS, Guidance
+from loomvideo.model.kernels import set_backend
+from loomvideo.model.loading import ModelSource, device_of, dtype_on
 from loomvideo.model.media_inputs import Clip, Picture, as_clip, as_picture, fit_clip, fit_picture
 from loomvideo.model.parallel import Ranks
 from loomvideo.model.sampler import Branch, SchedulerConfig, sample
 from loomvideo.model.shortcuts import Shortcuts
+from loomvideo.model.sizes import ModelSize
 from loomvideo.model.tasks import wording
+from loomvideo.model.weights import load_dit, open_checkpoint
 from loomvideo.platform.errors import UserError
 
 MAX_SOURCE_FRAMES = 97
@@ -99,8 +103,6 @@ class LoomVideoPipeline:
         Raises:
             UserError: if the checkpoint cannot be read or does not say its model size.
         """
-        from loomvideo.model.loading import ModelSource, load_pipeline  # it imports this module
-
         source = ModelSource(
             str(checkpoint), model or "", codec_folder, mllm_folder, kernels, compile, device=str(device or "")
         )
@@ -302,3 +304,43 @@ def without_source(conditions: Conditions) -> Conditions:
     """The same conditions with a source of zeros: what the transformer does from the MLLM alone."""
     branches = {name: dataclasses.replace(branch, source=None) for name, branch in conditions.branches.items()}
     return dataclasses.replace(conditions, branches=branches)
+
+
+def load_pipeline(source: ModelSource, dtype: torch.dtype | None = None) -> LoomVideoPipeline:
+    """Load a checkpoint with its codec and MLLM.
+
+    Generation, serving, evaluation and the samples of a training run all load through here, so that none of them
+    computes with other operations than the others.
+
+    Args:
+        source: What to load.
+        dtype: Of the transformer and the MLLM; None takes bf16 on CUDA, fp32 elsewhere.
+
+    Raises:
+        UserError: if the checkpoint, a folder or the kernels cannot be used.
+    """
+    size, device = source.size, device_of(source.device)
+    stated = open_checkpoint(source.weights).config
+    dit = load_dit(source.weights, stated or size.dit, device, dtype or dtype_on(device))
+    return pipeline_around(dit, size, source)
+
+
+def pipeline_around(dit: LoomVideoDiT, size: ModelSize, source: ModelSource | None = None) -> LoomVideoPipeline:
+    """Give a transformer its codec and MLLM, on its device and in its dtype.
+
+    Args:
+        dit: Such as one whose weights come from a training checkpoint.
+        size: The model's size, its folders filled in.
+        source: How it computes; None leaves kernels and transformer as they are.
+    """
+    parameter = next(dit.parameters())
+    if source is not None and source.kernels:
+        set_backend(source.kernels)
+    codec = build_codec(size.codec, parameter.device, parameter.dtype)
+    mllm = FrozenMLLM.of_size(size, parameter.device, parameter.dtype)
+    pipeline = LoomVideoPipeline(dit, codec, mllm, size.scheduler, negative_prompt=size.negative_prompt)
+    if source is not None and source.drop_exact:
+        pipeline.keep_float8_only()
+    if source is not None and source.compile:
+        pipeline.dit.compile_blocks()
+    return pipeline

@@ -11,7 +11,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -90,7 +90,7 @@ def load_config(
     missing = [key for key, value in _leaves(config) if value == "???"]
     if missing:
         raise UserError(f"missing configuration: set {missing[0]}=…")
-    return OmegaConf.to_object(config)
+    return cast(Schema, OmegaConf.to_object(config))
 
 
 def to_yaml(config: Any) -> str:

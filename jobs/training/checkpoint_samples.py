@@ -7,7 +7,8 @@ from typing import Any
 
 from loomvideo.jobs.training.config import TrainingJobConfig
 from loomvideo.jobs.training.heldout import HeldoutResult, evaluate_heldout
-from loomvideo.model.loading import device_of, dtype_on, pipeline_around
+from loomvideo.model.loading import device_of, dtype_on
+from loomvideo.model.pipeline import pipeline_around
 from loomvideo.model.sizes import model_size, with_folders
 from loomvideo.pipelines.training.recipe import LoomVideoRecipe
 from loomvideo.platform.runs import RunFolder

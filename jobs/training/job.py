@@ -26,7 +26,8 @@ from loomvideo.jobs.training.setup import (
 )
 from loomvideo.jobs.weights.export import export_weights, open_checkpoint
 from loomvideo.model.kernels.node import model_shape, use_kernels
-from loomvideo.model.loading import ModelSource, device_of, load_pipeline
+from loomvideo.model.loading import ModelSource, device_of
+from loomvideo.model.pipeline import load_pipeline
 from loomvideo.model.sizes import ModelSize, model_size, with_folders
 from loomvideo.pipelines.training.feature_pool import feature_pool
 from loomvideo.platform.cluster.doctor import Diagnosis, examine_cluster, preflight

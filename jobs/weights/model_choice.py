@@ -1,10 +1,14 @@
 """Which model a command runs: a checkpoint, its size, and how its operations are computed."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from loomvideo.jobs.weights.references import CHECKPOINT_KEY
 from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
+
+if TYPE_CHECKING:
+    from loomvideo.pipelines.generation.generator import ModelSource
 
 
 @dataclass
@@ -20,7 +24,7 @@ class ModelChoice:
     compile: bool = option(False, "compile the transformer's blocks: slower to start, faster on a GPU")
 
 
-def model_source(choice: ModelChoice, drop_exact: bool = False) -> "ModelSource":  # noqa: F821 - imported late
+def model_source(choice: ModelChoice, drop_exact: bool = False) -> "ModelSource":
     """The checkpoint and its model size.
 
     Args:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from loomvideo.model.loading import ModelSource, load_pipeline
-from loomvideo.model.pipeline import LoomVideoPipeline
+from loomvideo.model.loading import ModelSource
+from loomvideo.model.pipeline import LoomVideoPipeline, load_pipeline
 from loomvideo.pipelines.evaluation.inputs import LoadedItem
 from loomvideo.pipelines.evaluation.pipeline_generator import PipelineGenerator, SamplerSettings
 from loomvideo.platform.errors import UserError

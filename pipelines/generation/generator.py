@@ -14,8 +14,8 @@ import torch
 from loomvideo.model.buckets import choose_bucket, resize_and_crop
 from loomvideo.model.clips import TARGET_FPS, clip_indices
 from loomvideo.model.fingerprints import weights_fingerprint
-from loomvideo.model.loading import ModelSource, load_pipeline
-from loomvideo.model.pipeline import Conditions, LoomVideoPipeline
+from loomvideo.model.loading import ModelSource
+from loomvideo.model.pipeline import Conditions, LoomVideoPipeline, load_pipeline
 from loomvideo.model.shortcuts import Shortcuts
 from loomvideo.model.tasks import requested_task
 from loomvideo.pipelines.generation.requests import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Request

@@ -193,7 +193,7 @@ def _phantom_fragment(result: dict[str, Any]) -> Fragment:
         raise ValueError(f"empty box {x0:g},{y0:g},{x1:g},{y1:g}")
     at = float(result.get("frame_idx", 0))
     if max(x1, y1) <= 1.0:
-        return Fragment(at=at, box=tuple(100 * v for v in (x0, y0, x1 - x0, y1 - y0)))
+        return Fragment(at=at, box=(100 * x0, 100 * y0, 100 * (x1 - x0), 100 * (y1 - y0)))
     return Fragment(at=at, box=(x0, y0, x1 - x0, y1 - y0), box_unit="pixel", side=768)
 
 

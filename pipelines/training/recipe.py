@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -189,9 +189,10 @@ class LoomVideoRecipe(BaseRecipe):
 
     def prepare(self, model: nn.Module, activation_checkpointing: str, compiles: bool) -> None:
         """As the transformer implements it."""
-        model.set_activation_checkpointing(activation_checkpointing)
+        dit = cast(LoomVideoDiT, model)
+        dit.set_activation_checkpointing(activation_checkpointing)
         if compiles:
-            model.compile_blocks(dynamic=True)
+            dit.compile_blocks(dynamic=True)
 
     def read(
         self, dataset: TrainingDataset, row_number: int, row: Mapping[str, Any], random: SampleRandom
@@ -276,6 +277,10 @@ class LoomVideoRecipe(BaseRecipe):
             return None if states is None else states.float()
         if variant == "visual" and f"visual_input_ids.{entry}" not in member:
             return None
+        if self.features is None:
+            raise RuntimeError(
+                f"sample {sample.key}: its MLLM states are not stored and the recipe has no pool of MLLMs"
+            )
         return self.features.states(member, entry, variant)
 
     def collate(self, examples: Sequence[Example]) -> TrainingPack:

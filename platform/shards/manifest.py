@@ -98,7 +98,8 @@ class Manifest:
         if version != FORMAT_VERSION:
             raise UserError(f"{where}: shard format {version}, this version reads {FORMAT_VERSION}; prepare it again")
         values.pop("digest", None)
-        return Manifest(**{**values, "shards": [ShardEntry(**shard) for shard in values["shards"]]})
+        shards = [ShardEntry(**shard) for shard in values.pop("shards")]
+        return Manifest(shards=shards, **values)
 
 
 def shard_name(split: str, number: int) -> str:

@@ -58,7 +58,7 @@ def serialized(tensors: Mapping[str, Tensor]) -> tuple[list[bytes | memoryview],
     return [head, *data], len(head) + position
 
 
-def parse_header(text: bytes | bytearray) -> dict[str, dict]:
+def parse_header(text: bytes | bytearray | memoryview) -> dict[str, dict]:
     """``{name: {dtype, shape, data_offsets}}`` from the JSON part of a file; offsets count from its end."""
     header = json.loads(bytes(text))
     header.pop("__metadata__", None)
@@ -73,7 +73,7 @@ def tensor_from(entry: Mapping, data: bytearray) -> Tensor:
     return torch.frombuffer(data, dtype=dtype).reshape(entry["shape"])
 
 
-def parse(data: bytearray | bytes) -> dict[str, Tensor]:
+def parse(data: bytearray | bytes | memoryview) -> dict[str, Tensor]:
     """All tensors of a file in memory."""
     start = HEADER_SIZE_BYTES + int.from_bytes(data[:HEADER_SIZE_BYTES], "little")
     header = parse_header(data[HEADER_SIZE_BYTES:start])

@@ -5,7 +5,7 @@ what a sample is. A recipe is built once on every worker from a picklable factor
 functions of their arguments: all randomness comes from :class:`~loomvideo.platform.training.randomness.SampleRandom`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,8 +27,8 @@ class TrainingDataset(Protocol):
     digest: str
     """Hash of the dataset's manifest, kept in checkpoints and tracking."""
 
-    def read(self, row: int) -> Any:
-        """The sample of one row."""
+    def read(self, row: int, select: Callable[[str, str], bool] | None = None) -> Any:
+        """The sample of one row; with ``select(member, tensor name)`` only the tensors it is true for."""
         ...
 
 
@@ -140,6 +140,12 @@ class Recipe(Protocol):
         """
         ...
 
+    def load_validation_example(
+        self, dataset_index: int, row: Mapping[str, Any], sample: Any, random: SampleRandom, level: float
+    ) -> Any:
+        """Like ``load_example`` at a fixed noise level in (0, 1) without dropout; goes through collate and loss."""
+        ...
+
     def collate(self, examples: Sequence[Any]) -> Pack:
         """A pack of the examples, on a CPU loader thread."""
         ...
@@ -155,6 +161,10 @@ class Recipe(Protocol):
 
 class BaseRecipe:
     """Defaults of the optional parts of a recipe."""
+
+    def build_model(self) -> nn.Module:
+        """Every recipe has its own; see :meth:`Recipe.build_model`."""
+        raise NotImplementedError(f"{type(self).__name__} has no build_model")
 
     def start(self) -> tuple[nn.Module, Mapping[str, torch.Tensor]]:
         """What :meth:`Recipe.build_model` gives."""
@@ -180,7 +190,7 @@ class BaseRecipe:
         """The whole sample; override to read less of it, e.g. one window."""
         return dataset.read(row_number)
 
-    def flops(self, pack: Pack) -> float:
+    def flops(self, pack: Any) -> float:
         """Unknown: no MFU is reported."""
         return 0.0
 

@@ -5,8 +5,8 @@ import torch
 
 from loomvideo.model import kernels
 from loomvideo.model.dit import LoomVideoDiT
-from loomvideo.model.loading import ModelSource, load_pipeline, pipeline_around
-from loomvideo.model.pipeline import LoomVideoPipeline
+from loomvideo.model.loading import ModelSource
+from loomvideo.model.pipeline import LoomVideoPipeline, load_pipeline, pipeline_around
 from loomvideo.model.sizes import model_size
 from loomvideo.model.weights import save_dit
 from loomvideo.pipelines.evaluation.model_generator import ModelGenerator, ModelOptions, model_fingerprint
