@@ -40,10 +40,12 @@ def compare(
 def gate(
     baseline: Annotated[str, typer.Option(help=f"what the candidate must hold against: {RUN_HELP}")],
     candidate: Annotated[str, typer.Option(help=f"the candidate: {RUN_HELP}")],
-    metric: Annotated[str, typer.Option(help="SUITE/METRIC, such as openve/judge")],
-    min_delta: Annotated[float, typer.Option(help="least gain of the suite's mean; negative tolerates a loss")] = 0.0,
-    max_regress: Annotated[float, typer.Option(help="largest real loss of a category")] = float("inf"),
-    p: Annotated[float, typer.Option(help="significance level")] = 0.05,
+    metric: Annotated[str, typer.Option(help="the one metric that decides: SUITE/METRIC, such as openve/judge_worst")],
+    margin: Annotated[float | None, typer.Option(help="loss that counts as none; default: the metric's")] = None,
+    min_gain: Annotated[float | None, typer.Option(help="gain to be shown, instead of a loss within margin")] = None,
+    max_regress: Annotated[float, typer.Option(help="loss of a category that vetoes when it is shown")] = float("inf"),
+    p: Annotated[float, typer.Option(help="one-sided level of the bound that must hold")] = 0.05,
+    idle: Annotated[bool, typer.Option("--idle", help="let a metric decide that improves by doing nothing")] = False,
     registered_model: Annotated[
         str, typer.Option(help="model in MLflow's registry to move the alias of; empty moves none")
     ] = "",
@@ -51,11 +53,14 @@ def gate(
     runs: Annotated[Path, typer.Option(help="folder of all runs")] = Path("runs"),
     tracking_uri: Annotated[str, typer.Option(help="MLflow; default as in evaluate")] = "",
 ) -> None:
-    """Exit 0 and move a registry alias when the candidate holds against the baseline, else exit 1 and say why."""
-    from loomvideo.jobs.evaluation.compare import run_gate
+    """Exit 0 and move a registry alias when the candidate is shown to hold against the baseline, else exit 1.
 
-    limits, registry = (min_delta, max_regress, p), (registered_model, alias)
-    passed = run_gate(baseline, candidate, metric, *limits, *registry, runs, tracking_uri)
+    It holds when the lower bound of its gain lies above a loss of the margin: too few samples are no pass.
+    """
+    from loomvideo.jobs.evaluation.gate import gate_rule, run_gate
+
+    rule = gate_rule(metric, margin=margin, min_gain=min_gain, max_regress=max_regress, p=p, idle=idle)
+    passed = run_gate(baseline, candidate, rule, registered_model, alias, runs, tracking_uri)
     raise typer.Exit(0 if passed else 1)
 
 

@@ -1,4 +1,4 @@
-"""``loomvideo compare``, ``gate``, ``arena`` and ``agreement``."""
+"""``loomvideo compare``, ``arena`` and ``agreement``."""
 
 import csv
 import dataclasses
@@ -6,17 +6,16 @@ import json
 from pathlib import Path
 
 import numpy as np
-from mlflow.tracking import MlflowClient
-from rich.console import Console
 from rich.table import Table
 
 from loomvideo.jobs.command import job_config
 from loomvideo.jobs.evaluation.config import EvaluateConfig
-from loomvideo.jobs.evaluation.setup import JOB, judge_client, judge_session, store_folder, wide_console
-from loomvideo.jobs.weights.references import find_run
+from loomvideo.jobs.evaluation.judge import judge_client, judge_session
+from loomvideo.jobs.evaluation.references import evaluation_run, tracked
+from loomvideo.jobs.evaluation.setup import JOB, store_folder, wide_console
 from loomvideo.pipelines.evaluation import mlflow_report
 from loomvideo.pipelines.evaluation.arena import bradley_terry, position_bias
-from loomvideo.pipelines.evaluation.compare import GateRule, check_gate, compare_runs, differing_headers
+from loomvideo.pipelines.evaluation.compare import compare_runs, differing_headers
 from loomvideo.pipelines.evaluation.judges.pairwise import judge_pairs
 from loomvideo.pipelines.evaluation.results import SavedSuite, clean, load_suites
 from loomvideo.pipelines.evaluation.stages import MODEL
@@ -25,34 +24,34 @@ from loomvideo.pipelines.evaluation.statistics import agreement as judge_agreeme
 from loomvideo.pipelines.evaluation.store import Store
 from loomvideo.pipelines.vlm.requests import FrameSampling
 from loomvideo.platform.errors import UserError
-from loomvideo.platform.runs import RunFolder
-from loomvideo.platform.tracking import default_tracking_uri
+
+NOTHING_FOUND = ("no difference found", "too few samples to tell")
 
 
 def run_compare(a: str, b: str, metrics: list[str], runs: Path, everything: bool, tracking_uri: str) -> None:
     """Print and log the comparison of two runs."""
-    baseline, folder = _run(runs, a), _run(runs, b)
+    baseline, folder = evaluation_run(runs, a), evaluation_run(runs, b)
     left, right, a, b = load_suites(baseline.path), load_suites(folder.path), baseline.name, folder.name
     console = wide_console()
     for line in differing_headers(left, right):
         console.print(f"not comparable: {line}", style="yellow", highlight=False)
     found = compare_runs(left, right, metrics)
     table = Table(title=f"{b} minus {a}", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for header in ("metric", "difference", "95 % interval", "p (Holm)", "Wilcoxon", "n", "detectable", ""):
+    for header in ("metric", "difference", "95 % interval", "adjusted p", "n", "sources", "detectable", ""):
         table.add_column(header, justify="left" if header in ("metric", "") else "right")
     for c in found:
-        if not everything and (c.category or c.metric.startswith("judge/")) and c.verdict == "no difference found":
+        if not everything and (c.category or c.metric.startswith("judge/")) and c.verdict in NOTHING_FOUND:
             continue
         t = c.test
         name = "/".join(x for x in (c.suite, c.metric, c.category) if x)
         color = {"better": "green", "worse": "red"}.get(c.verdict, "")
         verdict = f"[{color}]{c.verdict}[/]" if color else c.verdict
-        cells = [f"{t.difference:+.3f}", f"{t.low:+.3f} … {t.high:+.3f}", f"{c.adjusted_p:.4f}", f"{t.wilcoxon_p:.4f}"]
-        table.add_row(name, *cells, str(t.num_samples), f"{t.detectable:.3f}", verdict)
+        cells = [f"{t.difference:+.3f}", f"{t.low:+.3f} … {t.high:+.3f}", f"{c.adjusted_p:.4f}"]
+        table.add_row(name, *cells, str(t.num_samples), str(t.num_clusters), f"{c.detectable:.3f}", verdict)
     console.print(table)
     content = clean([dataclasses.asdict(c) for c in found])
     folder.write_text(f"compare-{a}.json", json.dumps(content, indent=1))
-    client, run_id = _mlflow(folder, tracking_uri)
+    client, run_id = tracked(folder, tracking_uri)
     client.log_artifact(run_id, str(folder.path / f"compare-{a}.json"), "compare")
     overall = [c for c in found if not c.category and not np.isnan(c.test.difference)]
     values = {f"compare/{a}/{c.suite}/{c.metric}": c.test.difference for c in overall}
@@ -60,48 +59,9 @@ def run_compare(a: str, b: str, metrics: list[str], runs: Path, everything: bool
     mlflow_report.log_metrics(client, run_id, values)
 
 
-def run_gate(
-    baseline: str,
-    candidate: str,
-    metric: str,
-    min_delta: float,
-    max_regress: float,
-    p: float,
-    registered_model: str,
-    alias: str,
-    runs: Path,
-    tracking_uri: str,
-) -> bool:
-    """Decide, log the decision, and move the alias when the candidate passes."""
-    suite, separator, name = metric.partition("/")
-    if not separator:
-        raise UserError(f"--metric {metric}: expected SUITE/METRIC, such as openve/judge")
-    folder = _run(runs, candidate)
-    a, b = load_suites(_run(runs, baseline).path), load_suites(folder.path)
-    if suite not in a or suite not in b:
-        raise UserError(f"--metric {metric}: suite {suite} is not in both runs")
-    reasons = check_gate(GateRule(suite, name, min_delta, max_regress, p), a, b)
-    client, run_id = _mlflow(folder, tracking_uri)
-    client.set_tag(run_id, "gate", "passed" if not reasons else "failed: " + "; ".join(reasons)[:4000])
-    console = Console(markup=False)
-    for reason in reasons:
-        console.print(f"gate: {reason}", style="red", highlight=False)
-    if reasons:
-        return False
-    console.print(f"gate: {candidate} holds against {baseline} on {metric}", style="green", highlight=False)
-    if registered_model:
-        weights = client.get_run(run_id).data.tags.get("loomvideo.weights", "")
-        if not weights:
-            raise UserError(f"{candidate}: its run names no weights to register")
-        tags = {"gate": f"{metric} against {baseline}"}
-        version = mlflow_report.move_alias(client, registered_model, alias, weights, run_id, tags)
-        console.print(f"registry: {registered_model}@{alias} is now version {version}", highlight=False)
-    return True
-
-
 def run_agreement(run: str, labels: Path, runs: Path, items: int, tracking_uri: str) -> None:
     """Make a sheet to label, or read it and log how far the judge agrees with people."""
-    folder = _run(runs, run)
+    folder = evaluation_run(runs, run)
     suites = {name: saved for name, saved in load_suites(folder.path).items() if saved.header["judge"] != "none"}
     if not suites:
         raise UserError(f"{run}: no judged suite in this run; evaluate with judge.kind set")
@@ -111,7 +71,7 @@ def run_agreement(run: str, labels: Path, runs: Path, items: int, tracking_uri: 
         console.print(f"{labels}: {count} samples to label; fill in score (1 to 5) and run again", highlight=False)
         return
     human = _read_labels(labels, suites)
-    client, run_id = _mlflow(folder, tracking_uri)
+    client, run_id = tracked(folder, tracking_uri)
     table = Table(title="judge against people", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for header in ("suite", "items", "equal", "within one", "weighted kappa", "rank correlation", "judge minus people"):
         table.add_column(header, justify="left" if header == "suite" else "right")
@@ -135,7 +95,7 @@ def run_arena(names: list[str], overrides: list[str], runs: Path) -> None:
     config.judge.check()
     if config.judge.kind == "none":
         raise UserError("arena: set a judge, such as --set judge.kind=openai")
-    folders = {folder.name: folder for folder in (_run(runs, name) for name in names)}
+    folders = {folder.name: folder for folder in (evaluation_run(runs, name) for name in names)}
     loaded = {name: load_suites(folder.path) for name, folder in folders.items()}
     shared = sorted(set.intersection(*(set(suites) for suites in loaded.values())))
     if not shared:
@@ -168,7 +128,7 @@ def run_arena(names: list[str], overrides: list[str], runs: Path) -> None:
         for s in strengths:
             folder = folders[s.model]
             path = folder.write_text(f"arena-{suite}.json", json.dumps(clean(content), indent=1))
-            client, run_id = _mlflow(folder, config.tracking_uri)
+            client, run_id = tracked(folder, config.tracking_uri)
             client.log_artifact(run_id, str(path), "arena")
             values = {f"{suite}/arena/rating": s.rating, f"{suite}/arena/rating/ci95_low": s.low}
             values |= {f"{suite}/arena/rating/ci95_high": s.high, f"{suite}/arena/order_changes": bias}
@@ -210,15 +170,3 @@ def _read_labels(path: Path, suites: dict[str, SavedSuite]) -> dict[str, dict[st
     if not found:
         raise UserError(f"{path}: no scores filled in yet")
     return found
-
-
-def _run(runs: Path, reference: str) -> RunFolder:
-    return find_run(reference, runs, jobs=(JOB,)).run
-
-
-def _mlflow(folder: RunFolder, tracking_uri: str) -> tuple[MlflowClient, str]:
-    known = folder.read_json("mlflow.json")
-    if known is None:
-        raise UserError(f"{folder.path}: no MLflow run is recorded here")
-    uri = tracking_uri or known["tracking_uri"] or default_tracking_uri(folder.root)
-    return MlflowClient(tracking_uri=uri), known["run_id"]

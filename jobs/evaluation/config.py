@@ -6,6 +6,8 @@ from loomvideo.jobs.weights.references import CHECKPOINT_KEY
 from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
 
+REPEATED_TEMPERATURE = 0.7
+
 
 @dataclass
 class InputsConfig:
@@ -54,24 +56,40 @@ class JudgeConfig:
     rubrics: str = option("", "our rubrics in another file")
     official_rubrics: dict[str, str] = option({}, "suite to the rubric file of your copy of the benchmark")
     repeats: int = option(1, "independent judgements a sample; 3 or more give test-retest reliability")
-    temperature: float = option(0.0, "sampling temperature; the official protocols use 0.7")
+    temperature: float | None = option(None, "sampling temperature; none: 0, or 0.7 when answers are repeated")
     max_tokens: int = option(2048, "most output tokens")
     structured: str = option("json_schema", "openai: json_schema, json_object or none, as far as the server goes")
     num_frames: int = option(8, "frames of a video shown to every judge alike")
     max_side: int = option(768, "longest side of a frame shown, in pixels")
     as_video: bool = option(False, "send the frames as a film at one a second instead of pictures")
-    threads: int = option(8, "calls at once")
+    threads: int = option(8, "calls at once; of a local judge, samples in a batch")
+    actors: int = option(1, "transformers: copies of the local judge")
+    gpus: float = option(0.0, "transformers: GPUs of each copy")
+    cpus: float = option(1.0, "transformers: CPUs of each copy")
     calls_per_minute: float = option(0.0, "pace of calls; 0 for none")
     timeout_s: float = option(120.0, "seconds before a call is given up")
     max_attempts: int = option(5, "calls before a retryable failure counts")
-    budget_usd: float = option(0.0, "most this run may pay; 0 for no cap")
+    budget_usd: float = option(0.0, "most this run may pay, continued runs included; 0 asks before spending")
     input_usd: float = option(0.0, "price of a million input tokens")
     output_usd: float = option(0.0, "price of a million output tokens")
     tokens_per_frame: int = option(258, "input tokens a frame, for the estimate")
     judge_identity: bool = option(False, "judge the copied source too, as a control of the judge")
 
+    def sampling_temperature(self) -> float:
+        """The temperature: repeated answers are sampled, since those of a greedy judge would be one answer."""
+        if self.temperature is not None:
+            return self.temperature
+        return REPEATED_TEMPERATURE if self.repeats > 1 else 0.0
+
     def check(self) -> None:
         """Check values that types cannot."""
+        if self.repeats < 1 or self.threads < 1 or self.actors < 1:
+            raise UserError("judge.repeats, judge.threads and judge.actors: at least 1")
+        if self.repeats > 1 and self.temperature == 0 and self.kind != "fake":
+            raise UserError(
+                f"judge.repeats={self.repeats} with judge.temperature=0: the answers would be the same one; "
+                f"leave judge.temperature out (0.7), or use judge.repeats=1"
+            )
         if self.kind not in ("none", "fake", "openai", "gemini", "transformers"):
             raise UserError(f"judge.kind={self.kind}: use none, fake, openai, gemini or transformers")
         if self.kind in ("openai", "gemini", "transformers") and not self.model:

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from loomvideo.jobs.evaluation.config import EvaluateConfig
+from loomvideo.jobs.evaluation.judge import SPENDING_FILE, BuildJudge, judge_builder, judge_client, preflight
 from loomvideo.jobs.evaluation.setup import (
     JOB,
     Checkpoint,
     evaluation_folder,
     find_checkpoint,
-    judge_builder,
-    judge_client,
     load_manifest,
     model_grid,
     store_folder,
@@ -41,7 +39,6 @@ from loomvideo.pipelines.evaluation.stages import (
     IDENTITY,
     MODEL,
     GenerateStage,
-    JudgeStage,
     MeasureStage,
     NormaliseStage,
     PrepareStage,
@@ -57,6 +54,7 @@ from loomvideo.pipelines.evaluation.suites.registry import suite as find_suite
 from loomvideo.pipelines.evaluation.table import headline_metrics, ranking_metrics
 from loomvideo.platform.config import flatten, to_yaml
 from loomvideo.platform.ray_session import ray_session
+from loomvideo.platform.registry import logged_model
 from loomvideo.platform.runs import RunFolder
 from loomvideo.platform.tracking import Tracker
 
@@ -80,13 +78,17 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     status = "FAILED"
     try:
         tracker.log_params(flatten(config))
+        spending = folder.path / SPENDING_FILE
+        if judge is not None:
+            preflight(config, spending)
         client = MlflowClient(tracking_uri=tracker.uri)
         tags = {"loomvideo.fingerprint": checkpoint.fingerprint, "loomvideo.weights": checkpoint.weights}
         # MLflow's names take none of / : . % and quotes.
         name = re.sub(r"[^0-9A-Za-z_-]+", "-", checkpoint.name)
         params = {"checkpoint": checkpoint.name, "model": checkpoint.model, **flatten(config.generation)}
-        model_id = mlflow_report.register_model(client, tracker.experiment_id, tracker.run_id, name, params, tags)
-        rows = _generate_and_measure(config, checkpoint, manifests, learned, judge)
+        model_id = logged_model(client, tracker.experiment_id, tracker.run_id, name, params, tags)
+        tracker.set_tags({"loomvideo.model_id": model_id})
+        rows = _generate_and_measure(config, checkpoint, manifests, learned, judge, spending)
         result: dict[str, Any] = {"checkpoint": checkpoint.name, "fingerprint": checkpoint.fingerprint}
         for suite, manifest in zip(suites, manifests, strict=True):
             own = [row for row in rows if row["suite"] == manifest.suite]
@@ -111,7 +113,8 @@ def _generate_and_measure(
     checkpoint: Checkpoint,
     manifests: list[Manifest],
     learned: list[LearnedMetric],
-    judge: Callable[[], JudgeStage] | None,
+    judge: BuildJudge | None,
+    spending: Path,
 ) -> list[Row]:
     store = Store(store_folder(config))
     i = config.inputs
@@ -125,9 +128,11 @@ def _generate_and_measure(
     for manifest in manifests:
         rows += initial_rows(manifest, series, lambda suite, key: sample_seed(config.seed, suite, key))
     g = config.generation
-    resources = Resources(g.actors, g.gpus, g.cpus)
+    j = config.judge
+    local = (j.actors, j.gpus, j.cpus) if j.kind == "transformers" else (1, 0.0, 0.0)
+    resources = Resources(g.actors, g.gpus, g.cpus, j.threads, *local)
     # The generator actor holds its CPUs for the whole run; a local cluster needs one more for the other stages.
-    cpus = max(os.cpu_count() or 1, int(g.actors * g.cpus) + 1)
+    cpus = max(os.cpu_count() or 1, int(g.actors * g.cpus + resources.judges * resources.judge_cpus) + 1)
     finished = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(markup=False, stderr=True)
@@ -139,7 +144,7 @@ def _generate_and_measure(
             lambda: GenerateStage(store, checkpoint.build, checkpoint.fingerprint),
             NormaliseStage(store),
             MeasureStage(store, learned),
-            judge,
+            None if judge is None else lambda: judge(spending),
             resources,
         ):
             finished.append(row)

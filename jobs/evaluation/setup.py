@@ -13,19 +13,10 @@ from loomvideo.model.codec import LatentGrid
 from loomvideo.model.loading import ModelSource
 from loomvideo.model.sizes import PUBLISHED, model_size, stated_size
 from loomvideo.pipelines.evaluation.generators import BlendGenerator, Generator, IdentityGenerator
-from loomvideo.pipelines.evaluation.judges.fake import PixelJudge
-from loomvideo.pipelines.evaluation.judges.rubrics import OWN_FILE, official_rubrics, own_rubrics
-from loomvideo.pipelines.evaluation.judges.session import JudgeSession, check_budget
 from loomvideo.pipelines.evaluation.model_generator import ModelGenerator, ModelOptions, model_fingerprint
 from loomvideo.pipelines.evaluation.pipeline_generator import SamplerSettings
-from loomvideo.pipelines.evaluation.stages import JudgeStage
-from loomvideo.pipelines.evaluation.store import Store
 from loomvideo.pipelines.evaluation.suites.items import Manifest
 from loomvideo.pipelines.evaluation.suites.registry import Suite
-from loomvideo.pipelines.vlm.clients import GeminiClient, OpenAIClient, VLMClient, api_key
-from loomvideo.pipelines.vlm.local import QwenVLClient
-from loomvideo.pipelines.vlm.requests import FrameSampling
-from loomvideo.pipelines.vlm.session import AnswerCache, Budget, Pace, Prices, Session
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.runs import RunFolder
 
@@ -118,79 +109,6 @@ def load_manifest(config: EvaluateConfig, suite: Suite) -> Manifest:
             f"add them or set allow_missing=true"
         )
     return manifest
-
-
-def judge_builder(
-    config: EvaluateConfig, suites: list[Suite], manifests: list[Manifest]
-) -> Callable[[], JudgeStage] | None:
-    """What makes the judge stage inside its actor; checks rubrics, key and budget before anything runs."""
-    j = config.judge
-    if j.kind == "none" or not any(suite.judged for suite in suites):
-        return None
-    rubrics = own_rubrics(Path(j.rubrics) if j.rubrics else OWN_FILE)
-    official = {name: official_rubrics(Path(path)) for name, path in j.official_rubrics.items()}
-    client = judge_client(config)
-    prices = Prices(j.input_usd, j.output_usd, j.tokens_per_frame)
-    sampling = FrameSampling(j.num_frames, j.max_side, as_video=j.as_video)
-    items = [item for suite, m in zip(suites, manifests, strict=True) if suite.judged for item in m.items]
-    calls = len(items) * j.repeats
-    tokens = sum(400 + j.tokens_per_frame * (j.num_frames * (1 + bool(i.source)) + len(i.references)) for i in items)
-    expected = prices.cost_usd(tokens * j.repeats, prices.output_tokens * calls)
-    check_budget(j.budget_usd, expected, calls)
-    if expected:
-        Console(markup=False, stderr=True).print(
-            f"judge: at most {calls} calls, about {expected:.2f} USD", highlight=False
-        )
-
-    def build() -> JudgeStage:
-        return JudgeStage(
-            Store(store_folder(config)), judge_session(config, client), sampling, rubrics, official,
-            j.mode, j.repeats, j.threads, j.judge_identity,
-        )  # fmt: skip
-
-    stage = build()
-    for item in items:
-        stage.question(item)
-    return build
-
-
-def judge_session(config: EvaluateConfig, client: VLMClient) -> JudgeSession:
-    """A judge with the configured cache, prices, budget and pace."""
-    j = config.judge
-    session = Session(
-        client,
-        AnswerCache(store_folder(config) / "answers"),
-        prices=Prices(j.input_usd, j.output_usd, j.tokens_per_frame),
-        budget=Budget(j.budget_usd),
-        pace=Pace(j.calls_per_minute),
-        max_attempts=j.max_attempts,
-    )
-    return JudgeSession(session)
-
-
-def judge_client(config: EvaluateConfig) -> VLMClient:
-    """The configured judge.
-
-    Raises:
-        UserError: if its key is not in the environment.
-    """
-    j = config.judge
-    if j.kind == "fake":
-        return PixelJudge()
-    if j.kind == "transformers":
-        return QwenVLClient(j.model, j.max_tokens, setting="judge.model")
-    if j.kind == "openai":
-        client = OpenAIClient(
-            j.base_url, j.model, j.api_key_env or "OPENAI_API_KEY",
-            j.temperature, j.max_tokens, j.timeout_s, j.structured,
-        )  # fmt: skip
-    else:
-        base = j.base_url or GeminiClient("").base_url
-        client = GeminiClient(
-            j.model, base, j.api_key_env or "GEMINI_API_KEY", j.temperature, max(j.max_tokens, 8192), j.timeout_s
-        )
-    api_key(client.api_key_env, client.base_url)
-    return client
 
 
 def wide_console() -> Console:

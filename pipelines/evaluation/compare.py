@@ -1,4 +1,4 @@
-"""Two runs on the same samples: paired tests with Holm correction, and a gate that lets a checkpoint pass or not."""
+"""Two runs on the same samples: paired tests with Holm correction."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from loomvideo.pipelines.evaluation.results import SavedSuite
-from loomvideo.pipelines.evaluation.statistics import PairedTest, holm, paired_test
+from loomvideo.pipelines.evaluation.statistics import PairedTest, enough_clusters, holm, paired_test
 from loomvideo.pipelines.evaluation.table import metric as known_metric
 from loomvideo.platform.errors import UserError
 
@@ -21,9 +21,11 @@ class Comparison:
         suite: Benchmark.
         metric: Metric name.
         category: A category, or empty for the whole suite.
-        test: Difference b - a with its interval and p-values.
+        test: Difference b - a with its interval.
         adjusted_p: Permutation p after Holm over all metrics of the suite, or over the metric's categories.
-        verdict: ``better``, ``worse``, ``different`` (no direction is better) or ``no difference found``.
+        detectable: Smallest true difference found with 80 % power at the level that the correction leaves.
+        verdict: ``better``, ``worse``, ``different`` (no direction is better), ``no difference found``, or ``too few
+            samples to tell`` when no outcome of so few sources could have been significant.
     """
 
     suite: str
@@ -31,6 +33,7 @@ class Comparison:
     category: str
     test: PairedTest
     adjusted_p: float
+    detectable: float
     verdict: str
 
 
@@ -83,8 +86,7 @@ def compare_runs(
             overall[metric] = _test(metric, keys, values_a, values_b, units, seed)
         adjusted = holm({metric: test.permutation_p for metric, test in overall.items()})
         for metric, test in overall.items():
-            verdict = _verdict(metric, test.difference, adjusted[metric], alpha)
-            found.append(Comparison(suite, metric, "", test, adjusted[metric], verdict))
+            found.append(_comparison(suite, metric, "", test, adjusted, alpha))
             groups = sorted({categories[key] for key in keys})
             if len(groups) < 2 or not by_category:
                 continue
@@ -95,8 +97,7 @@ def compare_runs(
             by_group = holm({group: test.permutation_p for group, test in tests.items()})
             for group, test in tests.items():
                 if test.num_samples:
-                    verdict = _verdict(metric, test.difference, by_group[group], alpha)
-                    found.append(Comparison(suite, metric, group, test, by_group[group], verdict))
+                    found.append(_comparison(suite, metric, group, test, by_group, alpha))
     return found
 
 
@@ -113,59 +114,18 @@ def _test(
     return paired_test(left, right, [units[key] for key in keys], seed)
 
 
-def _verdict(metric: str, difference: float, p: float, alpha: float) -> str:
-    if np.isnan(p) or p >= alpha:
-        return "no difference found"
+def _comparison(
+    suite: str, metric: str, category: str, test: PairedTest, adjusted: Mapping[str, float], alpha: float
+) -> Comparison:
+    p = adjusted[category or metric]
+    level = alpha / max(1, sum(not np.isnan(value) for value in adjusted.values()))
     better = known_metric(metric).higher_is_better
-    if better is None:
-        return "different"
-    return "better" if (difference > 0) == better else "worse"
-
-
-@dataclass(frozen=True)
-class GateRule:
-    """What a candidate must hold against the baseline.
-
-    Attributes:
-        suite: Benchmark.
-        metric: Metric, in the direction that is better.
-        min_delta: Least improvement of the suite's mean; negative tolerates a loss.
-        max_regress: Largest loss of any category that is not noise; infinite for no limit.
-        p: Significance level; a loss counts as real below it after Holm, and a required gain must be real.
-    """
-
-    suite: str
-    metric: str
-    min_delta: float = 0.0
-    max_regress: float = float("inf")
-    p: float = 0.05
-
-
-def check_gate(rule: GateRule, a: Mapping[str, SavedSuite], b: Mapping[str, SavedSuite]) -> list[str]:
-    """Why candidate ``b`` must not replace baseline ``a``; an empty list lets it pass.
-
-    Raises:
-        UserError: if the metric has no better direction or is missing from either run.
-    """
-    better = known_metric(rule.metric).higher_is_better
-    if better is None:
-        raise UserError(f"metric {rule.metric}: neither high nor low is better, so it cannot be a gate")
-    compared = [c for c in compare_runs(a, b, [rule.metric]) if c.suite == rule.suite]
-    overall = next((c for c in compared if not c.category), None)
-    if overall is None or overall.test.num_samples == 0:
-        raise UserError(f"metric {rule.suite}/{rule.metric}: not in both runs")
-    reasons = list(differing_headers({rule.suite: a[rule.suite]}, {rule.suite: b[rule.suite]}))
-    status = b[rule.suite].header.get("status")
-    if status != "complete":
-        reasons.append(f"{rule.suite}: the candidate's run is {status}, so its means may flatter it")
-    sign = 1 if better else -1
-    gain = sign * overall.test.difference
-    if gain < rule.min_delta:
-        reasons.append(f"{rule.suite}/{rule.metric}: gain {gain:.3f} is under {rule.min_delta:g}")
-    elif rule.min_delta > 0 and overall.adjusted_p >= rule.p:
-        reasons.append(f"{rule.suite}/{rule.metric}: gain {gain:.3f} may be chance (p = {overall.adjusted_p:.3f})")
-    for c in compared:
-        loss = -sign * c.test.difference
-        if c.category and loss > rule.max_regress and c.adjusted_p < rule.p:
-            reasons.append(f"{rule.suite}/{rule.metric}/{c.category}: lost {loss:.3f}, more than {rule.max_regress:g}")
-    return reasons
+    if not enough_clusters(test.num_clusters, level):
+        verdict = "too few samples to tell"
+    elif np.isnan(p) or p >= alpha:
+        verdict = "no difference found"
+    elif better is None:
+        verdict = "different"
+    else:
+        verdict = "better" if (test.difference > 0) == better else "worse"
+    return Comparison(suite, metric, category, test, p, test.detectable(level), verdict)

@@ -27,12 +27,18 @@ class Resources:
         generator_gpus: GPUs of each.
         generator_cpus: CPUs of each.
         judge_batch: Samples a judge call batch.
+        judges: Actors with a local judge; one for a server, so that pace and budget hold for the whole run.
+        judge_gpus: GPUs of each.
+        judge_cpus: CPUs of each.
     """
 
     generators: int = 1
     generator_gpus: float = 0.0
     generator_cpus: float = 1.0
     judge_batch: int = 8
+    judges: int = 1
+    judge_gpus: float = 0.0
+    judge_cpus: float = 0.0
 
 
 class _Generate:
@@ -46,7 +52,7 @@ class _Generate:
 
 
 class _Judge:
-    """The judge actor: one, so that pace and budget hold for the whole run; its threads wait for answers."""
+    """A judge actor; its threads wait for a server's answers, or fill the batches of its local model."""
 
     def __init__(self, make: Callable[[], JudgeStage]):
         self._stage = make()
@@ -105,8 +111,9 @@ def run_graph(
             _Judge,
             batch_size=resources.judge_batch,
             fn_constructor_args=(judge,),
-            num_cpus=0,
-            compute=ray.data.ActorPoolStrategy(size=1),
+            num_cpus=resources.judge_cpus,
+            num_gpus=resources.judge_gpus or None,
+            compute=ray.data.ActorPoolStrategy(size=resources.judges),
         )
     for row in dataset.iter_rows():
         finished = json.loads(row["row"])

@@ -11,8 +11,7 @@ from typing import Any
 
 import mlflow
 import numpy as np
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric
-from mlflow.exceptions import MlflowException
+from mlflow.entities import Metric
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
@@ -21,6 +20,7 @@ from loomvideo.pipelines.evaluation.published import published_scores
 from loomvideo.pipelines.evaluation.stages import MODEL, STRIP, Row
 from loomvideo.pipelines.evaluation.store import Store, content_key
 from loomvideo.pipelines.evaluation.table import headline_metrics, ranking_metrics
+from loomvideo.platform.registry import log_dataset
 from loomvideo.platform.tracking import Tracker, metric_name
 
 TABLE_ROWS = 60
@@ -84,8 +84,8 @@ def log_suite(
     """
     client = MlflowClient(tracking_uri=tracker.uri)
     log_metrics(client, tracker.run_id, metric_values(result), step, model_id, manifest)
-    source = Dataset(manifest["name"], manifest["digest"], "local", manifest["source"])
-    client.log_inputs(tracker.run_id, [DatasetInput(source, [InputTag("mlflow.data.context", "evaluation")])])
+    log_dataset(client, tracker.run_id, manifest["name"], manifest["digest"], manifest["source"], "evaluation",
+                manifest.get("profile", ""))  # fmt: skip
     for name in ("review.html", "figures.json", "rows.jsonl", "published.json"):
         if (folder / name).is_file():
             client.log_artifact(tracker.run_id, str(folder / name))
@@ -138,34 +138,6 @@ def films_to_upload(rows: Sequence[Row], limit: int) -> list[Row]:
         alternating = [ranked[i // 2] if i % 2 == 0 else ranked[-1 - i // 2] for i in range(len(ranked))]
         turns += list(enumerate(alternating))
     return [row for _, row in sorted(turns, key=lambda turn: turn[0])][: limit or None]
-
-
-def register_model(
-    client: MlflowClient, experiment_id: str, run_id: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str]
-) -> str:
-    """The LoggedModel of a checkpoint that is kept outside MLflow; found again by its fingerprint."""
-    fingerprint = tags["loomvideo.fingerprint"]
-    found = client.search_logged_models(
-        [experiment_id], filter_string=f"tags.`loomvideo.fingerprint` = '{fingerprint}'", max_results=1
-    )
-    if found:
-        return found[0].model_id
-    values = {key: str(value)[:250] for key, value in params.items()}
-    model = client.create_logged_model(experiment_id, name, run_id, dict(tags), values, "loomvideo")
-    client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-    return model.model_id
-
-
-def move_alias(client: MlflowClient, model: str, alias: str, checkpoint: str, run_id: str, tags: dict[str, str]) -> str:
-    """Register a checkpoint as a new version of a registered model and point the alias at it; returns the version."""
-    try:
-        client.create_registered_model(model)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    version = client.create_model_version(model, source=checkpoint, run_id=run_id, tags=tags)
-    client.set_registered_model_alias(model, alias, version.version)
-    return version.version
 
 
 def log_tables(client: MlflowClient, run_id: str, suite: str, store: Store, rows: Sequence[Row], step: int) -> None:

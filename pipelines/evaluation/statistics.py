@@ -108,20 +108,22 @@ class PairedTest:
         low: Lower end of the 95 % interval of the difference.
         high: Upper end.
         permutation_p: Two-sided sign-flip permutation test over cluster sums.
-        wilcoxon_p: Two-sided Wilcoxon signed-rank test over cluster means.
         num_samples: Shared valid samples.
         num_clusters: Clusters among them.
-        detectable: Smallest true difference found with 80 % power at this number of clusters and spread.
+        spread: Standard deviation of the clusters' mean differences.
     """
 
     difference: float
     low: float
     high: float
     permutation_p: float
-    wilcoxon_p: float
     num_samples: int
     num_clusters: int
-    detectable: float
+    spread: float
+
+    def detectable(self, alpha: float = 0.05) -> float:
+        """Smallest true difference found with 80 % power at this number of clusters, spread and level."""
+        return detectable_difference(self.spread, self.num_clusters, alpha)
 
 
 def paired_test(a: np.ndarray, b: np.ndarray, clusters: Sequence[str], seed: int = 0) -> PairedTest:
@@ -130,24 +132,32 @@ def paired_test(a: np.ndarray, b: np.ndarray, clusters: Sequence[str], seed: int
     valid = ~np.isnan(difference)
     kept, names = difference[valid], np.asarray(clusters)[valid]
     estimate = bootstrap_mean(kept, names, seed=seed)
+    nan = float("nan")
     if not kept.size:
-        nan = float("nan")
-        return PairedTest(nan, nan, nan, nan, nan, 0, 0, nan)
-    _, cluster_of = np.unique(names, return_inverse=True)
-    sums = np.bincount(cluster_of, weights=kept)
-    means = sums / np.bincount(cluster_of)
-    wilcoxon_p = float(stats.wilcoxon(means).pvalue) if np.any(means != 0) else 1.0
-    spread = float(means.std(ddof=1)) if len(means) > 1 else float("nan")
+        return PairedTest(nan, nan, nan, nan, 0, 0, nan)
+    sums, means = cluster_means(kept, names)
+    spread = float(means.std(ddof=1)) if len(means) > 1 else nan
     return PairedTest(
         difference=estimate.value,
         low=estimate.low,
         high=estimate.high,
         permutation_p=sign_flip_test(sums, seed=seed),
-        wilcoxon_p=wilcoxon_p,
         num_samples=len(kept),
         num_clusters=len(sums),
-        detectable=detectable_difference(spread, len(sums)),
+        spread=spread,
     )
+
+
+def cluster_means(scores: np.ndarray, clusters: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Sum and mean of each cluster's valid scores, in the order of the clusters' names."""
+    _, cluster_of = np.unique(np.asarray(clusters), return_inverse=True)
+    sums = np.bincount(cluster_of, weights=scores)
+    return sums, sums / np.bincount(cluster_of)
+
+
+def enough_clusters(num_clusters: int, alpha: float) -> bool:
+    """Whether any result of a two-sided sign-flip test of so many clusters could be under the level at all."""
+    return num_clusters > _EXACT_CLUSTERS or 2.0 ** (1 - num_clusters) < alpha
 
 
 def sign_flip_test(differences: np.ndarray, resamples: int = 10_000, seed: int = 0) -> float:

@@ -19,6 +19,8 @@ class Metric:
         margin: Loss of the mean that a gate takes as no loss, in its unit; None: a gate must be told one.
         idle: Whether a model gains by doing nothing, so that a gate on it must be asked for.
         label: In words; empty for the name.
+        spread: Deviation of the differences of two runs between sources that is taken for planning; None where none is
+            usual.
     """
 
     name: str
@@ -29,12 +31,13 @@ class Metric:
     margin: float | None = None
     idle: bool = False
     label: str = ""
+    spread: float | None = None
 
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("judge", "1 to 5", True, headline=True, margin=0.1),
+        Metric("judge", "1 to 5", True, headline=True, margin=0.1, spread=1.0),
         Metric("judge_macro", "1 to 5", True, headline=True, margin=0.1),
         Metric("judge_worst", "1 to 5", True, headline=True, floor=1.0, margin=0.1),
         Metric("judge_min", "1 to 5", True, headline=True, margin=0.15),

@@ -138,14 +138,16 @@ class Budget:
 
 
 def _read_ledger(path: Path) -> tuple[float, int]:
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        # A kill cut the last line short; its call had not begun, or is counted with what was set aside.
+        path.write_text(whole, encoding="utf-8")
     costs: dict[int, float] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(whole.splitlines(), 1):
         try:
             entry = json.loads(line)
         except json.JSONDecodeError as error:
-            # A kill may cut the last line; what it began is in none of the accounts yet.
-            if number == len(path.read_text(encoding="utf-8").splitlines()):
-                continue
             raise UserError(f"{path}:{number}: no JSON; the record of what was paid is damaged") from error
         costs[entry["call"]] = entry.get("paid_usd", entry.get("reserved_usd", 0.0))
     return sum(costs.values()), max(costs, default=0)

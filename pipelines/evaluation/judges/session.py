@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from loomvideo.pipelines.evaluation.suites.parsers import PARSERS, Parsed
 from loomvideo.pipelines.vlm.requests import VLMRequest
 from loomvideo.pipelines.vlm.session import Answer, Session
-from loomvideo.platform.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -71,16 +70,3 @@ class JudgeSession:
             return Judgement(Parsed(None, {}, failure=answer.failure), "", "", *billed)
         parsed = PARSERS[self.parser](answer.reply.text, request.axes)
         return Judgement(parsed, answer.reply.text, answer.reply.model, *billed, answer.reply.latency_s)
-
-
-def check_budget(cap_usd: float, expected_usd: float, calls: int) -> None:
-    """Refuse before the first call when the expected price is over the cap.
-
-    Raises:
-        UserError: naming the expected price and what to change.
-    """
-    if 0 < cap_usd < expected_usd:
-        raise UserError(
-            f"judge.budget_usd={cap_usd:g}: {calls} calls are expected to cost {expected_usd:.2f} USD; "
-            f"raise the budget, or lower limit, judge.repeats or judge.num_frames"
-        )

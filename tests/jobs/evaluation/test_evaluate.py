@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from loomvideo.jobs.evaluation import compare as compare_job
+from loomvideo.jobs.evaluation import gate as gate_job
 from loomvideo.jobs.evaluation import job as evaluate_job
 from loomvideo.jobs.evaluation.config import EvaluateConfig
-from loomvideo.jobs.evaluation.setup import find_checkpoint, judge_builder, load_manifest
+from loomvideo.jobs.evaluation.judge import judge_builder
+from loomvideo.jobs.evaluation.setup import find_checkpoint, load_manifest
 from loomvideo.pipelines.evaluation.judges.fake import FakeJudgeServer
 from loomvideo.pipelines.evaluation.stages import run_local
 from loomvideo.pipelines.evaluation.suites.registry import suite
@@ -66,7 +69,11 @@ def config(data, runs, name, *overrides):
     return load_config(EvaluateConfig, base + sizes + ["judge.num_frames=2", *overrides])
 
 
-def test_two_checkpoints_from_figures_to_a_moved_alias(tmp_path, data, local, capsys):
+def _refuse(*arguments):
+    raise MlflowException("no aliases today")
+
+
+def test_two_checkpoints_from_figures_to_a_moved_alias(tmp_path, data, local, capsys, monkeypatch):
     runs = tmp_path / "runs"
     fake = ["judge.kind=fake", "judge.repeats=2"]
     weak, strong = ["generation.blend_skill=0.5"], ["generation.blend_skill=0.9"]
@@ -122,22 +129,34 @@ def test_two_checkpoints_from_figures_to_a_moved_alias(tmp_path, data, local, ca
     assert sorted(ratings) == ["strong", "weak", "weak-again"]
     assert "fashion/arena/rating" in client.get_run(parent.info.run_id).data.metrics
 
-    def gate(baseline, candidate, **changes):
-        rule = {"metric": "fashion/gain_psnr_db", "min_delta": 0.5, "max_regress": 0.5, "p": 0.05} | changes
-        rule |= {"registered_model": "loom", "alias": "champion", "runs": runs, "tracking_uri": ""}
-        return compare_job.run_gate(baseline, candidate, **rule)
+    def gate(baseline, candidate, metric="fashion/gain_psnr_db", **changes):
+        rule = gate_job.gate_rule(metric, **({"max_regress": 0.5} | changes))
+        return gate_job.run_gate(baseline, candidate, rule, "loom", "champion", runs, "")
 
-    with pytest.raises(UserError, match="names no weights"):
-        gate("weak", "strong")
-    client.set_tag(parent.info.run_id, "loomvideo.weights", str(tmp_path / "weights"))
     assert not gate("strong", "weak")
+    tag = client.get_run(found["weak"].info.run_id).data.tags["gate"]
+    assert tag.startswith("failed: ")
     with pytest.raises(Exception, match="loom"):
         client.get_model_version_by_alias("loom", "champion")
-    assert gate("weak", "strong")
-    assert client.get_model_version_by_alias("loom", "champion").run_id == parent.info.run_id
+    assert gate("weak", "strong", min_gain=0.5)
+    version = client.get_model_version_by_alias("loom", "champion")
+    assert version.run_id == parent.info.run_id
+    model = client.get_logged_model(version.source.removeprefix("models:/"))
+    assert model.tags["loomvideo.fingerprint"] == parent.data.tags["loomvideo.fingerprint"]
     assert client.get_run(parent.info.run_id).data.tags["gate"] == "passed"
     with pytest.raises(UserError, match="neither high nor low"):
         gate("weak", "strong", metric="fashion/sharpness")
+    with pytest.raises(UserError, match="improves by doing nothing"):
+        gate("weak", "strong", metric="fashion/flicker")
+    assert not gate("weak", "weak-again", margin=1e-4)
+    decision = json.loads((runs / "evaluate/weak-again/gate-weak.json").read_text())["decision"]
+    assert decision["verdict"] == "too few samples to tell"
+    # A registry that refuses leaves neither an empty model nor a tag that says passed.
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", _refuse)
+    with pytest.raises(UserError, match="registry: fresh: no aliases today"):
+        gate_job.run_gate("weak", "strong", gate_job.gate_rule("fashion/gain_psnr_db"), "fresh", "champion", runs, "")
+    assert not client.search_registered_models("name = 'fresh'")
+    assert client.get_run(parent.info.run_id).data.tags["gate"].startswith("failed: the registry refused fresh")
 
     labels = tmp_path / "labels.csv"
     compare_job.run_agreement("strong", labels, runs, 6, "")
@@ -158,14 +177,23 @@ def test_a_rerun_asks_the_judge_nothing_new_and_keeps_its_mlflow_run(tmp_path, d
     with FakeJudgeServer().running() as server:
         judge = ["judge.kind=openai", "judge.model=m", f"judge.base_url={server.base_url}/v1"]
         evaluate_job.run(config(data, tmp_path, "a", *judge))
-        assert len(server.calls) == NUM_SOURCES
+        # One trial call before anything is generated.
+        assert len(server.calls) == 1 + NUM_SOURCES
         run_id = json.loads((tmp_path / "evaluate/a/mlflow.json").read_text())["run_id"]
         evaluate_job.run(config(data, tmp_path, "a", *judge))
-        assert len(server.calls) == NUM_SOURCES
+        assert len(server.calls) == 1 + NUM_SOURCES
         assert json.loads((tmp_path / "evaluate/a/mlflow.json").read_text())["run_id"] == run_id
         client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
         table = json.loads(Path(client.download_artifacts(run_id, "samples-fashion.json", str(tmp_path))).read_text())
         assert len(table["data"]) == NUM_SOURCES
+
+
+def test_a_judge_that_cannot_answer_ends_the_run_before_anything_is_generated(tmp_path, data, local):
+    with FakeJudgeServer(lambda call: "400").running() as server:
+        judge = ["judge.kind=openai", "judge.model=wrong", f"judge.base_url={server.base_url}/v1"]
+        with pytest.raises(UserError, match=r"judge\.model=wrong: the trial call failed: bad request: HTTP 400"):
+            evaluate_job.run(config(data, tmp_path, "a", *judge))
+    assert not (tmp_path / "evaluation-store/results").exists()
 
 
 def test_training_probes_are_logged_at_their_step(tmp_path, data, local):
@@ -206,6 +234,9 @@ def test_mistakes_are_found_before_anything_runs(tmp_path, data, monkeypatch):
     assert "set GEMINI_API_KEY" in message("judge.kind=gemini", "judge.model=g")
     expensive = ["judge.kind=openai", "judge.model=m", "judge.base_url=http://localhost:1/v1", "judge.input_usd=500"]
     assert "judge.budget_usd=0.01" in message(*expensive, "judge.budget_usd=0.01")
+    assert "without prices it never binds" in message(*expensive[:3], "judge.budget_usd=5")
+    assert "would be spent; allow it with a budget" in message(*expensive)
+    assert "the answers would be the same one" in message(*expensive[:3], "judge.repeats=3", "judge.temperature=0")
     assert "must be 4k+1" in message("inputs.num_frames=8")
     (data / "s0.mp4").rename(data / "hidden.mp4")
     try:

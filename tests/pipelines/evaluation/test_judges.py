@@ -8,11 +8,11 @@ import pytest
 from loomvideo.pipelines.evaluation.judges import rubrics
 from loomvideo.pipelines.evaluation.judges.fake import FakeJudgeServer, PixelJudge
 from loomvideo.pipelines.evaluation.judges.inputs import media_for_item
-from loomvideo.pipelines.evaluation.judges.session import JudgeSession, check_budget
+from loomvideo.pipelines.evaluation.judges.session import JudgeSession
 from loomvideo.pipelines.evaluation.suites.items import EvalItem
 from loomvideo.pipelines.vlm.clients import GeminiClient, OpenAIClient
 from loomvideo.pipelines.vlm.requests import FrameSampling, VLMRequest, labelled
-from loomvideo.pipelines.vlm.session import AnswerCache, Budget, Pace, Prices, Session
+from loomvideo.pipelines.vlm.session import AnswerCache, Prices, Session
 from loomvideo.platform.errors import UserError
 
 AXES = ("instruction", "preservation", "quality")
@@ -111,30 +111,6 @@ def test_failures_are_retried_or_counted_by_reason(tmp_path, kind, script, sampl
 def test_an_unreachable_judge_is_a_failure(tmp_path):
     client = OpenAIClient("http://127.0.0.1:9/v1", "judge", timeout_s=1)
     assert session(tmp_path, client, max_attempts=2).judge(request()).parsed.failure == "unreachable"
-
-
-def test_budget_stops_calls_but_not_cached_answers(tmp_path):
-    prices = Prices(input_usd=1000.0, output_usd=0.0, tokens_per_frame=100)
-    with FakeJudgeServer().running() as server:
-        asking = session(tmp_path, clients(server)["openai"], prices=prices, budget=Budget(1.5))
-        assert asking.judge(request()).parsed.sample == 4
-        assert asking.session.budget.spent_usd == pytest.approx(1.0)
-        assert asking.judge(request(seed=3)).parsed.failure == "budget"
-        assert asking.judge(request()).cached
-        assert len(server.calls) == 1
-    with pytest.raises(UserError, match=r"judge\.budget_usd=5"):
-        check_budget(5, 6.2, 100)
-    check_budget(0, 6.2, 100)
-
-
-def test_pace_spaces_calls(monkeypatch):
-    clock, slept = [0.0], []
-    monkeypatch.setattr("loomvideo.pipelines.vlm.session.time.monotonic", lambda: clock[0])
-    monkeypatch.setattr("loomvideo.pipelines.vlm.session.time.sleep", slept.append)
-    pace = Pace(per_minute=30)
-    for _ in range(3):
-        pace.wait()
-    assert slept == [0, 2, 4]
 
 
 def test_keys_come_from_the_environment_only(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -88,3 +89,27 @@ def test_a_folder_that_is_none_is_a_mistake(tmp_path):
     request = caption_request(SAMPLE, "caption", *frames(SAMPLE), FrameSampling(2, 64))
     with pytest.raises(UserError, match="give the folder of a Qwen3-VL model"):
         client.complete(request)
+
+
+def test_threads_share_one_model_and_a_batch_answers_as_each_would_alone(folder):
+    alone, together = (QwenVLClient(folder, max_tokens=5, device="cpu", batch=size) for size in (1, 3))
+    pictures = caption_request(SAMPLE, "caption", *frames(SAMPLE), FrameSampling(2, 64)).media
+    requests = [
+        VLMRequest(("Rate it.", *pictures), ("quality",), structured=False),
+        VLMRequest(("What colour is the coat that she wears, and is it buttoned?",), structured=False),
+        VLMRequest(("Short: ", *caption_request(SAMPLE, "caption", *frames(SAMPLE), FrameSampling(1, 48)).media),
+                   structured=False),
+    ]  # fmt: skip
+    with ThreadPoolExecutor(3) as pool:
+        replies = list(pool.map(together.complete, requests))
+    singles = [alone.complete(request) for request in requests]
+    assert [r.text for r in replies] == [r.text for r in singles]
+    assert [(r.tokens_in, r.tokens_out) for r in replies] == [(r.tokens_in, r.tokens_out) for r in singles]
+
+
+def test_repeats_of_a_sampling_judge_vary_and_come_back_the_same(folder):
+    client = QwenVLClient(folder, max_tokens=8, device="cpu", temperature=1.0)
+    repeats = [VLMRequest(("Rate it.",), structured=False, repeat=n) for n in range(3)]
+    texts = [client.complete(request).text for request in repeats]
+    assert len(set(texts)) > 1
+    assert [client.complete(request).text for request in repeats] == texts

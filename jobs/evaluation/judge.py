@@ -1,0 +1,165 @@
+"""The judge of an evaluation: what it may cost, a call before anything is spent, and the stage inside its actor."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import typer
+from rich.console import Console
+
+from loomvideo.jobs.evaluation.config import EvaluateConfig
+from loomvideo.jobs.evaluation.setup import store_folder
+from loomvideo.pipelines.evaluation.gate import sample_size_line
+from loomvideo.pipelines.evaluation.judges.fake import PixelJudge
+from loomvideo.pipelines.evaluation.judges.rubrics import OWN_FILE, official_rubrics, own_rubrics
+from loomvideo.pipelines.evaluation.judges.session import JudgeSession
+from loomvideo.pipelines.evaluation.stages import JudgeStage
+from loomvideo.pipelines.evaluation.store import Store
+from loomvideo.pipelines.evaluation.suites.items import EvalItem, Manifest
+from loomvideo.pipelines.evaluation.suites.registry import Suite
+from loomvideo.pipelines.vlm.clients import GeminiClient, OpenAIClient, VLMClient, api_key
+from loomvideo.pipelines.vlm.local import QwenVLClient
+from loomvideo.pipelines.vlm.requests import FrameSampling, VLMRequest, encode_media, labelled
+from loomvideo.pipelines.vlm.session import AnswerCache, Budget, Pace, Prices, Session
+from loomvideo.platform.errors import UserError
+
+SPENDING_FILE = "judge-spending.jsonl"
+_RUBRIC_TOKENS = 400
+BuildJudge = Callable[[Path | None], JudgeStage]
+
+
+def judge_builder(config: EvaluateConfig, suites: list[Suite], manifests: list[Manifest]) -> BuildJudge | None:
+    """What makes the judge stage inside its actor, given the run's record of spending; None without a judge.
+
+    Checks rubrics, key, prices and budget, and asks before spending.
+
+    Raises:
+        UserError: for anything that would stop the judge later.
+    """
+    j = config.judge
+    if j.kind == "none" or not any(suite.judged for suite in suites):
+        return None
+    rubrics = own_rubrics(Path(j.rubrics) if j.rubrics else OWN_FILE)
+    official = {name: official_rubrics(Path(path)) for name, path in j.official_rubrics.items()}
+    client = judge_client(config)
+    sampling = FrameSampling(j.num_frames, j.max_side, as_video=j.as_video)
+    items = [item for suite, m in zip(suites, manifests, strict=True) if suite.judged for item in m.items]
+    console = Console(markup=False, stderr=True, soft_wrap=True, highlight=False)
+    for suite, manifest in zip(suites, manifests, strict=True):
+        if suite.judged:
+            console.print(sample_size_line(manifest.suite, len({item.unit for item in manifest.items})))
+
+    def build(spending: Path | None = None) -> JudgeStage:
+        return JudgeStage(
+            Store(store_folder(config)), judge_session(config, client, spending), sampling, rubrics, official,
+            j.mode, j.repeats, j.threads, j.judge_identity,
+        )  # fmt: skip
+
+    stage = build()
+    for item in items:
+        stage.question(item)
+    check_spending(config, items, console)
+    return build
+
+
+def check_spending(config: EvaluateConfig, items: list[EvalItem], console: Console) -> None:
+    """Refuse a budget that could not bind or is too small, and ask a person before anything is spent.
+
+    Raises:
+        UserError: naming the key and the fix.
+    """
+    j = config.judge
+    prices = judge_prices(config)
+    if j.budget_usd > 0 and j.kind in ("openai", "gemini") and not (j.input_usd or j.output_usd):
+        raise UserError(
+            f"judge.budget_usd={j.budget_usd:g}: without prices it never binds; set judge.input_usd and "
+            f"judge.output_usd to the price of a million tokens, or judge.budget_usd=0 for a server that costs nothing"
+        )
+    calls = len(items) * j.repeats
+    frames = sum(j.num_frames * (1 + bool(item.source)) + len(item.references) for item in items)
+    tokens = (_RUBRIC_TOKENS * len(items) + j.tokens_per_frame * frames) * j.repeats
+    expected = prices.cost_usd(tokens, prices.output_tokens * calls)
+    if 0 < j.budget_usd < expected:
+        raise UserError(
+            f"judge.budget_usd={j.budget_usd:g}: {calls} calls are expected to cost {expected:.2f} USD; "
+            f"raise the budget, or lower limit, judge.repeats or judge.num_frames"
+        )
+    if not expected:
+        return
+    console.print(f"judge: at most {calls} calls, about {expected:.2f} USD")
+    if j.budget_usd == 0:
+        if not sys.stdin.isatty():
+            raise UserError(f"judge.budget_usd: about {expected:.2f} USD would be spent; allow it with a budget")
+        typer.confirm("Spend it?", abort=True, err=True)
+
+
+def preflight(config: EvaluateConfig, spending: Path) -> None:
+    """Ask the judge about a grey picture, so that a wrong key, model or form shows before hours of generation.
+
+    The answer is kept like any other: a run that continues does not pay for it again.
+
+    Raises:
+        UserError: with what the server said.
+    """
+    j = config.judge
+    if j.kind not in ("openai", "gemini"):
+        return
+    session = judge_session(config, judge_client(config), spending).session
+    grey = np.full((2 if j.as_video else 1, 64, 64, 3), 127, np.uint8)
+    media = encode_media("Picture", grey, FrameSampling(len(grey), 64, as_video=j.as_video))
+    text = "How grey is this, from 1 to 5? Say in a few words what you see (reasoning), then the score, as JSON."
+    answer = session.ask(VLMRequest(labelled(text, [media]), ("grey",), structured=j.mode == "strict"))
+    if answer.reply is None:
+        raise UserError(f"judge.kind={j.kind} judge.model={j.model}: the trial call failed: {answer.detail}")
+
+
+def judge_prices(config: EvaluateConfig) -> Prices:
+    """The configured prices."""
+    j = config.judge
+    most = max(j.max_tokens, GeminiClient("").max_tokens) if j.kind == "gemini" else j.max_tokens
+    return Prices(j.input_usd, j.output_usd, j.tokens_per_frame, max_output_tokens=most)
+
+
+def judge_session(config: EvaluateConfig, client: VLMClient, spending: Path | None = None) -> JudgeSession:
+    """A judge with the configured cache, prices, budget and pace.
+
+    Args:
+        config: Of the run.
+        client: The model.
+        spending: The run's record of what it has paid; None keeps none.
+    """
+    j = config.judge
+    session = Session(
+        client,
+        AnswerCache(store_folder(config) / "answers"),
+        prices=judge_prices(config),
+        budget=Budget(j.budget_usd, spending),
+        pace=Pace(j.calls_per_minute),
+        max_attempts=j.max_attempts,
+    )
+    return JudgeSession(session)
+
+
+def judge_client(config: EvaluateConfig) -> VLMClient:
+    """The configured judge.
+
+    Raises:
+        UserError: if its key is not in the environment.
+    """
+    j = config.judge
+    temperature = j.sampling_temperature()
+    if j.kind == "fake":
+        return PixelJudge()
+    if j.kind == "transformers":
+        return QwenVLClient(j.model, j.max_tokens, "judge.model", temperature=temperature, batch=j.threads)
+    if j.kind == "openai":
+        client = OpenAIClient(
+            j.base_url, j.model, j.api_key_env or "OPENAI_API_KEY", temperature, j.max_tokens, j.timeout_s, j.structured
+        )
+    else:
+        base = j.base_url or GeminiClient("").base_url
+        most = judge_prices(config).max_output_tokens
+        client = GeminiClient(j.model, base, j.api_key_env or "GEMINI_API_KEY", temperature, most, j.timeout_s)
+    api_key(client.api_key_env, client.base_url)
+    return client
