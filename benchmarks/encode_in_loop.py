@@ -74,7 +74,7 @@ def main():
                 random = SampleRandom(0, draw.key, draw.visit)
                 with torch.no_grad():
                     examples.append(recipe.load_example(0, row, read(draw.row, row, random), random))
-            pack = recipe.collate(examples)
+            pack = recipe.collate(examples).to(torch.device("cpu"), torch.float32)
             loaded = time.perf_counter()
             output = recipe.loss(dit, pack)
             (output.sum / pack.num_loss_elements).backward()

@@ -127,7 +127,13 @@ def plain_step(arguments, recipe, dataset):
     average = [p.detach().clone() for p in model.parameters()]
     plan = [planner.next_step() for _ in range(config.steps)]
     packs = [
-        [recipe.collate([load_draw(recipe, [dataset], draw, 0) for draw in draws]) for draws in step] for step in plan
+        [
+            recipe.collate([load_draw(recipe, [dataset], draw, 0) for draw in draws]).to(
+                torch.device("cpu"), torch.float32
+            )
+            for draws in step
+        ]
+        for step in plan
     ]
     times = []
     for step in packs:

@@ -65,7 +65,16 @@ def find_checkpoint(config: EvaluateConfig) -> Checkpoint:
         raise UserError(f"checkpoint={config.checkpoint}: set generation.model (5b for the published model)")
     model_grid(model).check_frames("inputs.num_frames", config.inputs.num_frames)
     options = ModelOptions(
-        ModelSource(str(weights), model, g.codec_folder, g.mllm_folder, g.kernels, g.compile),
+        ModelSource(
+            str(weights),
+            model,
+            g.codec_folder,
+            g.mllm_folder,
+            g.kernels,
+            g.compile,
+            # Looked at where it runs, which may be another machine than this one.
+            device="cuda" if g.gpus else "cpu",
+        ),
         SamplerSettings(g.steps, g.edit_scale, g.generate_scale, g.visual_scale, g.negative_prompt),
     )
     fingerprint = model_fingerprint(options)

@@ -1,5 +1,6 @@
 """Generators in processes of their own: groups of Ray actors, each group making one file at a time."""
 
+import dataclasses
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from loomvideo.model.parallel import Ranks
 from loomvideo.pipelines.generation.generator import FileGenerator
 from loomvideo.pipelines.generation.requests import Request
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.nodes.devices import device_for
 
 Outcome = tuple[str, str]
 """``done``, ``kept`` or ``failed``, and a failure's message."""
@@ -29,7 +31,9 @@ class GeneratorActor:
 
     def load(self) -> str:
         """Load the model; returns where the ranks of a group with this one as the first can meet."""
-        self.generator = FileGenerator.load(model_source(self.config, drop_exact=True), self.config)
+        device = device_for(self.config.gpus, "gpus").type
+        source = dataclasses.replace(model_source(self.config, drop_exact=True), device=device)
+        self.generator = FileGenerator.load(source, self.config)
         import ray
 
         with socket.socket() as probe:
@@ -40,7 +44,7 @@ class GeneratorActor:
         """Become one rank of a group."""
         self.rank = rank
         dist.init_process_group(
-            "nccl" if torch.cuda.is_available() else "gloo", init_method=address, rank=rank, world_size=world
+            "nccl" if self.config.gpus else "gloo", init_method=address, rank=rank, world_size=world
         )
         self.generator.pipeline.ranks = Ranks.split(self.config.sequence_ranks)
 
@@ -52,7 +56,7 @@ class GeneratorActor:
             if self.rank == 0:
                 self.generator.write(prepared, latents)
         except UserError as error:
-            if torch.cuda.is_available():
+            if self.config.gpus:
                 torch.cuda.empty_cache()
             return "failed", str(error)
         return "done", ""

@@ -7,10 +7,11 @@ from typing import Any
 
 from loomvideo.jobs.training.config import TrainingJobConfig
 from loomvideo.jobs.training.heldout import HeldoutResult, evaluate_heldout
-from loomvideo.model.loading import device_of, dtype_on
+from loomvideo.model.loading import dtype_on
 from loomvideo.model.pipeline import pipeline_around
 from loomvideo.model.sizes import model_size, with_folders
 from loomvideo.pipelines.training.recipe import LoomVideoRecipe
+from loomvideo.platform.nodes.devices import device_for
 from loomvideo.platform.runs import RunFolder
 from loomvideo.platform.tracking import Tracker
 from loomvideo.platform.training.beside import CheckpointTask, load_checkpoint_weights
@@ -44,7 +45,7 @@ def sampling_tasks(
 
     def sample(path: str) -> HeldoutResult:
         checkpoint = Checkpoint(path)
-        device = device_of()
+        device = device_for(samples.gpus, "samples.gpus")
         model = with_folders(model_size(config.model), config.codec_folder, config.mllm_folder)
         dit = build_recipe().build_model().to(device, dtype_on(device))
         load_checkpoint_weights(dit, checkpoint, "ema" if "ema" in checkpoint.kinds else "master")

@@ -26,13 +26,14 @@ from loomvideo.jobs.training.setup import (
 )
 from loomvideo.jobs.weights.export import export_weights, open_checkpoint
 from loomvideo.model.kernels.node import model_shape, use_kernels
-from loomvideo.model.loading import ModelSource, device_of
+from loomvideo.model.loading import ModelSource
 from loomvideo.model.pipeline import load_pipeline
 from loomvideo.model.sizes import ModelSize, model_size, with_folders
 from loomvideo.pipelines.training.feature_pool import feature_pool
 from loomvideo.platform.cluster.doctor import Diagnosis, examine_cluster, preflight
 from loomvideo.platform.cluster.metrics import ExportingTracker
 from loomvideo.platform.config import flatten, to_yaml
+from loomvideo.platform.nodes.devices import device_for
 from loomvideo.platform.ray_session import in_cluster, ray_session
 from loomvideo.platform.runs import RunFolder
 from loomvideo.platform.shards.reader import ShardDataset
@@ -165,11 +166,13 @@ def evaluate_weights(
     config: TrainingJobConfig, weights: str, tasks: set[str], folder: str, num_threads: int
 ) -> HeldoutResult:
     """Load exported weights and evaluate them; runs as a Ray task."""
-    if device_of().type == "cpu":
+    device = device_for(config.training.workers.gpus, "training.workers.gpus")
+    if device.type == "cpu":
         torch.set_num_threads(num_threads)
     use_kernels(config.kernels)
     # The job's own kernels stay in use.
-    pipeline = load_pipeline(ModelSource(weights, config.model, config.codec_folder, config.mllm_folder, kernels=""))
+    folders = config.codec_folder, config.mllm_folder
+    pipeline = load_pipeline(ModelSource(weights, config.model, *folders, kernels="", device=device.type))
     return evaluate_heldout(pipeline, config.evaluation, tasks, Path(folder))
 
 

@@ -30,6 +30,7 @@ from loomvideo.pipelines.prepare.outcomes import Outcome
 from loomvideo.pipelines.prepare.units import WorkRow, read_planned
 from loomvideo.pipelines.sources.samples import Sample, stored_sample
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.nodes.devices import device_for
 from loomvideo.platform.shards.manifest import shard_path
 from loomvideo.platform.shards.reader import read_placed
 from loomvideo.platform.shards.sample import ShardSample
@@ -70,7 +71,7 @@ class ShardBuilder:
         self.config = config
         self.storage = Storage(config.output)
         self.base = base_folder(config.input)
-        device = "cuda" if config.workers.gpus > 0 else "cpu"
+        device = device_for(config.workers.gpus, "workers.gpus").type
         if device == "cpu":
             # Sums over threads depend on their number: one thread makes the same bytes on every machine.
             torch.set_num_threads(1)

@@ -12,6 +12,7 @@ from typing import Any
 import ray
 import torch
 
+from loomvideo.platform.nodes.devices import device_for
 from loomvideo.platform.training.checkpoint import Checkpoint, CheckpointFolder
 from loomvideo.platform.training.config import ValidationConfig
 from loomvideo.platform.training.recipe import Recipe, TrainingDataset
@@ -123,7 +124,7 @@ def validation_task(
     """The fixed triples of every validation checkpoint, evaluated by a task instead of by the training workers."""
 
     def validate(path: str) -> dict[str, dict[str, float]]:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = device_for(config.gpus, "training.validation.gpus")
         checkpoint = Checkpoint(path)
         dtype = torch.bfloat16 if checkpoint.state["config"]["precision"] == "bf16" else torch.float32
         opened = [open_dataset(url) for url in datasets]

@@ -86,12 +86,18 @@ def run(job):
         model.set_activation_checkpointing(job["policy"])
         batch = fake_batch(config, job["lengths"], job["mllm_lengths"], job["references"])
         tracker = MemTracker()
-        tracker.track_external(model, batch.patches, batch.source_patches, batch.mllm_states)
+        kept = []
+        if job["generate"]:
+            # Once a generation, and kept over its steps.
+            with torch.no_grad():
+                time = model.embed_time(batch.timesteps, torch.bfloat16)
+                contexts = model.keys_values(batch.mllm_states)
+            kept = [*time, *(tensor for pair in contexts for tensor in pair)]
+        tracker.track_external(model, batch.patches, batch.source_patches, batch.mllm_states, *kept)
         with tracker:
             if job["generate"]:
                 with torch.no_grad():
-                    time = model.embed_time(batch.timesteps, torch.bfloat16)
-                    velocity = model(batch, contexts=model.keys_values(batch.mllm_states), time=time)
+                    velocity = model(batch, contexts=contexts, time=time)
             else:
                 velocity = model(batch)
                 (velocity.float() - empty(*velocity.shape, dtype=torch.float32)).square().sum().backward()

@@ -1,5 +1,6 @@
 """Streamed MLLM features train like stored ones, in the planned order, also when an actor dies."""
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +23,7 @@ MODEL = model_size("tiny")
 @pytest.fixture(scope="module")
 def actor():
     threads = torch.get_num_threads()
-    yield FeatureActor(MODEL, 1)
+    yield FeatureActor(MODEL, 0, 1)
     torch.set_num_threads(threads)
 
 
@@ -67,9 +68,47 @@ def test_losses_are_those_of_stored_features(actor, task, drops):
     losses = []
     for sample in samples(actor.mllm, task):
         example = recipe.load_example(0, {}, sample, SampleRandom(0, "a", 0))
-        losses.append(float(recipe.loss(model, recipe.collate([example])).sum.detach()))
+        pack = recipe.collate([example])
+        assert pack.batch.mllm_states.dtype == torch.bfloat16
+        losses.append(float(recipe.loss(model, pack.to(torch.device("cpu"), torch.float32)).sum.detach()))
     # Prompts of one call share a batch when they are stored, which moves the last bits before rounding.
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_requests_that_arrive_together_share_a_batch_and_one_bad_prompt_fails_alone(actor):
+    member = {}
+    for entry, text in enumerate(("red", "a blue coat", "make the whole shirt green and the trousers white")):
+        inputs = build_inputs("t2v", text, None, [], "full", actor.mllm.tokenizer, actor.mllm.processor)
+        member |= streamed_members({f"full.{entry}": inputs}, actor.mllm.processor)
+    alone = [actor.states(numpy(member), entry, "full") for entry in range(3)]
+    bad = {"input_ids.3": torch.tensor([10**6])}
+    with ThreadPoolExecutor(8) as threads:
+        # The first occupies the actor, so that the others meet in its queue.
+        asked = [threads.submit(actor.states, numpy(member | bad), entry, "full") for entry in (2, 0, 1, 2, 3, 1, 0, 2)]
+    for answer, entry in zip(asked, (2, 0, 1, 2, 3, 1, 0, 2), strict=True):
+        if entry == 3:
+            assert isinstance(answer.exception(), IndexError)
+        else:
+            assert torch.allclose(*(bfloat16(bits) for bits in (answer.result(), alone[entry])), rtol=0.02, atol=0.02)
+    assert max(actor.batch_sizes) > 1
+
+
+def numpy(member):
+    return {name: values.numpy() for name, values in member.items()}
+
+
+def bfloat16(bits):
+    return torch.from_numpy(bits).view(torch.bfloat16).float()
+
+
+def test_an_actor_without_gpus_stays_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    threads = torch.get_num_threads()
+    assert FeatureActor(MODEL, 0, 1).mllm.device.type == "cpu"
+    torch.set_num_threads(threads)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"features.gpus=1: no CUDA device can be used here; set features.gpus=0"):
+        FeatureActor(MODEL, 1, 1)
 
 
 @pytest.mark.slow
