@@ -8,7 +8,8 @@ from pathlib import Path
 from rich.console import Console
 
 from loomvideo.jobs.evaluation.config import EvaluateConfig
-from loomvideo.jobs.weights.references import find_run, find_weights
+from loomvideo.jobs.weights.lookup import find_weights
+from loomvideo.jobs.weights.references import find_run
 from loomvideo.model.codec import LatentGrid
 from loomvideo.model.loading import ModelSource
 from loomvideo.model.sizes import PUBLISHED, model_size, stated_size

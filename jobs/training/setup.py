@@ -10,7 +10,7 @@ from typing import Any
 
 from loomvideo.jobs.training.config import TrainingJobConfig
 from loomvideo.jobs.training.plan import Machine, machine_named, plan
-from loomvideo.jobs.weights.references import find_weights
+from loomvideo.jobs.weights.lookup import find_weights
 from loomvideo.model.sizes import ModelSize
 from loomvideo.pipelines.training.recipe import LoomVideoRecipe, StateSource
 from loomvideo.platform.errors import UserError

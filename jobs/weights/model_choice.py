@@ -34,7 +34,7 @@ def model_source(choice: ModelChoice, drop_exact: bool = False) -> "ModelSource"
     Raises:
         UserError: if there is no such checkpoint, or its size is unknown.
     """
-    from loomvideo.jobs.weights.references import find_weights
+    from loomvideo.jobs.weights.lookup import find_weights
     from loomvideo.model.loading import ModelSource
     from loomvideo.model.sizes import model_size, stated_size
 

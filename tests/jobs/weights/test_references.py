@@ -6,7 +6,8 @@ import os
 import pytest
 from fixtures.checkpoints import write_checkpoint
 
-from loomvideo.jobs.weights.references import find_run, find_weights, split_step
+from loomvideo.jobs.weights.lookup import find_weights
+from loomvideo.jobs.weights.references import find_run, split_step
 from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.sizes import PIPELINE_FILE, model_size
 from loomvideo.model.weights import load_dit
