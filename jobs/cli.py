@@ -1,8 +1,5 @@
 """The ``loomvideo`` command line."""
 
-import contextlib
-import locale
-import os
 import sys
 
 import typer
@@ -18,6 +15,7 @@ from loomvideo.jobs.training import plan_commands, simulate_commands
 from loomvideo.jobs.weights import checkpoint_commands
 from loomvideo.jobs.weights import commands as weights_commands
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.machine import make_ordinary
 
 app = typer.Typer(
     name="loomvideo",
@@ -44,25 +42,9 @@ def root() -> None:
     """Train, evaluate and run LoomVideo: video generation and editing."""
 
 
-def use_utf8() -> None:
-    """Read and write files as UTF-8 whatever the locale says, here and in child processes, and print what can be shown.
-
-    Arguments were decoded by the locale before this, as the terminal sent them.
-    """
-    if locale.getencoding().lower().replace("-", "") != "utf8":
-        for name in ("C.UTF-8", "en_US.UTF-8"):
-            with contextlib.suppress(locale.Error):
-                locale.setlocale(locale.LC_CTYPE, name)
-                break
-        os.environ["PYTHONUTF8"] = "1"
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-
-
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
-    use_utf8()
+    make_ordinary()
     try:
         app()
     except UserError as error:

@@ -5,14 +5,26 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import ray
+
+from loomvideo.platform.errors import UserError
+from loomvideo.platform.machine import own_folder, patience, slowness
 
 logger = logging.getLogger(__name__)
 
 # Ray warns and changes how workers see GPUs at num_gpus=0 otherwise; the new behaviour is what CPU workers need.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+START_ATTEMPTS = 3
+# Ray's limits for its processes to answer and for a worker to register, on an ordinary machine.
+_START_LIMITS = {"RAY_gcs_server_port_wait_time_s": 60.0, "RAY_worker_register_timeout_seconds": 60.0}
+# Sockets lie in session_DATE_PID/sockets below it, and Linux names no socket with more than 107 bytes.
+MAX_SESSION_PATH = 40
 
 
 def in_cluster() -> bool:
@@ -39,19 +51,9 @@ def ray_session(num_cpus: int | None = None, env_vars: dict[str, str] | None = N
         signal.signal(signal.SIGTERM, previous)
         return
     if in_cluster():
-        ray.init(address="auto", runtime_env=runtime_env, logging_level="warning")
+        _join(runtime_env)
     else:
-        # A local cluster listens on loopback only and dies with the job; no token is needed to talk to oneself.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        ray.init(
-            # Without it Ray would join whatever other cluster this machine runs.
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            runtime_env=runtime_env,
-            logging_level="warning",
-            log_to_driver=True,
-        )
+        _start(num_cpus, runtime_env)
     # Ray's own handler, set by ray.init, would leave by sys.exit.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -59,6 +61,67 @@ def ray_session(num_cpus: int | None = None, env_vars: dict[str, str] | None = N
     finally:
         signal.signal(signal.SIGTERM, previous)
         ray.shutdown()
+
+
+def _join(runtime_env: dict[str, Any]) -> None:
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address.startswith(("http://", "https://")):
+        raise UserError(f"RAY_ADDRESS={address}: is a dashboard; send the job there: loomvideo submit, or unset it")
+    try:
+        ray.init(address="auto", runtime_env=runtime_env, logging_level="warning")
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        ray.shutdown()
+        raise UserError(
+            f"RAY_ADDRESS={address}: {_first_line(error)}; unset it to run on this machine alone, or start the cluster"
+        ) from error
+
+
+def _start(num_cpus: int | None, runtime_env: dict[str, Any]) -> None:
+    """Start a local cluster, again when Ray's own fixed limits were too short for this machine."""
+    # A local cluster listens on loopback only and dies with the job; no token is needed to talk to oneself.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    for name, ordinary_s in _START_LIMITS.items():
+        os.environ.setdefault(name, str(round(patience(ordinary_s))))
+    options = {"_temp_dir": folder} if (folder := _temporary_folder()) else {}
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            ray.init(
+                # Without it Ray would join whatever other cluster this machine runs.
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                runtime_env=runtime_env,
+                logging_level="warning",
+                log_to_driver=True,
+                **options,
+            )
+            return
+        except UserError:
+            raise
+        except Exception as error:  # Ray raises bare exceptions for a node that is late
+            ray.shutdown()
+            late = isinstance(error, TimeoutError) or "timed out" in str(error).lower()
+            if late and attempt < START_ATTEMPTS:
+                logger.warning("Ray did not start in time on this machine; trying again (%d)", attempt + 1)
+                continue
+            reason = f"did not start in {START_ATTEMPTS} attempts" if late else "does not start"
+            raise UserError(
+                f"Ray {reason}: {_first_line(error)} (this machine runs {slowness():.0f} times slower than an ordinary "
+                "one now, loomvideo doctor tells more)"
+            ) from error
+
+
+def _temporary_folder() -> str | None:
+    """Another folder for Ray's session than its own choice, where that cannot work; else None."""
+    chosen = Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray"
+    there = chosen if chosen.exists() else chosen.parent
+    if len(str(chosen)) <= MAX_SESSION_PATH and os.access(there, os.W_OK | os.X_OK):
+        return None
+    return str(own_folder("loomvideo-ray"))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

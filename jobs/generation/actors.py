@@ -15,6 +15,7 @@ from loomvideo.model.parallel import Ranks
 from loomvideo.pipelines.generation.generator import FileGenerator
 from loomvideo.pipelines.generation.requests import Request
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.machine import patience
 from loomvideo.platform.nodes.devices import device_for
 
 Outcome = tuple[str, str]
@@ -90,7 +91,7 @@ class GeneratorGroup:
         outcomes: list[Outcome] = []
         while pending:
             failed = any(outcome == "failed" for outcome, _ in outcomes)
-            ready, pending = ray.wait(pending, timeout=STRAGGLER_S if failed else None)
+            ready, pending = ray.wait(pending, timeout=patience(STRAGGLER_S) if failed else None)
             outcomes += ray.get(ready)
             if failed and not ready:
                 self._restart()

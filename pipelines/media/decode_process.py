@@ -13,6 +13,7 @@ import numpy as np
 
 from loomvideo.pipelines.media.decode import DEFAULT_FOLDER_FPS, Backend, DecodeError, MediaInfo
 from loomvideo.pipelines.media.decode_worker import read_exactly, receive, send
+from loomvideo.platform.machine import patience
 
 _PIPE_BYTES = 1 << 20
 
@@ -23,12 +24,12 @@ class IsolatedDecoder:
     One request at a time; not thread-safe.
 
     Args:
-        timeout_s: For one probe or one read.
+        timeout_s: For one probe or one read on an ordinary machine; a slow one gets more.
         backend: For videos.
     """
 
     def __init__(self, timeout_s: float = 60.0, backend: Backend = "auto"):
-        self.timeout_s, self.backend = timeout_s, backend
+        self.timeout_s, self.backend = patience(timeout_s), backend
         self._process: subprocess.Popen | None = None
 
     def start(self) -> None:

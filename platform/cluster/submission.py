@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from loomvideo.platform.cluster.upload import MIB, Upload, plan_upload, refuse_secret, too_large
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.machine import patience
 
 if TYPE_CHECKING:
     from ray.dashboard.modules.job.pydantic_models import JobDetails
@@ -238,7 +239,7 @@ def submit(client: "JobSubmissionClient", plan: SubmissionPlan, again: bool = Fa
         return Submitted(attempts[-1].submission_id, started=False, finished=True)
     submission_id = next_submission_id(plan, attempts)
     runtime_env = plan.runtime_env | ({"working_dir": str(plan.working_dir)} if plan.working_dir else {})
-    deadline = time.monotonic() + AGENT_TIMEOUT_S
+    deadline = time.monotonic() + patience(AGENT_TIMEOUT_S)
     while True:
         try:
             client.submit_job(

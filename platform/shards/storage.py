@@ -1,5 +1,6 @@
 """A dataset folder on local disk or any fsspec file system, with all-or-nothing writes and range reads."""
 
+import errno
 import logging
 import os
 import tempfile
@@ -21,6 +22,7 @@ _MAX_OPEN_FILES = 64
 _FILES_AT_A_TIME = 64
 # Two minutes in all, after the client's own retries of some seconds: a GPU job must outlive a store's bad moment.
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
+_REFUSED_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
 # Clients raise errors of their own libraries when a connection breaks.
 CLIENT_LIBRARIES = ("aiohttp", "botocore")
 
@@ -195,6 +197,10 @@ class Storage:
     def staged(self, path: str) -> Iterator[Path]:
         """A local file to write; published as ``path`` when the block ends well, removed when it raises."""
         destination = self.full_path(path)
+        with _full_disk_named(f"{self.url}/{path}"):
+            yield from self._staged(path, destination)
+
+    def _staged(self, path: str, destination: str) -> Iterator[Path]:
         if self.is_local:
             folder, name = os.path.split(destination)
             os.makedirs(folder, exist_ok=True)
@@ -245,9 +251,29 @@ def _is_temporary(name: str) -> bool:
     return name.startswith(".") and ".tmp-" in name
 
 
+@contextmanager
+def _full_disk_named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = error.filename or tempfile.gettempdir()
+        raise UserError(f"{name}: no space left ({where}); free some and run the same line again") from error
+
+
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        if path.is_dir() and error.errno in _REFUSED_SYNC:
+            return
+        raise
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # CIFS, FUSE and object-store mounts sync no folders, some no files: what they acknowledged is all there is.
+        if error.errno not in _REFUSED_SYNC:
+            raise
     finally:
         os.close(descriptor)

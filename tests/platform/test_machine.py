@@ -1,0 +1,216 @@
+"""Odd machines: no user, no home, proxies, old locales, slow processors, refused fsync, full disks."""
+
+import errno
+import getpass
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loomvideo.platform import machine, ray_session
+from loomvideo.platform.errors import UserError
+from loomvideo.platform.shards import storage as storage_module
+from loomvideo.platform.shards.storage import Storage
+
+REPO = Path(__file__).parents[2]
+SHOWN = """
+import getpass, locale, os, pathlib
+from loomvideo.platform.machine import cache_folder, make_ordinary
+make_ordinary()
+print(getpass.getuser(), pathlib.Path.home(), os.access(pathlib.Path.home(), os.W_OK), locale.getencoding().lower())
+print(os.environ.get("no_proxy"), cache_folder())
+print("é👗")
+open(os.environ["HOME"] + "/a.txt", "w").write("é👗")
+"""
+
+
+@pytest.fixture
+def shown(tmp_path):
+    """What a process with other variables sees of itself after the settings."""
+    script = tmp_path / "shown.py"
+    script.write_text(SHOWN, encoding="utf-8")
+
+    def run(**variables):
+        base = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "LANG": "C.UTF-8"}
+        command = [sys.executable, str(script)]
+        done = subprocess.run(command, env=base | variables, capture_output=True, check=False, umask=0o077)
+        assert done.returncode == 0, done.stderr.decode()[-2000:]
+        return done.stdout.decode("utf-8", "backslashreplace").splitlines()
+
+    return run
+
+
+@pytest.mark.parametrize("home", ["", "/proc", "/nonexistent"])
+def test_a_user_without_name_and_home_gets_both(monkeypatch, home):
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.setattr(machine.pwd, "getpwuid", unknown)
+    monkeypatch.setattr(machine.os, "access", lambda path, mode: path not in ("/proc", "/nonexistent"))
+    monkeypatch.setenv("HOME", home)
+    for name in ("USER", "LOGNAME", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "x")
+        monkeypatch.delenv(name)
+    machine._have_a_user()
+    assert getpass.getuser() == f"uid-{os.getuid()}"
+    assert os.environ["HOME"] == f"/tmp/loomvideo-home-{os.getuid()}"
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert str(machine.cache_folder()) == f"/tmp/loomvideo-home-{os.getuid()}/.cache/loomvideo"
+
+
+def test_files_are_utf8_in_every_locale_and_print_never_fails(shown, tmp_path):
+    for variables in ({"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, {"LANG": "C.UTF-8"}):
+        lines = shown(**variables)
+        assert lines[0].endswith("utf-8")
+        assert lines[2] in ("é👗", "\\xe9\\U0001f457")
+        written = [file for file in tmp_path.iterdir() if file.suffix == ".txt"]
+        assert [file.read_text(encoding="utf-8") for file in written] == ["é👗"]
+        written[0].unlink()
+
+
+def test_loopback_is_never_proxied(shown):
+    lines = shown(http_proxy="http://proxy:3128", no_proxy="example.com")
+    assert lines[1].split()[0] == "example.com,localhost,127.0.0.1,::1"
+    assert shown()[1].split()[0] == "None"
+
+
+def test_somebody_elses_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine.os, "getuid", lambda: 54322)
+    (Path("/tmp") / "loomvideo-test-54322").mkdir(exist_ok=True)
+    try:
+        with pytest.raises(PermissionError, match="belongs to somebody else"):
+            machine.own_folder("loomvideo-test")
+    finally:
+        (Path("/tmp") / "loomvideo-test-54322").rmdir()
+
+
+def test_slowness_is_measured_and_bounded(monkeypatch):
+    clock = iter([0.0, 0.2, 0.0, 0.001, 0.0, 1000.0])
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: next(clock))
+    found = []
+    for _ in range(3):
+        machine.slowness.cache_clear()
+        found.append(machine.slowness())
+    machine.slowness.cache_clear()
+    assert found == [pytest.approx(10.0), 1.0, 30.0]
+
+
+@pytest.fixture
+def fake_init(monkeypatch):
+    calls, answers = [], []
+
+    def init(**options):
+        calls.append(options)
+        if answers:
+            raise answers.pop(0)
+
+    monkeypatch.setattr(ray_session.ray, "init", init)
+    monkeypatch.setattr(ray_session.ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray_session.ray, "is_initialized", lambda: False)
+    for name in ("RAY_ADDRESS", "RAY_JOB_ID", "RAY_JOB_CONFIG_JSON_ENV_VAR", "TMPDIR", "RAY_TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ray_session._START_LIMITS:
+        monkeypatch.setenv(name, "60")
+        monkeypatch.delenv(name)
+    return calls, answers
+
+
+def test_a_start_that_timed_out_is_tried_again_with_limits_for_this_machine(fake_init, monkeypatch):
+    calls, answers = fake_init
+    monkeypatch.setattr(ray_session, "patience", lambda seconds: seconds * 20)
+    answers += [Exception("The current node timed out during startup. This"), TimeoutError("late")]
+    with ray_session.ray_session():
+        pass
+    assert len(calls) == 3
+    assert {os.environ[name] for name in ray_session._START_LIMITS} == {"1200"}
+
+
+@pytest.mark.parametrize(
+    ("error", "attempts", "message"),
+    [
+        (
+            Exception("The current node timed out during startup. This"),
+            3,
+            "Ray did not start in 3 attempts: The current",
+        ),
+        (OSError("AF_UNIX path length"), 1, "Ray does not start: AF_UNIX path length"),
+    ],
+)
+def test_a_start_that_fails_is_one_line(fake_init, error, attempts, message):
+    calls, answers = fake_init
+    answers += [error] * 3
+    with pytest.raises(UserError, match=message) as caught, ray_session.ray_session():
+        pass
+    assert len(calls) == attempts
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [("http://head:8265", "is a dashboard; send the job there"), ("10.0.0.1:6379", "unset it to run on this machine")],
+)
+def test_an_address_that_leads_nowhere_is_one_line(fake_init, monkeypatch, address, message):
+    _, answers = fake_init
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    answers.append(ConnectionError("Could not find any running Ray instance"))
+    with pytest.raises(UserError, match=message), ray_session.ray_session():
+        pass
+
+
+def test_a_long_or_closed_temporary_folder_is_left_for_a_short_one(fake_init, monkeypatch, tmp_path):
+    calls, _ = fake_init
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    for folder in (long, Path("/proc/nowhere")):
+        monkeypatch.setenv("TMPDIR", str(folder))
+        with ray_session.ray_session():
+            pass
+        assert calls[-1]["_temp_dir"] == f"/tmp/loomvideo-ray-{os.getuid()}"
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EPERM])
+def test_storage_that_syncs_nothing_still_publishes(tmp_path, monkeypatch, number):
+    def refuse(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(storage_module.os, "fsync", refuse)
+    Storage(tmp_path).write_bytes("a/b.txt", b"x")
+    assert (tmp_path / "a/b.txt").read_bytes() == b"x"
+
+
+def test_a_failing_disk_is_not_taken_for_one_that_syncs_nothing(tmp_path, monkeypatch):
+    def broken(descriptor):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(storage_module.os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        Storage(tmp_path).write_bytes("a.txt", b"x")
+    assert not (tmp_path / "a.txt").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, number):
+    storage = Storage(tmp_path)
+
+    def write():
+        with storage.staged("a.txt") as file:
+            file.write_bytes(b"half")
+            raise OSError(number, os.strerror(number), str(file))
+
+    with pytest.raises(UserError, match=r"a\.txt: no space left"):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_fixed_time_limit_is_listed_with_its_reason():
+    pattern = re.compile(
+        r"^([A-Z][A-Z_]*(?:TIMEOUT|WAIT|GRACE|PATIENCE|STRAGGLER|DEADLINE)[A-Z_]*)(?:: \w+)? = [\d.]+", re.M
+    )
+    listed = (REPO / "docs/operations.md").read_text(encoding="utf-8")
+    for room in ("platform", "model", "pipelines", "jobs"):
+        for file in (REPO / room).rglob("*.py"):
+            for name in pattern.findall(file.read_text(encoding="utf-8")):
+                assert f"`{name}`" in listed, f"{file.relative_to(REPO)}: {name} is not in docs/operations.md"
