@@ -19,7 +19,9 @@ CHECKPOINT ?=
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-ENVIRONMENT = @test -n "$(PYTHON)" || { echo "error: no Python found; Python 3.11 to 3.13 is needed (apt-get install python3 python3-venv)"; exit 2; }; \
+ENVIRONMENT = @"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || { \
+	found=$$("$(PYTHON)" --version 2>&1) || found="$(if $(PYTHON),$(PYTHON) does not run,none was found)"; \
+	echo "error: Python 3.11 to 3.13 is needed ($$found); install one (apt-get install python3 python3-venv) or name it: PYTHON=/path/to/python3.11" >&2; exit 2; }; \
 	"$(PYTHON)" infra/setup/environment.py --venv "$(VENV)" $(if $(ACCELERATOR),--accelerator $(ACCELERATOR))
 
 ifneq ($(ACCELERATOR),)

@@ -48,7 +48,7 @@ def check_machine(venv: Path, accelerator: str) -> None:
         raise SetupError(f"Python {found} has no venv module; on Debian or Ubuntu: apt-get install {package}") from None
     folder = next(parent for parent in (venv, *venv.parents) if parent.exists())
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise SetupError(f"{folder} cannot be written to; copy the repository elsewhere, or set VENV=/a/folder")
+        raise SetupError(f"{folder} cannot be written to; copy the repository into a folder of your own")
     free = shutil.disk_usage(folder).free / 1e9
     if not (venv / ".accelerator").exists() and free < NEEDED_GB[accelerator]:
         raise SetupError(f"{folder} has {free:.1f} GB free; about {NEEDED_GB[accelerator]} GB are needed")

@@ -168,3 +168,23 @@ def test_accelerator_is_cpu_without_nvidia_smi(monkeypatch, tmp_path):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-0)'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     assert setup.detect_accelerator() == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("script", "found"),
+    [
+        ("echo 'Python 2.7.18' >&2; [ \"$1\" = --version ]", "Python 2.7.18"),
+        (None, "python does not run"),
+    ],
+)
+def test_make_refuses_what_cannot_even_read_the_script(tmp_path, script, found):
+    python = tmp_path / "python"
+    if script:
+        python.write_text(f"#!/bin/sh\n{script}\n")
+        python.chmod(0o755)
+    command = ["make", "setup", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True)
+    assert done.returncode != 0
+    line = next(line for line in done.stderr.splitlines() if line.startswith("error"))
+    assert line.startswith("error: Python 3.11 to 3.13 is needed (")
+    assert found in line
