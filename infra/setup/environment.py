@@ -198,9 +198,12 @@ def explain(what: str, output: str) -> str:
     """One line from what an installer printed: which package, why, and that the same command continues."""
     lines = [re.sub(r"^\W*(?:error|cause)?:? *", "", line, flags=re.IGNORECASE).strip() for line in output.splitlines()]
     lines = [line for line in lines if line and not line.startswith(("hint", "[notice]", "WARNING"))]
-    found = _NAMED.search(output)
-    name = next(group for group in found.groups() if group) if found else what
+    # The last one named is what it stopped at.
+    named = [group for found in _NAMED.finditer(output) for group in found.groups() if group]
+    name = named[-1] if named else what
     reason = lines[-1].rstrip(".") if lines else "see above"
+    if "connection broken by" in output:  # pip, whose last line only says that nothing was found
+        reason = "no package index answered; is there a network, a proxy or an index to name?"
     return f"{name} could not be installed: {reason}. What is downloaded is kept: the same command continues"
 
 

@@ -129,6 +129,16 @@ def test_no_network_is_one_line_naming_the_package(environment):
     assert "\n" not in str(error.value)
 
 
+def test_no_network_under_pip_is_told_from_a_missing_package():
+    broken = "WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError': /simple/{}/\n"
+    output = (
+        broken.format("accelerate") + broken.format("aiohttp") + "ERROR: No matching distribution found for aiohttp\n"
+    )
+    told = setup.explain("base", output)
+    assert told.startswith("aiohttp could not be installed: no package index answered")
+    assert "No matching" in setup.explain("base", "ERROR: No matching distribution found for aiohttp==1\n")
+
+
 def test_wrong_python(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 14, 2))
     with pytest.raises(setup.SetupError, match=r"Python 3\.11 to 3\.13 is needed, this is 3\.14\.2"):
