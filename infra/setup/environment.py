@@ -203,7 +203,7 @@ def explain(what: str, output: str) -> str:
     name = named[-1] if named else what
     reason = lines[-1].rstrip(".") if lines else "see above"
     if "connection broken by" in output:  # pip, whose last line only says that nothing was found
-        reason = "no package index answered; is there a network, a proxy or an index to name?"
+        reason = "no package index answered (no network, or a proxy or an index of your own to name)"
     return f"{name} could not be installed: {reason}. What is downloaded is kept: the same command continues"
 
 
