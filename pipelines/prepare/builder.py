@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import queue
 import threading
 import time
@@ -22,6 +23,7 @@ import torch
 from loomvideo.model.sizes import model_size, with_folders
 from loomvideo.pipelines.media.decode import DecodeError
 from loomvideo.pipelines.media.files import base_folder
+from loomvideo.pipelines.prepare.attempts import Attempt, DeviceFaultError, is_device_fault, worker_place
 from loomvideo.pipelines.prepare.config import PrepareConfig
 from loomvideo.pipelines.prepare.encode import LoadedSample, SampleEncoder, SampleLoader
 from loomvideo.pipelines.prepare.features import combined_error
@@ -77,7 +79,8 @@ class ShardBuilder:
             torch.set_num_threads(1)
         model = with_folders(model_size(config.model), config.codec_folder, config.mllm_folder)
         self.encoder = SampleEncoder(model, config.features, device)
-        self.loader = SampleLoader(config, self.base, self.encoder.fingerprints)
+        self._faulty = False
+        self.loader = SampleLoader(config, self.base, self.encoder.computed_by)
 
     def close(self) -> None:
         """End the decoder process."""
@@ -90,32 +93,46 @@ class ShardBuilder:
             What happened, for progress: the shard's name, counts, sizes and the seconds spent waiting for decoded
             samples (``wait_s``) and encoding (``encode_s``), and how many members were made and kept (``members``).
         """
+        if self._faulty:
+            # A context that failed once computes nothing that counts: Ray starts another process for this row.
+            os._exit(1)
         started = time.perf_counter()
+        try:
+            return self._build(row, started)
+        except DeviceFaultError as error:
+            self._faulty = True
+            report = self._report(row["unit"], 0, 0, 0, 0.0, 0.0, started)
+            return report | {"members": {}, "lost_by_reason": {}, "fault": str(error)}
+
+    def _build(self, row: WorkRow, started: float) -> dict[str, Any]:
         if row["unit"] == SHARED_TASK:
             sha256 = write_shared(self.storage, self.encoder.null_features())
             self.storage.write_bytes(SHARED_RECORD, json.dumps({"sha256": sha256, "recipe": row["recipe"]}).encode())
-            return self._report(SHARED_TASK, 0, 0, 0, 0.0, 0.0, started)
+            return self._report(SHARED_TASK, 0, 0, 0, 0.0, 0.0, started) | {"members": {}, "lost_by_reason": {}}
         self._wait_s = self._encode_s = 0.0
         self._members: Counter[str] = Counter()
-        facts: dict[str, Any] = {"encoders": self.encoder.fingerprints}
+        facts: dict[str, Any] = {"encoders": self.encoder.fingerprints, "device": self.encoder.device_name}
+        attempt = Attempt(self.storage, row["unit"], row["run"], self.config.limits.attempts)
         planned = self._planned(row)
         losses: list[dict[str, Any]] = []
         record = write_shard(
             self.storage,
             row["unit"],
             row["split"],
-            self._samples(row, planned, losses, facts),
+            self._samples(row, planned, losses, facts, attempt),
             row["recipe"],
             losses,
             facts,
             row["before"],
         )
+        attempt.end()
         lost = len(planned) - len(record.index)
         report = self._report(
             row["unit"], len(record.index), lost, record.num_bytes, self._wait_s, self._encode_s, started
         )
         error = max(record.facts["feature_error"]["layers"], default=0.0)
-        return report | {"feature_error": error, "members": dict(self._members)}
+        reasons = Counter(loss["reason"] for loss in losses if loss["outcome"] == "quarantined")
+        return report | {"feature_error": error, "members": dict(self._members), "lost_by_reason": dict(reasons)}
 
     def _report(
         self, unit: str, written: int, lost: int, num_bytes: int, wait_s: float, encode_s: float, started: float
@@ -129,15 +146,26 @@ class ShardBuilder:
             "wait_s": wait_s,
             "encode_s": encode_s,
             "feature_error": 0.0,
+            "fault": "",
+            "where": worker_place(),
             "wall_s": time.perf_counter() - started,
         }
 
     def _samples(
-        self, row: WorkRow, planned: list[PlannedSample], losses: list[dict[str, Any]], facts: dict[str, Any]
+        self,
+        row: WorkRow,
+        planned: list[PlannedSample],
+        losses: list[dict[str, Any]],
+        facts: dict[str, Any],
+        attempt: Attempt,
     ) -> Iterator[tuple[int, ShardSample]]:
         errors = []
         for plan, loaded in zip(planned, self._loaded(planned), strict=True):
-            if isinstance(loaded, LoadedSample):
+            if isinstance(loaded, LoadedSample) and plan.sample.key in attempt.crashed:
+                message = f"its process died on {attempt.crashed[plan.sample.key]}"
+                loaded = _lost(plan.sample, "quarantined", "encode", "repeated_crash", message)
+            elif isinstance(loaded, LoadedSample):
+                attempt.begin(plan.sample.key)
                 began = time.perf_counter()
                 kept = loaded.kept
                 loaded = self._encoded(loaded, row["split"], plan.judged)
@@ -157,7 +185,9 @@ class ShardBuilder:
             return self.encoder.encode(loaded, split, judged)
         except UserError as error:
             return _lost(loaded.sample, "quarantined", "encode", "invalid_sample", str(error))
-        except Exception:
+        except Exception as error:
+            if is_device_fault(error):
+                raise DeviceFaultError(traceback.format_exc(limit=-4)) from error
             # One sample must not end the run; a fault of all samples ends it through limits.max_loss.
             trace = traceback.format_exc(limit=-4)
             return _lost(loaded.sample, "quarantined", "encode", "encode_error", trace)
@@ -237,4 +267,4 @@ class ShardBuilder:
 
 def _lost(sample: Sample, outcome: str, stage: str, reason: str, message: str) -> Outcome:
     # The plan has the sample: its record needs no copy.
-    return Outcome(sample.key, sample.dataset, outcome, stage, reason, message)
+    return Outcome(sample.key, sample.dataset, outcome, stage, reason, message, where=worker_place())

@@ -70,6 +70,8 @@ class LimitOptions:
     """When losses stop being normal."""
 
     max_loss: float = option(0.05, "the run fails when one reason quarantines more than this share of the inputs")
+    attempts: int = option(5, "workers that may die on one shard, or fail by their GPU, before the run fails")
+    device_faults: int = option(8, "errors of one GPU before the run fails and names it")
 
 
 @dataclass
@@ -131,6 +133,8 @@ class PrepareConfig:
             "shards.max_samples": self.shards.max_samples,
             "shards.target_bytes": self.shards.target_bytes,
             "workers.prefetch": self.workers.prefetch,
+            "limits.attempts": self.limits.attempts,
+            "limits.device_faults": self.limits.device_faults,
         }.items():
             if value < 1:
                 raise UserError(f"{key}={value}: must be at least 1")

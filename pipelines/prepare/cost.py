@@ -106,7 +106,7 @@ def _measure(
         return {}, {}
     began = time.perf_counter()
     encoder = SampleEncoder(model, config.features, "cuda" if config.workers.gpus else "cpu")
-    loader = SampleLoader(config, base_folder(config.input), encoder.fingerprints)
+    loader = SampleLoader(config, base_folder(config.input), encoder.computed_by)
     start_s = time.perf_counter() - began
     load_s = encode_s = 0.0
     done, losses = 0, {}

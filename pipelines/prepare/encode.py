@@ -5,8 +5,11 @@ runs the two side by side.
 """
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +19,10 @@ from torch import Tensor
 from loomvideo.model.buckets import resize_and_crop, resize_frames
 from loomvideo.model.codec import build_codec
 from loomvideo.model.conditioning import prompts
-from loomvideo.model.conditioning.inputs import MLLMInputs, build_inputs
+from loomvideo.model.conditioning.inputs import MLLMInputs, build_inputs, read_processor_config
 from loomvideo.model.conditioning.mllm import FrozenMLLM
+from loomvideo.model.conditioning.tokenizer import MLLMTokenizer
+from loomvideo.model.fingerprints import folder_fingerprint
 from loomvideo.model.sizes import ModelSize, model_size
 from loomvideo.pipelines.media.decode_process import IsolatedDecoder
 from loomvideo.pipelines.media.files import content_hash, local_copies, resolve
@@ -27,6 +32,8 @@ from loomvideo.pipelines.prepare.geometry import Clips, pixel_fingerprints, plan
 from loomvideo.pipelines.sources.samples import Sample
 from loomvideo.platform.shards.plan import digest
 from loomvideo.platform.shards.sample import ShardSample
+
+logger = logging.getLogger(__name__)
 
 # What is said of the mllm member; kept with it.
 MLLM_METADATA = ("mllm_index", "mllm_tokens", "features", "feature_error")
@@ -69,7 +76,7 @@ class SampleLoader:
     Args:
         config: Of the job.
         base: Folder that relative media paths start at.
-        encoders: Fingerprints ``{"codec": ..., "mllm": ...}``, for the members' fingerprints.
+        encoders: :attr:`SampleEncoder.computed_by`, for the members' fingerprints.
     """
 
     def __init__(self, config: PrepareConfig, base: str, encoders: dict[str, str]):
@@ -179,19 +186,47 @@ class SampleEncoder:
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.features = features
         self.codec = build_codec(model.codec, self.device, dtype)
-        self.mllm = FrozenMLLM.of_size(model, self.device, dtype)
         self.dtype = dtype
         self.patch_size = tuple(model.dit.patch_size)
-        self.error = FeatureError(self.mllm.hidden_size)
+        self._model = model
+        if model.mllm.kind == "qwen3_vl" and model.mllm.folder:
+            # Its weights are read when the first states are asked for: `streamed`, and `text` with media, never do.
+            folder = Path(model.mllm.folder)
+            self.tokenizer, self.processor = MLLMTokenizer.from_pretrained(folder), read_processor_config(folder)
+            self._mllm_fingerprint = f"{folder_fingerprint(folder)}-last{model.dit.num_layers}"
+        else:
+            self.tokenizer, self.processor = self.mllm.tokenizer, self.mllm.processor
+            self._mllm_fingerprint = self.mllm.fingerprint
+
+    @cached_property
+    def mllm(self) -> FrozenMLLM:
+        """The MLLM with its weights, loaded when first used."""
+        return FrozenMLLM.of_size(self._model, self.device, self.dtype)
+
+    @cached_property
+    def error(self) -> FeatureError:
+        """Measures what storing features in fewer bits or layers loses."""
+        return FeatureError(self.mllm.hidden_size)
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Of the codec and the MLLM."""
-        return {"codec": self.codec.fingerprint, "mllm": self.mllm.fingerprint}
+        """Of the codec's and the MLLM's weights."""
+        return {"codec": self.codec.fingerprint, "mllm": self._mllm_fingerprint}
+
+    @property
+    def computed_by(self) -> dict[str, str]:
+        """The same with the kind of device, for the members' fingerprints."""
+        kind = "" if self.device.type == "cpu" else f"-{self.device.type}"
+        return {name: fingerprint + kind for name, fingerprint in self.fingerprints.items()}
+
+    @property
+    def device_name(self) -> str:
+        """The model of the GPU, or ``cpu``."""
+        return "cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
 
     def null_features(self) -> dict[str, Tensor]:
         """The dataset-wide tensors: features of the empty message, ``null`` [layers, tokens, dim]."""
-        inputs = build_inputs("t2i", "", None, [], "null", self.mllm.tokenizer, self.mllm.processor)
+        inputs = build_inputs("t2i", "", None, [], "null", self.tokenizer, self.processor)
         return {"null": self.mllm.encode([inputs])[0].to("cpu", torch.bfloat16)}
 
     @torch.no_grad()
@@ -257,7 +292,7 @@ class SampleEncoder:
         """``mean.{w}`` and, unless all zero, ``std.{w}`` [C, f, h, w] in bf16; one clip at a time, for memory."""
         moments, deviations = {}, {}
         for number, frames in enumerate(windows):
-            video = frames.to(self.device).permute(3, 0, 1, 2)[None].to(self.dtype) / 127.5 - 1
+            video = (frames.to(self.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1).to(self.dtype)
             mean, std = self.codec.encode(video)
             moments[f"mean.{number}"] = mean[0].to("cpu", torch.bfloat16)
             deviations[f"std.{number}"] = std[0].to("cpu", torch.bfloat16)
@@ -281,7 +316,7 @@ class SampleEncoder:
             "features": "stored" if keep else "streamed",
         }
         if not keep:
-            return streamed_members(inputs, self.mllm.processor), metadata
+            return streamed_members(inputs, self.processor), metadata
         states = dict(zip(inputs, self.mllm.encode(list(inputs.values())), strict=True))
         members = stored_members(states, self.features.dtype, self.features.layers)
         if self.features.dtype != "bf16" or self.features.layers:
@@ -292,7 +327,7 @@ class SampleEncoder:
         self, sample: Sample, source: Tensor | None, references: list[Tensor], variant: prompts.Variant
     ) -> MLLMInputs:
         kind = prompt_kind(sample)
-        return build_inputs(kind, sample.text, source, references, variant, self.mllm.tokenizer, self.mllm.processor)
+        return build_inputs(kind, sample.text, source, references, variant, self.tokenizer, self.processor)
 
 
 def prompt_kind(sample: Sample) -> str:
@@ -300,9 +335,27 @@ def prompt_kind(sample: Sample) -> str:
     return "mi2i" if sample.task == "t2i" and sample.references else sample.task
 
 
-def encoder_identity(model: ModelSize) -> str:
-    """A hash of which encoders a model size names, without loading them."""
-    return hashlib.sha256(repr((model.codec, model.mllm, model.dit.num_layers)).encode()).hexdigest()[:16]
+def encoder_identity(model: ModelSize, on_gpu: bool) -> str:
+    """A hash of the encoders that a model size names, without loading them.
+
+    Of weights in folders the content counts, not the path; where the driver cannot see the folder, nothing does.
+
+    Args:
+        model: With the folders of its codec and MLLM.
+        on_gpu: Whether they run on GPUs: their bytes are not those of a CPU.
+    """
+    named = [replace(part, folder=_content(part.folder)) for part in (model.codec, model.mllm)]
+    kind = ("cuda",) if on_gpu else ()
+    return hashlib.sha256(repr((*named, model.dit.num_layers, *kind)).encode()).hexdigest()[:16]
+
+
+def _content(folder: str) -> str:
+    if not folder:
+        return ""
+    if not Path(folder).is_dir():
+        logger.warning("%s: not on this machine, so weights that change in it are not noticed from here", folder)
+        return "elsewhere"
+    return folder_fingerprint(folder)
 
 
 def _media(sample: Sample) -> list[str]:

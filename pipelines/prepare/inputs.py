@@ -6,7 +6,7 @@ sample.
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -15,6 +15,7 @@ from loomvideo.model.sizes import model_size
 from loomvideo.pipelines.media.files import base_folder, media_stamp, resolve
 from loomvideo.pipelines.prepare.config import PrepareConfig
 from loomvideo.pipelines.prepare.estimate import planned_bytes
+from loomvideo.pipelines.prepare.input_cache import cache_name, cached, keep
 from loomvideo.pipelines.prepare.outcomes import Outcome
 from loomvideo.pipelines.sources import Rejected, open_source
 from loomvideo.pipelines.sources.fields import without_spaces
@@ -105,7 +106,7 @@ class InputTable:
                 sample.assigned_split(self.config.heldout_fraction),
                 planned_bytes(sample, self.config, self.model),
                 sample.to_json(),
-                self.stamps(sample),
+                self.stamps(media_paths(sample)),
                 json.dumps(judged, sort_keys=True) if judged else "{}",
             )
         )
@@ -119,10 +120,23 @@ class InputTable:
             return self._batches[batch].column("sample")[position].as_py()
         return self._rows[position][4]
 
-    def stamps(self, sample: Sample) -> str:
-        """JSON of what the sample's files look like now: ``{path: [size, time]}`` of local ones that exist."""
-        found = {path: stamp for path in media_paths(sample) if (stamp := self._stamp(path)) is not None}
+    def stamps(self, paths: Iterable[str]) -> str:
+        """JSON of what a sample's files look like now: ``{path: [size, time]}`` of local ones that exist."""
+        found = {path: stamp for path in paths if (stamp := self._stamp(path)) is not None}
         return json.dumps(found, sort_keys=True) if found else ""
+
+    def stamped(self, table: pa.Table) -> pa.Table:
+        """A table with what its files look like now."""
+
+        def batches() -> Iterator[pa.Array]:
+            for batch in table.select(["sample"]).to_batches(_BATCH_ROWS):
+                samples = map(json.loads, batch.column(0).to_pylist())
+                paths = ((s["target"], s.get("source"), *s.get("references", ())) for s in samples)
+                stamps = [self.stamps(filter(None, some)) for some in paths]
+                yield pa.array(stamps, SAMPLE_SCHEMA.field("media").type)
+
+        column = pa.chunked_array(batches(), SAMPLE_SCHEMA.field("media").type)
+        return table.set_column(SAMPLE_SCHEMA.get_field_index("media"), SAMPLE_SCHEMA.field("media"), column)
 
     def _flush(self) -> None:
         columns = zip(*self._rows, strict=True) if self._rows else [[] for _ in SAMPLE_SCHEMA]
@@ -137,20 +151,35 @@ class InputTable:
         return Inputs(pa.Table.from_batches(self._batches, SAMPLE_SCHEMA), losses)
 
 
-def read_inputs(config: PrepareConfig, storage: Storage | None = None) -> Inputs:
-    """Read the input; what is no sample, repeated keys, and what was taken down are set aside with their reason.
+def read_inputs(config: PrepareConfig, storage: Storage | None = None, keep_table: bool = False) -> Inputs:
+    """Read the input, or take its last reading where it is the same sample file.
+
+    What is no sample, repeated keys, and what was taken down are set aside with their reason.
 
     Samples that lack nothing but their text are taken when the caption stage can give them one.
 
     Args:
         config: The job.
-        storage: The dataset folder whose take-downs count; None for none.
+        storage: The dataset folder, for its take-downs and its last reading; None for neither.
+        keep_table: Keep this reading in the folder for the next.
 
     Raises:
         UserError: if there is no such input or it holds no sample.
     """
-    base = base_folder(config.input) + "/"
     removed = tombstones(storage) if storage is not None else set()
+    name = cache_name(config, removed) if storage is not None else None
+    known = cached(storage, name) if name is not None else None
+    if known is not None:
+        table, losses = known
+        return Inputs(InputTable(config).stamped(table), losses)
+    inputs = _read(config, removed)
+    if name is not None and keep_table:
+        keep(storage, name, inputs.table, inputs.losses)
+    return inputs
+
+
+def _read(config: PrepareConfig, removed: set[str]) -> Inputs:
+    base = base_folder(config.input) + "/"
     collected = InputTable(config)
     rows: dict[str, int] = {}
     losses: list[Outcome] = []

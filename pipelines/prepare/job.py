@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -17,6 +18,7 @@ from typing import Any
 
 from loomvideo.model.sizes import model_size
 from loomvideo.pipelines.prepare.accounts import Accounts, check_losses, write_quarantine
+from loomvideo.pipelines.prepare.attempts import ATTEMPT_FOLDER, Watch
 from loomvideo.pipelines.prepare.builder import SHARED_RECORD, SHARED_TASK
 from loomvideo.pipelines.prepare.config import PrepareConfig
 from loomvideo.pipelines.prepare.features import combined_error
@@ -137,40 +139,63 @@ class _Run:
         self.work: Counter[str] = Counter()
         self._session, self._on_progress, self._stack = session, on_progress, stack
         self._started = time.perf_counter()
+        self._run = os.urandom(8).hex()
 
     def run(self) -> PrepareResult:
         storage, config = self.storage, self.config
-        for folder in (SHARD_FOLDER, PLAN_FOLDER, "work", "", *(stage.folder for stage in STAGES)):
+        for folder in (SHARD_FOLDER, PLAN_FOLDER, ATTEMPT_FOLDER, "work", "", *(stage.folder for stage in STAGES)):
             storage.remove_temporaries(folder)
-        inputs = read_inputs(config, storage)
+        inputs = read_inputs(config, storage, keep_table=True)
         recipe = recipe_parts(inputs.digest, config)
         for stage in stages_of(config):
             plan = stage.plan(storage, inputs, config, self.again, self.redeal)
             if stage is ENCODE:
                 return self._encode(plan, inputs, recipe)
-            self._work_through(stage, plan)
+            self._work_through(stage, plan, len(inputs.losses))
             inputs = stage.after(read_all(storage, stage.folder, committed_files(storage, plan)), inputs, config)
         raise AssertionError("encoding is every configuration's last stage")
 
-    def _work_through(self, stage: Stage, plan: UnitPlan, more: list[WorkRow] | None = None) -> None:
+    def _work_through(self, stage: Stage, plan: UnitPlan, num_lost: int, more: list[WorkRow] | None = None) -> None:
         """Commit a stage's plan and do what is stale, and further rows."""
         if not plan.stale and not more:
             return
-        work = [*(more or ()), *commit_plan(self.storage, plan)]
+        work = [*(more or ()), *commit_plan(self.storage, plan, self._run)]
         if self._session is not None:
             self._stack.enter_context(self._session())
             self._session = None
-        for report in run_stage(stage, self.config, work):
-            self._check_error(report)
-            self.work.update({name: report[name] for name in _WORK if name in report} | report.get("members", {}))
-            if self._on_progress is not None:
-                self._on_progress(report, len(work))
+        watch, left = Watch(self.config.limits, len(plan.table) + num_lost), work
+        for _ in range(self.config.limits.attempts):
+            failed = self._pass(stage, left, len(work), watch)
+            left = [row for row in left if row["unit"] in failed]
+            if not left:
+                break
+        else:
+            unit, (where, fault) = next(iter(failed.items()))
+            raise UserError(
+                f"{unit}: its GPU failed in each of limits.attempts={self.config.limits.attempts} attempts, last on "
+                f"{where}: {fault.strip().splitlines()[-1][:200]}; finished shards are kept"
+            )
         remove_unplanned(self.storage, plan)
+
+    def _pass(self, stage: Stage, work: list[WorkRow], total: int, watch: Watch) -> dict[str, tuple[str, str]]:
+        """Run rows once; returns units whose device failed, with where and how."""
+        failed = {}
+        for report in run_stage(stage, self.config, work):
+            watch.see(report)
+            if report.get("fault"):
+                failed[report["unit"]] = (report["where"], report["fault"])
+                continue
+            self._check_error(report)
+            made = {name: count for name, count in report.get("members", {}).items() if count}
+            self.work.update({name: report[name] for name in _WORK if name in report} | made)
+            if self._on_progress is not None:
+                self._on_progress(report, total)
+        return failed
 
     def _encode(self, plan: UnitPlan, inputs: Inputs, recipe: dict[str, str]) -> PrepareResult:
         storage = self.storage
         shared_recipe = digest(recipe["config"], recipe["encoders"], recipe["code"])
-        shared = [] if _shared_sha256(storage, shared_recipe) else [_shared_row(shared_recipe)]
+        shared = [] if _shared_sha256(storage, shared_recipe) else [_shared_row(shared_recipe, self._run)]
         before = stored_manifest(storage)
         if not plan.stale and not shared and before is not None and before.recipe == recipe:
             return PrepareResult(before, 0, len(plan.units), self._seconds, UP_TO_DATE, self.work)
@@ -182,7 +207,7 @@ class _Run:
             # Without its manifest the folder is no finished dataset while its shards change.
             storage.delete(MANIFEST_FILE)
             storage.delete(INDEX_FILE)
-        self._work_through(ENCODE, plan, shared)
+        self._work_through(ENCODE, plan, len(inputs.losses), shared)
         files = committed_files(storage, plan)
         manifest = _finish(storage, self.config, inputs, recipe, files, _shared_sha256(storage, shared_recipe))
         _remove_other_shards(storage, plan)
@@ -209,9 +234,9 @@ class _Run:
             )
 
 
-def _shared_row(recipe: str) -> WorkRow:
+def _shared_row(recipe: str, run: str) -> WorkRow:
     return WorkRow(
-        unit=SHARED_TASK, split="", recipe=recipe, part="", group=0, before=[], moved="{}", attempt=0
+        unit=SHARED_TASK, split="", recipe=recipe, part="", group=0, before=[], moved="{}", run=run
     )  # fmt: skip
 
 
@@ -246,6 +271,7 @@ def _finish(
     """Close the accounts, then write index and manifest from the records, each let go when it is added."""
     accounts = Accounts(inputs)
     encoders: set[str] = set()
+    devices: set[str] = set()
     errors: list[dict[str, Any] | None] = []
 
     def records() -> Iterator[ShardRecord]:
@@ -253,6 +279,7 @@ def _finish(
             record = ShardRecord.from_bytes(data)
             accounts.add(record)
             encoders.add(json.dumps(record.facts["encoders"], sort_keys=True))
+            devices.add(record.facts.get("device", "cpu"))
             errors.append(record.facts.get("feature_error"))
             yield record
 
@@ -261,11 +288,16 @@ def _finish(
     check_losses(accounts, config)
     if len(encoders) > 1:
         raise RuntimeError(f"shards of one dataset come from different encoders: {' and '.join(sorted(encoders))}")
+    if len(devices) > 1:
+        logger.warning(
+            "shards were encoded on different devices, whose bytes may differ: %s", ", ".join(sorted(devices))
+        )
     return finish_dataset(
         storage,
         entries,
         config=manifest_config(config),
         encoders=json.loads(encoders.pop()) if encoders else {},
+        devices=sorted(devices),
         features={
             "mode": config.features.mode,
             "dtype": config.features.dtype,

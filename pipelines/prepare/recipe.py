@@ -30,7 +30,7 @@ def encode_parts(config: PrepareConfig) -> dict[str, str]:
     model = with_folders(model_size(config.model), config.codec_folder, config.mllm_folder)
     return {
         "config": digest(json.dumps(values, sort_keys=True)),
-        "encoders": encoder_identity(model),
+        "encoders": encoder_identity(model, config.workers.gpus > 0),
         "code": digest(PIXELS_VERSION, TENSORS_VERSION),
     }
 

@@ -40,7 +40,7 @@ class WorkRow(TypedDict):
         group: Row group in it.
         before: File names of earlier results of the unit, newest recipe unknown.
         moved: JSON ``{unit: file name}`` of results that hold samples which lie elsewhere now.
-        attempt: How often the unit was tried before in this run.
+        run: Of the prepare, so that what an earlier one left is told apart.
     """
 
     unit: str
@@ -50,7 +50,7 @@ class WorkRow(TypedDict):
     group: int
     before: list[str]
     moved: str
-    attempt: int
+    run: str
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def _content(table: pa.Table, units: list[PlannedShard]) -> Iterator[str]:
             )
 
 
-def commit_plan(storage: Storage, plan: UnitPlan) -> list[WorkRow]:
+def commit_plan(storage: Storage, plan: UnitPlan, run: str = "") -> list[WorkRow]:
     """Write the plan, parts that are there already left as they lie; returns the rows of stale work."""
     known = set(storage.names(PLAN_FOLDER))
     files: dict[int, tuple[str, int]] = {}
@@ -199,14 +199,14 @@ def commit_plan(storage: Storage, plan: UnitPlan) -> list[WorkRow]:
     for name in known - set(listed):
         if name.startswith(f"{plan.stage}-"):
             storage.delete(f"{PLAN_FOLDER}/{name}")
-    return [_work_row(plan, number, *files[number]) for number in plan.stale]
+    return [_work_row(plan, number, *files[number], run) for number in plan.stale]
 
 
 def _was(plan: UnitPlan, unit: PlannedShard) -> list[str | None]:
     return [None] * len(unit.rows) if plan.was is None else plan.was.take(pa.array(unit.rows)).to_pylist()
 
 
-def _work_row(plan: UnitPlan, number: int, part: str, group: int) -> WorkRow:
+def _work_row(plan: UnitPlan, number: int, part: str, group: int, run: str) -> WorkRow:
     unit = plan.units[number]
     moved = {name: plan.committed[name][0].file for name in {*_was(plan, unit)} - {None}}
     before = [commit.file for commit in plan.committed.get(unit.name, ())]
@@ -218,7 +218,7 @@ def _work_row(plan: UnitPlan, number: int, part: str, group: int) -> WorkRow:
         group=group,
         before=before,
         moved=json.dumps(moved),
-        attempt=0,
+        run=run,
     )
 
 

@@ -122,7 +122,7 @@ def verify_content(dataset: ShardDataset, config: PrepareConfig, num_samples: in
     """
     model = with_folders(model_size(config.model), config.codec_folder, config.mllm_folder)
     encoder = SampleEncoder(model, config.features, "cuda" if config.workers.gpus else "cpu")
-    loader = SampleLoader(config, base_folder(config.input), encoder.fingerprints)
+    loader = SampleLoader(config, base_folder(config.input), encoder.computed_by)
     step = max(len(dataset) // num_samples, 1)
     try:
         for row in range(0, len(dataset), step)[:num_samples]:

@@ -40,6 +40,7 @@ class Manifest:
         shards: Every tar with its checksum.
         config: The resolved configuration that made the dataset.
         encoders: Fingerprints of the codec and the MLLM.
+        devices: Models of the GPUs that encoded it, or ``cpu``.
         features: How MLLM features are kept: mode, dtype, stored layers (empty: all) of num_layers, measured error.
         counts: ``{dataset: {inputs, written, filtered, duplicates, quarantined}}``.
         inputs: Digest and number of the input samples.
@@ -51,6 +52,7 @@ class Manifest:
     shards: list[ShardEntry]
     config: dict[str, Any] = field(default_factory=dict)
     encoders: dict[str, str] = field(default_factory=dict)
+    devices: list[str] = field(default_factory=list)
     features: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)

@@ -108,6 +108,7 @@ def test_counts_and_manifest(finished, raw):
         "inputs": 6, "written": 6, "filtered": 0, "duplicates": 0, "quarantined": 0,
     }  # fmt: skip
     assert set(finished.manifest.encoders) == {"codec", "mllm"}
+    assert finished.manifest.devices == ["cpu"]
     assert finished.manifest.config["clips.num_frames"] == 9
 
 

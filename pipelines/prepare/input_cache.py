@@ -1,0 +1,64 @@
+"""The input as it was read last: a sample file that has not changed is not parsed and checked again.
+
+Only for the project's own sample files: what they say depends on nothing but the file. Other layouts are folders whose
+every file may matter, so they are read anew.
+"""
+
+import json
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from loomvideo.pipelines import sources
+from loomvideo.pipelines.prepare.config import PrepareConfig
+from loomvideo.pipelines.prepare.outcomes import Outcome
+from loomvideo.pipelines.sources.base import locate
+from loomvideo.platform.config import flatten
+from loomvideo.platform.shards.plan import digest
+from loomvideo.platform.shards.storage import Storage
+
+CACHE_FOLDER = "work/inputs"
+_LOSSES = b"loomvideo.losses"
+
+
+def cache_name(config: PrepareConfig, removed: set[str]) -> str | None:
+    """Names all that the table of the input depends on, None for an input that is read anew each time.
+
+    Args:
+        config: The job.
+        removed: Identities that were taken down.
+    """
+    if config.format not in ("auto", "jsonl") or config.source_options:
+        return None
+    place = locate(config.input)
+    if not place.file or not sources.FORMATS["jsonl"].detect(place):
+        return None
+    fs, path = fsspec.url_to_fs(config.input)
+    info = fs.info(path)
+    stamp = [str(info.get(name)) for name in ("size", "mtime", "ETag", "etag", "LastModified", "updated")]
+    if set(stamp[1:]) == {"None"}:
+        return None
+    code = [file.read_bytes() for file in sorted(Path(sources.__file__).parent.glob("*.py"))]
+    values = json.dumps(flatten(config), sort_keys=True, default=str)
+    return f"{digest(config.input, stamp, sorted(removed), digest(*code), values)}.parquet"
+
+
+def cached(storage: Storage, name: str) -> tuple[pa.Table, list[Outcome]] | None:
+    """The table and losses of that name, None when they are not there."""
+    if name not in storage.names(CACHE_FOLDER):
+        return None
+    table = pq.read_table(pa.BufferReader(storage.read_bytes(f"{CACHE_FOLDER}/{name}")))
+    losses = [Outcome(**values) for values in json.loads(table.schema.metadata[_LOSSES])]
+    return table.replace_schema_metadata(None), losses
+
+
+def keep(storage: Storage, name: str, table: pa.Table, losses: list[Outcome]) -> None:
+    """Write table and losses, and delete those of other names."""
+    text = json.dumps([loss.to_dict() for loss in losses])
+    with storage.staged(f"{CACHE_FOLDER}/{name}") as path:
+        pq.write_table(table.replace_schema_metadata({_LOSSES: text}), path, compression="zstd")
+    for other in storage.names(CACHE_FOLDER):
+        if other != name:
+            storage.delete(f"{CACHE_FOLDER}/{other}")
