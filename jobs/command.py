@@ -48,7 +48,11 @@ def job_config(schema: type, job: str, arguments: list[str]) -> Any:
 
 
 def config_command(
-    app: typer.Typer, name: str, job: str, schema: Callable[[], type]
+    app: typer.Typer,
+    name: str,
+    job: str,
+    schema: Callable[[], type],
+    preview: Callable[[Any], None] | None = None,
 ) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
     """Register ``run(config)`` as a command; its docstring is the help.
 
@@ -57,6 +61,7 @@ def config_command(
         name: The command's name.
         job: The name in ``jobs/configs/<job>.<preset>.yaml``; a job without such files has no presets.
         schema: Returns the configuration dataclass; called late, so that ``--help`` of other commands stays fast.
+        preview: What ``--dry-run`` does after it has printed the configuration.
     """
 
     class DocumentedCommand(TyperCommand):
@@ -84,6 +89,8 @@ def config_command(
             config = job_config(schema(), job, overrides or [])
             if dry_run:
                 print(to_yaml(config), end="")
+                if preview is not None:
+                    preview(config)
                 return
             run(config)
 

@@ -26,6 +26,7 @@ from loomvideo.model.attention import AttentionPlan, segment_attention
 from loomvideo.model.config import DiTConfig
 from loomvideo.model.flops import pack_flops
 from loomvideo.model.packing import PackedBatch
+from loomvideo.model.parts import brought
 from loomvideo.model.shortcuts import BlockCache
 from loomvideo.platform.errors import UserError
 
@@ -345,8 +346,11 @@ class LoomVideoDiT(nn.Module):
 
     def keys_values(self, mllm_states: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Cross-attention keys and values of every block for [layers, tokens, mllm dim]."""
-        pairs = zip(self.blocks, mllm_states, strict=True)
-        return [block.attn2.keys_values(self.mllm_embedder(states)) for block, states in pairs]
+        pairs = []
+        for block, states in zip(self.blocks, mllm_states, strict=True):
+            with brought(block):
+                pairs.append(block.attn2.keys_values(self.mllm_embedder(states)))
+        return pairs
 
     def _run_blocks(
         self,

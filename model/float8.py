@@ -45,9 +45,13 @@ class Float8Linear(nn.Module):
 def float8_blocks(model: LoomVideoDiT) -> LoomVideoDiT:
     """A copy of a model with the blocks' products in 8-bit floats; all other parameters are shared with it.
 
+    A model that has them already is returned as it is.
+
     Raises:
         UserError: on a GPU without 8-bit products.
     """
+    if any(isinstance(module, Float8Linear) for module in model.modules()):
+        return model
     device = next(model.parameters()).device
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise UserError(f"shortcuts.fp8: {torch.cuda.get_device_name(device)} has no 8-bit floats; leave it off")

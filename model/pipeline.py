@@ -1,6 +1,7 @@
 """Generation and editing from text, pictures and clips: the whole model behind one call."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,20 +13,20 @@ from torch import Tensor
 from loomvideo.model.clips import TARGET_FPS
 from loomvideo.model.codec import Codec, LatentGrid, build_codec
 from loomvideo.model.conditioning import prompts
-from loomvideo.model.conditioning.inputs import MLLMInputs, build_inputs, text_inputs
+from loomvideo.model.conditioning.inputs import build_inputs, text_inputs
 from loomvideo.model.conditioning.mllm import FrozenMLLM
 from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.float8 import float8_blocks
 from loomvideo.model.guidance import NUM_STEPS, Guidance
 from loomvideo.model.kernels import set_backend
-from loomvideo.model.loading import ModelSource, device_of, dtype_on
+from loomvideo.model.loading import ModelSource, load_parts
 from loomvideo.model.media_inputs import Clip, Picture, as_clip, as_picture, fit_clip, fit_picture
 from loomvideo.model.parallel import Ranks
+from loomvideo.model.parts import ResidentParts, SequentialParts
 from loomvideo.model.sampler import Branch, SchedulerConfig, sample
 from loomvideo.model.shortcuts import Shortcuts
 from loomvideo.model.sizes import ModelSize
 from loomvideo.model.tasks import wording
-from loomvideo.model.weights import load_dit, open_checkpoint
 from loomvideo.platform.errors import UserError
 
 MAX_SOURCE_FRAMES = 97
@@ -57,20 +58,20 @@ class LoomVideoPipeline:
         scheduler: Sampler settings; None for the published ones.
         ranks: Ranks that share each generation, all calling :meth:`sample` alike; None for this one alone.
         negative_prompt: What the unconditional branch is told unless a call says; None for an empty message.
+        parts: In place of the three, parts that are loaded one after another.
     """
 
     def __init__(
         self,
-        dit: LoomVideoDiT,
-        codec: Codec,
-        mllm: FrozenMLLM,
+        dit: LoomVideoDiT | None = None,
+        codec: Codec | None = None,
+        mllm: FrozenMLLM | None = None,
         scheduler: SchedulerConfig | None = None,
         ranks: Ranks | None = None,
         negative_prompt: str | None = None,
+        parts: ResidentParts | SequentialParts | None = None,
     ):
-        self.dit = dit.eval()
-        self.codec = codec
-        self.mllm = mllm
+        self.parts = ResidentParts(dit.eval(), codec, mllm) if parts is None else parts
         self.scheduler = scheduler or SchedulerConfig()
         self.ranks = ranks
         self.negative_prompt = negative_prompt
@@ -111,7 +112,25 @@ class LoomVideoPipeline:
     @property
     def grid(self) -> LatentGrid:
         """How the codec and the transformer's patches divide pixels and frames."""
-        return LatentGrid.of(self.codec, self.dit.config.patch_size)
+        return self.parts.grid
+
+    @property
+    def dit(self) -> LoomVideoDiT:
+        """The transformer."""
+        with self.parts.use("dit") as dit:
+            return dit
+
+    @property
+    def codec(self) -> Codec:
+        """Pixels to latents and back."""
+        with self.parts.use("codec") as codec:
+            return codec
+
+    @property
+    def mllm(self) -> FrozenMLLM:
+        """Prompts to hidden states."""
+        with self.parts.use("mllm") as mllm:
+            return mllm
 
     @torch.inference_mode()
     def encode(
@@ -148,24 +167,29 @@ class LoomVideoPipeline:
         self.grid.check_frames("num_frames", num_frames)
         self.grid.check_size("size", *size)
         negative_prompt = self.negative_prompt if negative_prompt is None else negative_prompt
-        source_latents = None if source is None else self._latents(source)
-        reference_latents = [self._latents(image[None]) for image in references]
+        source_latents, reference_latents = None, []
+        if source is not None or references:
+            with self.parts.use("codec") as codec:
+                source_latents = None if source is None else self._latents(codec, source)
+                reference_latents = [self._latents(codec, image[None]) for image in references]
         frames = None if source is None else torch.from_numpy(source)
         pictures = [torch.from_numpy(image) for image in references]
-        inputs = {
-            "full": build_inputs(task, prompt, frames, pictures, "full", self.mllm.tokenizer, self.mllm.processor),
-            "unconditional": text_inputs(prompts.negative(negative_prompt), self.mllm.tokenizer),
-        }
-        if source is not None or references:
-            inputs["visual"] = self._visual_inputs(task, frames, pictures)
-        states = dict(zip(inputs, self.mllm.encode(list(inputs.values())), strict=True))
+        with self.parts.use("mllm") as mllm:
+            build = functools.partial(build_inputs, tokenizer=mllm.tokenizer, processor_config=mllm.processor)
+            inputs = {
+                "full": build(task, prompt, frames, pictures, "full"),
+                "unconditional": text_inputs(prompts.negative(negative_prompt), mllm.tokenizer),
+            }
+            if wording(task).has_media:
+                inputs["visual"] = build(task, "", frames, pictures, "spans")
+            states = dict(zip(inputs, mllm.encode(list(inputs.values())), strict=True))
         branches = {
             name: Branch(states[name])
             if name == "unconditional"
             else Branch(states[name], source_latents, reference_latents)
             for name in inputs
         }
-        shape = (self.codec.latent_channels, *self.grid.latent_shape(num_frames, *size))
+        shape = (self.parts.latent_channels, *self.grid.latent_shape(num_frames, *size))
         return Conditions(task, branches, shape)
 
     def sample(
@@ -194,18 +218,19 @@ class LoomVideoPipeline:
         """
         shortcuts = shortcuts or Shortcuts()
         noise = torch.randn(conditions.latent_shape, generator=torch.Generator().manual_seed(seed))
-        return sample(
-            self._float8_dit() if shortcuts.fp8 else self.dit,
-            noise,
-            conditions.branches,
-            guidance or Guidance.default(conditions.task),
-            steps,
-            self.scheduler,
-            batch_branches=batch_branches,
-            on_step=on_step,
-            shortcuts=shortcuts,
-            ranks=self.ranks,
-        )
+        with self.parts.use("dit") as dit:
+            return sample(
+                self._float8_dit() if shortcuts.fp8 else dit,
+                noise,
+                conditions.branches,
+                guidance or Guidance.default(conditions.task),
+                steps,
+                self.scheduler,
+                batch_branches=batch_branches,
+                on_step=on_step,
+                shortcuts=shortcuts,
+                ranks=self.ranks,
+            )
 
     def denoise(
         self,
@@ -278,26 +303,19 @@ class LoomVideoPipeline:
     @torch.inference_mode()
     def decode_stream(self, latents: Tensor) -> Iterator[np.ndarray]:
         """:meth:`decode` piece by piece in time, so that a file can be encoded meanwhile."""
-        for piece in self.codec.decode_stream(latents[None].float()):
-            pixels = ((piece[0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-            yield pixels.permute(1, 2, 3, 0).cpu().numpy()
-
-    def keep_float8_only(self) -> None:
-        """Turn the blocks' products to 8-bit floats for good, so that the exact weights free their memory."""
-        self.dit = self._float8_dit()
+        with self.parts.use("codec") as codec:
+            for piece in codec.decode_stream(latents[None].float()):
+                pixels = ((piece[0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+                yield pixels.permute(1, 2, 3, 0).cpu().numpy()
 
     def _float8_dit(self) -> LoomVideoDiT:
         if self._float8 is None:
             self._float8 = float8_blocks(self.dit)
         return self._float8
 
-    def _latents(self, frames: np.ndarray) -> Tensor:
-        parameter = next(self.dit.parameters())
-        video = torch.from_numpy(frames).to(parameter.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-        return self.codec.encode(video).mean[0]
-
-    def _visual_inputs(self, task: str, frames: Tensor | None, pictures: list[Tensor]) -> MLLMInputs:
-        return build_inputs(task, "", frames, pictures, "spans", self.mllm.tokenizer, self.mllm.processor)
+    def _latents(self, codec: Codec, frames: np.ndarray) -> Tensor:
+        video = torch.from_numpy(frames).to(self.parts.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        return codec.encode(video).mean[0]
 
 
 def without_source(conditions: Conditions) -> Conditions:
@@ -313,34 +331,27 @@ def load_pipeline(source: ModelSource, dtype: torch.dtype | None = None) -> Loom
     computes with other operations than the others.
 
     Args:
-        source: What to load.
+        source: What to load; ``memory=auto`` counts as ``resident``, see :func:`loomvideo.model.loading.fitted`.
         dtype: Of the transformer and the MLLM; None takes bf16 on CUDA, fp32 elsewhere.
 
     Raises:
-        UserError: if the checkpoint, a folder or the kernels cannot be used.
+        UserError: if the checkpoint, a folder, the kernels or the way of using memory cannot be used.
     """
-    size, device = source.size, device_of(source.device)
-    stated = open_checkpoint(source.weights).config
-    dit = load_dit(source.weights, stated or size.dit, device, dtype or dtype_on(device))
-    return pipeline_around(dit, size, source)
+    size = source.size
+    if source.kernels:
+        set_backend(source.kernels)
+    parts = load_parts(source, dtype)
+    return LoomVideoPipeline(scheduler=size.scheduler, negative_prompt=size.negative_prompt, parts=parts)
 
 
-def pipeline_around(dit: LoomVideoDiT, size: ModelSize, source: ModelSource | None = None) -> LoomVideoPipeline:
-    """Give a transformer its codec and MLLM, on its device and in its dtype.
+def pipeline_around(dit: LoomVideoDiT, size: ModelSize) -> LoomVideoPipeline:
+    """Give a transformer its codec and MLLM, on its device and in its dtype, with the kernels in use.
 
     Args:
         dit: Such as one whose weights come from a training checkpoint.
         size: The model's size, its folders filled in.
-        source: How it computes; None leaves kernels and transformer as they are.
     """
     parameter = next(dit.parameters())
-    if source is not None and source.kernels:
-        set_backend(source.kernels)
     codec = build_codec(size.codec, parameter.device, parameter.dtype)
     mllm = FrozenMLLM.of_size(size, parameter.device, parameter.dtype)
-    pipeline = LoomVideoPipeline(dit, codec, mllm, size.scheduler, negative_prompt=size.negative_prompt)
-    if source is not None and source.drop_exact:
-        pipeline.keep_float8_only()
-    if source is not None and source.compile:
-        pipeline.dit.compile_blocks()
-    return pipeline
+    return LoomVideoPipeline(dit, codec, mllm, size.scheduler, negative_prompt=size.negative_prompt)

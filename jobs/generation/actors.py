@@ -30,11 +30,11 @@ class GeneratorActor:
     def __init__(self, config: GenerateConfig):
         self.config, self.rank = config, 0
 
-    def load(self) -> str:
-        """Load the model; returns where the ranks of a group with this one as the first can meet."""
+    def load(self, requests: Sequence[Request] = ()) -> str:
+        """Load the model for these requests; returns where the ranks of a group with this one as the first can meet."""
         device = device_for(self.config.gpus, "gpus").type
         source = dataclasses.replace(model_source(self.config, drop_exact=True), device=device)
-        self.generator = FileGenerator.load(source, self.config)
+        self.generator = FileGenerator.load(source, self.config, requests)
         import ray
 
         with socket.socket() as probe:
@@ -77,8 +77,8 @@ class GeneratorGroup:
         UserError: if the model cannot be loaded or divided among them.
     """
 
-    def __init__(self, config: GenerateConfig):
-        self.config = config
+    def __init__(self, config: GenerateConfig, requests: Sequence[Request] = ()):
+        self.config, self._requests = config, list(requests)
         self._start()
 
     def generate(self, request: Request) -> Outcome:
@@ -104,7 +104,7 @@ class GeneratorGroup:
         actor = ray.remote(num_gpus=self.config.gpus, num_cpus=1)(GeneratorActor)
         self.actors = [actor.remote(self.config) for _ in range(self.config.ranks)]
         try:
-            address, *_ = ray.get([actor.load.remote() for actor in self.actors])
+            address, *_ = ray.get([actor.load.remote(self._requests) for actor in self.actors])
             if self.config.ranks > 1:
                 joins = [a.join.remote(rank, self.config.ranks, address) for rank, a in enumerate(self.actors)]
                 ray.get(joins)
@@ -131,7 +131,7 @@ def generate_all(config: GenerateConfig, requests: Sequence[Request]) -> Iterato
             groups.put(group)
 
     with ThreadPoolExecutor(min(config.workers, len(requests))) as threads:
-        start: Callable[[int], GeneratorGroup] = lambda _: GeneratorGroup(config)  # noqa: E731
+        start: Callable[[int], GeneratorGroup] = lambda _: GeneratorGroup(config, requests)  # noqa: E731
         for group in threads.map(start, range(min(config.workers, len(requests)))):
             groups.put(group)
         yield from zip(requests, threads.map(make, requests), strict=True)

@@ -20,7 +20,12 @@ def generate_schema() -> type:
 def register(app: typer.Typer) -> None:
     """Add the command."""
 
-    @config_command(app, "generate", "generate", generate_schema)
+    def preview(config: "GenerateConfig") -> None:
+        from loomvideo.jobs.generation.job import preview
+
+        preview(config)
+
+    @config_command(app, "generate", "generate", generate_schema, preview)
     def generate(config: "GenerateConfig") -> None:
         """Generate or edit one video or picture with a checkpoint, or a batch of them."""
         from loomvideo.jobs.generation.job import run

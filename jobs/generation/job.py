@@ -1,5 +1,6 @@
 """``loomvideo generate``: one file, or a batch over a pool of Ray actors."""
 
+import dataclasses
 from pathlib import Path
 
 from rich.console import Console
@@ -8,7 +9,10 @@ from rich.table import Table
 
 from loomvideo.jobs.generation.config import GenerateConfig
 from loomvideo.jobs.weights.model_choice import model_source
+from loomvideo.model.loading import ModelSource, available_bytes, device_of, fitted, source_peaks
+from loomvideo.model.peaks import GIB, Work
 from loomvideo.pipelines.generation.generator import FileGenerator
+from loomvideo.pipelines.generation.memory import largest_work
 from loomvideo.pipelines.generation.requests import Request, read_requests
 from loomvideo.pipelines.generation.shortcut_error import ShortcutError, measure_shortcuts, num_runs
 from loomvideo.platform.errors import UserError
@@ -29,10 +33,26 @@ def run(config: GenerateConfig) -> None:
             raise UserError(f"{key}={getattr(config, key)}: must be at least 1")
     if config.ranks % config.sequence_ranks:
         raise UserError(f"sequence_ranks={config.sequence_ranks}: must divide ranks={config.ranks}")
+    source = model_source(config)
+    source.size.grid.check_frames("num_frames", config.num_frames)
     if config.batch or config.ranks > 1:
         _run_on_ray(config, requests)
     else:
         _run_here(config, requests[0])
+
+
+def preview(config: GenerateConfig) -> None:
+    """Print how much memory each way of using it would need, and which one would be taken.
+
+    Raises:
+        UserError: as :func:`run`, for what needs no file.
+    """
+    config.check()
+    source = model_source(config)
+    requests = list(read_requests(Path(config.batch))) if config.batch else []
+    if not requests and config.task:
+        requests = [single_request(config)]
+    _print_peaks(source, largest_work(source.size, config, requests))
 
 
 def single_request(config: GenerateConfig) -> Request:
@@ -47,7 +67,7 @@ def single_request(config: GenerateConfig) -> Request:
 
 def _run_here(config: GenerateConfig, request: Request) -> None:
     measures = config.measure_error and bool(config.shortcuts.alone())
-    generator = FileGenerator.load(model_source(config, drop_exact=not measures), config)
+    generator = FileGenerator.load(model_source(config, drop_exact=not measures), config, [request])
     rows: list[ShortcutError] = []
     try:
         prepared = generator.prepare(request)
@@ -68,6 +88,26 @@ def _run_here(config: GenerateConfig, request: Request) -> None:
     elif config.shortcuts.alone():
         console.print(f"approximate: {', '.join(config.shortcuts.alone())}; measure_error=true prints the error")
     console.print(f"{path}", soft_wrap=True)
+
+
+def _print_peaks(source: ModelSource, work: Work) -> None:
+    """The need of every way of using memory, the codec's within its own limit, and what would be taken."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for header in ("memory", "mllm_bits", "dit_bits", "encode", "denoise", "decode", "GiB"):
+        table.add_column(header, justify="left" if header == "memory" else "right")
+    for mllm_bits, dit_bits in dict.fromkeys([(source.mllm_bits, source.dit_bits), (16, 16), (8, 16), (4, 16), (4, 8)]):
+        variant = dataclasses.replace(source, mllm_bits=mllm_bits, dit_bits=dit_bits)
+        for peak in source_peaks(variant, work):
+            stages = (peak.encode, peak.denoise, peak.decode)
+            figures = (f"{stage / GIB:.1f}" for stage in (*stages, max(stages)))
+            table.add_row(peak.mode, str(mllm_bits), str(dit_bits), *figures)
+    shape = f"{work.width}x{work.height}x{work.num_frames}"
+    console.print(f"{work.task} {shape}, {len(work.references)} references; estimated GiB:")
+    console.print(table)
+    device = device_of(source.device)
+    free = source.memory_bytes or available_bytes(device)
+    chosen = fitted(source, work).memory
+    console.print(f"{device}: {free / GIB:.1f} GiB to use; memory={source.memory} takes {chosen}")
 
 
 def _print_errors(rows: list[ShortcutError]) -> None:

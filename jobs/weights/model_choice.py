@@ -22,6 +22,14 @@ class ModelChoice:
     mllm_folder: str = option("", "folder of the MLLM, for model sizes that need one")
     kernels: str = option("auto", "back end of the fused operations: auto, eager, cpp or triton")
     compile: bool = option(False, "compile the transformer's blocks: slower to start, faster on a GPU")
+    memory: str = option(
+        "auto",
+        "resident: all weights on the device; sequential: one part at a time; offload: blocks from host memory; "
+        "auto: the first of these that fits",
+    )
+    memory_gib: float = option(0.0, "GiB that memory=auto may use; 0 takes what is free")
+    mllm_bits: int = option(16, "bits of the MLLM's decoder weights: 16, 8 or 4")
+    dit_bits: int = option(16, "bits of the transformer's block weights: 16, 8 or 4")
 
 
 def model_source(choice: ModelChoice, drop_exact: bool = False) -> "ModelSource":
@@ -44,5 +52,15 @@ def model_source(choice: ModelChoice, drop_exact: bool = False) -> "ModelSource"
         raise UserError(f"checkpoint={weights}: does not state its model size; set model= (5b for the published model)")
     model_size(name)
     return ModelSource(
-        str(weights), name, choice.codec_folder, choice.mllm_folder, choice.kernels, choice.compile, drop_exact
+        str(weights),
+        name,
+        choice.codec_folder,
+        choice.mllm_folder,
+        choice.kernels,
+        choice.compile,
+        drop_exact,
+        memory=choice.memory,
+        mllm_bits=choice.mllm_bits,
+        dit_bits=choice.dit_bits,
+        memory_bytes=int(choice.memory_gib * 2**30),
     )

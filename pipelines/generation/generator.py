@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ import torch
 from loomvideo.model.buckets import choose_bucket, resize_and_crop
 from loomvideo.model.clips import TARGET_FPS, clip_indices
 from loomvideo.model.fingerprints import weights_fingerprint
-from loomvideo.model.loading import ModelSource
+from loomvideo.model.loading import ModelSource, fitted
 from loomvideo.model.pipeline import Conditions, LoomVideoPipeline, load_pipeline
 from loomvideo.model.shortcuts import Shortcuts
 from loomvideo.model.tasks import requested_task
+from loomvideo.pipelines.generation.memory import largest_work
 from loomvideo.pipelines.generation.requests import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Request
 from loomvideo.pipelines.generation.results import content_hash, digest, sidecar_path, write_result
 from loomvideo.pipelines.generation.settings import Settings
@@ -52,13 +53,21 @@ class FileGenerator:
         self.decoder = IsolatedDecoder()
 
     @classmethod
-    def load(cls, source: ModelSource, settings: Settings) -> "FileGenerator":
+    def load(cls, source: ModelSource, settings: Settings, requests: Sequence[Request] = ()) -> "FileGenerator":
         """Load a checkpoint onto the GPU, or the CPU where there is none.
+
+        Args:
+            source: What to load; ``memory=auto`` is decided for the largest of the requests.
+            settings: How to generate; may be replaced between requests.
+            requests: What will be asked for, as far as it is known; none stands for an edit with one reference.
 
         Raises:
             UserError: if it cannot be read or does not fit.
         """
+        if settings.shortcuts.fp8:
+            dataclasses.replace(source, drop_exact=True).check()
         source = dataclasses.replace(source, drop_exact=source.drop_exact and settings.shortcuts.fp8)
+        source = fitted(source, largest_work(source.size, settings, requests))
         with _memory_errors(f"checkpoint={source.weights}: does not fit into memory"):
             pipeline = load_pipeline(source)
         checkpoint = {
