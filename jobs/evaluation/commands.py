@@ -1,9 +1,10 @@
 """``loomvideo evaluate``, ``compare``, ``gate``, ``arena``, ``agreement``: measure checkpoints and decide."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from loomvideo.jobs.command import config_command
 from loomvideo.jobs.evaluation.config import EvaluateConfig
@@ -13,12 +14,42 @@ app = typer.Typer()
 RUN_HELP = "an evaluation run: evaluate/NAME, NAME or its folder"
 
 
-@config_command(app, "evaluate", "evaluate", lambda: EvaluateConfig)
+class _EvaluateGroup(TyperGroup):
+    """``evaluate KEY=VALUE…`` is ``evaluate run KEY=VALUE…``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args if args and args[0] in self.commands else ["run", *args])
+
+
+evaluate_app = typer.Typer(cls=_EvaluateGroup)
+app.add_typer(evaluate_app, name="evaluate", help="Run benchmarks on a checkpoint; `evaluate prune` clears the store.")
+
+
+@config_command(evaluate_app, "run", "evaluate", lambda: EvaluateConfig)
 def evaluate(config: EvaluateConfig) -> None:
-    """Run benchmarks on a checkpoint: generate, measure, judge, and report to MLflow; a rerun resumes."""
+    """Run benchmarks on a checkpoint: generate, measure, judge, and report to MLflow; a rerun resumes.
+
+    `run` may be left out. `loomvideo evaluate prune` removes what no evaluation refers to any more.
+    """
     from loomvideo.jobs.evaluation.job import run
 
     run(config)
+
+
+@evaluate_app.command("prune")
+def prune(
+    runs: Annotated[Path, typer.Option(help="folder of all runs")] = Path("runs"),
+    store: Annotated[str, typer.Option(help="the store; default: evaluation-store in the runs folder")] = "",
+    days: Annotated[float, typer.Option(help="keep what is younger: a run under way has no record yet")] = 1.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be removed")] = False,
+) -> None:
+    """Print what the store of results takes, and remove what no finished evaluation refers to.
+
+    Answers of judges stay, since they were paid for.
+    """
+    from loomvideo.jobs.evaluation.prune import run_prune
+
+    run_prune(runs, store, days, not dry_run)
 
 
 @app.command("compare")

@@ -111,6 +111,7 @@ class EvaluateConfig:
     suites: list[str] = option(["sample"], "what to run: sample, fashion, openve, refvie, imgedit, geneval, …")
     data: dict[str, str] = option({}, "suite to the folder of its download (data.openve=…)")
     limit: int = option(0, "most samples a suite, taken from its categories in turn; 0 for all")
+    samples_per_prompt: int = option(1, "results a prompt; 0 for the official number (GenEval 4, VBench 5 or 25)")
     allow_missing: bool = option(False, "go on when input files of a suite are not on disk; they count as failed")
     seed: int = option(0, "base of the samples' seeds")
     identity: bool = option(True, "also measure the source copied, as a baseline")
@@ -139,4 +140,6 @@ class EvaluateConfig:
             raise UserError("suites: name at least one, such as suites=[sample]")
         if self.generator not in ("model", "identity", "blend"):
             raise UserError(f"generator={self.generator}: use model, identity or blend")
+        if self.samples_per_prompt < 0:
+            raise UserError(f"samples_per_prompt={self.samples_per_prompt}: at least 0")
         self.judge.check()

@@ -33,7 +33,7 @@ from loomvideo.pipelines.evaluation.graph import Resources, run_graph
 from loomvideo.pipelines.evaluation.inputs import InputOptions
 from loomvideo.pipelines.evaluation.judges.rubrics import OWN_FILE, official_rubrics, own_rubrics
 from loomvideo.pipelines.evaluation.learned import LearnedMetric, learned_metrics
-from loomvideo.pipelines.evaluation.results import load_suites, save_suite
+from loomvideo.pipelines.evaluation.results import load_suites, save_suite, suite_folder
 from loomvideo.pipelines.evaluation.review import OtherRun
 from loomvideo.pipelines.evaluation.stages import (
     IDENTITY,
@@ -167,13 +167,14 @@ def _finish_suite(
     judged = config.judge.kind != "none" and suite.judged
     store = Store(store_folder(config))
     result = aggregate_suite(suite.name, rows, config.judge.mode, judged, store)
+    num_files = 0
+    if suite.scorer:
+        num_files = export_results(suite.scorer, rows, store, suite_folder(folder.path, suite.name) / "for-scorer")
     if suite.name in config.external:
-        scores = import_scores(suite.scorer, Path(config.external[suite.name]))
+        scores = import_scores(suite.scorer, Path(config.external[suite.name]), num_files)
         result = dataclasses.replace(result, official=scores)
     header = _header(config, manifest, suite, judged)
     place = save_suite(folder.path, result, rows, header)
-    if suite.scorer:
-        export_results(suite.scorer, rows, store, place / "for-scorer")
     review.publish_media(store, rows, place)
     _draw_charts(result, place)
     child_folder = RunFolder(folder.path, "suites", suite.name)

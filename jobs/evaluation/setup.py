@@ -109,6 +109,11 @@ def load_manifest(config: EvaluateConfig, suite: Suite) -> Manifest:
     for problem in manifest.problems:
         console.print(f"{suite.name}: {problem}", style="yellow", highlight=False)
     manifest = dataclasses.replace(manifest.limited(config.limit), suite=suite.name)
+    official = sum(suite.samples_of(item) for item in manifest.items)
+    manifest = manifest.repeated(lambda item: config.samples_per_prompt or suite.samples_of(item))
+    if len(manifest.items) < official:
+        told = f"{suite.name}: {len(manifest.items)} results, the official protocol makes {official} of these prompts"
+        console.print(f"{told}; samples_per_prompt=0 does", style="yellow", highlight=False, soft_wrap=True)
     manifest = dataclasses.replace(
         manifest, items=tuple(dataclasses.replace(item, suite=suite.name) for item in manifest.items)
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from loomvideo.model.code_version import kernels_version, sampler_version
 from loomvideo.model.loading import ModelSource
 from loomvideo.model.pipeline import LoomVideoPipeline, load_pipeline
 from loomvideo.pipelines.evaluation.inputs import LoadedItem
@@ -47,7 +48,7 @@ class ModelGenerator:
 
 
 def model_fingerprint(options: ModelOptions) -> str:
-    """Hash of the checkpoint's files (name, size and content) and every setting that changes results."""
+    """Hash of the checkpoint's files (name, size, content), of settings that change results, and of the code."""
     path = Path(options.source.weights)
     if not path.exists():
         raise UserError(f"checkpoint {path}: no such file or folder")
@@ -57,5 +58,6 @@ def model_fingerprint(options: ModelOptions) -> str:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     settings = dataclasses.asdict(options) | {"weights": digest.hexdigest()}
+    settings |= {"sampler_version": sampler_version(), "kernels_version": kernels_version()}
     settings["source"] |= {"weights": ""}  # the same files elsewhere are the same model
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:20]

@@ -154,24 +154,28 @@ class GenerateStage:
         """Add ``result``, the key of the generated video."""
         if row["failure"]:
             return row
-        identity = row["series"] == IDENTITY
-        fingerprint = IDENTITY if identity else self.fingerprint
+        if row["series"] == IDENTITY:
+            # The source is kept with the inputs already.
+            return row | {"result": IDENTITY, "generate_s": 0.0}
         item = item_of(row)
         use_source = row["series"] != NO_SOURCE
-        seed = 0 if identity else row["seed"]
         left_out = [] if use_source else [NO_SOURCE]
-        key = content_key("result-1", row["inputs"], item.task, item.text, fingerprint, seed, *left_out)
+        key = content_key("result-1", row["inputs"], item.task, item.text, self.fingerprint, row["seed"], *left_out)
 
         def fill(folder: Path) -> Row:
             inputs = read_inputs(self.store, row)
-            if not identity and self._generator is None:
+            if self._generator is None:
                 self._generator = self.build()
             started = time.monotonic()
-            generator = IdentityGenerator() if identity else self._generator
-            video = generator.generate(inputs, row["seed"], use_source=use_source)
+            video = self._generator.generate(inputs, row["seed"], use_source=use_source)
             seconds = time.monotonic() - started
             write_lossless(folder / VIDEO, video, inputs.fps)
-            record = {"seed": row["seed"], "generator": fingerprint, "seconds": seconds, "pixels": pixel_digest(video)}
+            record = {
+                "seed": row["seed"],
+                "generator": self.fingerprint,
+                "seconds": seconds,
+                "pixels": pixel_digest(video),
+            }
             if self.on_generated is not None:
                 self.on_generated(row)
             return record
@@ -184,6 +188,13 @@ class GenerateStage:
         return row | {"result": key, "generate_s": record["seconds"], "pixels": record["pixels"]}
 
 
+def read_result(store: Store, row: Row, inputs: LoadedItem) -> np.ndarray:
+    """The result of a row: what was generated, or the source itself."""
+    if row["series"] == IDENTITY:
+        return IdentityGenerator().generate(inputs, 0)
+    return read_lossless(store.entry("results", row["result"]) / VIDEO)
+
+
 @dataclass
 class NormaliseStage:
     """Make what people look at: H.264 film, filmstrip over its source, thumbnail."""
@@ -192,7 +203,7 @@ class NormaliseStage:
 
     def __call__(self, row: Row) -> Row:
         """Add ``media``, the key of the playable files."""
-        if row["failure"] or row["series"] in CONTROLS:
+        if row["failure"] or row["series"] != MODEL:
             return row
         key = content_key("media-1", row["result"], row["inputs"])
 
@@ -228,7 +239,7 @@ class MeasureStage:
 
         def fill(folder: Path) -> Row:
             inputs = read_inputs(self.store, row)
-            video = read_lossless(self.store.entry("results", row["result"]) / VIDEO)
+            video = read_result(self.store, row, inputs)
             if row["series"] in CONTROLS:
                 return {"metrics": measures.measure_control(video, inputs), "defects": [], "features": ""}
             values, found = measures.measure_checked(video, inputs)
@@ -245,7 +256,7 @@ class MeasureStage:
                 np.savez(folder / FEATURES_FILE, **features)
             return {"metrics": values, "defects": found, "features": key if features else ""}
 
-        return row | self.store.make("metrics", key, fill)
+        return row | self.store.make("metrics", key, fill) | {"measured": key}
 
 
 @dataclass
@@ -300,7 +311,7 @@ class JudgeStage:
             # Planned to be judged: it counts in means over every planned sample.
             return row | {"judgements": [], "judged": True}
         inputs = read_inputs(self.store, row)
-        video = read_lossless(self.store.entry("results", row["result"]) / VIDEO)
+        video = read_result(self.store, row, inputs)
         question, parser, structured = self.question(inputs.item)
         references = [picture[None] for picture in inputs.references]
         media = media_for_item(self.sampling, video, inputs.source, references)

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,20 @@ class Manifest:
         turns = [(turn, order, item) for order, q in enumerate(queues.values()) for turn, item in enumerate(q)]
         chosen = {item.key for _, _, item in sorted(turns, key=lambda t: t[:2])[:limit]}
         return dataclasses.replace(self, items=tuple(item for item in self.items if item.key in chosen))
+
+    def repeated(self, count_of: Callable[[EvalItem], int]) -> "Manifest":
+        """Several samples a prompt: keys end in ``-0``, ``-1``, …, which gives each a seed, and share their cluster."""
+        items = []
+        for item in self.items:
+            count = count_of(item)
+            if count == 1:
+                items.append(item)
+                continue
+            for number in range(count):
+                extra = item.extra | {"prompt_key": item.key, "number": number}
+                key = f"{item.key}-{number}"
+                items.append(dataclasses.replace(item, key=key, cluster=item.unit, extra=extra))
+        return dataclasses.replace(self, items=tuple(items))
 
     def write(self, path: Path) -> None:
         """Write one JSON line an item, through a temporary name."""

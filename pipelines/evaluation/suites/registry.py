@@ -41,6 +41,7 @@ class Suite:
         judged: Whether a judge scores it; others have rules on detections or networks.
         protocols: ``strict`` (our rubrics) and, where there are any, ``official`` and ``loomvideo``.
         scorer: The outside tool that scores it, for suites without a judge.
+        samples_of: Samples that the official protocol makes of an item's prompt.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Suite:
     judged: bool = True
     protocols: dict[str, Protocol] = field(default_factory=lambda: {"strict": STRICT})
     scorer: str = ""
+    samples_of: Callable[[EvalItem], int] = lambda item: 1
 
     def protocol(self, mode: str) -> Protocol:
         """The protocol of a mode.
@@ -58,6 +60,14 @@ class Suite:
         if mode not in self.protocols:
             raise UserError(f"judge.mode={mode}: suite {self.name} has {', '.join(self.protocols)}")
         return self.protocols[mode]
+
+
+def _geneval_samples(item: EvalItem) -> int:
+    return 4
+
+
+def _vbench_samples(item: EvalItem) -> int:
+    return 25 if "temporal_flickering" in item.extra["dimensions"] else 5
 
 
 def _category(item: EvalItem) -> tuple[str, ...]:
@@ -123,10 +133,10 @@ _MI2V = {
 SUITES: dict[str, Suite] = {
     suite.name: suite
     for suite in (
-        Suite("geneval", official.geneval, judged=False, scorer="geneval"),
+        Suite("geneval", official.geneval, judged=False, scorer="geneval", samples_of=_geneval_samples),
         Suite("imgedit", official.imgedit, protocols=_IMGEDIT),
         Suite("vbench", official.vbench_subset, judged=False, scorer="vbench"),
-        Suite("vbench_full", official.vbench, judged=False, scorer="vbench"),
+        Suite("vbench_full", official.vbench, judged=False, scorer="vbench", samples_of=_vbench_samples),
         Suite("openve", official.openve, protocols=_OPENVE),
         Suite("refvie", official.refvie, protocols=_REFVIE),
         Suite("ivbench_mi2v", official.ivbench_mi2v, protocols=_MI2V),
