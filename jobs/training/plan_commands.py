@@ -1,5 +1,6 @@
 """``loomvideo plan``: memory, operations, communication and time of a training run before launch."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -25,7 +26,13 @@ class PlanConfig:
     prefetch_steps: int = option(3, "training.prefetch_steps: how many steps' MLLM states wait in host memory")
     efficiency: float = option(0.45, "share of the GPU's peak that executed operations reach; measure it")
     hpz: bool = option(True, "gather weights inside the node (zero.hpz_partition_size=8) where there are several nodes")
+    network_gb_per_s: float = option(
+        0.0,
+        "bandwidth of a GPU between nodes as loomvideo doctor measured it, GB/s; 0: what the machine's type reaches",
+    )
     hourly_price: float = option(0.0, "price of a GPU hour, for the cost of the run; 0 leaves it out")
+    watts: float = option(0.0, "power of a GPU with its share of node and cooling, for the energy of the run; 0: none")
+    carbon_g_per_kwh: float = option(0.0, "grams of CO2 a kWh of the grid, for the carbon of the run; needs watts")
 
 
 def register(app: typer.Typer) -> None:
@@ -54,7 +61,11 @@ def print_plan(config: PlanConfig) -> None:
         raise UserError(f"machine={config.machine}: use one of {', '.join(MACHINES)}")
     if len(config.lengths) != len(config.mllm_lengths):
         raise UserError("lengths and mllm_lengths: give one number for every sample of the pack")
+    if config.carbon_g_per_kwh and not config.watts:
+        raise UserError("carbon_g_per_kwh: needs the power of a GPU; set watts=1000, for example")
     machine, size = MACHINES[config.machine], model_size(config.model)
+    if config.network_gb_per_s:
+        machine = dataclasses.replace(machine, network_gbytes_per_s=config.network_gb_per_s)
     dit = size.dit
     cost = sum(relative_cost(dit, n, m, n) for n, m in zip(config.lengths, config.mllm_lengths, strict=True))
     plans = [
@@ -97,9 +108,15 @@ def print_plan(config: PlanConfig) -> None:
         "samples/day, all": [f"{p.samples_per_day:,.0f}" for p in plans],
         f"{config.steps:,} steps": [f"{config.steps * p.step_s / 3600:.1f} h" for p in plans],
     }
+    gpu_hours = [config.steps * p.step_s / 3600 * p.num_ranks for p in plans]
+    rows["GPU hours"] = [f"{hours:,.0f}" for hours in gpu_hours]
     if config.hourly_price:
-        cost = [config.steps * p.step_s / 3600 * p.num_ranks * config.hourly_price for p in plans]
-        rows["cost"] = [f"{value:,.0f}" for value in cost]
+        rows["cost"] = [f"{hours * config.hourly_price:,.0f}" for hours in gpu_hours]
+    if config.watts:
+        energy = [hours * config.watts / 1000 for hours in gpu_hours]
+        rows["energy"] = [f"{value:,.0f} kWh" for value in energy]
+        if config.carbon_g_per_kwh:
+            rows["carbon"] = [f"{value * config.carbon_g_per_kwh / 1000:,.0f} kg CO2" for value in energy]
     for name, values in rows.items():
         table.add_row(name, *values)
     console = Console(markup=False)

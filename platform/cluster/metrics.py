@@ -49,6 +49,7 @@ SINGLE = {
     "run/restarts": Metric("run_restarts", "Times the workers were started again in the run's whole life"),
     "run/warnings": Metric("run_warnings", "Different warnings of the run so far"),
     "run/workers": Metric("run_workers", "Workers in the process group"),
+    "run/worker_hours": Metric("run_worker_hours", "Hours times workers of this attempt, its start included"),
 }
 FAMILIES = {
     "loss_by_task": Metric("loss_by_task", "Mean loss by task", "task"),

@@ -137,6 +137,7 @@ class Progress:
             for name in ("step_s", "data_wait_s", "compute_s", "update_s", "tokens", "flops", "samples", "fill"):
                 self._totals[name] += record[name]
             self._totals["steps"] += 1
+            self._totals["worker_s"] += record["step_s"] * self._world_size
         self._latest = report["steps"][-1]
         self._record(report["steps"])
         self._show(report["steps"])
@@ -189,6 +190,7 @@ class Progress:
             "speed/data_wait_share": sum(record["data_wait_s"] for record in records) / seconds,
             "checkpoint/age_s": self._checkpoint_age_s,
             "packs/fill": sum(record["fill"] for record in records) / len(records),
+            "run/worker_hours": self._worker_hours(),
             "packs/imbalance": sum(record["imbalance"] for record in records) / len(records),
         }
         flops = sum(record["flops"] for record in records)
@@ -311,6 +313,7 @@ class Progress:
             "start_s": self._ready_s,
             "train_s": seconds,
             "step_s": seconds / steps,
+            "worker_hours": self._worker_hours(),
             "tokens_per_s": self._totals["tokens"] / seconds if seconds else 0.0,
             **self._result_mfu(seconds),
             "data_wait_share": self._totals["data_wait_s"] / seconds if seconds else 0.0,
@@ -321,6 +324,10 @@ class Progress:
             "restarts": self._num_starts - 1,
             "checkpoints": checkpoints_of(self.config.checkpoint, self.folder),
         }
+
+    def _worker_hours(self) -> float:
+        """Hours times workers of this attempt, its start included: GPU hours where workers have a GPU each."""
+        return (self._totals["worker_s"] + self._ready_s * self._world_size) / 3600
 
     def _result_mfu(self, seconds: float) -> dict[str, float]:
         if not (self._peak_flops and seconds):
