@@ -18,6 +18,7 @@ from loomvideo.jobs.training.setup import (
     START_FILE,
     Start,
     check_fits,
+    check_folders,
     predictor,
     recipe_factory,
     start_of,
@@ -63,6 +64,7 @@ def run_training(job: str, config: TrainingJobConfig, default_parent: str | None
     datasets = [ShardDataset.open(url) for url in config.data.shards]
     for url, dataset in zip(config.data.shards, datasets, strict=True):
         check_fits(url, dataset, datasets[0], model)
+    check_folders(config, model, datasets)
     start = start_of(config, job, default_parent)
     folder = RunFolder.open(config.runs, job, config.run or None)
     folder.write_text("config.yaml", to_yaml(config))

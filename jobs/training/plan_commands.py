@@ -22,7 +22,7 @@ class PlanConfig:
     mllm_lengths: list[int] = option([830, 830, 450], "their MLLM tokens")
     steps: int = option(10000, "optimiser steps, for the time of the whole run")
     packs_per_rank: int = option(1, "packs of a rank in a step")
-    recompute: str = option("full", "training.activation_checkpointing: none, selective or full")
+    recompute: str = option("selective", "training.activation_checkpointing: none, selective or full")
     prefetch_steps: int = option(3, "training.prefetch_steps: how many steps' MLLM states wait in host memory")
     efficiency: float = option(0.45, "share of the GPU's peak that executed operations reach; measure it")
     hpz: bool = option(True, "gather weights inside the node (zero.hpz_partition_size=8) where there are several nodes")

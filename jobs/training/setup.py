@@ -12,6 +12,7 @@ from loomvideo.jobs.training.config import TrainingJobConfig
 from loomvideo.jobs.training.plan import Machine, machine_named, plan
 from loomvideo.jobs.weights.lookup import find_weights
 from loomvideo.model.sizes import ModelSize
+from loomvideo.pipelines.training.feature_pool import feature_mode
 from loomvideo.pipelines.training.recipe import LoomVideoRecipe, StateSource
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.nodes.config import KernelConfig
@@ -54,6 +55,29 @@ def check_fits(url: str, dataset: ShardDataset, first: ShardDataset, model: Mode
         raise UserError(
             f"data.shards {url}: encoded by other encoders than the first dataset; prepare one of them again"
         )
+
+
+def check_folders(config: TrainingJobConfig, model: ModelSize, datasets: Sequence[ShardDataset]) -> None:
+    """Refuse a run that would find a folder missing only when its MLLM or codec is loaded, after the GPUs are taken.
+
+    Raises:
+        UserError: naming the key, what needs it, and the fix.
+    """
+    streamed = [dataset.storage.url for dataset in datasets if feature_mode(dataset) != "stored"]
+    needs_mllm = [f"data.shards {url} (its MLLM states are streamed)" for url in streamed]
+    makes_samples = [key for key, on in (
+        ("evaluation.samples", config.evaluation.samples), ("samples.every_steps", config.samples.every_steps)
+    ) if on]  # fmt: skip
+    for key, needed, folder, users in (
+        ("mllm_folder", model.mllm.kind == "qwen3_vl", model.mllm.folder, [*needs_mllm, *makes_samples]),
+        ("codec_folder", model.codec.kind == "wan", model.codec.folder, makes_samples),
+    ):
+        if not needed or not users:
+            continue
+        if not folder:
+            raise UserError(f"{key}: set it to a folder that every node sees; {users[0]} needs it")
+        if "://" not in folder and not Path(folder).is_dir():
+            raise UserError(f"{key}={folder}: no such folder; {users[0]} needs it")
 
 
 @dataclass(frozen=True)

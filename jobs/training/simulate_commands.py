@@ -22,7 +22,7 @@ class SimulateConfig:
     ranks: list[int] = option([2, 8, 64, 512], "packs a step to simulate")
     steps: int = option(50, "steps to simulate for each")
     split: str = option("train", "index split")
-    recompute: str = option("full", "training.activation_checkpointing: none, selective or full")
+    recompute: str = option("selective", "training.activation_checkpointing: none, selective or full")
     prefetch_steps: int = option(3, "training.prefetch_steps")
     objective: ObjectiveConfig = option(ObjectiveConfig, "")
     pack: PackConfig = option(PackConfig, "")

@@ -10,8 +10,8 @@ import torch
 
 from loomvideo.jobs.training.config import TrainingJobConfig
 from loomvideo.jobs.training.plan import MACHINES, machine_named, plan
-from loomvideo.jobs.training.setup import START_FILE, Start, predictor, start_of
-from loomvideo.model.sizes import model_size
+from loomvideo.jobs.training.setup import START_FILE, Start, check_folders, predictor, start_of
+from loomvideo.model.sizes import model_size, with_folders
 from loomvideo.pipelines.sources.samples import Sample
 from loomvideo.platform.errors import UserError
 
@@ -121,3 +121,26 @@ def test_predictions_need_a_peak_and_scale_with_it():
     gpu = predictor(config, model_size("tiny"), datasets)(ready | {"device_name": "NVIDIA H200"})
     assert 0 < gpu["step_s"] < slow["step_s"]
     assert slow["memory_gib"] > 0
+
+
+def test_missing_folders_are_refused_before_launch(tmp_path):
+    streamed = SimpleNamespace(
+        manifest=SimpleNamespace(features={"mode": "streamed"}), storage=SimpleNamespace(url="s")
+    )
+    config = TrainingJobConfig()
+
+    def check(**folders):
+        check_folders(
+            config, with_folders(model_size("5b"), folders.get("codec", ""), folders.get("mllm", "")), [streamed]
+        )
+
+    with pytest.raises(UserError, match=r"mllm_folder: set it to a folder .* data.shards s \(its MLLM states"):
+        check()
+    with pytest.raises(UserError, match="mllm_folder=/absent: no such folder"):
+        check(mllm="/absent")
+    check(mllm=str(tmp_path))
+    check_folders(config, model_size("tiny"), [streamed])
+    config.evaluation.samples = "samples.jsonl"
+    with pytest.raises(UserError, match=r"codec_folder: set it to a folder that every node sees; evaluation\.samples"):
+        check(mllm=str(tmp_path))
+    check(mllm=str(tmp_path), codec="s3://weights/vae")

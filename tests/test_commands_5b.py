@@ -1,0 +1,67 @@
+"""Every documented command with a 5b preset: it resolves, names the folders it needs and no more GPUs than there are."""
+
+import re
+import shlex
+
+import pytest
+import yaml
+from fixtures.pages import DOCS
+from typer.testing import CliRunner
+
+from loomvideo.jobs.cli import app
+
+PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("**/*.md"))]
+COMMANDS = ("pretrain", "finetune-edit", "evaluate", "generate", "serve", "plan", "data prepare")
+# Placeholders of the pages.
+PLACEHOLDERS = {"…": "FOLDER"}
+
+
+def documented():
+    """The arguments of every such command, with the page that has it; of a submitted job those of the job itself."""
+    found = []
+    for page in PAGES:
+        text = page.read_text().replace("\\\n", " ")
+        for line in text.splitlines():
+            match = re.match(r"\s*(?:ray job submit .* -- )?loomvideo (.*(?:preset|model)=5b.*)$", line)
+            if not match or not line.startswith((" ", "loomvideo", "ray")):
+                continue
+            command = match[1]
+            for placeholder, value in PLACEHOLDERS.items():
+                command = command.replace(placeholder, value)
+            submitted = re.match(r"submit ([\w-]+) .*? -- (.*)$", command)
+            if submitted:
+                command = f"{'data prepare' if submitted[1] == 'data' else submitted[1]} {submitted[2]}"
+            if command.startswith(COMMANDS):
+                found.append(pytest.param(command, id=f"{page.name}: {command[:60]}"))
+    return found
+
+
+def resolved(command):
+    result = CliRunner().invoke(app, [*shlex.split(command), "--dry-run"])
+    assert result.exit_code == 0, (command, result.output, result.exception)
+    return yaml.safe_load(result.stdout)
+
+
+def test_there_are_such_commands():
+    assert len(documented()) >= 7
+
+
+@pytest.mark.parametrize("command", documented())
+def test_a_documented_command_resolves(command):
+    config = resolved(command)
+    if not command.startswith(("pretrain", "finetune-edit")):
+        return
+    # Shards of the 5b presets are streamed: actors and the folder of their MLLM are needed.
+    assert config["mllm_folder"], command
+    assert config["data"]["shards"], command
+    assert config["features"]["gpus"] > 0
+    assert config["from_weights"] or config["from_run"]
+
+
+def test_the_plan_for_64_gpus_asks_for_64():
+    of_page = [found.values[0] for found in documented() if found.id.startswith("plan-5b")]
+    (command,) = [command for command in of_page if command.startswith("pretrain")]
+    config = resolved(command)
+    workers, features = config["training"]["workers"], config["features"]
+    assert workers["num"] * workers["gpus"] + features["actors"] * features["gpus"] <= 64
+    assert workers["num"] % config["training"]["zero"]["hpz_partition_size"] == 0
