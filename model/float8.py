@@ -28,6 +28,7 @@ class Float8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         weight, scale = _quantize(linear.weight.detach())
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale.T.contiguous())

@@ -10,6 +10,7 @@ import psutil
 import torch
 from torch import nn
 
+from loomvideo.model.adapters import parse_choice
 from loomvideo.model.codec import LatentGrid, build_codec
 from loomvideo.model.conditioning.mllm import FrozenMLLM
 from loomvideo.model.dit import LoomVideoDiT
@@ -41,6 +42,7 @@ class ModelSource:
         mllm_bits: Of the weights of the MLLM's decoder layers: 16, 8 or 4.
         dit_bits: Of the weights of the transformer's blocks: 16, 8 or 4.
         memory_bytes: What ``auto`` may use; 0 takes what is free.
+        lora: Adapters, ``FILE`` or ``FILE:STRENGTH`` each.
         codec_limit_bytes: Activations that the codec may have; 0 for its own limit.
     """
 
@@ -57,6 +59,7 @@ class ModelSource:
     dit_bits: int = 16
     memory_bytes: int = 0
     codec_limit_bytes: int = 0
+    lora: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Refuse what does not go together.
@@ -72,6 +75,8 @@ class ModelSource:
         check_bits("dit_bits", self.dit_bits)
         if self.drop_exact and (self.dit_bits != 16 or self.memory == "offload"):
             raise UserError("shortcuts.fp8: turns exact weights on the device; use it with dit_bits=16 and no offload")
+        for choice in self.lora:
+            parse_choice(choice)
         if self.compile and self.memory not in (AUTO, "resident"):
             raise UserError(f"compile=true: blocks would be compiled at every load; use it with memory=resident, "
                             f"not {self.memory}")  # fmt: skip

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loomvideo.model.adapters import Adapter, parse_choice, read_adapter, set_adapters
 from loomvideo.model.clips import TARGET_FPS
 from loomvideo.model.codec import Codec, LatentGrid, build_codec
 from loomvideo.model.conditioning import prompts
@@ -59,6 +60,7 @@ class LoomVideoPipeline:
         ranks: Ranks that share each generation, all calling :meth:`sample` alike; None for this one alone.
         negative_prompt: What the unconditional branch is told unless a call says; None for an empty message.
         parts: In place of the three, parts that are loaded one after another.
+        lora: Adapters, ``FILE`` or ``FILE:STRENGTH`` each.
     """
 
     def __init__(
@@ -70,12 +72,16 @@ class LoomVideoPipeline:
         ranks: Ranks | None = None,
         negative_prompt: str | None = None,
         parts: ResidentParts | SequentialParts | None = None,
+        lora: Sequence[str] = (),
     ):
         self.parts = ResidentParts(dit.eval(), codec, mllm) if parts is None else parts
         self.scheduler = scheduler or SchedulerConfig()
         self.ranks = ranks
         self.negative_prompt = negative_prompt
         self._float8: LoomVideoDiT | None = None
+        self._adapters: dict[str, Adapter] = {}
+        for choice in lora:
+            self.load_lora(*parse_choice(choice))
 
     @classmethod
     def from_pretrained(
@@ -88,6 +94,7 @@ class LoomVideoPipeline:
         dtype: torch.dtype | None = None,
         kernels: str = "auto",
         compile: bool = False,
+        lora: Sequence[str] = (),
     ) -> "LoomVideoPipeline":
         """Load a checkpoint with its codec and MLLM, as every command does.
 
@@ -100,12 +107,20 @@ class LoomVideoPipeline:
             dtype: Of the transformer and the MLLM; None takes bf16 on CUDA, fp32 elsewhere.
             kernels: Back end of the fused operations; empty leaves the one in use.
             compile: Compile the transformer's blocks.
+            lora: Adapters, ``FILE`` or ``FILE:STRENGTH`` each; see :meth:`load_lora`.
 
         Raises:
             UserError: if the checkpoint cannot be read or does not say its model size.
         """
         source = ModelSource(
-            str(checkpoint), model or "", codec_folder, mllm_folder, kernels, compile, device=str(device or "")
+            str(checkpoint),
+            model or "",
+            codec_folder,
+            mllm_folder,
+            kernels,
+            compile,
+            device=str(device or ""),
+            lora=tuple(lora),
         )
         return load_pipeline(source, dtype)
 
@@ -116,9 +131,38 @@ class LoomVideoPipeline:
 
     @property
     def dit(self) -> LoomVideoDiT:
-        """The transformer."""
+        """The transformer, with its adapters."""
         with self.parts.use("dit") as dit:
+            if getattr(dit, "adapters", ()) != tuple(self._adapters.values()):
+                set_adapters(dit, tuple(self._adapters.values()))
+                self._float8 = None
             return dit
+
+    def load_lora(self, path: str | Path, strength: float = 1.0, name: str | None = None) -> None:
+        """Add an adapter beside the transformer's layers; several add up.
+
+        Args:
+            path: A safetensors file of any dialect of :mod:`loomvideo.model.adapters`, or PEFT's folder.
+            strength: What its contribution is multiplied by.
+            name: To unload it by; None for the path. A name that is loaded already is replaced.
+
+        Raises:
+            UserError: if it cannot be read, or naming the keys that belong to no layer.
+        """
+        self._adapters[name or str(path)] = read_adapter(path, self.dit, strength)
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Take off an adapter, or all: the transformer is then exactly what it was before.
+
+        Raises:
+            UserError: if none of that name is loaded.
+        """
+        if name is None:
+            self._adapters.clear()
+        elif name not in self._adapters:
+            raise UserError(f"lora {name}: not loaded; loaded are {', '.join(self._adapters) or 'none'}")
+        else:
+            del self._adapters[name]
 
     @property
     def codec(self) -> Codec:
@@ -218,9 +262,9 @@ class LoomVideoPipeline:
         """
         shortcuts = shortcuts or Shortcuts()
         noise = torch.randn(conditions.latent_shape, generator=torch.Generator().manual_seed(seed))
-        with self.parts.use("dit") as dit:
+        with self.parts.use("dit"):
             return sample(
-                self._float8_dit() if shortcuts.fp8 else dit,
+                self._float8_dit() if shortcuts.fp8 else self.dit,
                 noise,
                 conditions.branches,
                 guidance or Guidance.default(conditions.task),
@@ -309,8 +353,9 @@ class LoomVideoPipeline:
                 yield pixels.permute(1, 2, 3, 0).cpu().numpy()
 
     def _float8_dit(self) -> LoomVideoDiT:
+        dit = self.dit  # which forgets the copy of one with other adapters
         if self._float8 is None:
-            self._float8 = float8_blocks(self.dit)
+            self._float8 = float8_blocks(dit)
         return self._float8
 
     def _latents(self, codec: Codec, frames: np.ndarray) -> Tensor:
@@ -341,7 +386,9 @@ def load_pipeline(source: ModelSource, dtype: torch.dtype | None = None) -> Loom
     if source.kernels:
         set_backend(source.kernels)
     parts = load_parts(source, dtype)
-    return LoomVideoPipeline(scheduler=size.scheduler, negative_prompt=size.negative_prompt, parts=parts)
+    return LoomVideoPipeline(
+        scheduler=size.scheduler, negative_prompt=size.negative_prompt, parts=parts, lora=source.lora
+    )
 
 
 def pipeline_around(dit: LoomVideoDiT, size: ModelSize) -> LoomVideoPipeline:

@@ -32,6 +32,7 @@ class GenerationConfig:
     negative_prompt: str | None = option(None, "what the unconditional branch is told; null takes the model size's own")
     kernels: str = option("auto", "back end of the fused operations: auto, eager, cpp or triton")
     compile: bool = option(False, "compile the transformer's blocks")
+    lora: list[str] = option([], "adapters, FILE or FILE:STRENGTH each: [style.safetensors:0.8,…]")
     actors: int = option(1, "copies of the model that generate at once")
     gpus: float = option(0.0, "GPUs of each copy")
     cpus: float = option(1.0, "CPUs of each copy")

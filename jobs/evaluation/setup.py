@@ -75,6 +75,7 @@ def find_checkpoint(config: EvaluateConfig) -> Checkpoint:
             g.compile,
             # Looked at where it runs, which may be another machine than this one.
             device="cuda" if g.gpus else "cpu",
+            lora=tuple(g.lora),
         ),
         SamplerSettings(g.steps, g.edit_scale, g.generate_scale, g.visual_scale, g.negative_prompt),
     )

@@ -81,6 +81,32 @@ def inspect(path: Source, settings: Settings = None) -> None:
 
 
 @app.command()
+def adapter(
+    path: Annotated[Path, typer.Argument(help="adapter: a .safetensors file of any dialect, or PEFT's folder")],
+    output: Annotated[Path, typer.Argument(help="new file; a folder for peft")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="model=NAME, format=NAME, dtype=NAME")
+    ] = None,
+) -> None:
+    """Write an adapter for another program: format=comfyui, diffusers, kohya or peft, for model=5b unless said."""
+    import torch
+
+    from loomvideo.model.adapters import read_adapter, save_as
+    from loomvideo.model.dit import LoomVideoDiT
+    from loomvideo.model.sizes import PUBLISHED
+
+    values = _settings(settings, ("model", "format", "dtype"))
+    dtype_name = values.get("dtype", "bfloat16")
+    if dtype_name not in _DTYPES[1:]:
+        raise UserError(f"dtype={dtype_name}: use one of {', '.join(_DTYPES[1:])}")
+    with torch.device("meta"):
+        model = LoomVideoDiT(_dit_config({"model": values.get("model", PUBLISHED)}))
+    read = read_adapter(path, model)
+    save_as(read, output, values.get("format", "comfyui"), getattr(torch, dtype_name))
+    print(f"wrote {output} ({len(read.layers)} layers)")
+
+
+@app.command()
 def convert(
     path: Source, output: Annotated[Path, typer.Argument(help="new weights folder")], settings: Settings = None
 ) -> None:

@@ -22,6 +22,7 @@ class ModelChoice:
     mllm_folder: str = option("", "folder of the MLLM, for model sizes that need one")
     kernels: str = option("auto", "back end of the fused operations: auto, eager, cpp or triton")
     compile: bool = option(False, "compile the transformer's blocks: slower to start, faster on a GPU")
+    lora: list[str] = option([], "adapters, FILE or FILE:STRENGTH each: [style.safetensors:0.8,…]")
     memory: str = option(
         "auto",
         "resident: all weights on the device; sequential: one part at a time; offload: blocks from host memory; "
@@ -60,6 +61,7 @@ def model_source(choice: ModelChoice, drop_exact: bool = False) -> "ModelSource"
         choice.compile,
         drop_exact,
         memory=choice.memory,
+        lora=tuple(choice.lora),
         mllm_bits=choice.mllm_bits,
         dit_bits=choice.dit_bits,
         memory_bytes=int(choice.memory_gib * 2**30),

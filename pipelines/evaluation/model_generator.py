@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from loomvideo.model import adapters
 from loomvideo.model.code_version import kernels_version, sampler_version
 from loomvideo.model.loading import ModelSource
 from loomvideo.model.pipeline import LoomVideoPipeline, load_pipeline
@@ -59,5 +60,6 @@ def model_fingerprint(options: ModelOptions) -> str:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     settings = dataclasses.asdict(options) | {"weights": digest.hexdigest()}
     settings |= {"sampler_version": sampler_version(), "kernels_version": kernels_version()}
-    settings["source"] |= {"weights": ""}  # the same files elsewhere are the same model
+    # The same files elsewhere are the same model.
+    settings["source"] |= {"weights": "", "lora": adapters.fingerprints(options.source.lora)}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:20]

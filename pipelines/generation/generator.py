@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from loomvideo.model import adapters
 from loomvideo.model.buckets import choose_bucket, resize_and_crop
 from loomvideo.model.clips import TARGET_FPS, clip_indices
 from loomvideo.model.fingerprints import weights_fingerprint
@@ -75,6 +76,8 @@ class FileGenerator:
             "fingerprint": weights_fingerprint(source.weights),
             "model": source.size.name,
         }
+        if source.lora:
+            checkpoint["lora"] = adapters.fingerprints(source.lora)
         return cls(pipeline, settings, checkpoint)
 
     def close(self) -> None:
