@@ -42,8 +42,8 @@ def choose_bucket(width: int, height: int, classes: Sequence[int | str], kind: K
     """The bucket of the nearest area class, then of the nearest aspect ratio.
 
     Args:
-        width: Of the picture or clip, in pixels.
-        height: Of the picture or clip, in pixels.
+        width: The width of the picture or clip, in pixels.
+        height: The height of the picture or clip, in pixels.
         classes: The classes to choose from, such as ``[256, 640]``.
         kind: Images and videos differ in class 960.
 

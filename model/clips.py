@@ -23,7 +23,7 @@ def clip_indices(
         total_frames: Frames in the file.
         num_frames: Frames wanted; fewer come back from a shorter file.
         relative_start: In [0, 1], where in the slack the clip starts.
-        grid: Of the codec: says which numbers of frames exist.
+        grid: The grid of the codec: says which numbers of frames exist.
         target_fps: Frame rate of the clip.
 
     Raises:

@@ -265,7 +265,7 @@ class LoomVideoDiT(nn.Module):
 
         Args:
             names: Parameters that the loaded weights lack; None for all, from scratch.
-            generator: Of the random values.
+            generator: The generator of the random values.
         """
         for name, parameter in self.named_parameters():
             if names is not None and name not in names:

@@ -29,7 +29,7 @@ class InitialWeights(Mapping[str, Tensor]):
         config: Sizes of the model.
         allow: Patterns of keys that the checkpoint may lack.
         lora: Adapters to add, which start without effect; None for none.
-        seed: Of the random values; the same on every rank.
+        seed: The seed of the random values; the same on every rank.
 
     Attributes:
         model: The model on the meta device, with its adapters.

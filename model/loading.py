@@ -39,8 +39,8 @@ class ModelSource:
         drop_exact: Turn the blocks' products to 8-bit floats for good, so that the exact weights free their memory.
         device: Where everything runs; empty takes CUDA where there is one.
         memory: One of :data:`loomvideo.model.parts.MODES`, or ``auto`` for the fastest that fits.
-        mllm_bits: Of the weights of the MLLM's decoder layers: 16, 8 or 4.
-        dit_bits: Of the weights of the transformer's blocks: 16, 8 or 4.
+        mllm_bits: Bits of the weights of the MLLM's decoder layers: 16, 8 or 4.
+        dit_bits: Bits of the weights of the transformer's blocks: 16, 8 or 4.
         memory_bytes: What ``auto`` may use; 0 takes what is free.
         lora: Adapters, ``FILE`` or ``FILE:STRENGTH`` each.
         codec_limit_bytes: Activations that the codec may have; 0 for its own limit.
@@ -134,7 +134,7 @@ def load_parts(source: ModelSource, dtype: torch.dtype | None = None) -> Residen
 
     Args:
         source: What to load; ``memory=auto`` counts as ``resident`` here, see :func:`fitted`.
-        dtype: Of the transformer and the MLLM; None takes bf16 on CUDA, fp32 elsewhere.
+        dtype: The type of the transformer and the MLLM; None takes bf16 on CUDA, fp32 elsewhere.
 
     Raises:
         UserError: if the checkpoint, a folder or the way of using memory cannot be used.

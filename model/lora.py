@@ -30,8 +30,8 @@ class AdaptedLinear(nn.Module):
 
     Args:
         linear: Its parameters are taken over.
-        rank: Of the adapter.
-        scale: Of B A.
+        rank: The rank of the adapter.
+        scale: The scale of B A.
         dora: Whether row lengths are learned.
     """
 
@@ -88,7 +88,7 @@ class MergedWeights(Mapping[str, Tensor]):
     """A state dict whose adapters are added to the weights they adapt: published names, one parameter at a time.
 
     Args:
-        state: Of an adapted model; may read lazily.
+        state: The state of an adapted model; may read lazily.
         config: Its adapters.
     """
 

@@ -53,7 +53,7 @@ def fit_clip(clip: Clip, buckets: Sequence[int], num_frames: int, fps: float, gr
         buckets: Resolution classes.
         num_frames: Most frames.
         fps: Its frame rate.
-        grid: Of the codec.
+        grid: The grid of the codec.
     """
     frames = as_clip(clip)
     frames = frames[clip_indices(fps, len(frames), num_frames, 0.0, grid)]

@@ -43,9 +43,9 @@ class SequentialParts:
     Args:
         loaders: Read a part from its files to the device.
         device: Where they compute.
-        config: Of the transformer.
-        latent_channels: Of the codec.
-        grid: Of codec and patches.
+        config: The configuration of the transformer.
+        latent_channels: The channels of the codec.
+        grid: The grid of codec and patches.
     """
 
     def __init__(

@@ -82,11 +82,11 @@ def peaks(size: ModelSize, work: Work, mllm_bits: int = 16, dit_bits: int = 16, 
     """The peak of every mode, fastest mode first.
 
     Args:
-        size: Of the model.
+        size: The size of the model.
         work: What is generated.
-        mllm_bits: Of the MLLM's decoder weights.
-        dit_bits: Of the transformer's block weights.
-        num_bytes: Of other weights and activations: 2 for bf16.
+        mllm_bits: Bits of the MLLM's decoder weights.
+        dit_bits: Bits of the transformer's block weights.
+        num_bytes: Bytes of other weights and activations: 2 for bf16.
     """
     dit, mllm = _dit_weights(size.dit), _mllm_weights(size.mllm)
     codec = num_bytes * WAN_VAE_PARAMETERS if size.codec.kind == "wan" else 0

@@ -104,7 +104,7 @@ class LoomVideoPipeline:
             codec_folder: The codec's weights (``Wan2.2-TI2V-5B-Diffusers/vae``), for model sizes that need them.
             mllm_folder: The MLLM (``Qwen3-VL-8B-Instruct``), for model sizes that need one.
             device: Where to run; None takes CUDA where there is one.
-            dtype: Of the transformer and the MLLM; None takes bf16 on CUDA, fp32 elsewhere.
+            dtype: The type of the transformer and the MLLM; None takes bf16 on CUDA, fp32 elsewhere.
             kernels: Back end of the fused operations; empty leaves the one in use.
             compile: Compile the transformer's blocks.
             lora: Adapters, ``FILE`` or ``FILE:STRENGTH`` each; see :meth:`load_lora`.
@@ -252,7 +252,7 @@ class LoomVideoPipeline:
             conditions: From :meth:`encode`.
             steps: Denoising steps.
             guidance: Scales; None takes the task's.
-            seed: Of the noise; the same seed gives the same latents.
+            seed: The seed of the noise; the same seed gives the same latents.
             batch_branches: Run the guidance branches in one pass.
             on_step: Called after each step with its index and the latents.
             shortcuts: Approximations; None for none.
@@ -318,7 +318,7 @@ class LoomVideoPipeline:
                 sampler words it; None takes the model size's own.
             steps: Denoising steps.
             guidance: Scales; None takes the task's.
-            seed: Of the noise; the same seed gives the same frames.
+            seed: The seed of the noise; the same seed gives the same frames.
             shortcuts: Approximations; None for none.
             buckets: Resolution classes, such as ``(640,)``, to which source and references are resized and cropped,
                 the source also resampled to 24 frames a second and cut to whole latents; empty takes them as they are.
@@ -377,7 +377,7 @@ def load_pipeline(source: ModelSource, dtype: torch.dtype | None = None) -> Loom
 
     Args:
         source: What to load; ``memory=auto`` counts as ``resident``, see :func:`loomvideo.model.loading.fitted`.
-        dtype: Of the transformer and the MLLM; None takes bf16 on CUDA, fp32 elsewhere.
+        dtype: The type of the transformer and the MLLM; None takes bf16 on CUDA, fp32 elsewhere.
 
     Raises:
         UserError: if the checkpoint, a folder, the kernels or the way of using memory cannot be used.

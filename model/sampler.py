@@ -186,7 +186,7 @@ class GuidedVelocity:
     """The guided velocity of a step, with the approximations that leave branches out.
 
     Args:
-        denoiser: Of the branches that ``guidance`` and ``shortcuts`` need.
+        denoiser: Gives the velocities of the branches that ``guidance`` and ``shortcuts`` need.
         guidance: Scales.
         timesteps: All timesteps [steps].
         shortcuts: Approximations.

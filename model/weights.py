@@ -126,7 +126,7 @@ def load_dit(
         path: See :func:`open_checkpoint`.
         config: Sizes; None takes them from the checkpoint, which only our own folders can state.
         device: Where the weights go.
-        dtype: Of the weights; None keeps each tensor's own.
+        dtype: The type of the weights; None keeps each tensor's own.
         allow: Patterns (``blocks.0.*``) of keys that may be missing or misshapen, and then start as from scratch, or
             unexpected, and then are ignored.
 
@@ -226,7 +226,7 @@ def save_dit(
         weights: The model, its state, or pairs of name and tensor (for states that are never whole).
         config: Sizes, so that the folder loads without a model size.
         folder: Created; must not hold weights already.
-        dtype: Of the saved tensors; None keeps theirs.
+        dtype: The type of the saved tensors; None keeps theirs.
         max_shard_bytes: Size at which a new shard starts.
 
     Raises:

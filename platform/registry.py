@@ -24,10 +24,10 @@ def log_dataset(
     """Tie a dataset to a run.
 
     Args:
-        client: Of the tracking server.
+        client: A client of the tracking server.
         run_id: The run.
         name: Shown in the runs list.
-        digest: Of the content; MLflow takes 36 characters.
+        digest: The digest of the content; MLflow takes 36 characters.
         source: Folder or URL.
         context: ``training`` or ``evaluation``.
         profile: JSON text of counts and the like, shown with the dataset.

@@ -125,7 +125,7 @@ def judge_session(config: EvaluateConfig, client: VLMClient, spending: Path | No
     """A judge with the configured cache, prices, budget and pace.
 
     Args:
-        config: Of the run.
+        config: The configuration of the run.
         client: The model.
         spending: The run's record of what it has paid; None keeps none.
     """

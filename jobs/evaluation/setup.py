@@ -31,7 +31,7 @@ class Checkpoint:
 
     Attributes:
         name: Shown everywhere.
-        fingerprint: Of weights and sampler.
+        fingerprint: The fingerprint of weights and sampler.
         build: Makes the generator inside its actor.
         weights: Path of the weights; empty for generators without.
         training_run: MLflow run that trained it; empty when unknown.

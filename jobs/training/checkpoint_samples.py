@@ -30,9 +30,9 @@ def sampling_tasks(
     """The task that samples from checkpoints; none when ``samples.every_steps`` is 0.
 
     Args:
-        config: Of the run.
+        config: The configuration of the run.
         build_recipe: Builds the model.
-        folder: Of the run.
+        folder: The folder of the run.
         tracker: Gets figures and files.
         tasks: What the run trains.
     """

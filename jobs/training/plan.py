@@ -34,7 +34,7 @@ class Machine:
 
     Attributes:
         peak_tflops: Dense bf16 peak, the base of MFU.
-        memory_gib: Of a GPU.
+        memory_gib: The memory of a GPU.
         node_gbytes_per_s: All-gather rate of a GPU inside a node.
         network_gbytes_per_s: The same between nodes.
         gpus_per_node: GPUs that share the fast links.

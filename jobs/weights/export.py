@@ -143,7 +143,7 @@ def export_weights(
         checkpoint: One of its checkpoints.
         output: The folder to write.
         kind: ``ema`` or ``raw``; empty takes ``ema`` where the checkpoint has it.
-        dtype: Of the written tensors.
+        dtype: The type of the written tensors.
         replace: Whether a folder that is there already is replaced.
         base: Where the weights are now that a run with frozen parameters started from; empty for where they were.
 

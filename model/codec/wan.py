@@ -43,7 +43,7 @@ class WanVAE:
 
     Args:
         model: The autoencoder, on its device and in its dtype; its configuration holds the latents' means and stds.
-        fingerprint: Of its weights.
+        fingerprint: The fingerprint of its weights.
         memory_limit_bytes: Bound on live activations and caches, without the workspaces of convolution kernels, the
             weights, the input and the output.
     """

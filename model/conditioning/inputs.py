@@ -72,8 +72,8 @@ def build_inputs(
         references: uint8 ``[height, width, 3]`` each.
         variant: ``full``; ``visual``: all text empty, media as they are (guidance dropout in training); ``spans``: only
             the vision spans, without timestamps (the visual-only branch of generation); ``null``: nothing.
-        tokenizer: Of the MLLM.
-        processor_config: Of the MLLM.
+        tokenizer: The tokenizer of the MLLM.
+        processor_config: The picture settings of the MLLM.
 
     Raises:
         UserError: if the task lacks its source or references, has ones it cannot use, or a picture is too narrow.
@@ -117,8 +117,8 @@ def interleaved_inputs(
 
     Args:
         parts: Text, or a picture uint8 ``[height, width, 3]``.
-        tokenizer: Of the MLLM.
-        processor_config: Of the MLLM.
+        tokenizer: The tokenizer of the MLLM.
+        processor_config: The picture settings of the MLLM.
 
     Raises:
         UserError: if a picture is too narrow.

@@ -24,8 +24,8 @@ class Timing:
     """Medians of one operation in one dtype.
 
     Attributes:
-        name: Of the operation.
-        dtype: Of the activations.
+        name: The name of the operation.
+        dtype: The type of the activations.
         phase: ``forward`` (without autograd) or ``forward+backward``.
         eager_ms: The definition.
         fused_ms: The back end.
@@ -66,9 +66,9 @@ def time_backend(
         backend: ``cpp``.
         tokens: ``L``.
         dim: Model width.
-        num_heads: Of the attention.
+        num_heads: The heads of the attention.
         patch: Values in a latent patch.
-        dtypes: Of the activations.
+        dtypes: The types of the activations.
         repeats: Timed calls; the median counts.
     """
     operations = load_operations(backend)

@@ -74,7 +74,7 @@ def qk_norm_rope(
         k_weight: Like ``q_weight``.
         positions: ``[L, 3]`` int32 (t, h, w), negative t allowed.
         num_heads: Heads in a row of ``q``.
-        eps: Of the norm.
+        eps: The epsilon of the norm.
         theta: Base of the rotary frequencies.
         round_norm: Round the norm's result to the dtype of ``q`` before the rotation, as the published inference
             does; the published training (autocast) keeps it in float32. Equal in float32.
@@ -110,7 +110,7 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, row_ids: Tensor
         shift: ``[R, D]``, one row for each distinct modulation, not one for each token.
         scale: Like ``shift``.
         row_ids: ``[L]`` int32, the row of each token.
-        eps: Of the norm.
+        eps: The epsilon of the norm.
 
     Returns:
         ``[L, D]`` in ``x.dtype``.
@@ -146,7 +146,7 @@ def residual_norm(
         shift: ``[R, D]`` of the following modulation, or with ``affine`` the norm's ``[D]`` bias.
         scale: ``[R, D]``, or with ``affine`` the norm's ``[D]`` weight.
         row_ids: ``[L]`` int32, the row of each token.
-        eps: Of the norm.
+        eps: The epsilon of the norm.
         affine: The norm has a weight and bias of its own and no modulation.
 
     Returns:

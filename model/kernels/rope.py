@@ -52,7 +52,7 @@ def token_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dt
         positions: ``[L, 3]`` integers (t, h, w).
         head_dim: Even size of a head.
         theta: Base of the frequencies.
-        dtype: Of the result.
+        dtype: The type of the result.
 
     Returns:
         Two tensors ``[L, head_dim // 2]``.

@@ -25,13 +25,13 @@ def example_arguments(
     """Random arguments of an operation: several rows, one of them empty, a one-token segment, negative positions.
 
     Args:
-        name: Of the operation.
+        name: The name of the operation.
         width: Size of the last dimension of its first argument.
-        dtype: Of the activations.
-        device: Of all tensors.
+        dtype: The type of the activations.
+        device: The device of all tensors.
         tokens: ``L``, at least 4.
-        num_heads: Of ``qk_norm_rope``; by default heads of 128, or one.
-        seed: Of the values.
+        num_heads: The heads of ``qk_norm_rope``; by default heads of 128, or one.
+        seed: The seed of the values.
 
     Returns:
         Positional and keyword arguments; float tensors that training differentiates require gradients.

@@ -41,8 +41,8 @@ def compile_kernels(
     Args:
         architecture: Compute capability, 90 for sm_90.
         dim: Model width.
-        num_heads: Of its attention.
-        dtype: Of its activations.
+        num_heads: The heads of its attention.
+        dtype: The type of its activations.
         patch: Values in a latent patch.
 
     Returns:

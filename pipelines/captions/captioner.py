@@ -30,8 +30,8 @@ class CaptionResult:
     """What came of one sample.
 
     Attributes:
-        key: Of the sample.
-        digest: Of what was asked; "" when nothing was.
+        key: The key of the sample.
+        digest: The digest of what was asked; "" when nothing was.
         status: ``made``, ``cached``, ``existing``, or the reason there is none: ``invalid_answer``, ``mixed_up``,
             ``blocked``, ``timeout``, …
         fields: The answer: ``sentence`` or ``instruction``, and attributes.
@@ -69,7 +69,7 @@ class Captioner:
     """Makes texts with a client, a cache and a pace.
 
     Args:
-        options: Of the stage.
+        options: The options of the stage.
         client: Default: what the options name; none is needed for ``existing``.
         sleep: For tests.
     """

@@ -55,7 +55,7 @@ def caption_dataset(
     """Read a dataset and make its texts.
 
     Args:
-        config: Of the job.
+        config: The configuration of the job.
         ask: :func:`ask_server`, :func:`ask_actors` for a model that runs here, or ``ray_llm.ask_ray_llm``.
         progress: Called with the number of answers and of questions.
 

@@ -14,10 +14,10 @@ class FrameReader:
     """Reads samples' frames through one isolated decoder; may be called from many threads.
 
     Args:
-        num_frames: Of a video, from its first to its last.
+        num_frames: Frames of a video, from its first to its last.
         max_side: Longer side of the frames.
         base: Folder that relative media paths start at.
-        timeout_s: Of one read.
+        timeout_s: The time limit of one read.
     """
 
     def __init__(self, num_frames: int, max_side: int, base: str = "", timeout_s: float = 60.0):

@@ -70,7 +70,7 @@ def caption_request(
         sample: Whose text is asked for.
         mode: What is asked.
         target: uint8 [frames, height, width, 3].
-        source: Of an edit; needed for instructions.
+        source: The source of an edit; needed for instructions.
         sampling: Which frames are shown, how large.
         structured: Whether the server takes a JSON schema; the wording asks for JSON in any case.
 

@@ -44,7 +44,7 @@ def answer_schema(mode: str, code: str) -> dict[str, Any]:
 
     Args:
         mode: ``caption``, ``fashion`` or ``instruction``.
-        code: Of the request, see :func:`~loomvideo.pipelines.captions.requests.CaptionRequest.code`.
+        code: The code of the request, see :func:`~loomvideo.pipelines.captions.requests.CaptionRequest.code`.
     """
     sentence = {"type": "string", "minLength": 8, "maxLength": 2000}
     properties: dict[str, Any] = {"id": {"enum": [code]}}

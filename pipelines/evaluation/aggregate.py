@@ -66,7 +66,7 @@ class SuiteResult:
         coverage: Share of samples with everything they should have.
         failures: Samples without a result or a judgement, by reason.
         defects: Results with a plain fault, by fault.
-        reliability: Of repeated judgements.
+        reliability: The reliability of repeated judgements.
         cap_violations: Share of judged samples in which a later axis exceeds the first one.
         cost_usd: Paid for judgements in this run.
         calls: Judge calls made in this run; answers from the cache do not count.

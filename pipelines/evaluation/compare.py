@@ -63,7 +63,7 @@ def compare_runs(
         b: The candidate's suites.
         metrics: Metrics to test; all that both have when empty. Fewer metrics mean more power after Holm.
         alpha: Significance level of verdicts.
-        seed: Of the resampling.
+        seed: The seed of the resampling.
         by_category: Also test each category.
 
     Raises:

@@ -44,7 +44,7 @@ def set_distances(store: Store, rows: Sequence[Row], units: Sequence[str]) -> di
 
     Args:
         store: Where the features are.
-        rows: Of one series and suite.
+        rows: The rows of one series and suite.
         units: The source of each row.
     """
     found: dict[str, tuple[float, float, float]] = {}

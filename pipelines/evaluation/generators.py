@@ -23,7 +23,7 @@ class Generator(Protocol):
 
         Args:
             item: What to generate from.
-            seed: Of the noise.
+            seed: The seed of the noise.
             use_source: Whether the source is given; without it the size stays that of the source.
         """
 

@@ -27,7 +27,7 @@ class InputOptions:
     Attributes:
         bucket_classes: Area classes to choose from, such as ``(640,)``.
         reference_classes: Area classes of reference pictures.
-        grid: Of the model's codec.
+        grid: The grid of the model's codec.
         num_frames: Frames of a video, whole latents.
         fps: Frames a second of sources after resampling, and of results.
         text_size: ``(width, height)`` where there is no source or reference to take it from.

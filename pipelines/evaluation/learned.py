@@ -169,7 +169,7 @@ def learned_metrics(names: Sequence[str], weights: Mapping[str, str], num_frames
     """The named metrics with their weights, checked before anything is generated.
 
     Args:
-        names: Of ``BUILDERS``, or ``pyiqa-NAME``.
+        names: Names of ``BUILDERS``, or ``pyiqa-NAME``.
         weights: By metric name; the published ones where there is none.
         num_frames: Frames of a video.
 

@@ -140,7 +140,8 @@ class GenerateStage:
     Attributes:
         store: Where results are kept.
         build: Makes the generator, on the actor's device.
-        fingerprint: Of the generator, known without building it so that finished samples load no weights.
+        fingerprint: The fingerprint of the generator, known without building it so that finished samples load no
+            weights.
         on_generated: Called after every new result, for progress and tests.
     """
 

@@ -12,7 +12,7 @@ class Metric:
 
     Attributes:
         name: As in figures.
-        unit: Of its values; empty for shares, ratios and scores of networks.
+        unit: The unit of its values; empty for shares, ratios and scores of networks.
         higher_is_better: None where more is not simply better.
         headline: Whether it is shown on top; in the order of the table.
         floor: What a sample without a result counts for in means over every planned sample; None: it has no such mean.

@@ -18,7 +18,7 @@ def largest_work(size: ModelSize, settings: Settings, requests: Sequence[Request
     """The request that needs most memory; sources and references count with the largest of their buckets.
 
     Args:
-        size: Of the model.
+        size: The size of the model.
         settings: How files are generated.
         requests: What is asked for; none stands for an edit of a video with a reference.
     """

@@ -17,10 +17,10 @@ class ShortcutError:
 
     Attributes:
         name: The approximation, such as ``step_cache=0.1``.
-        seconds: Of denoising.
+        seconds: The seconds of denoising.
         speedup: Exact seconds over these.
         latent_error: Root mean square difference of the latents over their root mean square.
-        psnr_db: Of the frames against the exact ones.
+        psnr_db: The PSNR of the frames against the exact ones.
     """
 
     name: str

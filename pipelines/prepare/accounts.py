@@ -26,7 +26,7 @@ class Accounts:
 
     Attributes:
         counts: ``{dataset: {inputs, written, filtered, duplicates, quarantined}}``.
-        losses: Of all stages.
+        losses: The losses of all stages.
     """
 
     def __init__(self, inputs: Inputs):

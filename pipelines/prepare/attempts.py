@@ -52,7 +52,7 @@ class Attempt:
     Args:
         storage: The dataset folder.
         unit: Name of the unit.
-        run: Of the prepare; notes of another run say nothing, since it may have been stopped.
+        run: The run of the prepare; notes of another run say nothing, since it may have been stopped.
         most: Attempts at a unit in one run.
 
     Raises:
@@ -102,7 +102,7 @@ class Watch:
     """Counts what is lost while a stage runs, and ends the run as soon as it must fail.
 
     Args:
-        limits: Of the job.
+        limits: The limits of the job.
         num_inputs: Samples of the job, for the share that may be lost.
     """
 

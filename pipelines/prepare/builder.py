@@ -66,7 +66,7 @@ class ShardBuilder:
     """Builds shards of a plan; one a Ray actor.
 
     Args:
-        config: Of the job.
+        config: The configuration of the job.
     """
 
     def __init__(self, config: PrepareConfig):

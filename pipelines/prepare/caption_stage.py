@@ -37,7 +37,7 @@ class CaptionWorker:
     """Writes the texts of a unit; one a Ray actor.
 
     Args:
-        config: Of the job.
+        config: The configuration of the job.
     """
 
     def __init__(self, config: PrepareConfig):

@@ -24,7 +24,7 @@ class CostEstimate:
     """What preparing the input costs.
 
     Attributes:
-        num_samples: Of the input.
+        num_samples: Samples in the input.
         num_shards: That the plan has.
         modes: A row a feature mode: bytes a sample, total, and read seconds a sample when training.
         measured: Seconds a sample of one worker, by stage; empty when the encoders cannot run here.

@@ -47,13 +47,13 @@ class Measured:
     """What the frames of a sample, or of one shot of it, say.
 
     Attributes:
-        key: Of the sample or the shot.
+        key: The key of the sample or the shot.
         target: Media path of the same.
-        group: Of the same.
+        group: The group of the same.
         scores: For the index.
         signature: Perceptual hashes of key frames, as integers.
         content: Hash of the files.
-        fps: Of the target's file.
+        fps: The frame rate of the target's file.
         stride: 1 when every frame was looked at.
     """
 
@@ -98,7 +98,7 @@ class SampleAssessor:
     """Assesses the samples of a unit; one a Ray actor.
 
     Args:
-        config: Of the job.
+        config: The configuration of the job.
     """
 
     def __init__(self, config: PrepareConfig):

@@ -48,8 +48,8 @@ class LoadedSample:
     Attributes:
         sample: What it was made from.
         clips: What was cut.
-        fps: Of the clips; 0 for pictures.
-        file_fps: Of the target file.
+        fps: The frame rate of the clips; 0 for pictures.
+        file_fps: The frame rate of the target file.
         fingerprints: Hash of everything that determines a member, by member.
         target: uint8 [frames, height, width, 3] of every window; empty when the member is taken from ``kept``.
         source: The same of the source.
@@ -74,7 +74,7 @@ class SampleLoader:
     """Decodes samples; owns one decoder process.
 
     Args:
-        config: Of the job.
+        config: The configuration of the job.
         base: Folder that relative media paths start at.
         encoders: :attr:`SampleEncoder.computed_by`, for the members' fingerprints.
     """

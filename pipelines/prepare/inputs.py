@@ -47,7 +47,7 @@ class Inputs:
     """The samples to prepare and the lines that are none.
 
     Attributes:
-        table: Of :data:`SAMPLE_SCHEMA`, in input order, keys unique.
+        table: A table of :data:`SAMPLE_SCHEMA`, in input order, keys unique.
         losses: What is left out.
     """
 
@@ -85,7 +85,7 @@ class InputTable:
     """Collects samples as rows.
 
     Args:
-        config: Of the job, for splits, sizes and the files' folder.
+        config: The configuration of the job, for splits, sizes and the files' folder.
     """
 
     def __init__(self, config: PrepareConfig):

@@ -62,10 +62,10 @@ class PrepareResult:
     """What a prepare job did.
 
     Attributes:
-        manifest: Of the finished dataset.
+        manifest: The manifest of the finished dataset.
         built_shards: Shards that were visited.
         reused_shards: Shards that were left as they lay.
-        seconds: Of the whole job.
+        seconds: The seconds of the whole job.
         reason: Why it was built, or ``up to date``.
         work: ``made.{member}`` and ``kept.{member}`` of the visited shards, ``assessed``, ``decoded`` (of them, those
             whose files were decoded), ``captioned``, ``asked`` (of them, those that a model answered).

@@ -18,7 +18,7 @@ class Outcome:
     """The fate of one sample that is not written.
 
     Attributes:
-        key: Of the sample, or where in the input the line stands that is none.
+        key: The key of the sample, or where in the input the line stands that is none.
         dataset: That it counts for.
         outcome: ``filtered``, ``duplicates``, ``quarantined`` or ``removed``.
         stage: Where it was decided.

@@ -31,7 +31,7 @@ def map_on_actors(
 
     Args:
         worker: Class of the actors.
-        arguments: Of its constructor.
+        arguments: The arguments of its constructor.
         work: Rows.
         pool: How many, and what each reserves.
     """

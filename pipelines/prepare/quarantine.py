@@ -68,7 +68,7 @@ def export(url: str, path: Path, reason: str = "") -> int:
 
     Args:
         url: The dataset.
-        path: Of the file to write; media paths in it are those of the input.
+        path: The path of the file to write; media paths in it are those of the input.
         reason: Only of this reason.
     """
     chosen = [row for row in ledger(url) if row["sample"] and (not reason or row["reason"] == reason)]

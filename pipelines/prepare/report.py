@@ -33,7 +33,7 @@ def report_html(dataset: ShardDataset, codec: Codec | None, num_samples: int = 2
         dataset: A finished dataset.
         codec: Decodes latents for the contact sheets; None leaves pictures out.
         num_samples: Samples shown, spread over tasks.
-        title: Of the page.
+        title: The title of the page.
     """
     manifest, index = dataset.manifest, dataset.index
     num_bytes = sum(shard.num_bytes for shard in manifest.shards)

@@ -57,9 +57,9 @@ class Stage:
     """One stage.
 
     Attributes:
-        name: Of the stage.
+        name: The name of the stage.
         redone: What a changed unit means for members, for ``loomvideo data diff``.
-        folder: Of its results, in the dataset folder.
+        folder: The folder of its results, in the dataset folder.
         worker: Class of its actors, made with the configuration and called with a row of work.
         on: Whether a configuration has it.
         pool: Its actors.

@@ -34,13 +34,13 @@ class WorkRow(TypedDict):
 
     Attributes:
         unit: Name.
-        split: Of a shard.
-        recipe: Of the result.
+        split: The split of a shard.
+        recipe: The recipe of the result.
         part: File of the plan.
         group: Row group in it.
         before: File names of earlier results of the unit, newest recipe unknown.
         moved: JSON ``{unit: file name}`` of results that hold samples which lie elsewhere now.
-        run: Of the prepare, so that what an earlier one left is told apart.
+        run: The run of the prepare, so that what an earlier one left is told apart.
     """
 
     unit: str
@@ -61,7 +61,7 @@ class Dealing:
         name: Prefix of the units; empty takes the samples' split.
         max_samples: Samples aimed at for a unit at most.
         target_bytes: Size aimed at for a unit.
-        seed: Of the order.
+        seed: The seed of the order.
     """
 
     name: str
@@ -76,10 +76,10 @@ class UnitPlan:
 
     Attributes:
         stage: Name of the stage.
-        folder: Of its results.
+        folder: The folder of its results.
         table: The samples, of :data:`~loomvideo.pipelines.prepare.inputs.SAMPLE_SCHEMA`.
         units: With the rows of the table that each holds, in slot order.
-        recipes: Of the units.
+        recipes: The recipes of the units.
         was: Unit that the earlier plan placed each sample in, where that differs; None if it never does.
         committed: Results that are there, by unit.
         stale: Indices of units without a result that holds.
@@ -111,7 +111,7 @@ def plan_units(
     Args:
         storage: The dataset folder.
         stage: Name of the stage.
-        folder: Of its results.
+        folder: The folder of its results.
         inputs: All of them are dealt.
         dealing: How.
         parts: What every result depends on besides its samples.

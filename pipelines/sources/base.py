@@ -235,7 +235,7 @@ def open_source(path: str, format: str = "auto", **options: Any) -> Iterator[Out
     Args:
         path: A file or folder, on disk or an fsspec URL.
         format: One of ``FORMATS``, or ``auto`` to tell it from the layout.
-        options: Of the format; ``encoding`` is one of every format.
+        options: The options of the format; ``encoding`` is one of every format.
 
     Raises:
         UserError: for an unknown format or option, or a layout the format does not have.

@@ -41,7 +41,7 @@ def read_deepfashion(
     Args:
         place: The dataset's folder.
         dataset: Name.
-        licence: Of the dataset.
+        licence: The licence of the dataset.
         views: Also make `image_edit` samples between two views of one take (front to side, back…).
     """
     root = place.root
@@ -127,7 +127,7 @@ def read_product_feed(
         columns: ``{sku, image_paths, video_path, title, attributes, flat_lay, split}: column`` where names differ.
         media: Folder that paths start from; default: the feed's.
         dataset: Name.
-        licence: Of the feed.
+        licence: The licence of the feed.
         uses: Which tasks to make, see docs/sources.md; default: those with captions too.
         flat_lay: Which of `image_paths` shows the garment alone: `first`, `last` or `none`; a column `flat_lay` wins.
         separator: Between paths in one cell.

@@ -33,7 +33,7 @@ def read_kiwi(
         place: The folder with the metadata folders, or one CSV or parquet file.
         media: Folder that `src_video` and `tgt_video` start from; default: the dataset's folder.
         dataset: Name.
-        licence: Of the dataset: the sets it is made of have several.
+        licence: The licence of the dataset: the sets it is made of have several.
         extract: Folder or URL for the reference pictures of RefVIE.
     """
     base = Root(media) if media else place.root
@@ -85,7 +85,7 @@ def read_ditto(
         place: The dataset's folder, or one of its training JSON files.
         media: Folder that paths start from; default: `videos/` of the dataset's folder where there is one.
         dataset: Name.
-        licence: Of the dataset.
+        licence: The licence of the dataset.
     """
     videos = place.root.path("videos") if place.root.is_folder("videos") else place.root.path()
     base = Root(media or videos)
@@ -145,6 +145,6 @@ def read_openve(
         columns: ``source``, ``target`` and ``instruction`` where the usual names do not occur.
         media: Folder that paths start from.
         dataset: Name.
-        licence: Of the dataset.
+        licence: The licence of the dataset.
     """
     yield from read_table(place, columns=columns, media=media, dataset=dataset, task="video_edit", licence=licence)

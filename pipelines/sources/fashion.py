@@ -139,7 +139,7 @@ def samples_of(shot: GarmentShot, dataset: str, licence: str, uses: Sequence[str
     Args:
         shot: What there is.
         dataset: Name.
-        licence: Of the dataset.
+        licence: The licence of the dataset.
         uses: Names in ``USES``; default: ``DEFAULT_USES``.
 
     Raises:

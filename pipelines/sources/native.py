@@ -107,8 +107,8 @@ def read_loomvideo(
         place: The folder, or the folder above ``single_jsons``.
         media: Folder that paths start from; default: the folder above ``single_jsons``.
         dataset: Name.
-        task: Of all files; default: told from each file's fields.
-        licence: Of the dataset.
+        task: The task of all files; default: told from each file's fields.
+        licence: The licence of the dataset.
     """
     folder = _json_folder(place)
     base = Root(media) if media else place.root

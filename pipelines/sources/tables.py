@@ -191,8 +191,8 @@ def read_table(
         columns: ``field: column``, ``field: "text {column}"`` or, for references, a list of columns.
         media: Folder that relative media paths start from; default: the table's.
         dataset: Name; default: the table's.
-        task: Of all rows; default: from the row, else from which media it has.
-        licence: Of all rows without their own.
+        task: The task of all rows; default: from the row, else from which media it has.
+        licence: The licence of all rows without their own.
         separator: Between several references in one cell.
         keep: Columns to carry along in ``extra``; default: every number, text and boolean that is no field.
         extract: Folder or URL for pictures that lie in the table as bytes.

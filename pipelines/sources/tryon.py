@@ -46,7 +46,7 @@ def read_viton_hd(
         place: The dataset's folder.
         uses: Which tasks to make, see docs/sources.md.
         dataset: Name.
-        licence: Of the dataset.
+        licence: The licence of the dataset.
         category: Word for the garments.
     """
     root = place.root
@@ -92,7 +92,7 @@ def read_dresscode(
         place: The dataset's folder.
         uses: Which tasks to make, see docs/sources.md.
         dataset: Name.
-        licence: Of the dataset.
+        licence: The licence of the dataset.
     """
     root = place.root
     for part in BODY_PARTS:
@@ -139,7 +139,7 @@ def read_vivid(
         place: The dataset's folder.
         uses: Which tasks to make, see docs/sources.md.
         dataset: Name.
-        licence: Of the dataset.
+        licence: The licence of the dataset.
         listing: JSONL with `video, image, front_seqs, subdir`; default: all in the folder, else equal names.
         front_only: Cut videos to the frames that show the front, where the JSONL says which.
     """
@@ -265,7 +265,7 @@ def read_vvt(
         place: The dataset's folder.
         uses: Which tasks to make, see docs/sources.md.
         dataset: Name.
-        licence: Of the dataset.
+        licence: The licence of the dataset.
     """
     root = place.root
     groups = Components()
@@ -322,7 +322,7 @@ def read_eevee(
         place: The dataset's folder.
         uses: Which tasks to make, see docs/sources.md.
         dataset: Name.
-        licence: Of the dataset.
+        licence: The licence of the dataset.
         shots: `all`, `full` (video_0) or `close` (video_1).
     """
     numbers = {"all": (0, 1), "full": (0,), "close": (1,)}.get(shots)

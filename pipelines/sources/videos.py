@@ -61,7 +61,7 @@ def read_openvid(
         place: The dataset's folder or one CSV.
         videos: Folder of the videos; default: `videos/`, `video/` or `clips/` beside the table.
         dataset: Name.
-        licence: Of the dataset.
+        licence: The licence of the dataset.
     """
     files = _openvid_files(place)
     if not files:
@@ -99,7 +99,7 @@ def read_koala(
         place: A CSV or the folder of the CSVs.
         videos: Folder of the videos; default: `videos/`, `video/` or `clips/` beside the table.
         dataset: Name.
-        licence: Of the dataset.
+        licence: The licence of the dataset.
     """
     folder = VideoFolder(_video_root(place, videos))
     for file in [place.file] if place.file else place.files(".csv"):
@@ -147,7 +147,7 @@ def read_phantom(
         place: The `…_merged_filtered.parquet` (or JSONL with the same fields), or its folder.
         videos: Folder of Koala-36M's clips, named by `vid`; default: `videos/`, `video/` or `clips/` beside the table.
         dataset: Name.
-        licence: Of the dataset.
+        licence: The licence of the dataset.
     """
     folder = VideoFolder(_video_root(place, videos))
     for file in table_files(place):
@@ -215,8 +215,8 @@ def read_opens2v(
         place: A JSON file or the folder of the JSON files.
         videos: Folder that `metadata.path` starts from; default: `videos/`, `video/` or `clips/` beside the file.
         dataset: Name.
-        licence: Of the dataset.
-        max_references: Of a sample, the largest boxes first.
+        licence: The licence of the dataset.
+        max_references: The most references of a sample, the largest boxes first.
     """
     base = _video_root(place, videos)
     for file in [place.file] if place.file else place.files(".json"):

@@ -20,8 +20,8 @@ def sample_sizes(config: DiTConfig, grid: LatentGrid, index: Any, num_null_token
     The MLLM tokens of ``visual`` count its text too, which the index does not tell apart from pictures.
 
     Args:
-        config: Of the transformer.
-        grid: Of the codec and the transformer.
+        config: The configuration of the transformer.
+        grid: The grid of the codec and the transformer.
         index: ``pyarrow.Table`` of a dataset.
         num_null_tokens: MLLM tokens of the empty message.
     """

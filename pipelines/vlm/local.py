@@ -64,7 +64,8 @@ class QwenVLClient:
     """Judges and captions; loads the model at the first request.
 
     Attributes:
-        folder: Of a Qwen3-VL: ``config.json``, safetensors, ``tokenizer.json``, ``preprocessor_config.json``.
+        folder: The folder of a Qwen3-VL: ``config.json``, safetensors, ``tokenizer.json``,
+            ``preprocessor_config.json``.
         max_tokens: Most output tokens.
         setting: The configuration key of ``folder``, for messages.
         device: Torch device; "" spreads over the GPUs of the process where there are any.

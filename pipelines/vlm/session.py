@@ -24,7 +24,7 @@ class Prices:
         input_usd: A million input tokens.
         output_usd: A million output tokens.
         tokens_per_frame: Input tokens of a picture.
-        output_tokens: Of a call, for estimates.
+        output_tokens: The answer tokens of a call, for estimates.
         max_output_tokens: That a call can take at most, for what the budget sets aside.
     """
 

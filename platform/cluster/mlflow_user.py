@@ -21,7 +21,7 @@ def ensure_user(url: str, administrator: tuple[str, str], user: tuple[str, str],
     """Make a user, or give it the stated password and no more rights; the same call again changes nothing.
 
     Args:
-        url: Of the MLflow server.
+        url: The address of the MLflow server.
         administrator: Name and password of an administrator.
         user: Name and password of the user.
         wait_s: How long the server may take to answer.

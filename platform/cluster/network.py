@@ -22,7 +22,7 @@ class End:
 
     Attributes:
         name: For messages.
-        labels: Of the pod.
+        labels: The labels of the pod.
         namespace: None for the manifests' own, else its name; empty for an address.
         address: Outside of the cluster.
         host_network: No policy binds it.

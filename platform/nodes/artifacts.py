@@ -45,7 +45,7 @@ class ArtifactKey:
     """What an artefact depends on.
 
     Attributes:
-        name: Of the artefact.
+        name: The name of the artefact.
         source: Digest of sources and compiler flags.
         target: What a machine must have to load it (processor, C library, torch, GPU architecture).
         compiler: Identity of the compiler, or None on a machine without one, which can load what others built.

@@ -19,7 +19,7 @@ class Commit:
     """The name of a committed result.
 
     Attributes:
-        unit: Of work.
+        unit: The unit of work.
         recipe: Digest of what the result depends on.
         num_bytes: Size of the tar it vouches for.
         kind: File suffix.

@@ -15,8 +15,8 @@ class PlannedShard:
     """A shard and its samples.
 
     Attributes:
-        name: Of the shard.
-        split: Of its samples.
+        name: The name of the shard.
+        split: The split of its samples.
         rows: Positions of its samples in what was dealt, in slot order.
     """
 
@@ -44,7 +44,7 @@ def plan_shards(
 
     Args:
         keys: Unique.
-        splits: Of each sample.
+        splits: The split of each sample.
         num_bytes: Estimated size of each sample.
         target_bytes: Size aimed at for a shard.
         max_samples: Samples aimed at for a shard at most.

@@ -104,7 +104,7 @@ def read_placed(
 
     Args:
         storage: The dataset folder.
-        path: Of the tar in it.
+        path: The path of the tar in it.
         place: The columns :data:`PLACE_COLUMNS` of the row.
         select: Which tensors to read; by default all.
         raw: Leave eight-bit features as stored, with their scales.

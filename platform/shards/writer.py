@@ -100,12 +100,12 @@ def write_shard(
 
     Args:
         storage: The dataset folder.
-        name: Of the shard.
-        split: Of its samples.
+        name: The name of the shard.
+        split: The split of its samples.
         samples: In slot order.
         recipe: Digest of everything that determines the content.
-        losses: Of the record; may be a list that the stream fills as it runs.
-        facts: Of the record; may be a dictionary that the stream fills as it runs.
+        losses: The losses of the record; may be a list that the stream fills as it runs.
+        facts: The facts of the record; may be a dictionary that the stream fills as it runs.
         before: File names of the shard's earlier records; by default the folder is listed for them.
     """
     rows: list[dict[str, Any]] = []

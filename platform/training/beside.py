@@ -47,7 +47,7 @@ class CheckpointTasks(threading.Thread):
     """Starts the tasks when checkpoints are committed; one of a kind at a time, on the newest checkpoint due.
 
     Args:
-        folder: Of the run's checkpoints; those there at the start are left alone.
+        folder: The folder of the run's checkpoints; those there at the start are left alone.
         tasks: What to do.
         say: Shows a line to the user.
     """

@@ -30,7 +30,7 @@ def peak_tflops(name: str, configured: float = 0.0) -> float:
     """Dense bf16 peak of a device in TFLOP/s; 0 when it is not known, and then there is no MFU.
 
     Args:
-        name: Of the accelerator.
+        name: The name of the accelerator.
         configured: ``training.peak_tflops``, which wins.
     """
     return configured or next((peak for known, peak in PEAK_TFLOPS.items() if known in name), 0.0)
@@ -40,7 +40,7 @@ class NodeMonitor:
     """State of this worker's node; the first worker of each node watches it.
 
     Args:
-        device: Of the worker.
+        device: The device of the worker.
         disk: Folder whose disk the run writes to.
         interval_s: Least time between two readings.
     """

@@ -26,7 +26,7 @@ class LoadedStep:
         packs: One a micro-step, and whether its loss counts.
         draws: The draws of all ranks, pack by pack.
         state: The planner's state after this step.
-        fill, imbalance: Of the step's packs over all ranks.
+        fill, imbalance: How full the step's packs are, and how unevenly they lie over all ranks.
         wait_s: How long the consumer waited for it.
     """
 

@@ -96,7 +96,7 @@ def build_sources(
 
     Args:
         indexes: ``pyarrow.Table`` of every dataset folder.
-        sizes: Of every row, by folder.
+        sizes: The sizes of every row, by folder.
         split: The index split to take.
         mixture: The weights.
 
@@ -168,7 +168,7 @@ def continued_data(
     """What a run drew from so far, and from now on if that changed: datasets may join, weights may change.
 
     Args:
-        url: Of the checkpoint, for messages.
+        url: The address of the checkpoint, for messages.
         state: Its state.
         datasets: From now on, with ``digest`` and ``index``.
         mixture: From now on.

@@ -34,8 +34,8 @@ class Progress:
     A step that was reported before (work redone after a failure or a resume) is neither shown nor tracked again.
 
     Args:
-        config: Of the run.
-        folder: Of the run; ``steps.jsonl`` is kept there.
+        config: The configuration of the run.
+        folder: The folder of the run; ``steps.jsonl`` is kept there.
         tracker: Gets metrics, or None.
         predict: Gives what was planned, to compare with.
     """

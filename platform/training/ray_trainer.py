@@ -60,7 +60,7 @@ class CheckpointBeforeResize(ControllerCallback):
     """Asks the workers for a checkpoint before Ray ends them to start another number of them.
 
     Args:
-        mailbox: Of the run.
+        mailbox: The mailbox of the run.
     """
 
     def __init__(self, mailbox: Any):

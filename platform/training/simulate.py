@@ -17,7 +17,7 @@ class Simulation:
 
     Attributes:
         num_packs: Packs a step.
-        budget: Of a pack.
+        budget: The token budget of a pack.
         fill: Cost over the budget.
         imbalance: Most expensive pack of a step over the step's mean, less 1.
         worst_imbalance: The largest of a step.

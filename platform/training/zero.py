@@ -54,7 +54,7 @@ def build_optimizer(
 
     Args:
         model: Its trainable parameters are optimised; they may be partitioned already.
-        shapes: Of the whole parameters: a partitioned one no longer shows its own.
+        shapes: The shapes of the whole parameters: a partitioned one no longer shows its own.
         config: Rates.
         device: The worker's.
     """

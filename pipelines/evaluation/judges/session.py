@@ -20,7 +20,7 @@ class Judgement:
         tokens_in: Billed for this question now; 0 when cached.
         tokens_out: Billed for this question now; 0 when cached.
         cost_usd: Price paid now, failed calls included.
-        latency_s: Of the answer, when it was made.
+        latency_s: The latency of the answer, when it was made.
     """
 
     parsed: Parsed

@@ -25,9 +25,9 @@ class Clip:
     Attributes:
         frames: uint8 [frames, height, width, 3]; may be reduced in size.
         fps: Frames a second of ``frames``; any number for a picture.
-        width: Of the file.
-        height: Of the file.
-        duration_s: Of the file; default: of the frames.
+        width: The width of the file.
+        height: The height of the file.
+        duration_s: The duration of the file; default: of the frames.
         text_frames: Frames in full size in which text is looked for; default: some of ``frames``.
         stride: Distance of ``frames`` in the file.
     """

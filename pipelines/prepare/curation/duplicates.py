@@ -62,7 +62,7 @@ def near_duplicates(
     """Positions of samples that look like an earlier one, and that one's position.
 
     Args:
-        signatures: Of each sample's target, in the order of preference.
+        signatures: The signature of each sample's target, in the order of preference.
         labels: Samples with different labels are never duplicates: for edits the instruction and the source, for
             others one label.
         limits: Distance and votes.

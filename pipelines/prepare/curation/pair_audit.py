@@ -38,7 +38,7 @@ def pair_scores(
         target: Frames of the same part.
         source_fps: Frames a second.
         target_fps: Frames a second.
-        durations_s: Of the files, when the frames are a part of them.
+        durations_s: The durations of the files, when the frames are a part of them.
 
     Returns:
         Of clips: ``pair_fps_difference``; ``pair_length_difference`` (share of the longer); ``pair_offset_frames``
@@ -225,7 +225,7 @@ def in_step_paths(source: str, target: str, scores: dict[str, float], fps: float
     Args:
         source: Media path, or a part of one.
         target: The same.
-        scores: Of :func:`pair_scores`, made of every frame.
+        scores: The scores of :func:`pair_scores`, made of every frame.
         fps: Frames a second of both.
     """
     lag = int(scores.get("pair_offset_frames", 0))
