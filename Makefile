@@ -14,7 +14,7 @@ SUITES ?= sample
 CHECKPOINT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev lock check-lock FORCE lint format check test test-fast sample-data shards pretrain finetune-edit evaluate serve mlflow bench clean render submit validate doctor mlflow-server rehearse rehearse-fresh drill drill-training image kernels bench-data bench-kernels bench-generation bench-training
+.PHONY: help setup setup-dev lock check-lock FORCE lint format check test test-fast fuzz sample-data shards pretrain finetune-edit evaluate serve mlflow bench clean render submit validate doctor mlflow-server rehearse rehearse-fresh drill drill-training image kernels bench-data bench-kernels bench-generation bench-training
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ test: lint check-lock ## lint, lock files and all tests: quick ones, then slow o
 
 test-fast: lint ## lint and the quick tests
 	$(BIN)/pytest -m 'not slow'
+
+fuzz: $(VENV)/.setup-dev ## random rows, tables, overrides, media and weights for MINUTES= (5); what fails is kept in .hypothesis
+	LOOMVIDEO_FUZZ_MINUTES=$(or $(MINUTES),5) $(BIN)/python -m pytest tests/fuzz -q -x --timeout 0 $(ARGS)
 
 sample-data: $(VENV)/.setup ## make the sample dataset (kept if it is there)
 	$(BIN)/loomvideo data sample output=$(DATA)

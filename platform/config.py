@@ -46,7 +46,7 @@ def split_overrides(arguments: Sequence[str]) -> dict[str, str]:
     pairs = {}
     for argument in arguments:
         if not argument.isascii() and re.search("[\ud800-\udfff]", argument):
-            shown = argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+            shown = re.sub("[\ud800-\udfff]", "\ufffd", argument)
             raise UserError(f"argument {shown!r}: is not UTF-8 text; check the terminal's encoding")
         key, separator, value = argument.partition("=")
         if not separator or not key:
