@@ -17,6 +17,9 @@ class ServeConfig(ModelChoice):
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 for every network")
     port: int = option(8000, "port to listen on")
     token: str = option("", "what people must enter first; better set as LOOMVIDEO_SERVE_TOKEN; empty lets everyone in")
+    hosts: list[str] = option(
+        [], "names it answers as, without ports; empty: loopback names on a loopback host, else all"
+    )
     title: str = option("LoomVideo", "name on the page")
     generation: Settings = option(Settings, "what a request that does not say gets")
     replicas: ReplicaConfig = option(ReplicaConfig, "generators")

@@ -14,6 +14,7 @@ from loomvideo.jobs.weights.model_choice import model_source
 from loomvideo.model.loading import ModelSource
 from loomvideo.pipelines.serving.app import PageConfig
 from loomvideo.pipelines.serving.deployment import APPLICATION, build_application
+from loomvideo.pipelines.serving.guards import LOOPBACK_NAMES
 from loomvideo.pipelines.serving.model_generator import PageGenerator
 from loomvideo.platform.ray_session import ray_session
 
@@ -68,7 +69,8 @@ def _application(config: ServeConfig) -> tuple[ModelSource, serve.Application]:
     negative = source.size.negative_prompt if negative is None else negative
     if negative:
         defaults["negative_prompt"] = negative
-    page = PageConfig(_token(config), config.title, config.uploads, config.requests, defaults)
+    hosts = tuple(config.hosts) or (LOOPBACK_NAMES if _is_local(config.host) else ())
+    page = PageConfig(_token(config), config.title, config.uploads, config.requests, defaults, hosts, source.size.grid)
     load = functools.partial(PageGenerator.load, source, config.generation)
     return source, build_application(load, page, config.replicas)
 

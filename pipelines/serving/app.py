@@ -6,7 +6,7 @@ Every error is JSON ``{"error": "one line"}``. Files are sent as raw bodies and 
 import asyncio
 import contextlib
 import hmac
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Annotated, Any
@@ -14,11 +14,13 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from loomvideo.model.codec import LatentGrid
 from loomvideo.model.tasks import REQUESTED, requested_task
+from loomvideo.pipelines.serving.guards import check_host, check_origin
 from loomvideo.pipelines.serving.jobs import Backend, GenerationRequest, Job, JobQueue, RequestLimits
+from loomvideo.pipelines.serving.schemas import Health, JobBody, JobState, UploadState, problems, raw_body
 from loomvideo.pipelines.serving.uploads import UploadLimits, UploadReader, UploadStore
 from loomvideo.platform.errors import UserError
 
@@ -45,24 +47,10 @@ class PageConfig:
     requests: RequestLimits = field(default_factory=RequestLimits)
     # Shown as placeholders of the form's fields, such as {"steps": 50}.
     defaults: dict[str, Any] = field(default_factory=dict)
-
-
-class JobBody(BaseModel):
-    """A request as the page sends it; ``source`` and ``references`` are ids of uploads."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    task: str
-    prompt: str
-    negative_prompt: str | None = None
-    source: str | None = None
-    references: list[str] = []
-    seed: int = 0
-    steps: int | None = None
-    guidance_scale: float | None = None
-    num_frames: int | None = None
-    width: int | None = None
-    height: int | None = None
+    # Names that the server answers as, without ports; none for every one.
+    hosts: tuple[str, ...] = ()
+    # Which sizes the model can make; None leaves that to the generator.
+    grid: LatentGrid | None = None
 
 
 class Metrics:
@@ -91,18 +79,26 @@ class Metrics:
             self.seconds.labels(job.request.task).observe(job.finished_s - job.started_s)
 
 
-def create_app(backend: Backend, config: PageConfig) -> FastAPI:
-    """The page and its interface over a backend."""
+def create_app(
+    backend: Backend, config: PageConfig, live_generators: Callable[[], Awaitable[int]] | None = None
+) -> FastAPI:
+    """The page and its interface over a backend.
+
+    Args:
+        backend: Generates.
+        config: What is offered and accepted.
+        live_generators: How many generators are ready, for ``/health``; None where that is not known.
+    """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         reader.close()
 
-    app = FastAPI(title=config.title, docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    app = FastAPI(title=config.title, docs_url=None, redoc_url=None, lifespan=lifespan)
     queue: JobQueue
     metrics = Metrics(lambda: queue)
-    queue = JobQueue(backend, config.requests, on_finished=metrics.count)
+    queue = JobQueue(backend, config.requests, on_finished=metrics.count, grid=config.grid)
     uploads = UploadStore(config.uploads)
     reader = UploadReader(config.uploads)
 
@@ -132,7 +128,13 @@ def create_app(backend: Backend, config: PageConfig) -> FastAPI:
 
     @app.middleware("http")
     async def _headers(request: Request, call_next: Callable) -> Response:
-        response = await call_next(request)
+        try:
+            check_host(request, config.hosts)
+            check_origin(request)
+        except HTTPException as refused:
+            response: Response = await _http_error(request, refused)
+        else:
+            response = await call_next(request)
         response.headers.update(SECURITY_HEADERS)
         return response
 
@@ -140,9 +142,13 @@ def create_app(backend: Backend, config: PageConfig) -> FastAPI:
     async def page() -> str:
         return (resources.files("loomvideo.pipelines.serving") / "page.html").read_text(encoding="utf-8")
 
-    @app.get("/health")
-    async def health() -> dict:
-        return {"status": "ok", "waiting": queue.num_waiting, "running": queue.num_running}
+    @app.get("/health", response_model=Health, responses={503: {"model": Health}})
+    async def health(response: Response) -> Health:
+        alive = None if live_generators is None else await live_generators()
+        if alive == 0:
+            response.status_code = 503
+        state = "no generator" if alive == 0 else "ok"
+        return Health(status=state, generators=alive, waiting=queue.num_waiting, running=queue.num_running)
 
     @app.get("/metrics")
     async def show_metrics() -> Response:
@@ -158,6 +164,7 @@ def create_app(backend: Backend, config: PageConfig) -> FastAPI:
             "prompt_characters": config.requests.max_prompt_characters,
             "steps": config.requests.max_steps,
             "frames": config.requests.max_frames,
+            "pixels": config.requests.max_pixels,
         }
         offered = {name: requested_task(name) for name in REQUESTED}
         tasks = {
@@ -165,7 +172,14 @@ def create_app(backend: Backend, config: PageConfig) -> FastAPI:
         }
         return {"title": config.title, "tasks": tasks, "limits": limits, "defaults": config.defaults}
 
-    @app.post("/api/uploads", dependencies=guarded, status_code=201)
+    @app.post(
+        "/api/uploads",
+        dependencies=guarded,
+        status_code=201,
+        response_model=UploadState,
+        responses=problems(413),
+        openapi_extra=raw_body("application/octet-stream", schema={"type": "string", "format": "binary"}),
+    )
     async def upload(request: Request) -> dict:
         content = await _body(request, config.uploads.max_bytes)
         try:
@@ -177,7 +191,14 @@ def create_app(backend: Backend, config: PageConfig) -> FastAPI:
         uploads.add(checked)
         return checked.describe()
 
-    @app.post("/api/jobs", dependencies=guarded, status_code=202)
+    @app.post(
+        "/api/jobs",
+        dependencies=guarded,
+        status_code=202,
+        response_model=JobState,
+        responses=problems(413, 429),
+        openapi_extra=raw_body("application/json", schema=JobBody.model_json_schema()),
+    )
     async def submit(request: Request) -> dict:
         body = _parse(await _body(request, 1 << 20))
         values = body.model_dump()
@@ -191,23 +212,23 @@ def create_app(backend: Backend, config: PageConfig) -> FastAPI:
             raise HTTPException(429, "too many generations are waiting: try again in a few minutes") from error
         return _describe(job, queue)
 
-    @app.get("/api/jobs/{job_id}", dependencies=guarded)
+    @app.get("/api/jobs/{job_id}", dependencies=guarded, response_model=JobState, responses=problems(404))
     async def status(job: KnownJob) -> dict:
         return _describe(job, queue)
 
-    @app.get("/api/jobs/{job_id}/result", dependencies=guarded)
+    @app.get("/api/jobs/{job_id}/result", dependencies=guarded, responses=problems(404, 409))
     async def result(job: KnownJob) -> Response:
         if job.result is None:
             raise HTTPException(409, f"the generation is {job.status}")
         return Response(job.result.content, media_type=job.result.media_type)
 
-    @app.get("/api/jobs/{job_id}/source", dependencies=guarded)
+    @app.get("/api/jobs/{job_id}/source", dependencies=guarded, responses=problems(404))
     async def source(job: KnownJob) -> Response:
         if job.request.source is None:
             raise HTTPException(404, "the generation had no source")
         return Response(job.request.source.content, media_type=job.request.source.media_type)
 
-    @app.delete("/api/jobs/{job_id}", dependencies=guarded, status_code=204)
+    @app.delete("/api/jobs/{job_id}", dependencies=guarded, status_code=204, responses=problems(404))
     async def cancel(job: KnownJob) -> Response:
         queue.cancel(job.id)
         return Response(status_code=204)

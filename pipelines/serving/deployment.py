@@ -92,12 +92,24 @@ def build_application(load: Callable[[], Generator], page: PageConfig, replicas:
     )(GeneratorReplica)
 
     @serve.deployment(name="Page", num_replicas=1, max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})
-    @serve.ingress(lambda: create_app(generate_on_a_replica, page))
+    @serve.ingress(lambda: create_app(generate_on_a_replica, page, ready_generators))
     class Page:
         def __init__(self, generator: serve.handle.DeploymentHandle):
             self.generator = generator
 
     return Page.bind(generator.bind(load))
+
+
+async def ready_generators() -> int:
+    """Generator replicas that are running."""
+
+    def count() -> int:
+        application = serve.status().applications.get(APPLICATION)
+        deployment = application.deployments.get(GENERATOR) if application else None
+        states = deployment.replica_states if deployment else {}
+        return sum(number for state, number in states.items() if str(state).endswith("RUNNING"))
+
+    return await asyncio.to_thread(count)
 
 
 async def generate_on_a_replica(request: GenerationRequest) -> AsyncIterator[Progress | Result]:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from loomvideo.model.codec import LatentGrid
 from loomvideo.model.tasks import requested_task
 from loomvideo.pipelines.serving.uploads import Upload
 from loomvideo.platform.config import option
@@ -28,6 +29,8 @@ class RequestLimits:
     max_references: int = option(6, "reference pictures at most")
     max_steps: int = option(100, "denoising steps at most")
     max_frames: int = option(121, "frames at most")
+    max_side: int = option(1472, "pixels of a side at most")
+    max_pixels: int = option(960 * 960, "pixels of a frame at most")
     max_waiting: int = option(32, "requests that may wait")
     kept_results: int = option(200, "finished generations kept in memory")
     kept_bytes: int = option(2**30, "bytes of finished generations kept in memory, sources counted")
@@ -75,8 +78,13 @@ class Backend(Protocol):
         ...
 
 
-def check_request(request: GenerationRequest, limits: RequestLimits) -> None:
+def check_request(request: GenerationRequest, limits: RequestLimits, grid: LatentGrid | None = None) -> None:
     """Refuse what cannot be generated.
+
+    Args:
+        request: What is asked for.
+        limits: What may be.
+        grid: Which sizes the model can make; None leaves that to the generator.
 
     Raises:
         UserError: one line that says what to change.
@@ -107,6 +115,18 @@ def check_request(request: GenerationRequest, limits: RequestLimits) -> None:
     ):
         if value is not None and not 1 <= value <= most:
             raise UserError(f"{name}={value}: choose 1 to {most}")
+    width, height = request.width, request.height
+    if (width is None) != (height is None):
+        raise UserError("width and height: give both, or neither")
+    if width is None or height is None:
+        return
+    for name, side in (("width", width), ("height", height)):
+        if not 1 <= side <= limits.max_side:
+            raise UserError(f"{name}={side}: choose 1 to {limits.max_side}")
+    if width * height > limits.max_pixels:
+        raise UserError(f"{width}x{height}: {width * height} pixels, at most {limits.max_pixels}")
+    if grid is not None:
+        grid.check_size("size", width, height)
 
 
 @dataclass
@@ -145,12 +165,15 @@ class JobQueue:
         backend: Generates; may take as many requests at a time as it likes.
         limits: On requests and on the queue.
         on_finished: Called with every job that ended, for metrics.
+        grid: Which sizes the model can make; None leaves that to the generator.
     """
 
-    def __init__(self, backend: Backend, limits: RequestLimits, on_finished=lambda job: None):
+    def __init__(
+        self, backend: Backend, limits: RequestLimits, on_finished=lambda job: None, grid: LatentGrid | None = None
+    ):
         self._backend = backend
         self.limits = limits
-        self._on_finished = on_finished
+        self._on_finished, self._grid = on_finished, grid
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._tasks: dict[str, asyncio.Task] = {}
 
@@ -161,7 +184,7 @@ class JobQueue:
             UserError: if it cannot be generated.
             asyncio.QueueFull: if too many wait.
         """
-        check_request(request, self.limits)
+        check_request(request, self.limits, self._grid)
         if self.num_waiting >= self.limits.max_waiting:
             raise asyncio.QueueFull
         self._forget_old()

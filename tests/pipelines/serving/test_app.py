@@ -18,6 +18,7 @@ from fixtures.browser import browser_page, requires_browser
 from PIL import Image
 from starlette.testclient import TestClient
 
+from loomvideo.model.codec import LatentGrid
 from loomvideo.pipelines.media.video_writer import write_video
 from loomvideo.pipelines.serving.app import PageConfig, create_app
 from loomvideo.pipelines.serving.jobs import GenerationRequest, Progress, RequestLimits, Result
@@ -73,7 +74,7 @@ async def wait_for_ever(request: GenerationRequest):
 
 @pytest.fixture(scope="module")
 def client():
-    with TestClient(create_app(generate, PageConfig())) as client:
+    with TestClient(create_app(generate, PageConfig(grid=LatentGrid(4, 16)))) as client:
         yield client
 
 
@@ -161,11 +162,58 @@ def test_refused_requests(client, mp4):
         ({"task": "edit", "prompt": "x", "source": "../../etc/passwd"}, "upload the file again"),
         ({"task": "t2v"}, "prompt: Field required"),
         ({"task": "t2v", "prompt": "x", "path": "/etc"}, "path: Extra inputs"),
+        (
+            {"task": "t2v", "prompt": "x", "width": 4096, "height": 4096, "num_frames": 121},
+            "width=4096: choose 1 to 1472",
+        ),
+        ({"task": "t2v", "prompt": "x", "width": 1472, "height": 960}, "1413120 pixels, at most 921600"),
+        ({"task": "t2v", "prompt": "x", "width": 64}, "give both"),
+        ({"task": "t2v", "prompt": "x", "width": 60, "height": 64}, "multiples of 32"),
+        ({"task": "t2v", "prompt": "x", "seed": -1}, "seed: Input should be greater"),
     ]
     for body, message in cases:
         assert message in refusal(client.post("/api/jobs", json=body), 422)
     assert "request" in refusal(client.post("/api/jobs", content=b"not json"), 422)
     assert "no such generation" in refusal(client.get("/api/jobs/nothing"), 404)
+
+
+def test_pages_of_other_sites_and_other_names_are_refused():
+    config = PageConfig(hosts=("localhost",))
+    with TestClient(create_app(generate, config), base_url="http://localhost:8000") as client:
+        body = {"task": "t2i", "prompt": "a coat"}
+        own = {"origin": "http://localhost:8000", "sec-fetch-site": "same-origin"}
+        assert client.post("/api/jobs", json=body, headers=own).status_code == 202
+        for headers in ({"origin": "https://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"}):
+            assert "another site" in refusal(client.post("/api/jobs", json=body, headers=headers), 403)
+        form = client.post("/api/jobs", content="{}", headers={"content-type": "text/plain"})
+        assert "content-type text/plain" in refusal(form, 415)
+        rebound = client.get("/api/options", headers={"host": "evil.example:8000"})
+        assert "does not answer as evil.example" in refusal(rebound, 421)
+        assert rebound.headers["x-content-type-options"] == "nosniff"
+
+
+def test_health_knows_whether_anything_generates():
+    alive = [0]
+
+    async def count() -> int:
+        return alive[0]
+
+    with TestClient(create_app(generate, PageConfig(), count)) as client:
+        answer = client.get("/health")
+        assert (answer.status_code, answer.json()["status"]) == (503, "no generator")
+        alive[0] = 2
+        answer = client.get("/health")
+        assert (answer.status_code, answer.json()["generators"]) == (200, 2)
+
+
+def test_openapi_says_bodies_answers_and_errors(client):
+    paths = client.get("/openapi.json").json()["paths"]
+    job = paths["/api/jobs"]["post"]
+    assert "prompt" in job["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    assert job["responses"]["202"]["content"]["application/json"]["schema"]["$ref"].endswith("/JobState")
+    for status in ("401", "403", "413", "415", "421", "422", "429"):
+        assert job["responses"][status]["content"]["application/json"]["schema"]["$ref"].endswith("/Problem")
+    assert "application/octet-stream" in paths["/api/uploads"]["post"]["requestBody"]["content"]
 
 
 def test_refused_uploads(client, mp4, tmp_path):
@@ -238,7 +286,8 @@ def test_queue_positions_cancel_and_limit():
         first, second = submit(client), submit(client)
         assert (first["position"], second["position"]) == (0, 1)
         assert "too many" in refusal(client.post("/api/jobs", json={"task": "t2i", "prompt": "x"}), 429)
-        assert client.get("/health").json() == {"status": "ok", "waiting": 2, "running": 0}
+        assert client.get("/health").json() == {
+            "status": "ok", "generators": None, "waiting": 2, "running": 0}  # fmt: skip
         assert client.delete(f"/api/jobs/{first['id']}").status_code == 204
         assert client.get(f"/api/jobs/{second['id']}").json()["position"] == 0
         assert client.get(f"/api/jobs/{first['id']}").status_code == 404

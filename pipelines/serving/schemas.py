@@ -1,0 +1,79 @@
+"""What the interface takes and answers, as its OpenAPI document says it."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class JobBody(BaseModel):
+    """A request as the page sends it; ``source`` and ``references`` are ids of uploads."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    task: str
+    prompt: str
+    negative_prompt: str | None = None
+    source: str | None = None
+    references: list[str] = []
+    seed: int = Field(0, ge=0, lt=2**63)
+    steps: int | None = None
+    guidance_scale: float | None = Field(None, ge=0, le=100)
+    num_frames: int | None = None
+    width: int | None = None
+    height: int | None = None
+
+
+class UploadState(BaseModel):
+    """A file that was accepted."""
+
+    id: str
+    kind: Literal["image", "video"]
+    width: int
+    height: int
+    frames: int
+    fps: float
+
+
+class JobState(BaseModel):
+    """A generation on its way; times are seconds since the epoch."""
+
+    id: str
+    status: Literal["queued", "running", "done", "failed", "cancelled"]
+    position: int
+    step: int
+    steps: int
+    error: str
+    task: str
+    prompt: str
+    seed: int
+    created_s: float
+    started_s: float | None
+    finished_s: float | None
+    source: UploadState | None
+    references: list[UploadState]
+    media_type: str | None
+
+
+class Health(BaseModel):
+    """Whether requests are served."""
+
+    status: Literal["ok", "no generator"]
+    generators: int | None
+    waiting: int
+    running: int
+
+
+class Problem(BaseModel):
+    """Why a request was refused, in one line."""
+
+    error: str
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The refusals of a path, for its ``responses``."""
+    return {status: {"model": Problem} for status in (401, 403, 415, 421, 422, *statuses)}
+
+
+def raw_body(*media_types: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """The body of a path that reads it itself, for its ``openapi_extra``."""
+    return {"requestBody": {"required": True, "content": {name: {"schema": schema} for name in media_types}}}
