@@ -11,8 +11,8 @@ from pathlib import Path
 
 _ROOT = Path(__file__).parent
 _SAMPLING = (
-    "attention.py", "codec", "conditioning", "dit.py", "float8.py", "flow.py", "guidance.py", "lora.py", "packing.py",
-    "pipeline.py", "sampler.py", "shortcuts.py", "tasks.py",
+    "adapters.py", "attention.py", "codec", "conditioning", "dit.py", "float8.py", "flow.py", "guidance.py",
+    "loading.py", "lora.py", "packing.py", "parts.py", "pipeline.py", "quantize.py", "sampler.py", "shortcuts.py", "tasks.py",
 )  # fmt: skip
 
 

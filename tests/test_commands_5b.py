@@ -1,4 +1,4 @@
-"""Every documented command with a 5b preset: it resolves, names the folders it needs and no more GPUs than there are."""
+"""Every documented command with a 5b preset resolves, names the folders it needs and asks for no more GPUs than are."""
 
 import re
 import shlex

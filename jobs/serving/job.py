@@ -52,10 +52,11 @@ def build(arguments: dict[str, list[str]]) -> serve.Application:
     Raises:
         UserError: if there is no such checkpoint, or an argument is wrong.
     """
-    return _application(job_config(ServeConfig, "serve", arguments["arguments"]))[1]
+    # The service of Ray listens where it is told to, not on `host`.
+    return _application(job_config(ServeConfig, "serve", arguments["arguments"]), on_host=False)[1]
 
 
-def _application(config: ServeConfig) -> tuple[ModelSource, serve.Application]:
+def _application(config: ServeConfig, on_host: bool = True) -> tuple[ModelSource, serve.Application]:
     config.generation.check()
     source = model_source(config, drop_exact=True)
     width, height = config.generation.size()
@@ -69,9 +70,9 @@ def _application(config: ServeConfig) -> tuple[ModelSource, serve.Application]:
     negative = source.size.negative_prompt if negative is None else negative
     if negative:
         defaults["negative_prompt"] = negative
-    hosts = tuple(config.hosts) or (LOOPBACK_NAMES if _is_local(config.host) else ())
+    hosts = tuple(config.hosts) or (LOOPBACK_NAMES if on_host and _is_local(config.host) else ())
     page = PageConfig(_token(config), config.title, config.uploads, config.requests, defaults, hosts, source.size.grid)
-    load = functools.partial(PageGenerator.load, source, config.generation)
+    load = functools.partial(PageGenerator.load, source, config.generation, config.requests)
     return source, build_application(load, page, config.replicas)
 
 

@@ -1,16 +1,18 @@
 """Requests of the page as generations of files: uploads written to a temporary folder, the result read back."""
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from loomvideo.model.loading import ModelSource
+from loomvideo.model.loading import ModelSource, fitted
 from loomvideo.model.tasks import requested_task
 from loomvideo.pipelines.generation.generator import FileGenerator
+from loomvideo.pipelines.generation.memory import largest_work
 from loomvideo.pipelines.generation.requests import Request
 from loomvideo.pipelines.generation.settings import Settings
-from loomvideo.pipelines.serving.jobs import MENTION, GenerationRequest, Result
+from loomvideo.pipelines.serving.jobs import MENTION, GenerationRequest, RequestLimits, Result
 from loomvideo.pipelines.serving.uploads import Upload
 from loomvideo.platform.errors import UserError
 
@@ -26,9 +28,19 @@ class PageGenerator:
         self._generator, self._settings = generator, generator.settings
 
     @classmethod
-    def load(cls, source: ModelSource, settings: Settings) -> "PageGenerator":
-        """Load a checkpoint onto the GPU, or the CPU where there is none."""
-        return cls(FileGenerator.load(source, settings))
+    def load(cls, source: ModelSource, settings: Settings, limits: RequestLimits | None = None) -> "PageGenerator":
+        """Load a checkpoint onto the GPU, or the CPU where there is none.
+
+        Args:
+            source: What to load; ``memory=auto`` is decided for the largest request that the limits allow.
+            settings: What a request that does not say gets.
+            limits: On requests; None for the usual ones.
+        """
+        limits, size = limits or RequestLimits(), source.size
+        side = math.isqrt(limits.max_pixels)
+        frames = size.grid.whole_frames(limits.max_frames)
+        largest = dataclasses.replace(settings, num_frames=frames, width=side, height=side)
+        return cls(FileGenerator.load(fitted(source, largest_work(size, largest)), settings))
 
     def generate(self, request: GenerationRequest, on_step: Callable[[int, int], None]) -> Result:
         """Generate one file: PNG for a picture, MP4 for a video.
