@@ -4,7 +4,7 @@
 every line and file, so that nothing is lost silently. Importing a module registers its formats.
 """
 
-from loomvideo.pipelines.sources import catalogue, edits, native, tables, tryon, videos  # noqa: F401
+from loomvideo.pipelines.sources import catalogue, edits, folders, native, tables, tryon, videos  # noqa: F401
 from loomvideo.pipelines.sources.base import FORMATS, Format, Outcome, Rejected, open_source
 
 __all__ = ["FORMATS", "Format", "Outcome", "Rejected", "open_source"]

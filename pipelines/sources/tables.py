@@ -9,6 +9,7 @@ from typing import Any
 
 import fsspec
 
+from loomvideo.model.tasks import TASKS
 from loomvideo.pipelines.sources import fields
 from loomvideo.pipelines.sources.base import (
     IMAGE_SUFFIXES,
@@ -30,9 +31,11 @@ FIELDS = (
 # Column names that peers use, tried in this order when the map does not name a column.
 ALIASES = {
     "target": ("target", "target_path", "target_video_path", "target_image_path", "tgt_video", "edited_path",
-               "edited_video", "video_path", "file_path", "video", "path", "media_path", "image_path"),
-    "source": ("source", "source_path", "source_video_path", "source_image_path", "src_video", "original_video",
-               "control_path", "control_file_path", "reference_video"),
+               "edited_video", "edited_image", "target_image", "target_img", "output_images", "output_image",
+               "video_path", "file_path", "video", "path", "media_path", "image_path"),
+    "source": ("source", "source_path", "source_video_path", "source_image_path", "source_image", "source_img",
+               "original_image", "input_images", "input_image", "src_video", "original_video", "control_path",
+               "control_file_path", "reference_video"),
     "references": ("references", "reference_image_paths", "ref_image", "ref_images"),
     "instruction": ("instruction", "edit_instruction", "edit_prompt"),
     "caption": ("caption", "cap", "text", "prompt"),
@@ -237,6 +240,8 @@ def _sample(
     extractor: Extractor,
 ) -> Outcome:
     def located(field: str, value: Any) -> str | None:
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]  # a list where others have several turns or views
         content = embedded_bytes(value)
         if content is not None:
             return extractor.write(content, str(value.get("path") or "") if isinstance(value, dict) else "")
@@ -254,12 +259,17 @@ def _sample(
         # Tables of pairs call the instruction a prompt.
         instruction, caption = caption, None
     used = mapping.used(row)
+    # Other sets call their own kinds of edits tasks.
+    given_task = fields.name(mapping.value(row, "task"), "task")
+    if given_task not in TASKS and "task" not in mapping.columns:
+        used.discard("task")
+        given_task = None
     extra = {k: v for k, v in row.items() if (k in keep if keep is not None else k not in used and _is_plain(v))}
     return build(
         where,
         dataset,
         key=mapping.value(row, "key"),
-        task=task or mapping.value(row, "task"),
+        task=task or given_task,
         target=target,
         source=source,
         references=[path for item in references if (path := located("references", item))],

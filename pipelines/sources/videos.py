@@ -1,5 +1,6 @@
 """Published sets of captioned videos and of subjects in videos: OpenVid-1M, Koala-36M, Phantom-Data, OpenS2V-5M."""
 
+import ast
 import json
 import re
 from collections.abc import Iterator
@@ -89,7 +90,64 @@ def _number(value: Any) -> Any:
         return value
 
 
-@register("koala36m", lambda place: {"videoID", "timestamp", "caption"} <= _header(place))
+_PANDA = {"videoID", "timestamp", "caption", "matching_score"}
+
+
+@register("panda70m", lambda place: _header(place) >= _PANDA)
+def read_panda(
+    place: Place, *, videos: str = "", dataset: str = "panda-70m", licence: str = "research (videos: their owners')"
+) -> Iterator[Outcome]:
+    """Panda-70M CSV with local whole videos (`videoID.mp4`): a sample for each of a row's clips.
+
+    Args:
+        place: A CSV or the folder of the CSVs.
+        videos: Folder of the videos; default: `videos/`, `video/` or `clips/` beside the table.
+        dataset: Name.
+        licence: Of the dataset.
+    """
+    folder = VideoFolder(_video_root(place, videos))
+    for file in [place.file] if place.file else place.files(".csv"):
+        yield from outcomes(place, file, dataset, _panda_samples, folder, dataset, licence)
+
+
+def _panda_samples(
+    where: str, row: dict[str, Any], folder: VideoFolder, dataset: str, licence: str
+) -> Iterator[Outcome]:
+    video_id = fields.name(row.get("videoID"), "videoID") or ""
+    whole = folder.find(video_id)
+    if whole is None:
+        yield Rejected(where, dataset, "missing_media", f"no video {video_id!r}")
+        return
+    names = ("timestamp", "caption", "matching_score")
+    columns = [_literal_list(row.get(name), name) for name in names]
+    if len({len(column) for column in columns}) != 1:
+        found = ", ".join(f"{len(column)} in {name}" for column, name in zip(columns, names, strict=True))
+        raise fields.FieldError("timestamp", f"the lists differ in length: {found}")
+    for number, (times, caption, score) in enumerate(zip(*columns, strict=True)):
+        start, end = (seconds(str(time)) for time in times)
+        target = with_fragment(whole, Fragment(seconds=(start, end)))
+        yield build(f"{where}#{number}", dataset, task="t2v", target=target, caption=caption, licence=licence,
+                    group=video_id, extra={"matching_score": score})  # fmt: skip
+
+
+def _literal_list(value: Any, field: str) -> list[Any]:
+    """A list, or the Python text of one, which is what the published CSV holds."""
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+            raise fields.FieldError(field, "is no list") from error
+    if not isinstance(value, list):
+        raise fields.FieldError(field, f"expected a list, found {type(value).__name__}")
+    return value
+
+
+def _is_koala(place: Place) -> bool:
+    columns = _header(place)
+    return {"videoID", "timestamp", "caption"} <= columns and not columns >= _PANDA
+
+
+@register("koala36m", _is_koala)
 def read_koala(
     place: Place, *, videos: str = "", dataset: str = "koala-36m", licence: str = "research (videos: their owners')"
 ) -> Iterator[Outcome]:
