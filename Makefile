@@ -3,6 +3,7 @@
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do "$$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && command -v "$$name" && exit; done; command -v python3)
 # cpu or cuda; by default what the environment was made for, or else cuda where nvidia-smi lists a GPU.
 ACCELERATOR ?=
+EXTRAS ?=
 VENV ?= .venv
 BIN := $(VENV)/bin
 PRESET ?= tiny
@@ -41,7 +42,7 @@ $(VENV)/.setup-%: $(VENV)/.setup locks/%.txt
 .PRECIOUS: $(VENV)/.setup-%
 FORCE:
 
-setup: $(VENV)/.setup ## make the environment in .venv: ACCELERATOR=cpu or cuda, PYTHON=
+setup: $(VENV)/.setup $(addprefix $(VENV)/.setup-,$(EXTRAS)) ## make the environment in .venv: ACCELERATOR=cpu or cuda, EXTRAS="curate eval", PYTHON=
 setup-dev: $(VENV)/.setup-dev ## the same with what the tests need
 
 lock: $(VENV)/.setup-dev ## write locks/ after a change of pyproject.toml (ARGS=--upgrade: newest versions)
