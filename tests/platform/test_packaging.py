@@ -38,4 +38,4 @@ def test_every_direct_dependency_is_explained():
     table = (REPO / "docs" / "development.md").read_text().partition("## Dependencies")[2]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("|")]
     explained = {word for row in rows for word in re.findall(r"[\w.-]+", row)}
-    assert names - explained == set()
+    assert names - explained == set(), "add a row to docs/development.md"
