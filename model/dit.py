@@ -24,7 +24,6 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from loomvideo.model import kernels
 from loomvideo.model.attention import AttentionPlan, segment_attention
 from loomvideo.model.config import DiTConfig
-from loomvideo.model.flops import pack_flops
 from loomvideo.model.packing import PackedBatch
 from loomvideo.model.parts import brought
 from loomvideo.model.shortcuts import BlockCache
@@ -325,13 +324,6 @@ class LoomVideoDiT(nn.Module):
     def run_blocks_eagerly(self) -> None:
         """Undo :meth:`compile_blocks`."""
         self._run_module = _run_module
-
-    def get_nparams_and_flops(self, batch: PackedBatch) -> tuple[int, int]:
-        """Trainable parameters, and operations of a forward and backward pass over the pack (see ``flops``)."""
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        # Under ZeRO-3 a parameter's own size is that of this rank's part.
-        num_parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
-        return num_parameters, pack_flops(self.config, batch).total
 
     def embed_time(self, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Embed timesteps fp32 [samples].

@@ -74,7 +74,11 @@ class LoomVideoPipeline:
         parts: ResidentParts | SequentialParts | None = None,
         lora: Sequence[str] = (),
     ):
-        self.parts = ResidentParts(dit.eval(), codec, mllm) if parts is None else parts
+        if parts is None:
+            if dit is None or codec is None or mllm is None:
+                raise TypeError("LoomVideoPipeline: give dit, codec and mllm, or parts")
+            parts = ResidentParts(dit.eval(), codec, mllm)
+        self.parts = parts
         self.scheduler = scheduler or SchedulerConfig()
         self.ranks = ranks
         self.negative_prompt = negative_prompt

@@ -16,7 +16,7 @@ from loomvideo.jobs.evaluation.config import EvaluateConfig
 from loomvideo.jobs.evaluation.judge import SPENDING_FILE, BuildJudge, judge_builder, judge_client, preflight
 from loomvideo.jobs.evaluation.setup import (
     JOB,
-    Checkpoint,
+    EvaluatedModel,
     evaluation_folder,
     find_checkpoint,
     load_manifest,
@@ -110,7 +110,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 
 def _generate_and_measure(
     config: EvaluateConfig,
-    checkpoint: Checkpoint,
+    checkpoint: EvaluatedModel,
     manifests: list[Manifest],
     learned: list[LearnedMetric],
     judge: BuildJudge | None,
@@ -161,7 +161,7 @@ def _finish_suite(
     folder: RunFolder,
     parent: Tracker,
     model_id: str,
-    checkpoint: Checkpoint,
+    checkpoint: EvaluatedModel,
     other: dict[str, Any] | None,
 ) -> SuiteResult:
     judged = config.judge.kind != "none" and suite.judged
@@ -238,7 +238,7 @@ def _header(config: EvaluateConfig, manifest: Manifest, suite: Suite, judged: bo
     }
 
 
-def _tags(config: EvaluateConfig, checkpoint: Checkpoint, manifests: list[Manifest]) -> dict[str, str]:
+def _tags(config: EvaluateConfig, checkpoint: EvaluatedModel, manifests: list[Manifest]) -> dict[str, str]:
     settings = [checkpoint.fingerprint, config.seed, [m.digest for m in manifests], dataclasses.asdict(config.judge)]
     tags = {
         "checkpoint": checkpoint.name,

@@ -26,7 +26,7 @@ DEFAULT_DATA = {"sample": "data/sample", "fashion": "data/sample"}
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class EvaluatedModel:
     """What is evaluated.
 
     Attributes:
@@ -46,7 +46,7 @@ class Checkpoint:
     model: str = ""
 
 
-def find_checkpoint(config: EvaluateConfig) -> Checkpoint:
+def find_checkpoint(config: EvaluateConfig) -> EvaluatedModel:
     """Resolve what to evaluate.
 
     Raises:
@@ -55,11 +55,11 @@ def find_checkpoint(config: EvaluateConfig) -> Checkpoint:
     if config.generator != "model":
         model_grid(config.generation.model).check_frames("inputs.num_frames", config.inputs.num_frames)
     if config.generator == "identity":
-        return Checkpoint("identity", "identity", IdentityGenerator)
+        return EvaluatedModel("identity", "identity", IdentityGenerator)
     g = config.generation
     if config.generator == "blend":
         blend = BlendGenerator(g.blend_skill, g.blend_noise)
-        return Checkpoint(blend.fingerprint, blend.fingerprint, lambda: blend)
+        return EvaluatedModel(blend.fingerprint, blend.fingerprint, lambda: blend)
     run, weights = find_weights(config.checkpoint, config.runs)
     model = g.model or stated_size(weights)
     if not model:
@@ -81,7 +81,7 @@ def find_checkpoint(config: EvaluateConfig) -> Checkpoint:
     )
     fingerprint = model_fingerprint(options)
     tracking = run.read_json("mlflow.json") if run else None
-    return Checkpoint(
+    return EvaluatedModel(
         name=f"{run.job}/{run.name}" if run else weights.name,
         fingerprint=fingerprint,
         build=lambda: ModelGenerator(options, fingerprint),

@@ -93,14 +93,14 @@ def adapter(
 
     from loomvideo.model.adapters import read_adapter, save_as
     from loomvideo.model.dit import LoomVideoDiT
-    from loomvideo.model.sizes import PUBLISHED
+    from loomvideo.model.sizes import PUBLISHED, model_size
 
     values = _settings(settings, ("model", "format", "dtype"))
     dtype_name = values.get("dtype", "bfloat16")
     if dtype_name not in _DTYPES[1:]:
         raise UserError(f"dtype={dtype_name}: use one of {', '.join(_DTYPES[1:])}")
     with torch.device("meta"):
-        model = LoomVideoDiT(_dit_config({"model": values.get("model", PUBLISHED)}))
+        model = LoomVideoDiT(model_size(values.get("model", PUBLISHED)).dit)
     read = read_adapter(path, model)
     save_as(read, output, values.get("format", "comfyui"), getattr(torch, dtype_name))
     print(f"wrote {output} ({len(read.layers)} layers)")

@@ -8,7 +8,7 @@ carries ``failure`` onward and is counted, never dropped.
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -322,14 +322,6 @@ class JudgeStage:
             request = VLMRequest(labelled(question.text, media), question.axes, structured, repeat=repeat)
             judgements.append(dataclasses.asdict(session.judge(request)))
         return row | {"judgements": judgements, "judged": True}
-
-
-def run_local(rows: Iterable[Row], stages: Sequence[Stage], judge: JudgeStage | None = None) -> Iterator[Row]:
-    """Run every stage in this process, in order."""
-    for row in rows:
-        for stage in stages:
-            row = stage(row)
-        yield judge([row])[0] if judge is not None else row | {"judgements": []}
 
 
 def check_rows(rows: Sequence[Row]) -> None:

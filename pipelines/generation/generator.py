@@ -71,7 +71,7 @@ class FileGenerator:
         source = fitted(source, largest_work(source.size, settings, requests))
         with _memory_errors(f"checkpoint={source.weights}: does not fit into memory"):
             pipeline = load_pipeline(source)
-        checkpoint = {
+        checkpoint: dict[str, Any] = {
             "path": source.weights,
             "fingerprint": weights_fingerprint(source.weights),
             "model": source.size.name,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fixtures.evaluation import run_local
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
@@ -17,7 +18,6 @@ from loomvideo.jobs.evaluation.config import EvaluateConfig
 from loomvideo.jobs.evaluation.judge import judge_builder
 from loomvideo.jobs.evaluation.setup import find_checkpoint, load_manifest
 from loomvideo.pipelines.evaluation.judges.fake import FakeJudgeServer
-from loomvideo.pipelines.evaluation.stages import run_local
 from loomvideo.pipelines.evaluation.suites.registry import suite
 from loomvideo.pipelines.media.video_writer import write_video
 from loomvideo.pipelines.sources.samples import Sample, write_jsonl

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from fixtures.evaluation import run_local
 
 from loomvideo.pipelines.evaluation.controls import CONTROLS, merge_controls
 from loomvideo.pipelines.evaluation.generators import BlendGenerator
@@ -13,7 +14,6 @@ from loomvideo.pipelines.evaluation.stages import (
     MeasureStage,
     PrepareStage,
     initial_rows,
-    run_local,
 )
 from loomvideo.pipelines.evaluation.store import Store
 from loomvideo.pipelines.evaluation.suites import own

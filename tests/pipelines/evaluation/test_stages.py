@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from fixtures.evaluation import run_local
 
 from loomvideo.pipelines.evaluation import media, store
 from loomvideo.pipelines.evaluation.aggregate import aggregate_suite, sample_values
@@ -20,7 +21,6 @@ from loomvideo.pipelines.evaluation.stages import (
     PrepareStage,
     check_rows,
     initial_rows,
-    run_local,
 )
 from loomvideo.pipelines.evaluation.suites import official, own
 from loomvideo.pipelines.media.video_writer import write_video
