@@ -12,7 +12,8 @@ from pathlib import Path
 _ROOT = Path(__file__).parent
 _SAMPLING = (
     "adapters.py", "attention.py", "codec", "conditioning", "dit.py", "float8.py", "flow.py", "guidance.py",
-    "loading.py", "lora.py", "packing.py", "parts.py", "pipeline.py", "quantize.py", "sampler.py", "shortcuts.py", "tasks.py",
+    "loading.py", "lora.py", "packing.py", "parts.py", "pipeline.py", "quantize.py", "sampler.py",
+    "shortcuts.py", "tasks.py",
 )  # fmt: skip
 
 
