@@ -15,7 +15,7 @@ SUITES ?= sample
 CHECKPOINT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev lock check-lock FORCE lint format check test test-fast fuzz sample-data shards pretrain finetune-edit evaluate serve mlflow bench clean render submit validate doctor mlflow-server rehearse rehearse-fresh drill drill-training image kernels bench-data bench-kernels bench-generation bench-training
+.PHONY: help setup setup-dev lock check-lock FORCE lint format check test test-fast fuzz sample-data shards pretrain finetune-edit evaluate serve mlflow bench clean render submit validate doctor mlflow-server rehearse rehearse-fresh drill drill-training image kernels bench-data bench-kernels bench-generation bench-training bench-gpu
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -153,6 +153,9 @@ bench-kernels: $(VENV)/.setup ## time every kernel against eager and torch.compi
 
 bench-model: $(VENV)/.setup-dev ## a mixed pack through the transformer against a dense implementation: time, peak memory
 	$(BIN)/python benchmarks/model_pack.py $(ARGS)
+
+bench-gpu: ## one GPU, nine minutes, torch and Triton alone: kernels, 5B steps, memory against the plan
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) benchmarks/gpu.py --write-docs $(ARGS)
 
 bench-generation: $(VENV)/.setup ## denoising steps a second by task against a plain loop; Scale-and-Add against concatenation
 	$(BIN)/python benchmarks/generation.py $(ARGS)

@@ -1,22 +1,27 @@
 """The 5B transformer on one GPU in bf16: training step and sampling step, time, peak memory, MFU.
 
-    python benchmarks/gpu_model.py --output results.json [--model 5b] [--only train sample] [--quick]
+    python benchmarks/gpu_model.py --output results.json [--model 5b] [--only train sample deepspeed] [--quick]
 
 Needs torch (and Triton for its kernels) alone: without an installed ``loomvideo`` the checkout is imported in place.
 Weights are random. Every configuration is reported as it finishes; one that fails is reported with its error.
 
 - train: forward and backward of an edit of 9,750 tokens (480x832, 97 frames) with 780 MLLM tokens, and of a mixed pack.
 - sample: one denoising step of the same edit with three guidance branches, and the hoisted work before the first step.
+- deepspeed: a whole ZeRO-3 step of as many blocks as memory allows, where DeepSpeed is installed.
+
+Peak memory stands beside what ``loomvideo plan`` counts. ``--device cpu --model tiny --quick`` tries the script itself.
 
 The dense reference is ``tests/fixtures/dense_dit.py``: modulation rows for every token, RoPE in eager PyTorch, one
 sample at a time, the MLLM embedder and keys and values computed at every step.
 """
 
 import argparse
+import dataclasses
 import gc
 import importlib.util
 import json
 import os
+import socket
 import statistics
 import sys
 import tempfile
@@ -27,6 +32,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("sample", "train", "deepspeed")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
@@ -74,8 +80,14 @@ def workloads(config, device, quick):
 
 
 def measure(function: Callable[[], None], repeats: int = 5) -> dict:
-    """Median milliseconds after two warm-ups, seconds of the first call, and peak memory."""
+    """Median milliseconds after two warm-ups, seconds of the first call, and peak memory (on a GPU)."""
     started = time.perf_counter()
+    if not torch.cuda.is_available():
+        function()
+        first_s = time.perf_counter() - started
+        started = time.perf_counter()
+        function()
+        return {"ms": 1e3 * (time.perf_counter() - started), "first_call_s": first_s}
     function()
     torch.cuda.synchronize()
     first_s = time.perf_counter() - started
@@ -103,10 +115,10 @@ class Report:
 
     def __init__(self, path: Path, peak_flops: float, deadline: float) -> None:
         self.path, self.peak_flops, self.deadline = path, peak_flops, deadline
-        properties = torch.cuda.get_device_properties(0)
+        on_gpu = torch.cuda.is_available()
         self.content = {
-            "device": properties.name,
-            "memory_gib": properties.total_memory / 2**30,
+            "device": torch.cuda.get_device_name(0) if on_gpu else "cpu",
+            "memory_gib": torch.cuda.get_device_properties(0).total_memory / 2**30 if on_gpu else 0.0,
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
             "peak_flops": peak_flops,
@@ -140,6 +152,9 @@ def usable_kernels(report: Report) -> list[str]:
     from loomvideo.model import kernels
 
     usable = ["eager"]
+    if not torch.cuda.is_available():
+        kernels.set_backend("eager")
+        return usable
     try:
         kernels.set_backend("triton", required=True)
         usable.append("triton")
@@ -152,6 +167,8 @@ def usable_kernels(report: Report) -> list[str]:
 def runs_without_synchronisation(step: Callable[[], None]) -> bool | str:
     """Whether the host never waits for the device in a step; else the message of the first wait."""
     step()
+    if not torch.cuda.is_available():
+        return "no GPU"
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()
@@ -170,14 +187,18 @@ def train(report: Report, model, samples_by_name, kernel_backends) -> None:
     from loomvideo.model.flops import pack_flops
     from loomvideo.model.packing import pack
 
+    fast = kernel_backends[-1]
+    # The most telling first: what time is left decides how many are run.
     modes = [
-        ("triton", False, "full", "auto"),
-        ("triton", True, "full", "auto"),
+        (fast, False, "selective", "auto"),
+        (fast, False, "full", "auto"),
+        (fast, False, "none", "auto"),
+        *((fast, False, "selective", backend) for backend in attention_backends()),
+        (fast, True, "selective", "auto"),
         ("eager", False, "full", "auto"),
         ("eager", True, "full", "auto"),
-        ("triton", True, "selective", "auto"),
-        ("triton", True, "full", "varlen"),
     ]
+    static_bytes = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     for workload, samples in samples_by_name.items():
         batch = pack(samples, model.config.patch_size)
         flops = pack_flops(model.config, batch).total
@@ -203,6 +224,7 @@ def train(report: Report, model, samples_by_name, kernel_backends) -> None:
                 compiled=compiled,
                 checkpointing=checkpointing,
                 attention=attention,
+                planned_gib=planned_gib(model, batch, checkpointing, static_bytes),
                 tokens=batch.num_tokens,
                 mllm_tokens=batch.num_mllm_tokens,
                 samples=batch.num_samples,
@@ -263,6 +285,70 @@ def sampling(report: Report, model, sample, kernel_backends) -> None:
     report.run("sampling step, 3 branches", flops, dense_step, kernels="dense reference", tokens=num_tokens)
 
 
+def attention_backends() -> tuple[str, ...]:
+    """What may compute attention here, ``auto`` left out."""
+    from loomvideo.model.attention import BACKENDS
+
+    return tuple(name for name in BACKENDS if name != "auto")
+
+
+def planned_gib(model, batch, checkpointing: str, static_bytes: int) -> float:
+    """What ``loomvideo plan`` counts for a pack, on top of what lies on the device before: weights, samples."""
+    from loomvideo.model.memory import activation_bytes
+
+    gradients = 2 * sum(parameter.numel() for parameter in model.parameters())
+    own = activation_bytes(model.config, batch.num_tokens, batch.num_mllm_tokens, checkpointing)
+    return (static_bytes + gradients + own) / 2**30
+
+
+def deepspeed_step(report: Report, config, batch, memory_bytes: float) -> None:
+    """A ZeRO-3 step with fused Adam of as many blocks as fit: 18 bytes a parameter beside the activations."""
+    import deepspeed
+
+    from loomvideo.model.dit import LoomVideoDiT
+    from loomvideo.model.flops import pack_flops
+    from loomvideo.model.memory import activation_bytes
+
+    def needed(num_layers: int) -> float:
+        part = dataclasses.replace(config, num_layers=num_layers)
+        with torch.device("meta"):
+            parameters = sum(parameter.numel() for parameter in LoomVideoDiT(part).parameters())
+        return 18 * parameters + activation_bytes(part, batch.num_tokens, batch.num_mllm_tokens, "selective")
+
+    fitting = [n for n in range(config.num_layers, 0, -1) if not memory_bytes or needed(n) < 0.85 * memory_bytes]
+    part = dataclasses.replace(config, num_layers=fitting[0])
+    device = batch.patches.device
+    model = LoomVideoDiT(part).to(device, torch.bfloat16)
+    torch.nn.init.normal_(model.proj_out.weight, std=0.02)
+    model.set_activation_checkpointing("selective")
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        os.environ.setdefault("MASTER_PORT", str(probe.getsockname()[1]))
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True),
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "bf16": {"enabled": True},
+            "zero_optimization": {"stage": 3},
+            "zero_allow_untested_optimizer": True,
+            "gradient_clipping": 1.0,
+        },
+    )
+    batch = dataclasses.replace(batch, mllm_states=batch.mllm_states[: part.num_layers])
+
+    def step() -> None:
+        engine.backward(engine(batch).float().square().mean())
+        engine.step()
+
+    report.run(
+        "DeepSpeed ZeRO-3 step", pack_flops(part, batch).total, step, checkpointing="selective",
+        blocks=part.num_layers, tokens=batch.num_tokens,
+    )  # fmt: skip
+
+
 def prepare(model, compiled: bool) -> None:
     """Compile the blocks, or undo it."""
     torch._dynamo.reset()
@@ -277,8 +363,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT", ".")) / "gpu_model.json")
     parser.add_argument("--model", default="5b")
-    parser.add_argument("--only", nargs="+", choices=["train", "sample"], default=["train", "sample"])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--quick", action="store_true", help="small sequences, to try the script itself")
+    parser.add_argument("--device", default="cuda", help="cpu: to try the script itself")
     parser.add_argument("--time-limit-s", type=float, default=540, help="start no configuration after this")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.time_limit_s
@@ -287,8 +374,8 @@ def main() -> None:
     from loomvideo.model.dit import LoomVideoDiT
     from loomvideo.model.sizes import model_size
 
-    device = torch.device("cuda")
-    name = torch.cuda.get_device_name(0)
+    device = torch.device(arguments.device)
+    name = torch.cuda.get_device_name(0) if device.type == "cuda" else "cpu"
     peak = next((value for key, value in PEAK_FLOPS.items() if key in name), float("nan"))
     report = Report(arguments.output, peak, deadline)
     with torch.device("meta"):
@@ -304,6 +391,21 @@ def main() -> None:
         sampling(report, model, samples_by_name["edit"][0], kernel_backends)
     if "train" in arguments.only:
         train(report, model, samples_by_name, kernel_backends)
+    if "deepspeed" in arguments.only:
+        from loomvideo.model.packing import pack
+
+        batch, config = pack(samples_by_name["edit"], model.config.patch_size), model.config
+        del model
+        gc.collect()
+        memory_bytes = 0.0
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            memory_bytes = torch.cuda.mem_get_info()[0]
+        try:
+            deepspeed_step(report, config, batch, memory_bytes)
+        except Exception as error:  # a part that cannot run here must not lose the others
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
+            report.content["results"].append({"name": "DeepSpeed ZeRO-3 step", "error": reason})
     report.write()
 
 

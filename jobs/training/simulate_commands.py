@@ -60,7 +60,8 @@ def print_simulation(config: SimulateConfig) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from loomvideo.jobs.training.plan import activation_bytes, packs_in_flight, states_bytes
+    from loomvideo.jobs.training.plan import packs_in_flight
+    from loomvideo.model.memory import activation_bytes, states_bytes
     from loomvideo.pipelines.training.recipe import LoomVideoRecipe
     from loomvideo.platform.shards.reader import ShardDataset
     from loomvideo.platform.training.order import build_sources

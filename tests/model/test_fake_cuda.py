@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from loomvideo.jobs.training.plan import activation_bytes, states_bytes
 from loomvideo.model.dit import CHECKPOINTING
+from loomvideo.model.memory import activation_bytes, states_bytes
 from loomvideo.model.sizes import model_size
 
 pytestmark = pytest.mark.slow

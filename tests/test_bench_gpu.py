@@ -1,0 +1,35 @@
+"""``make bench-gpu`` with tiny sizes on a CPU: every part runs, the table is written."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_dry(tmp_path):
+    page, output = tmp_path / "page.md", tmp_path / "out.json"
+    page.write_text("# Benchmarks\n\n## One GPU: the 5B model\n\nold\n\n## After\n\nkept\n")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--device", "cpu", "--output", str(output), "--minutes", "20",
+         "--parts", "train", "sample", "deepspeed", "--write-docs", str(page)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads(output.read_text())
+    for part in ("train", "sample", "deepspeed"):
+        assert "problem" not in results[part], results[part]
+        rows = results[part]["results"]
+        assert rows
+        assert all(row.get("ms", 0) > 0 for row in rows if row.get("compiled") is not True), rows
+    text = page.read_text()
+    assert "old" not in text
+    assert "kept" in text
+    assert "| DeepSpeed ZeRO-3 step |" in text
+    policies = {row["checkpointing"] for row in results["train"]["results"]}
+    assert policies == {"none", "selective", "full"}
