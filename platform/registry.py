@@ -15,6 +15,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 FINGERPRINT = "loomvideo.fingerprint"
+WEIGHTS_FINGERPRINT = "loomvideo.weights_fingerprint"
+MODEL_ID = "loomvideo.model_id"
+"""Tag of a run that made or measured a LoggedModel."""
 MAX_PARAMETER_CHARACTERS = 250
 
 
@@ -47,6 +50,19 @@ def logged_model(
     model = client.create_logged_model(experiment_id, name, run_id, dict(tags), values, "loomvideo")
     client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     return model.model_id
+
+
+def trained_model(client: MlflowClient, training_run: str, weights_fingerprint: str) -> str | None:
+    """The LoggedModel that a training run made, if it is of these weights; None when the server knows of none."""
+    try:
+        model_id = client.get_run(training_run).data.tags.get(MODEL_ID, "")
+        tags = client.get_logged_model(model_id).tags if model_id else {}
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        # The training was logged to another server.
+        return None
+    return model_id if tags.get(WEIGHTS_FINGERPRINT) == weights_fingerprint else None
 
 
 def find_model(client: MlflowClient, experiment_id: str, fingerprint: str) -> str | None:

@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import LoggedModelOutput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.tracking import MlflowClient
+from PIL import Image
 
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.registry import MODEL_ID, log_dataset, logged_model
 from loomvideo.platform.runs import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -159,6 +161,25 @@ class Tracker:
             else:
                 self._client.log_artifact(self.run_id, str(path), folder)
 
+    def log_dataset(self, name: str, digest: str, source: str, context: str, profile: str = "") -> None:
+        """Tie a dataset to the run, see :func:`~loomvideo.platform.registry.log_dataset`; a warning when that fails."""
+        with self._recording(f"dataset {name} is not recorded there"):
+            log_dataset(self._client, self.run_id, name, digest, source, context, profile)
+
+    def log_model(self, name: str, params: dict[str, Any], tags: dict[str, str], step: int) -> None:
+        """Record weights kept outside as the run's LoggedModel; a warning when that fails."""
+        with self._recording(f"the model {name} is not recorded there"):
+            model_id = logged_model(self._client, self.experiment_id, self.run_id, name, params, tags)
+            outputs = self._client.get_run(self.run_id).outputs
+            if model_id not in [output.model_id for output in (outputs.model_outputs if outputs else [])]:
+                self._client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step)])
+            self._client.set_tag(self.run_id, MODEL_ID, model_id)
+
+    def log_picture(self, path: str | Path, key: str, step: int) -> None:
+        """Upload a picture at a step, which MLflow shows with a slider; a warning when the server is away."""
+        with self._while_away(f"{path} is not copied there"), Image.open(path) as picture:
+            self._client.log_image(self.run_id, picture.convert("RGB"), key=key, step=step)
+
     def log_text(self, text: str, name: str) -> None:
         """Upload a text as a file; a warning when the server is away."""
         with self._while_away(f"{name} is not copied there"):
@@ -176,6 +197,14 @@ class Tracker:
             return
         with self._while_away(f"the run does not learn that it is {status}"):
             self._client.set_terminated(self.run_id, status)
+
+    @contextlib.contextmanager
+    def _recording(self, consequence: str) -> Iterator[None]:
+        """Warn of any failure: a record that a server is too old for must not fail hours of work that are on disk."""
+        try:
+            yield
+        except (MlflowException, OSError) as error:
+            logger.warning("tracking server %s: %s; %s", self.uri, error, consequence)
 
     @contextlib.contextmanager
     def _while_away(self, consequence: str) -> Iterator[None]:

@@ -117,7 +117,10 @@ class EvaluateConfig:
     seed: int = option(0, "base of the samples' seeds")
     identity: bool = option(True, "also measure the source copied, as a baseline")
     controls: bool = option(False, "also make edits with another instruction and without their source, as controls")
-    learned: list[str] = option([], "metrics with weights: clip, dino (and KID), fvd, lpips, pyiqa-NAME")
+    learned: list[str] = option([], "metrics with weights: clip, dino (and KID), fvd, lpips, nsfw, pyiqa-NAME")
+    learned_actors: int = option(1, "actors that keep the networks of learned metrics")
+    learned_gpus: float = option(0.0, "GPUs of each of them")
+    learned_cpus: float = option(1.0, "CPUs of each of them")
     learned_weights: dict[str, str] = option({}, "metric to the folder or file of its network (learned_weights.fvd=…)")
     store: str = option("", "where results are kept by content; empty for evaluation-store in the runs folder")
     compare_with: str = option(
@@ -141,6 +144,8 @@ class EvaluateConfig:
             raise UserError("suites: name at least one, such as suites=[sample]")
         if self.generator not in ("model", "identity", "blend"):
             raise UserError(f"generator={self.generator}: use model, identity or blend")
+        if self.learned_actors < 1:
+            raise UserError(f"learned_actors={self.learned_actors}: at least 1")
         if self.samples_per_prompt < 0:
             raise UserError(f"samples_per_prompt={self.samples_per_prompt}: at least 0")
         self.judge.check()

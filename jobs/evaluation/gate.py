@@ -12,7 +12,7 @@ from loomvideo.pipelines.evaluation import mlflow_report
 from loomvideo.pipelines.evaluation.gate import PASSED, GateDecision, GateRule, decide_gate
 from loomvideo.pipelines.evaluation.results import clean, load_suites
 from loomvideo.platform.errors import UserError
-from loomvideo.platform.registry import register_version
+from loomvideo.platform.registry import MODEL_ID, register_version
 
 
 def gate_rule(metric: str, **limits: float | bool | None) -> GateRule:
@@ -47,6 +47,10 @@ def run_gate(
     file = folder.write_text(f"gate-{Path(baseline).name}.json", json.dumps(clean(_record(rule, decision)), indent=1))
     client.log_artifact(run_id, str(file), "gate")
     mlflow_report.log_metrics(client, run_id, _figures(name, decision))
+    why = "".join(f"\n- {reason}" for reason in decision.reasons)
+    mlflow_report.prepend_note(
+        client, run_id, f"**Gate against {baseline}**: {decision.verdict}. {decision.line(name)}{why}"
+    )
     console = Console(markup=False)
     console.print(decision.line(name), highlight=False, soft_wrap=True)
     for reason in decision.reasons:
@@ -56,7 +60,7 @@ def run_gate(
         return False
     if registered_model:
         run = client.get_run(run_id)
-        model_id = run.data.tags.get("loomvideo.model_id", "")
+        model_id = run.data.tags.get(MODEL_ID, "")
         if not model_id:
             client.set_tag(run_id, "gate", f"failed: the run has no model to register as {registered_model}")
             raise UserError(f"{candidate}: its MLflow run names no model to register; evaluate a checkpoint again")

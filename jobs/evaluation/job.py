@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mlflow.entities import LoggedModelInput
 from mlflow.tracking import MlflowClient
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -24,6 +25,7 @@ from loomvideo.jobs.evaluation.setup import (
     store_folder,
     wide_console,
 )
+from loomvideo.model.fingerprints import weights_fingerprint
 from loomvideo.pipelines.evaluation import mlflow_report, review
 from loomvideo.pipelines.evaluation.aggregate import SuiteResult, aggregate_suite
 from loomvideo.pipelines.evaluation.charts import save_bars, save_radar
@@ -54,7 +56,7 @@ from loomvideo.pipelines.evaluation.suites.registry import suite as find_suite
 from loomvideo.pipelines.evaluation.table import headline_metrics, ranking_metrics
 from loomvideo.platform.config import flatten, to_yaml
 from loomvideo.platform.ray_session import ray_session
-from loomvideo.platform.registry import logged_model
+from loomvideo.platform.registry import MODEL_ID, logged_model, trained_model
 from loomvideo.platform.runs import RunFolder
 from loomvideo.platform.tracking import Tracker
 
@@ -86,14 +88,22 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         # MLflow's names take none of / : . % and quotes.
         name = re.sub(r"[^0-9A-Za-z_-]+", "-", checkpoint.name)
         params = {"checkpoint": checkpoint.name, "model": checkpoint.model, **flatten(config.generation)}
-        model_id = logged_model(client, tracker.experiment_id, tracker.run_id, name, params, tags)
-        tracker.set_tags({"loomvideo.model_id": model_id})
+        # Figures belong to the model of the training experiment, where the training was logged to this server.
+        model_id = checkpoint.training_run and trained_model(
+            client, checkpoint.training_run, weights_fingerprint(checkpoint.weights)
+        )
+        model_id = model_id or logged_model(client, tracker.experiment_id, tracker.run_id, name, params, tags)
+        client.log_inputs(tracker.run_id, models=[LoggedModelInput(model_id)])
+        tracker.set_tags({MODEL_ID: model_id})
         rows = _generate_and_measure(config, checkpoint, manifests, learned, judge, spending)
         result: dict[str, Any] = {"checkpoint": checkpoint.name, "fingerprint": checkpoint.fingerprint}
+        results = []
         for suite, manifest in zip(suites, manifests, strict=True):
             own = [row for row in rows if row["suite"] == manifest.suite]
             found = _finish_suite(config, suite, manifest, own, folder, tracker, model_id, checkpoint, other)
             result |= _headline(found)
+            results.append(found)
+        tracker.set_tags({mlflow_report.NOTE: mlflow_report.headline_note(results, checkpoint.name)[:8000]})
         complete = all(result[f"{m.suite}/status"] == "complete" for m in manifests)
         result["status"] = "complete" if complete else "partial"
         tracker.set_tags({"status": result["status"]})
@@ -130,9 +140,10 @@ def _generate_and_measure(
     g = config.generation
     j = config.judge
     local = (j.actors, j.gpus, j.cpus) if j.kind == "transformers" else (1, 0.0, 0.0)
-    resources = Resources(g.actors, g.gpus, g.cpus, j.threads, *local)
+    measurers = (config.learned_actors if learned else 0, config.learned_gpus, config.learned_cpus)
+    resources = Resources(g.actors, g.gpus, g.cpus, *measurers, j.threads, *local)
     # The generator actor holds its CPUs for the whole run; a local cluster needs one more for the other stages.
-    cpus = max(os.cpu_count() or 1, int(g.actors * g.cpus + resources.judges * resources.judge_cpus) + 1)
+    cpus = max(os.cpu_count() or 1, int(resources.held_cpus()) + 1)
     finished = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(markup=False, stderr=True)

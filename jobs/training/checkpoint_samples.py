@@ -55,6 +55,8 @@ def sampling_tasks(
     def record(step: int, result: Any) -> None:
         where = _folder_of(folder, step)
         tracker.log_metrics({f"samples/{name}": value for name, value in result.figures.items()}, step)
+        for picture in sorted(where.glob("*.png")):
+            tracker.log_picture(picture, f"samples/{picture.stem}", step)
         tracker.log_artifact(where, f"{SAMPLES_FOLDER}/{where.name}")
 
     resources = {"num_cpus": samples.cpus, "num_gpus": samples.gpus}

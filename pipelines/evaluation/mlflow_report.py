@@ -23,6 +23,9 @@ from loomvideo.pipelines.evaluation.table import headline_metrics, ranking_metri
 from loomvideo.platform.registry import log_dataset
 from loomvideo.platform.tracking import Tracker, metric_name
 
+NOTE = "mlflow.note.content"
+"""Tag that MLflow shows as a run's description."""
+
 TABLE_ROWS = 60
 """Rows a table with pictures holds; larger ones freeze the browser, so suites are split by category."""
 
@@ -191,6 +194,39 @@ def headline(figures: Sequence[Figure]) -> dict[str, float]:
             _put(values, f"{f.name}/ci95_low", f.low)
             _put(values, f"{f.name}/ci95_high", f.high)
     return values
+
+
+def headline_note(results: Sequence[SuiteResult], checkpoint: str) -> str:
+    """What a reviewer reads first, as Markdown for the run's description: status, figures and intervals a suite."""
+    lines = [f"### {checkpoint}"]
+    for result in results:
+        by_metric = {f.metric: f for f in result.figures if not f.category}
+        copied = {f.metric: f.value for f in result.identity if not f.category}
+        lines += ["", f"**{result.suite}**: {result.status}, coverage {result.coverage:.0%}"]
+        lines += [f"- {count} × {reason}" for reason, count in {**result.failures, **result.defects}.items()]
+        lines += ["", "| metric | value | 95 % interval | source copied |", "|---|--:|--:|--:|"]
+        for known in headline_metrics():
+            if (f := by_metric.get(known.name)) is not None:
+                interval = f"{f.low:.3f} … {f.high:.3f}" if f.low == f.low else "–"
+                source = f"{copied[f.metric]:.3f}" if f.metric in copied else "–"
+                unit = f" ({known.unit})" if known.unit else ""
+                lines.append(f"| {known.name}{unit} | {f.value:.3f} | {interval} | {source} |")
+        if result.official:
+            lines += ["", "By the benchmark's own rules: " + official_text(result.official)]
+    return "\n".join(lines)
+
+
+def official_text(official: Mapping[str, float]) -> str:
+    """A benchmark's own figures in one line."""
+    return ", ".join(f"{name} {value:.3f}" for name, value in official.items())
+
+
+def prepend_note(client: MlflowClient, run_id: str, text: str) -> None:
+    """Put a paragraph on top of a run's description; one that begins alike is replaced."""
+    before = client.get_run(run_id).data.tags.get(NOTE, "")
+    start = text.split(":", 1)[0]
+    kept = [part for part in before.split("\n\n") if part and not part.startswith(start)]
+    client.set_tag(run_id, NOTE, "\n\n".join([text, *kept])[:8000])
 
 
 def _worth(row: Row) -> float:

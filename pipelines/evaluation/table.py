@@ -79,6 +79,7 @@ METRICS: dict[str, Metric] = {
         Metric("clip_reference", "", True, margin=0.01),
         Metric("dino_subject", idle=True),
         Metric("dino_reference", "", True, margin=0.01),
+        Metric("nsfw", "", False),
         Metric("kid_dino", "", False),
         Metric("kvd", "", False),
         Metric("fvd", "", False),

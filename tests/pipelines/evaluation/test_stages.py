@@ -268,7 +268,7 @@ def test_the_graph_on_ray_gives_the_same_rows(tmp_path, dataset, ray_cluster):
 
     made = run_graph(
         rows, PrepareStage(disk, OPTIONS), lambda: GenerateStage(disk, BlendGenerator, BlendGenerator().fingerprint),
-        NormaliseStage(disk), MeasureStage(disk), judge, Resources(),
+        NormaliseStage(disk), MeasureStage(disk), judge, Resources(generator_cpus=0.5, measurers=1, measurer_cpus=0.5),
     )  # fmt: skip
     keep = ("suite", "key", "series", "result", "metrics", "defects", "judgements")
     by_key = {(r["series"], r["key"]): {k: r[k] for k in keep} for r in made}
