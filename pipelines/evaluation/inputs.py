@@ -10,14 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from loomvideo.model.buckets import choose_bucket, resize_and_crop
-from loomvideo.model.clips import TARGET_FPS, clip_indices
+from loomvideo.model.buckets import choose_bucket
+from loomvideo.model.clips import TARGET_FPS
 from loomvideo.model.codec import LatentGrid
 from loomvideo.model.sizes import PUBLISHED, model_size
-from loomvideo.model.tasks import task
+from loomvideo.model.tasks import Medium, task
 from loomvideo.pipelines.evaluation.suites.items import EvalItem
-from loomvideo.pipelines.media.decode import MediaInfo, open_media
+from loomvideo.pipelines.media.decode import Media, open_media
+from loomvideo.pipelines.media.windows import MediaWindow, media_window, picture_window
 
 
 @dataclass(frozen=True)
@@ -85,45 +87,43 @@ def load_item(item: EvalItem, root: Path, options: InputOptions) -> LoadedItem:
     size: tuple[int, int] | None = None
     references = []
     for path in item.references:
-        info, frames, _ = _read(root / path, 1, options)
-        bucket = choose_bucket(info.width, info.height, options.reference_classes, "image")
-        references.append(resize_and_crop(frames, bucket).numpy()[0])
+        media = open_media(str(root / path))
+        references.append(_frames(media, picture_window(media.info, options.reference_classes)).numpy()[0])
         if size is None:
-            size = choose_bucket(info.width, info.height, options.bucket_classes, kind)
+            size = choose_bucket(media.info.width, media.info.height, options.bucket_classes, kind)
     source, indices = None, ()
     if item.source:
-        info, frames, indices = _read(root / item.source, wanted, options)
-        size = choose_bucket(info.width, info.height, options.bucket_classes, kind)
-        source = resize_and_crop(frames, size).numpy()
+        media = open_media(str(root / item.source))
+        window = _window(media, kind, wanted, options)
+        source, indices, size = _frames(media, window).numpy(), window.indices, window.size
         wanted = len(source)
     target = None
     if item.target:
-        info, frames, _ = _read(root / item.target, wanted, options, indices)
-        if size is None or source is None:
-            size = choose_bucket(info.width, info.height, options.bucket_classes, kind)
-        target = resize_and_crop(frames, size).numpy()
+        media = open_media(str(root / item.target))
+        window = _window(media, kind, wanted, options, indices)
+        size = window.size if size is None or source is None else size
+        target = _frames(media, dataclasses.replace(window, size=size)).numpy()
         shared = options.grid.whole_frames(min(len(target), wanted))
         target, wanted = target[:shared], shared
         source = None if source is None else source[:shared]
     mask = None
     if item.mask and size is not None:
-        _, frames, _ = _read(root / item.mask, wanted, options, indices)
-        mask = resize_and_crop(frames, size).numpy().max(-1) > 127
+        media = open_media(str(root / item.mask))
+        window = dataclasses.replace(_window(media, kind, wanted, options, indices), size=size)
+        mask = _frames(media, window).numpy().max(-1) > 127
     size = size or choose_bucket(*options.text_size, options.bucket_classes, kind)
     return LoadedItem(item, source, tuple(references), target, mask, size, wanted, options.fps, tuple(indices))
 
 
-def _read(path: Path, num_frames: int, options: InputOptions, aligned: Sequence[int] = ()) -> tuple:
-    """A file's facts, frames and frame numbers; the source's ``aligned`` numbers are kept where the file has them."""
-    media = open_media(str(path))
-    info = media.info
+def _window(
+    media: Media, kind: Medium, num_frames: int, options: InputOptions, aligned: Sequence[int] = ()
+) -> MediaWindow:
+    """A file's window; the source's ``aligned`` frame numbers are kept where the file has them."""
+    window = media_window(media.info, kind, options.bucket_classes, num_frames, options.grid, options.fps)
+    # Another few frames asked of the same file may be other frames: the window depends on how many are wanted.
+    fits = len(aligned) >= num_frames > 1 and media.info.kind == "video" and max(aligned) < media.info.num_frames
+    return dataclasses.replace(window, indices=tuple(aligned)) if fits else window
 
-    def window(info: MediaInfo) -> list[int]:
-        return clip_indices(info.fps, info.num_frames, num_frames, 0.0, options.grid, options.fps)
 
-    indices = [0]
-    if info.kind == "video" and num_frames > 1:
-        # Another few frames asked of the same file may be other frames: the window depends on how many are wanted.
-        fits = len(aligned) >= num_frames and max(aligned) < info.num_frames
-        indices = list(aligned) if fits else window(info)
-    return info, np.concatenate(list(media.read(indices))), indices
+def _frames(media: Media, window: MediaWindow) -> torch.Tensor:
+    return window.fit(torch.from_numpy(np.concatenate(list(media.read(window.indices)))))

@@ -12,19 +12,19 @@ import numpy as np
 import torch
 
 from loomvideo.model import adapters
-from loomvideo.model.buckets import choose_bucket, resize_and_crop
-from loomvideo.model.clips import TARGET_FPS, clip_indices
+from loomvideo.model.clips import TARGET_FPS
 from loomvideo.model.fingerprints import weights_fingerprint
 from loomvideo.model.loading import ModelSource, fitted
 from loomvideo.model.pipeline import Conditions, LoomVideoPipeline, load_pipeline
 from loomvideo.model.shortcuts import Shortcuts
-from loomvideo.model.tasks import requested_task
+from loomvideo.model.tasks import Task, requested_task
 from loomvideo.pipelines.generation.memory import largest_work
 from loomvideo.pipelines.generation.requests import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Request
 from loomvideo.pipelines.generation.results import content_hash, digest, sidecar_path, write_result
 from loomvideo.pipelines.generation.settings import Settings
 from loomvideo.pipelines.media.decode import DecodeError, MediaInfo
 from loomvideo.pipelines.media.decode_process import IsolatedDecoder
+from loomvideo.pipelines.media.windows import media_window, picture_window
 from loomvideo.platform.errors import UserError
 
 MAX_SIDE = 4096
@@ -131,7 +131,7 @@ class FileGenerator:
             made = "a picture" if task.is_image else "a video"
             raise UserError(f"out={request.out}: {task.name} makes {made}, name a {' or '.join(accepted)} file")
         with self._memory_errors(request):
-            source = self._clip(request.source, source_info, task.is_image) if source_info else None
+            source = self._clip(request.source, source_info, task) if source_info else None
             references = [self._picture(path) for path in request.refs]
             conditions = self.pipeline.encode(
                 task.name,
@@ -209,27 +209,23 @@ class FileGenerator:
             raise UserError(f"{key}={path}: has no frames")
         return info
 
-    def _clip(self, path: str, info: MediaInfo, is_image: bool) -> np.ndarray:
+    def _clip(self, path: str, info: MediaInfo, task: Task) -> np.ndarray:
         """Frames of the source at the published rate, brought to its bucket."""
-        indices = [0]
-        if not is_image:
-            fps, grid = info.fps or TARGET_FPS, self.pipeline.grid
-            indices = clip_indices(fps, info.num_frames, self.settings.num_frames, 0.0, grid)
-        if bool(self.settings.width) != bool(self.settings.height):
+        settings = self.settings
+        window = media_window(info, task.makes, settings.buckets, settings.num_frames, self.pipeline.grid)
+        if bool(settings.width) != bool(settings.height):
             raise UserError("width and height: set both, or neither to keep the source's shape")
-        bucket = (self.settings.width, self.settings.height)
-        if not self.settings.width:
-            bucket = choose_bucket(info.width, info.height, self.settings.buckets, "image" if is_image else "video")
-        return resize_and_crop(torch.from_numpy(self._read("source", path, indices)), bucket).numpy()
+        if settings.width:
+            window = dataclasses.replace(window, size=(settings.width, settings.height))
+        return window.fit(self._read("source", path, window.indices)).numpy()
 
     def _picture(self, path: str) -> np.ndarray:
-        info = self._probe("refs", path)
-        bucket = choose_bucket(info.width, info.height, self.settings.buckets, "image")
-        return resize_and_crop(torch.from_numpy(self._read("refs", path, [0])), bucket).numpy()[0]
+        window = picture_window(self._probe("refs", path), self.settings.buckets)
+        return window.fit(self._read("refs", path, window.indices)).numpy()[0]
 
-    def _read(self, key: str, path: str, indices: list[int]) -> np.ndarray:
+    def _read(self, key: str, path: str, indices: Sequence[int]) -> torch.Tensor:
         try:
-            return np.concatenate(list(self.decoder.read(path, indices, TARGET_FPS)))
+            return torch.from_numpy(np.concatenate(list(self.decoder.read(path, indices, TARGET_FPS))))
         except DecodeError as error:
             raise UserError(f"{key}={path}: {error}") from error
 

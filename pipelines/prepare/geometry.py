@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from loomvideo.model.buckets import choose_bucket
-from loomvideo.model.clips import clip_indices
 from loomvideo.model.codec import LatentGrid
 from loomvideo.model.tasks import TASKS
-from loomvideo.pipelines.media.decode import DEFAULT_FOLDER_FPS, MediaInfo
+from loomvideo.pipelines.media.decode import MediaInfo
+from loomvideo.pipelines.media.windows import picture_window, window_indices
 from loomvideo.pipelines.prepare.config import ClipOptions
 from loomvideo.pipelines.sources.samples import Sample
 from loomvideo.platform.shards.plan import digest
@@ -83,7 +83,7 @@ def plan_clips(
         starts=tuple(start for start, _ in windows),
         target=tuple(indices[0] for _, indices in windows),
         source=None if source is None else tuple(indices[1] for _, indices in windows),
-        reference_buckets=tuple(choose_bucket(r.width, r.height, options.buckets, "image") for r in references),
+        reference_buckets=tuple(picture_window(info, options.buckets).size for info in references),
     )
 
 
@@ -95,17 +95,13 @@ def _windows(
     for window in range(options.windows):
         # One draw in each of equal parts of the file: spread out, yet not always at the same place.
         start = (window + _uniform(seed, key, window)) / options.windows
-        indices = [clip_indices(_fps(info), total, options.num_frames, start, grid, options.fps) for info in media]
+        indices = [window_indices(info, options.num_frames, start, grid, options.fps, total) for info in media]
         length = grid.whole_frames(min(map(len, indices)))
-        cut = [tuple(part[:length]) for part in indices]
+        cut = [part[:length] for part in indices]
         if cut[0] not in seen:
             seen.add(cut[0])
             windows.append((start, cut))
     return windows
-
-
-def _fps(info: MediaInfo) -> float:
-    return info.fps or DEFAULT_FOLDER_FPS
 
 
 def _uniform(seed: int, key: str, window: int) -> float:
