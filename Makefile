@@ -145,8 +145,10 @@ bench-training: shards ## the loop against a plain one, packing, pre-encoded aga
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/encode_in_loop.py $(DATA)/samples.jsonl $(SHARDS)
 
-bench-data: sample-data ## the data path against plain loops and other writers: ARGS=--parts …
+bench-data: sample-data ## the data path against plain loops and other writers, the driver by size: ARGS=--parts …
 	$(BIN)/python benchmarks/data_bench.py $(DATA)/samples.jsonl $(ARGS)
+	$(if $(ARGS),,$(BIN)/python benchmarks/driver_scale.py)
+	$(if $(ARGS),,$(BIN)/python benchmarks/driver_scale.py --membership 300000)
 
 bench-kernels: $(VENV)/.setup ## time every kernel against eager and torch.compile: ARGS=--no-compile
 	$(BIN)/python benchmarks/kernels_cpu.py $(ARGS)

@@ -43,12 +43,10 @@ def write_samples(
 
 
 class Builders:
-    """In place of the builders: commits what a plan says, and remembers what it was told to do."""
+    """In place of the builders: commits what a plan says."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self.done: Counter[str] = Counter()
-        self.texts: dict[str, str] = {}
 
     def __call__(self, stage, config, work):
         """Commit every row of work."""
@@ -75,12 +73,7 @@ class Builders:
         planned = read_planned(storage, row)
         rows = []
         for entry in planned:
-            text = json.loads(entry["sample"])["caption"]
-            self.done["encoded" if self.texts.get(entry["key"]) != text else "copied"] += 1
-            self.texts[entry["key"]] = text
             rows.append(index_entry(entry, row["unit"]))
-        self.done["moved"] += len(json.loads(row["moved"]))
-        self.done["shards"] += 1
         if storage.is_local:
             path = Path(storage.full_path(shard_path(row["unit"])))
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -189,43 +182,53 @@ def measure(num_samples: int, folder: str) -> dict[str, float]:
 
 
 def membership(num_samples: int) -> list[dict[str, float]]:
-    """What a prepare redoes after small changes of a large input."""
-    from loomvideo.pipelines.prepare import job
+    """What the plan of a large input redoes after small changes; planned for real, its units committed empty."""
+    from loomvideo.pipelines.prepare.units import Dealing, commit_plan, kept_plan, plan_units, remove_unplanned
+    from loomvideo.platform.shards.commits import Commit
+    from loomvideo.platform.shards.storage import Storage
 
-    work = Path(tempfile.mkdtemp(prefix="membership-"))
-    config = config_for(work / "samples.jsonl", str(work / "out"))
-    builders = Builders()
-    job.run_stage = builders
+    storage = Storage(tempfile.mkdtemp(prefix="membership-"))
     some = round(num_samples * 0.0005)
-    numbers = list(range(num_samples))
-    kept = [number for number in numbers if number % (num_samples // some)]
-    steps = {
-        "first": numbers,
-        f"+{some}": [*numbers, *range(num_samples, num_samples + some)],
-        f"-{num_samples - len(kept)}": [*kept, *range(num_samples, num_samples + some)],
-    }
-    rows = []
-    for name, chosen in steps.items():
-        write_samples(work / "samples.jsonl", chosen)
-        rows.append({"step": name, **redone(job, config, builders)})
-    lines = (work / "samples.jsonl").read_text().splitlines()
-    every = len(lines) // some
-    for position in range(0, len(lines), every):
-        lines[position] = lines[position].replace("a model in", "at dusk, seen from far away, a model stands still in")
-    (work / "samples.jsonl").write_text("\n".join(lines) + "\n")
-    rows.append({"step": f"{len(range(0, len(lines), every))} new captions", **redone(job, config, builders)})
+    texts = {f"clip-{number:09d}": "a red dress" for number in range(num_samples)}
+    added = {f"clip-{number:09d}": "a red dress" for number in range(num_samples, num_samples + some)}
+    steps = [("first", texts), (f"+{some}", texts := texts | added)]
+    gone = set(list(texts)[7 :: len(texts) // some][:some])
+    steps.append((f"-{some}", texts := {key: text for key, text in texts.items() if key not in gone}))
+    other = dict.fromkeys(list(texts)[3 :: len(texts) // some][:some], "a red dress, seen from far away at dusk " * 9)
+    steps.append((f"{some} new captions", texts | other))
+    rows, known, placed = [], {}, {}
+    for name, texts in steps:
+        plan = plan_units(storage, "encode", "work/records", table(texts), Dealing("", 106), ("recipe",))
+        commit_plan(storage, plan)
+        kept = kept_plan(storage, "encode", ["key", "unit"])
+        now = dict(zip(kept["key"].to_pylist(), kept["unit"].to_pylist(), strict=True))
+        stale = [plan.units[number] for number in plan.stale]
+        visited = {unit.name for unit in stale}
+        rows.append({
+            "step": name, "samples": len(texts), "shards": len(plan.units), "shards_visited": len(stale),
+            "encoded": sum(known.get(key) != text for key, text in texts.items() if now[key] in visited),
+            "moved": sum(key in placed and placed[key] != unit for key, unit in now.items()),
+        })  # fmt: skip
+        folder = Path(storage.full_path("work/records"))
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in plan.stale:
+            (folder / Commit(plan.units[number].name, plan.recipes[number]).file).touch()
+        remove_unplanned(storage, plan)
+        known, placed = dict(texts), now
     return rows
 
 
-def redone(job, config, builders: Builders) -> dict[str, float]:
-    """Prepare and say what the builders did."""
-    builders.done.clear()
-    result = job.prepare(config)
-    return {
-        "encoded": builders.done["encoded"], "moved": builders.done["moved"],
-        "copied_in_their_shard": builders.done["copied"], "shards_visited": builders.done["shards"],
-        "shards": len(result.manifest.shards),
-    }  # fmt: skip
+def table(texts: dict[str, str]):
+    """Inputs of these keys and texts."""
+    import pyarrow as pa
+
+    from loomvideo.pipelines.prepare.inputs import SAMPLE_SCHEMA, Inputs
+
+    samples = [json.dumps({"key": key, "caption": text}) for key, text in texts.items()]
+    count = len(texts)
+    columns = {"key": list(texts), "dataset": ["set"] * count, "split": ["train"] * count, "num_bytes": [1] * count,
+               "sample": samples, "media": [""] * count, "judged": ["{}"] * count}  # fmt: skip
+    return Inputs(pa.table(columns, schema=SAMPLE_SCHEMA), [])
 
 
 def in_its_own_process(arguments: list[str]) -> list[dict]:
