@@ -105,8 +105,9 @@ def _size(folder: Path) -> int:
 class Environment:
     """A virtual environment and the installer that fills it."""
 
-    def __init__(self, venv: Path):
+    def __init__(self, venv: Path, compile_bytecode: bool = False):
         self.venv = venv
+        self.compile_bytecode = compile_bytecode
         self.python = str(venv / "bin" / "python")
         self.uv: str | None = None
         self.variables: dict[str, str] = dict(os.environ)
@@ -164,8 +165,10 @@ class Environment:
         if self.uv:
             command = [self.uv, "pip", "install", "--python", self.python, "--no-deps"]
             command += ["--no-index"] if self.no_index else []
+            command += ["--compile-bytecode"] if self.compile_bytecode else []
         else:
-            command = [self.python, "-m", "pip", "install", "--disable-pip-version-check", "--no-deps", "--no-compile"]
+            command = [self.python, "-m", "pip", "install", "--disable-pip-version-check", "--no-deps"]
+            command += [] if self.compile_bytecode else ["--no-compile"]
             command += [] if sys.stderr.isatty() else ["--quiet"]
         self._run([*command, *options, *requirements], what, variables)
 
@@ -297,6 +300,19 @@ def install_project(environment: Environment, editable: bool) -> None:
         environment.install("loomvideo", [str(REPO)], *options)
 
 
+def start_once(environment: Environment) -> None:
+    """Imports what Ray starts under a time limit of seconds, which on a slow machine the first import alone takes.
+
+    Raises:
+        SetupError: The environment does not even import Ray.
+    """
+    with Phase("first import of Ray", environment.venv):
+        command = [environment.python, "-c", "import ray.dashboard.agent"]
+        done = subprocess.run(command, cwd=environment.venv, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SetupError(f"{environment.venv} is made, but Ray does not load: {done.stderr.strip().splitlines()[-1]}")
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description="Make or refresh the virtual environment from the lock files.")
@@ -305,8 +321,9 @@ def main() -> int:
     parser.add_argument("--accelerator", choices=["cpu", "cuda"], help="default: cuda where nvidia-smi lists a GPU")
     parser.add_argument("--part", choices=["all", "dependencies", "project"], default="all", help="for image layers")
     parser.add_argument("--no-editable", action="store_true", help="copy the project in, do not link to this folder")
+    parser.add_argument("--compile", action="store_true", help="compile bytecode ahead, for a folder read-only later")
     arguments = parser.parse_args()
-    environment = Environment(arguments.venv.absolute())
+    environment = Environment(arguments.venv.absolute(), arguments.compile)
     accelerator = arguments.accelerator or environment.accelerator() or detect_accelerator()
     began = time.monotonic()
     try:
@@ -325,6 +342,7 @@ def main() -> int:
             environment.record(accelerator)
         if arguments.part != "dependencies":
             install_project(environment, not arguments.no_editable)
+            start_once(environment)
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
