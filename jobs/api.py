@@ -157,7 +157,7 @@ def generate(*, preset: str = DEFAULT_PRESET, **keys: Any) -> GenerationResult:
 
     config = _config(GenerateConfig, "generate", preset, keys)
     run(config)
-    outputs = [request.out for request in read_requests(Path(config.batch))] if config.batch else [config.out]
+    outputs = [request.out for request in read_requests(Path(config.batch), [])] if config.batch else [config.out]
     return GenerationResult(tuple(Path(out) for out in outputs))
 
 

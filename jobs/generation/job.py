@@ -26,7 +26,8 @@ def run(config: GenerateConfig) -> None:
     Raises:
         UserError: in one line, for whatever cannot be done.
     """
-    requests = list(read_requests(Path(config.batch))) if config.batch else [single_request(config)]
+    refused: list[str] = []
+    requests = list(read_requests(Path(config.batch), refused)) if config.batch else [single_request(config)]
     config.check()
     for key in ("workers", "ranks", "sequence_ranks"):
         if getattr(config, key) < 1:
@@ -36,7 +37,7 @@ def run(config: GenerateConfig) -> None:
     source = model_source(config)
     source.size.grid.check_frames("num_frames", config.num_frames)
     if config.batch or config.ranks > 1:
-        _run_on_ray(config, requests)
+        _run_on_ray(config, requests, refused)
     else:
         _run_here(config, requests[0])
 
@@ -120,14 +121,16 @@ def _print_errors(rows: list[ShortcutError]) -> None:
     console.print(table)
 
 
-def _run_on_ray(config: GenerateConfig, requests: list[Request]) -> None:
+def _run_on_ray(config: GenerateConfig, requests: list[Request], refused: list[str]) -> None:
     from loomvideo.jobs.generation.actors import generate_all
     from loomvideo.platform.ray_session import ray_session
 
     if not requests:
-        raise UserError(f"batch={config.batch}: holds no request")
+        raise UserError(refused[0] if refused else f"batch={config.batch}: holds no request")
     outcomes: dict[str, list[str]] = {"done": [], "kept": [], "failed": []}
-    messages = []
+    messages = list(refused)
+    for message in refused:
+        console.print(message, soft_wrap=True)
     with ray_session(), _progress() as bar:
         task = bar.add_task("generating", total=len(requests))
         for request, (outcome, message) in generate_all(config, requests):
@@ -139,10 +142,11 @@ def _run_on_ray(config: GenerateConfig, requests: list[Request]) -> None:
     if config.shortcuts.alone():
         console.print(f"approximate: {', '.join(config.shortcuts.alone())}; one file alone prints the error")
     console.print(", ".join(f"{len(paths)} {outcome}" for outcome, paths in outcomes.items()))
-    if len(requests) == 1 and messages:
+    num_requests = len(requests) + len(refused)
+    if num_requests == 1 and messages:
         raise UserError(messages[0])
     if messages:
-        raise UserError(f"{len(messages)} of {len(requests)} requests failed; fix them and run the same line again")
+        raise UserError(f"{len(messages)} of {num_requests} requests failed; fix them and run the same line again")
 
 
 def _progress() -> Progress:

@@ -9,7 +9,7 @@ from loomvideo.model.tasks import requested_task
 from loomvideo.pipelines.sources import fields
 from loomvideo.pipelines.sources.base import Place, Rejected, Root
 from loomvideo.pipelines.sources.fields import FieldError
-from loomvideo.pipelines.sources.rows import rows
+from loomvideo.pipelines.sources.rows import Entry, rows
 from loomvideo.platform.errors import UserError
 
 IMAGE_SUFFIXES, VIDEO_SUFFIXES = (".png", ".webp"), (".mp4",)
@@ -72,30 +72,38 @@ def _located(request: Request, folder: Path) -> Request:
     )
 
 
-def read_requests(path: Path) -> Iterator[Request]:
+def read_requests(path: Path, refused: list[str] | None = None) -> Iterator[Request]:
     """Requests of a JSONL file, one object a line; paths are relative to the file.
 
+    Args:
+        path: The file.
+        refused: Takes what is wrong with a line, naming file, line and field, and the others are read; without it the
+            first such line is an error.
+
     Raises:
-        UserError: naming the file, the line and the field.
+        UserError: if there is no such file, or for the first line that is no request.
     """
     if not path.is_file():
         raise UserError(f"batch={path}: no such file")
     seen: set[str] = set()
     folder, name = path.absolute().parent, path.name
     for entry in rows(Place(Root(str(folder)), name), name, ""):
-        if isinstance(entry, Rejected):
-            raise UserError(f"{entry.where}: {entry.detail}")
-        where, values = entry
-        where = f"{path}:{where.rpartition(':')[2]}"
+        where = entry.where if isinstance(entry, Rejected) else entry[0]
         try:
-            request = _located(_request(values), path.parent)
-        except FieldError as error:
-            raise UserError(f"{where}: {error}") from error
-        try:
-            request.check()
+            yield _checked_request(entry, path.parent, seen)
         except UserError as error:
-            raise UserError(f"{where}: {error}") from error
-        if request.out in seen:
-            raise UserError(f"{where}: out={request.out} is named twice")
-        seen.add(request.out)
-        yield request
+            message = f"{path}:{where.rpartition(':')[2]}: {error}"
+            if refused is None:
+                raise UserError(message) from error
+            refused.append(message)
+
+
+def _checked_request(entry: Entry, folder: Path, seen: set[str]) -> Request:
+    if isinstance(entry, Rejected):
+        raise UserError(entry.detail)
+    request = _located(_request(entry[1]), folder)
+    request.check()
+    if request.out in seen:
+        raise UserError(f"out={request.out} is named twice")
+    seen.add(request.out)
+    return request

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 from functools import partial
+from pathlib import Path
 
 import av
 import numpy as np
@@ -230,6 +231,21 @@ def test_a_batch_keeps_what_is_done_and_names_what_failed(folder):
 
 
 @pytest.mark.slow
+def test_a_bad_line_of_a_batch_costs_itself(tmp_path):
+    good = {"task": "t2i", "prompt": "a dress", "out": "one.png"}
+    bad = [good, {"task": "fly"}, good | {"prompt": 12}, good | {"refs": 5}, good | {"seed": "x"}, good | {"size": 1}]
+    lines = [json.dumps(line) for line in [good, *bad]] + ["{", "[1]", json.dumps(good | {"out": "two.png"})]
+    batch = tmp_path / "batch.jsonl"
+    batch.write_text("\n".join(lines))
+    refused = []
+    assert [Path(request.out).name for request in read_requests(batch, refused)] == ["one.png", "two.png"]
+    assert [message.removeprefix(f"{batch}:")[0] for message in refused] == list("23456789")
+    assert "one.png is named twice" in refused[0]
+    assert not any("\n" in message for message in refused)
+    with pytest.raises(UserError, match=r"batch\.jsonl:2: out="):
+        list(read_requests(batch))
+
+
 def test_a_batch_on_ray_is_resumed_and_ranks_make_the_same_file(folder, ray_cluster, capsys):
     lines = [
         {"task": "t2i", "prompt": "a red dress", "out": "ray/one.png"},
