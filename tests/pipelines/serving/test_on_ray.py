@@ -67,6 +67,8 @@ def test_progress_result_and_errors(client):
     assert seen[-1]["steps"] == 10
     assert client.get(f"/api/jobs/{seen[-1]['id']}/result").content == b"a coat 1"
     assert follow(client, "fail")[-1]["error"] == "width 33 is no multiple of 32"
+    health = client.get("/health")
+    assert (health.status_code, health.json()["generators"]) == (200, 1)
     assert "<title>LoomVideo</title>" in client.get("/").text
     assert 'status="done",task="t2i"} 1.0' in client.get("/metrics").text
 
