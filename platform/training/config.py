@@ -60,8 +60,7 @@ class ZeroConfig:
     stage: int = option(3, "3 partitions weights, gradients and optimiser state; 2 keeps weights whole")
     hpz_partition_size: int = option(1, "ranks of one node that keep a second copy of the weights (ZeRO++ hpZ)")
     offload_optimizer: bool = option(False, "keep optimiser state and master weights in host memory")
-    resident_elements: int = option(100_000_000, "a model up to this size stays gathered between steps (stage 3)")
-    persistence_elements: int = option(100_000, "in a larger model, parameters up to this size stay gathered")
+    persistence_elements: int = option(100_000, "parameters up to this size stay gathered between steps (stage 3)")
     bucket_elements: int = option(0, "elements of a gradient reduction; 0 chooses from the model's size")
     overlap: bool = option(True, "overlap communication and backward (CUDA)")
 

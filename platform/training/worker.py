@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from loomvideo.platform.errors import UserError
-from loomvideo.platform.training.checkpoint import Checkpoint, CheckpointFolder, DamagedCheckpoint
+from loomvideo.platform.training.checkpoint import Checkpoint, CheckpointFolder
 from loomvideo.platform.training.config import PackConfig, TrainingConfig
 from loomvideo.platform.training.engine import ZeroEngine, read_from
 from loomvideo.platform.training.guard import SpikeGuard
@@ -32,6 +32,7 @@ from loomvideo.platform.training.order import continued_data, data_entry
 from loomvideo.platform.training.packing import packs_for, packs_of_rank, planner_of
 from loomvideo.platform.training.profiling import profiled
 from loomvideo.platform.training.recipe import Recipe, TrainingDataset
+from loomvideo.platform.training.saving import Saver, newest_whole
 from loomvideo.platform.training.schedule import learning_rate
 from loomvideo.platform.training.validation import Validator
 from loomvideo.platform.training.watchdog import FLIGHT_FOLDER, FLIGHT_PREFIX, Watchdog
@@ -42,7 +43,6 @@ logger = logging.getLogger(__name__)
 PREEMPTION_INTERVAL_S = 5.0
 REPORT_INTERVAL_S = 1.0
 RECENT_STEPS = 200
-LAST_RETRIES = 2
 OTHER_WORKER = "another worker could not load its samples"
 
 
@@ -105,7 +105,7 @@ class Worker:
         # A preemption notice asks for a checkpoint, once; the driver asks before it changes the number of workers.
         self._urgent = self._noticed = self._asked_for_checkpoint = False
         attempt = self._from_rank_0(uuid.uuid4().hex)
-        resumed = self._newest_checkpoint()
+        resumed = newest_whole(self.folder, self._sum)
         self.pack_config, self.packs_per_step = self._packs(resumed)
         num_micro_steps = len(packs_of_rank(self.packs_per_step, 0, self.pack_ranks))
         model, initial = self.recipe.start()
@@ -128,16 +128,10 @@ class Worker:
         self._recent: collections.deque[dict[str, Any]] = collections.deque(maxlen=RECENT_STEPS)
         if resumed is not None:
             self._restore(resumed)
-        self._saved_at: int | None = None if resumed is None else resumed.step
-        self._checkpoint_error = ""
         self._num_rollbacks = self._most_tokens = 0
         self._tags: dict[tuple[str, str], list[float]] = {}
         self._records: list[dict[str, Any]] = []
-        # When the newest checkpoint was begun, and the newest one known to be whole.
-        self._last_checkpoint_at = self._whole_at = time.monotonic()
         self._monitor = NodeMonitor(device, job.run_path)
-        # A checkpoint that was due while the one before was being written; whether any rank was, at the last look.
-        self._postponed = self._writing = False
         # Only now: reading weights from a store may take longer than any step.
         logs = job.run_path / "logs"
         self._watchdog = Watchdog(
@@ -145,25 +139,17 @@ class Worker:
             logs / f"hang-rank-{self.rank}.txt",
             logs / FLIGHT_FOLDER / f"{FLIGHT_PREFIX}{self.rank}",
         )
+        self._saver = Saver(
+            self.folder,
+            self.config.checkpoint,
+            self._writer,
+            self._sum,
+            self._report,
+            self._watchdog.beat,
+            None if resumed is None else resumed.step,
+        )
 
     # -- state ----------------------------------------------------------------------------------------------------
-
-    def _newest_checkpoint(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole; every rank checks a share of the files."""
-        if self.rank == 0:
-            self.folder.clear_unfinished()
-        for step in reversed(self._from_rank_0(self.folder.steps())):
-            checkpoint, damage = None, ""
-            try:
-                checkpoint = Checkpoint(self.folder.at(step))
-                checkpoint.verify(sorted(checkpoint.manifest["files"])[self.rank :: self.world_size])
-            except DamagedCheckpoint as found:
-                damage = str(found)
-            if self._sum(float(bool(damage)))[0] == 0:
-                return checkpoint
-            if damage:
-                logger.warning("checkpoint passed over: %s", damage)
-        return None
 
     def _packs(self, resumed: Checkpoint | None) -> tuple[PackConfig, int]:
         """Packs a step and their budget: on another number of workers than at the start, the same tokens a step."""
@@ -227,68 +213,14 @@ class Worker:
             "time": time.time(),
         }
 
-    def save(self) -> None:
-        """Start to write a checkpoint of the current step; the one before must be finished or given up."""
+    def _contents(self) -> tuple[dict[str, torch.Tensor], dict[str, list[int]], dict[str, Any]]:
         tensors, ranges = {}, {}
         frozen = () if self._base else self.engine.frozen_slices()
         for part in itertools.chain(self.engine.slices(), frozen):
             ranges[part.name] = [part.start, part.stop]
             for kind, view in part.views.items():
                 tensors[f"{kind}/{part.name}"] = view
-        self._writer.write(self.step, tensors, ranges, self._state())
-        self._saved_at, self._last_checkpoint_at, self._postponed = self.step, time.monotonic(), False
-        if not self.config.checkpoint.background:
-            self._settle_checkpoint()
-
-    def _save_when_free(self) -> bool:
-        """Save, unless the checkpoint before is still being written after a while: then as soon as it is not."""
-        if self._settle_checkpoint(self.config.checkpoint.wait_s):
-            self.save()
-            return True
-        if not self._postponed:
-            self._postponed = True
-            self._report({"event": "checkpoint_postponed", "rank": self.rank, "step": self.step})
-        return False
-
-    def _save_urgently(self) -> None:
-        """Save now, before the workers are taken away: a checkpoint that is still being written is given up for it."""
-        if self._writer.pending:
-            self._report({"event": "checkpoint_abandoned", "rank": self.rank, "step": self._saved_at})
-            self._writer.abandon()
-        self.save()
-        # Ray takes the workers away at the deadline; until then training goes on.
-        self._settle_checkpoint()
-        self._report({"event": "checkpointed", "rank": self.rank, "step": self.step})
-
-    def _settle_checkpoint(self, patience_s: float = math.inf) -> bool:
-        """Wait until no rank is writing, all ranks together; returns whether that came to pass in time."""
-        waited_from, pause_s = time.monotonic(), 0.002
-        while self._writer.pending:
-            mine = time.monotonic() - waited_from > patience_s
-            busy, failed, late = self._sum(float(self._writer.busy), float(self._writer.failed), float(mine))
-            self._look_at_writing(busy, failed)
-            # Writing is progress, however slow the store.
-            self._watchdog.beat()
-            if self._writer.pending and late:
-                return False
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, 0.5)
-        return True
-
-    def _look_at_writing(self, busy: float, failed: float) -> None:
-        """Act on how many ranks are writing and how many failed; one that failed is reported and training goes on."""
-        self._writing = busy > 0
-        if failed:
-            self._writer.cancel()
-        if busy or not self._writer.pending:
-            return
-        error = self._writer.finish(failed)
-        if error:
-            self._report({"event": "checkpoint_failed", "rank": self.rank, "step": self._saved_at, "message": error})
-            self._checkpoint_error = error
-        else:
-            self._checkpoint_error = ""
-            self._whole_at = self._last_checkpoint_at
+        return tensors, ranges, self._state()
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
@@ -332,14 +264,7 @@ class Worker:
             if self.guard.consecutive_skips > self.config.guard.max_skips:
                 self._roll_back()
         self._flush(last=True)
-        self._settle_checkpoint()
-        for _ in range(1 + LAST_RETRIES):
-            if self._saved_at == self.step and not self._checkpoint_error:
-                break
-            self.save()
-            self._settle_checkpoint()
-        if self._checkpoint_error:
-            raise UserError(f"{self.folder.url}: the last checkpoint was not written: {self._checkpoint_error}")
+        self._saver.save_last(self.step, self._contents)
         return {"steps": self.step, "first_step": first_step, "stopped": self._stop_reason}
 
     def _train(self, loader: StepLoader) -> None:
@@ -352,12 +277,13 @@ class Worker:
                 return
             if self._validator is not None and self.step % self.config.validation.every_steps == 0:
                 self._validate()
-            due = self._checkpoint_is_due()
+            # Asked on all ranks, as it may be a collective.
+            due = self._saver.is_due(self.step, self.step % self.config.log_every == 0)
             if self._urgent:
                 self._urgent = False
-                self._save_urgently()
-            elif due or (self._postponed and not self._writing):
-                self._save_when_free()
+                self._saver.save_urgently(self.step, self._contents)
+            elif due and self.step < self.last_step:
+                self._saver.save_when_free(self.step, self._contents)
 
     def _validate(self) -> None:
         """Report the loss of raw and averaged weights on the fixed triples; remember the best checkpoint's step."""
@@ -371,9 +297,9 @@ class Worker:
         judged = losses.get("ema", losses["raw"])["loss"]
         if judged < self._best_loss:
             self._best_loss = judged
-            if self.config.checkpoint.keep_best and self._saved_at != self.step:
+            if self.config.checkpoint.keep_best and self._saver.saved_at != self.step:
                 best_before, self._writer.best_step = self._writer.best_step, self.step
-                if not self._save_when_free():
+                if not self._saver.save_when_free(self.step, self._contents):
                     self._writer.best_step = best_before
         if self.rank == 0:
             seconds = time.perf_counter() - started
@@ -381,9 +307,9 @@ class Worker:
 
     def _roll_back(self) -> None:
         """Return to the last checkpoint's weights and go on with the samples after the bad ones."""
-        self._settle_checkpoint()
+        self._saver.settle()
         self._num_rollbacks += 1
-        checkpoint = self._newest_checkpoint()
+        checkpoint = newest_whole(self.folder, self._sum)
         if checkpoint is None or self._num_rollbacks > self.config.guard.max_rollbacks:
             raise UserError(
                 f"{self.guard.consecutive_skips} steps in a row had a bad loss up to step {self.step}, "
@@ -441,7 +367,7 @@ class Worker:
             float(self._writer.busy),
             float(self._writer.failed),
         )
-        self._look_at_writing(writing, not_written)
+        self._saver.look(writing, not_written)
         if failed:
             raise UserError(problem or OTHER_WORKER)
         if stops:
@@ -560,8 +486,7 @@ class Worker:
             "tags": [[*tag, *sums] for tag, sums in self._tags.items()],
         }
         if self.rank == 0:
-            begun = self._whole_at if self._checkpoint_error else self._last_checkpoint_at
-            report["checkpoint_age_s"] = time.monotonic() - begun
+            report["checkpoint_age_s"] = self._saver.age_s
         if warnings := list(self.recipe.warnings()):
             report["warnings"] = warnings
         if figures := self._monitor.read(at_once=last):
@@ -579,16 +504,6 @@ class Worker:
             self._asked_for_checkpoint = True
         else:
             self._wants_stop = answer or self._wants_stop
-
-    def _checkpoint_is_due(self) -> bool:
-        config = self.config.checkpoint
-        by_step = self.step % config.every_steps == 0
-        by_clock = bool(config.every_s) and time.monotonic() - self._last_checkpoint_at > config.every_s
-        if config.every_s and self.step % self.config.log_every == 0:
-            by_clock = self._sum(float(by_clock))[0] > 0
-        else:
-            by_clock = False
-        return (by_step or by_clock) and self.step < self.last_step
 
     # -- collectives ----------------------------------------------------------------------------------------------
 
