@@ -133,6 +133,7 @@ class LoomVideoRecipe(BaseRecipe):
         self.lora = lora if lora and lora.rank else None
         self.features = features
         self.ranks: Ranks | None = None
+        self._has_seen_source = False
 
     def build_model(self) -> nn.Module:
         """The transformer in float32 with its starting weights."""
@@ -177,6 +178,10 @@ class LoomVideoRecipe(BaseRecipe):
         """Cut every pack into stretches of tokens for neighbouring ranks (Ulysses)."""
         if num_ranks > 1:
             self.ranks = Ranks.split(num_ranks)
+
+    def should_learn(self, names: Sequence[str]) -> Sequence[str]:
+        """All; what embeds sources, once there was a source."""
+        return [name for name in names if self._has_seen_source or not name.startswith("source_patch_embedding.")]
 
     def warnings(self) -> Sequence[str]:
         """Kernels that eager replaced on this rank, and why."""
@@ -290,6 +295,7 @@ class LoomVideoRecipe(BaseRecipe):
     def collate(self, examples: Sequence[Example]) -> TrainingPack:
         """Pack the examples into one sequence."""
         batch = pack([example.sample for example in examples], self.config.patch_size)
+        self._has_seen_source |= any(example.sample.source is not None for example in examples)
         target = batch.pack_targets([example.target for example in examples])
         operations, num_ranks = 3.0 * pack_flops(self.config, batch).total, 1
         if self.ranks is not None:

@@ -176,7 +176,10 @@ def _worker_environment(config: TrainingConfig, run_folder: RunFolder) -> dict[s
         # cuBLAS repeats itself only with a workspace of its own, chosen before it starts.
         environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     environment |= recorder_environment(run_folder.path / "logs" / FLIGHT_FOLDER)
-    if not config.workers.gpus:
+    if config.workers.gpus:
+        # Packs differ in length from step to step, which fragments memory.
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    else:
         environment |= {"OMP_NUM_THREADS": str(config.workers.cpus), "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
     return environment
 

@@ -165,6 +165,19 @@ class ZeroEngine:
             views = {kind: flat.narrow(0, offset, stop - start) for kind, flat in flats[group].items()}
             yield ParameterSlice(name, start, stop, views)
 
+    def without_gradient(self) -> list[str]:
+        """Trainable parameters that no step has given a gradient other than zero; on all ranks together.
+
+        The second moment tells, without a look at any gradient on the way: it is zero only then.
+        """
+        number_of = {name: number for number, name in enumerate(self._parameters)}
+        largest = torch.zeros(len(number_of), device=self.device)
+        for part in self.slices():
+            if "exp_avg_sq" in part.views:
+                largest[number_of[part.name]] = part.views["exp_avg_sq"].max()
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        return [name for name, size in zip(number_of, largest.tolist(), strict=True) if size == 0]
+
     def frozen_slices(self) -> Iterator[ParameterSlice]:
         """This rank's share of the parameters that are not trained."""
         for name, parameter in self._frozen.items():

@@ -112,6 +112,10 @@ class Recipe(Protocol):
         """
         ...
 
+    def should_learn(self, names: Sequence[str]) -> Sequence[str]:
+        """Which of these trainable parameters the packs of this rank so far should have given a gradient."""
+        ...
+
     def warnings(self) -> Sequence[str]:
         """What the run's record should say of this rank so far, such as a replaced kernel."""
         ...
@@ -198,6 +202,10 @@ class BaseRecipe:
         """Every rank has packs of its own."""
         if num_ranks > 1:
             raise UserError(f"training.sequence_ranks={num_ranks}: this recipe cannot share a pack between workers")
+
+    def should_learn(self, names: Sequence[str]) -> Sequence[str]:
+        """All."""
+        return names
 
     def warnings(self) -> Sequence[str]:
         """None."""

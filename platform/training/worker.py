@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 PREEMPTION_INTERVAL_S = 5.0
 REPORT_INTERVAL_S = 1.0
 RECENT_STEPS = 200
+PROBE_STEP = 10
 OTHER_WORKER = "another worker could not load its samples"
 
 
@@ -390,6 +391,8 @@ class Worker:
         self.step += 1
         self.optimizer_step += updated
         self._planner_state = loaded.state
+        if updated and self.optimizer_step == PROBE_STEP:
+            self._probe()
         done = time.perf_counter()
         self._note(
             loaded,
@@ -438,6 +441,24 @@ class Worker:
                     entry[0] += value
                     entry[1] += number_of_elements
         return loss_sum, bad_keys
+
+    def _probe(self) -> None:
+        """Refuse to go on when something that is trained never gets a gradient: it would look like slow learning.
+
+        Not at the first step, as layers that start at zero let nothing through to those before them.
+        """
+        idle = self.engine.without_gradient()
+        if not idle:
+            return
+        gathered: list[list[str]] = [[]] * self.world_size
+        dist.all_gather_object(gathered, list(self.recipe.should_learn(idle)))
+        dead = [name for name in idle if any(name in part for part in gathered)]
+        if dead:
+            shown = ", ".join(dead[:5]) + (f" and {len(dead) - 5} more" if len(dead) > 5 else "")
+            raise UserError(
+                f"after {PROBE_STEP} steps no gradient has reached {shown}: what they read is cut off from the loss; "
+                "leave them out of training.optimizer.trainable, or find what cuts them off"
+            )
 
     def _out_of_memory(self, pack: Any) -> str:
         passed = f"packs of {self._most_tokens} tokens passed" if self._most_tokens else "no pack passed before"

@@ -153,6 +153,26 @@ class HungryRecipe(ToyRecipe):
         return super().loss(model, pack)
 
 
+class DeafModel(ToyModel):
+    """Has a layer whose output is lost."""
+
+    def __init__(self, num_blocks, hidden):
+        super().__init__(num_blocks, hidden)
+        self.lost = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, pack):
+        return super().forward(pack) + 0.0 * self.lost(pack.tokens)
+
+
+class DeafRecipe(ToyRecipe):
+    """Trains a layer that cannot learn."""
+
+    def build_model(self):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            return DeafModel(self.num_blocks, self.hidden)
+
+
 class DeadlyRecipe(ToyRecipe):
     """Kills its process once, when a certain sample is loaded for the ninth time."""
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.plain_loop import plain_training
 from helpers.ranks import Scenario, run_ranks, steps_of, train_scenarios
-from helpers.toy_training import HungryRecipe, ToyDataset, ToyRecipe, adapt_toy
+from helpers.toy_training import DeafRecipe, HungryRecipe, ToyDataset, ToyRecipe, adapt_toy
 
 from loomvideo.platform.training.beside import load_checkpoint_weights
 from loomvideo.platform.training.checkpoint import CheckpointFolder
@@ -57,6 +57,7 @@ def two_ranks(tmp_path_factory):
         "adapted_resumed": Scenario(str(root / "adapted_resumed"), config(3), recipe=ADAPTED),
         "partitioned": Scenario(str(root / "partitioned"), partitioned),
         "rolled_back": Scenario(str(root / "rolled_back"), rolled_back, url="toy://64/nan=22"),
+        "deaf": Scenario(str(root / "deaf"), config(2), recipe=DeafRecipe),
         "hungry": Scenario(str(root / "hungry"), config(2), recipe=HungryRecipe),
         "whole": Scenario(str(root / "whole"), config(3)),
         "even": Scenario(str(root / "even"), config(2)),
@@ -218,6 +219,14 @@ def test_out_of_memory_names_the_pack_and_a_budget(two_ranks):
     for _, final in two_ranks[1]["hungry"]:
         assert "out of memory in a pack of" in final["error"]
         assert "tokens passed): lower training.pack.tokens=100 to about 80" in final["error"]
+
+
+def test_what_never_learns_is_named_at_the_start(two_ranks):
+    for reports, final in two_ranks[1]["deaf"]:
+        assert (
+            "after 10 steps no gradient has reached lost.weight, lost.bias: what they read is cut off" in final["error"]
+        )
+        assert len(steps_of(reports)) < 10
 
 
 def test_an_unreadable_sample_is_one_clear_error_on_all_ranks(two_ranks):
