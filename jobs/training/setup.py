@@ -30,8 +30,11 @@ def with_absolute_paths(config: TrainingJobConfig) -> TrainingJobConfig:
     def absolute(path: str) -> str:
         return path if not path or "://" in path else os.path.abspath(path)
 
+    checkpoint = config.training.checkpoint
+    checkpoint = dataclasses.replace(checkpoint, url=absolute(checkpoint.url))
     return dataclasses.replace(
         config,
+        training=dataclasses.replace(config.training, checkpoint=checkpoint),
         from_weights=absolute(config.from_weights),
         codec_folder=absolute(config.codec_folder),
         mllm_folder=absolute(config.mllm_folder),

@@ -283,7 +283,7 @@ class Worker:
             if self._urgent:
                 self._urgent = False
                 self._saver.save_urgently(self.step, self._contents)
-            elif due and self.step < self.last_step:
+            elif due and self._saver.saved_at != self.step < self.last_step:
                 self._saver.save_when_free(self.step, self._contents)
 
     def _validate(self) -> None:
