@@ -3,9 +3,9 @@ import threading
 import time
 from pathlib import Path
 
-import fsspec
 import pytest
 import torch
+from fixtures.object_store import s3_bucket
 from safetensors.torch import load_file
 
 from loomvideo.platform.errors import UserError
@@ -122,7 +122,7 @@ def test_a_full_disk_is_said_and_gives_its_room_back(tmp_path, monkeypatch):
 
 
 @pytest.fixture(params=["file", "memory", "s3"])
-def store(request, tmp_path, monkeypatch):
+def store(request, tmp_path):
     """URL of an empty folder on each kind of store."""
     if request.param == "file":
         yield f"file://{tmp_path}"
@@ -130,17 +130,8 @@ def store(request, tmp_path, monkeypatch):
     if request.param == "memory":
         yield f"memory://{tmp_path.name}"
         return
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
-    pytest.importorskip("s3fs")
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    fsspec.filesystem("s3", skip_instance_cache=True).mkdir("checkpoints-test")
-    yield "s3://checkpoints-test"
-    server.stop()
+    with s3_bucket("checkpoints-test") as url:
+        yield url
 
 
 def test_every_store_keeps_checkpoints_alike(store):

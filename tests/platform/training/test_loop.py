@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from fixtures.object_store import s3_bucket
 from helpers.plain_loop import plain_training
 from helpers.ranks import Scenario, run_ranks, steps_of, train_scenarios
 from helpers.toy_training import DeafRecipe, HungryRecipe, ToyDataset, ToyRecipe, adapt_toy
@@ -73,8 +74,16 @@ def two_ranks(tmp_path_factory):
         "missing": Scenario(str(root / "missing"), config(3), url="toy://64/missing=5"),
         "other_data": Scenario(str(root / "resumed"), config(3, steps=20), url="toy://56"),
     }
-    outcomes = run_ranks(train_scenarios, 2, list(scenarios.values()))
-    return root, {name: [rank[number] for rank in outcomes] for number, name in enumerate(scenarios)}
+    with s3_bucket("training-test") as bucket:
+        # Folders of their own: nothing but the bucket carries one over to the other.
+        for name, stop in (("bucket_stopped", STOP_STEP), ("bucket_resumed", 0)):
+            scenarios[name] = Scenario(
+                str(root / name), config(3), stop_after=stop, checkpoints=f"{bucket}/checkpoints"
+            )
+        outcomes = run_ranks(train_scenarios, 2, list(scenarios.values()))
+        kept = CheckpointFolder(f"{bucket}/checkpoints").steps()
+    by_name = {name: [rank[number] for rank in outcomes] for number, name in enumerate(scenarios)}
+    return root, by_name | {"kept in the bucket": kept}
 
 
 def assert_close(records, others, relative):
@@ -129,6 +138,17 @@ def test_resume_on_the_same_world_size_is_bitwise(two_ranks, prefix, name):
         assert set(ends[0].slices[kind]) == set(ends[1].slices[kind])
         for parameter in ends[0].slices[kind]:
             assert torch.equal(ends[0].weights(kind)[parameter], ends[1].weights(kind)[parameter])
+
+
+def test_a_bucket_is_all_that_a_run_needs_to_go_on(two_ranks):
+    _, outcomes = two_ranks
+    exact = ("step", "loss", "grad_norm", "keys_digest")
+    whole, stopped, resumed = (
+        [[record[value] for value in exact] for record in steps_of(outcomes[name][0][0])]
+        for name in ("whole", "bucket_stopped", "bucket_resumed")
+    )
+    assert stopped + resumed == whole
+    assert outcomes["kept in the bucket"] == [4, 6, 8, 12, 16, 20]
 
 
 @pytest.mark.parametrize("name", ["stage_2", "recomputed"])
