@@ -101,7 +101,8 @@ def diff(
     kind = KINDS.get(weights, weights)
     values, other_values = one.weights(kind), other.weights(kind)
     for name, shape in one.shapes.items():
-        if other.shapes.get(name) == shape:
+        # What a run did not train is in neither, but in the weights it started from.
+        if other.shapes.get(name) == shape and values.is_stored(name) and other_values.is_stored(name):
             value = values[name]
             change = other_values[name] - value
             rows.append((float(change.norm() / value.norm().clamp_min(1e-12)), float(change.abs().max()), name))
