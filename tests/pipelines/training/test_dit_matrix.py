@@ -95,7 +95,7 @@ def runs(tmp_path_factory):
             task=("video_edit", "t2v", "ref_edit")[number % 3],
             latent_shape=(1 + number % 2, 4, 4),
             num_references=number % 3 // 2,
-            split="validation" if number < 3 else "train",
+            split="heldout" if number < 3 else "train",
             seed=number,
             **sizes,
         )
