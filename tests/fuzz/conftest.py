@@ -16,7 +16,7 @@ except ImportError:  # the tests of this folder are skipped, saying so
 else:
     checks = list(HealthCheck)
     settings.register_profile("moments", deadline=None, suppress_health_check=checks, max_examples=15)
-    settings.register_profile("minutes", deadline=None, suppress_health_check=checks, max_examples=300)
+    settings.register_profile("minutes", deadline=None, suppress_health_check=checks, max_examples=50)
     settings.load_profile("minutes" if MINUTES else "moments")
 
 
