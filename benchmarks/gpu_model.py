@@ -72,7 +72,7 @@ def workloads(config, device, quick):
         return make_sample(config, device, *arguments, generator=generator, **options)
 
     if quick:
-        return {"edit": [sample((5, 16, 16), 60, source=True)]}
+        return {"edit": [sample((2, 4, 4), 8, source=True)]}
     edit = [sample((25, 30, 52), 780, source=True)]
     images = [sample((1, 40, 40), 420, source=True) for _ in range(12)]
     clips = [sample((9, 30, 40), 300), sample((9, 30, 40), 700, references=[(30, 40)], source=True)]
@@ -210,7 +210,7 @@ def train(report: Report, model, samples_by_name, kernel_backends) -> None:
         model.set_activation_checkpointing("full")
         report.content.setdefault("step_without_synchronisation", {})[workload] = runs_without_synchronisation(step)
         for backend, compiled, checkpointing, attention in modes:
-            if backend not in kernel_backends:
+            if backend not in kernel_backends or (compiled and not torch.cuda.is_available()):
                 continue
             kernels.set_backend(backend, required=True)
             model.set_activation_checkpointing(checkpointing)
@@ -254,7 +254,7 @@ def sampling(report: Report, model, sample, kernel_backends) -> None:
     config, states = model.config, sample.mllm_states
     branches = {
         FULL: Branch(states, sample.source),
-        VISUAL: Branch(states[:, : -(states.shape[1] // 16)], sample.source),
+        VISUAL: Branch(states[:, : -max(states.shape[1] // 16, 1)], sample.source),
         UNCONDITIONAL: Branch(states[:, :24]),
     }
     num_tokens = pack([sample], config.patch_size).num_tokens
@@ -263,7 +263,7 @@ def sampling(report: Report, model, sample, kernel_backends) -> None:
     timesteps = torch.linspace(999, 1, 50)
     latents = sample.latents.float()
     for backend in reversed(kernel_backends):
-        for compiled in (False, True):
+        for compiled in (False, True) if torch.cuda.is_available() else (False,):
             for batched in (False, True):
                 kernels.set_backend(backend, required=True)
                 prepare(model, compiled)
@@ -289,7 +289,7 @@ def attention_backends() -> tuple[str, ...]:
     """What may compute attention here, ``auto`` left out."""
     from loomvideo.model.attention import BACKENDS
 
-    return tuple(name for name in BACKENDS if name != "auto")
+    return tuple(name for name in BACKENDS if name != "auto" and (torch.cuda.is_available() or name == "sdpa"))
 
 
 def planned_gib(model, batch, checkpointing: str, static_bytes: int) -> float:
