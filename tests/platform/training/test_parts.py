@@ -26,6 +26,7 @@ from loomvideo.platform.training.config import (
     TrainingConfig,
     ValidationConfig,
 )
+from loomvideo.platform.training.driver import _worker_environment
 from loomvideo.platform.training.guard import SpikeGuard
 from loomvideo.platform.training.loader import SampleError, StepLoader
 from loomvideo.platform.training.mailbox import WRITE_CHECKPOINT, Mailbox
@@ -303,3 +304,13 @@ def test_mailbox_asks_once_for_a_checkpoint_and_knows_when_it_is_written():
     box.request_stop("asked to stop")
     box.request_checkpoint()
     assert box.put({"event": "alive"}) == "asked to stop"
+
+
+def test_gpu_workers_allocate_in_segments_that_grow(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    config, folder = TrainingConfig(), RunFolder(tmp_path, "job", "name")
+    assert "PYTORCH_ALLOC_CONF" not in _worker_environment(config, folder)
+    config.workers.gpus = 1
+    assert _worker_environment(config, folder)["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")
+    assert _worker_environment(config, folder)["PYTORCH_ALLOC_CONF"] == "backend:native"
