@@ -175,13 +175,10 @@ def _worker_environment(config: TrainingConfig, run_folder: RunFolder) -> dict[s
     if config.deterministic:
         # cuBLAS repeats itself only with a workspace of its own, chosen before it starts.
         environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    if config.workers.gpus:
-        # Packs differ in length: segments that grow leave no holes between them.
-        environment["PYTORCH_ALLOC_CONF"] = os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     environment |= recorder_environment(run_folder.path / "logs" / FLIGHT_FOLDER)
     if config.workers.gpus:
         # Packs differ in length from step to step, which fragments memory.
-        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        environment["PYTORCH_ALLOC_CONF"] = os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     else:
         environment |= {"OMP_NUM_THREADS": str(config.workers.cpus), "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
     return environment
