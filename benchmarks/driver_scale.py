@@ -227,7 +227,7 @@ def table(texts: dict[str, str]):
     samples = [json.dumps({"key": key, "caption": text}) for key, text in texts.items()]
     count = len(texts)
     columns = {"key": list(texts), "dataset": ["set"] * count, "split": ["train"] * count, "num_bytes": [1] * count,
-               "sample": samples, "media": [""] * count, "judged": ["{}"] * count}  # fmt: skip
+               "sample": samples, "media": [""] * count, "assessed": ["{}"] * count}  # fmt: skip
     return Inputs(pa.table(columns, schema=SAMPLE_SCHEMA), [])
 
 

@@ -52,13 +52,13 @@ class PlannedSample:
     Attributes:
         slot: In the shard.
         sample: What to make.
-        judged: What curation found.
+        assessed: What curation found.
         place: Index row of its earlier encoding, None without one.
     """
 
     slot: int
     sample: Sample
-    judged: dict[str, Any]
+    assessed: dict[str, Any]
     place: dict[str, Any] | None
 
 
@@ -168,7 +168,7 @@ class ShardBuilder:
                 attempt.begin(plan.sample.key)
                 began = time.perf_counter()
                 kept = loaded.kept
-                loaded = self._encoded(loaded, row["split"], plan.judged)
+                loaded = self._encoded(loaded, row["split"], plan.assessed)
                 self._encode_s += time.perf_counter() - began
             if isinstance(loaded, Outcome):
                 losses.append(loaded.to_dict())
@@ -180,9 +180,9 @@ class ShardBuilder:
             yield plan.slot, loaded
         facts["feature_error"] = combined_error(errors)
 
-    def _encoded(self, loaded: LoadedSample, split: str, judged: dict[str, Any]) -> ShardSample | Outcome:
+    def _encoded(self, loaded: LoadedSample, split: str, assessed: dict[str, Any]) -> ShardSample | Outcome:
         try:
-            return self.encoder.encode(loaded, split, judged)
+            return self.encoder.encode(loaded, split, assessed)
         except UserError as error:
             return _lost(loaded.sample, "quarantined", "encode", "invalid_sample", str(error))
         except Exception as error:
@@ -258,7 +258,7 @@ class ShardBuilder:
             PlannedSample(
                 entry["slot"],
                 stored_sample(entry["sample"]),
-                json.loads(entry["judged"]),
+                json.loads(entry["assessed"]),
                 places.get((entry["was"] or row["unit"], entry["key"])),
             )
             for entry in read_planned(self.storage, row)

@@ -136,11 +136,11 @@ def with_captions(results: Iterable[bytes], inputs: Inputs, config: PrepareConfi
     """The inputs with the committed texts; samples that have none at the end are set aside with the reason."""
     by_key = {found.key: found for data in results for found in _results(data)}
     mode, losses, collected = config.captions.mode, list(inputs.losses), InputTable(config)
-    for sample, judged in zip(inputs.samples(), inputs.judged(), strict=True):
+    for sample, assessed in zip(inputs.samples(), inputs.assessed(), strict=True):
         result = by_key.get(sample.key)
         finished = with_text(sample, result, mode) if result is not None else sample
         if finished.text:
-            collected.add(finished, judged)
+            collected.add(finished, assessed)
             continue
         reason = result.status if result is not None else "no_text"
         message = result.detail if result is not None else f"captions.mode={mode} does not ask for it"

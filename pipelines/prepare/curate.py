@@ -256,7 +256,7 @@ def assessments(results: Iterable[bytes]) -> Iterator[Assessment]:
 
 
 def lost_by_curation(result: bytes) -> set[str]:
-    """Keys of a committed result that another attempt may judge."""
+    """Keys of a committed result that another attempt may assess."""
     found = assessments([result])
     return {stored_sample(j.sample).key for j in found if j.outcome == "quarantined" and j.reason in RETRIABLE}
 

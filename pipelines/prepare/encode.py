@@ -230,13 +230,13 @@ class SampleEncoder:
         return {"null": self.mllm.encode([inputs])[0].to("cpu", torch.bfloat16)}
 
     @torch.no_grad()
-    def encode(self, loaded: LoadedSample, split: str, judged: dict[str, Any] | None = None) -> ShardSample:
+    def encode(self, loaded: LoadedSample, split: str, assessed: dict[str, Any] | None = None) -> ShardSample:
         """Encode what is not kept, and describe the sample.
 
         Args:
             loaded: The sample.
             split: For its metadata.
-            judged: What curation found, ``{"scores": {...}, "reasons": [...]}``, for its metadata.
+            assessed: What curation found, ``{"scores": {...}, "reasons": [...]}``, for its metadata.
 
         Raises:
             UserError: if the MLLM cannot be told the sample.
@@ -279,7 +279,7 @@ class SampleEncoder:
                 if name.startswith("mean.")
             ),
             **mllm_metadata,
-            **(judged or {}),
+            **(assessed or {}),
             "fingerprints": loaded.fingerprints,
         }  # fmt: skip
         return ShardSample(sample.key, metadata, tensors)

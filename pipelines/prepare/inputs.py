@@ -33,7 +33,7 @@ SAMPLE_SCHEMA = pa.schema(
         ("num_bytes", pa.int64()),
         ("sample", pa.large_string()),
         ("media", pa.large_string()),
-        ("judged", pa.large_string()),
+        ("assessed", pa.large_string()),
     ]
 )
 """A row a sample: its JSON, estimated size, what is known of its files (``{path: [size, time]}``) and frames."""
@@ -76,9 +76,9 @@ class Inputs:
         """The samples, parsed one after another."""
         return map(stored_sample, self._strings("sample"))
 
-    def judged(self) -> Iterator[dict[str, Any]]:
+    def assessed(self) -> Iterator[dict[str, Any]]:
         """What curation found of each sample."""
-        return map(json.loads, self._strings("judged"))
+        return map(json.loads, self._strings("assessed"))
 
 
 class InputTable:
@@ -97,7 +97,7 @@ class InputTable:
     def __len__(self) -> int:
         return len(self._batches) * _BATCH_ROWS + len(self._rows)
 
-    def add(self, sample: Sample, judged: dict[str, Any] | None = None) -> None:
+    def add(self, sample: Sample, assessed: dict[str, Any] | None = None) -> None:
         """Append a sample, with what curation found of it."""
         self._rows.append(
             (
@@ -107,7 +107,7 @@ class InputTable:
                 planned_bytes(sample, self.config, self.model),
                 sample.to_json(),
                 self.stamps(media_paths(sample)),
-                json.dumps(judged, sort_keys=True) if judged else "{}",
+                json.dumps(assessed, sort_keys=True) if assessed else "{}",
             )
         )
         if len(self._rows) == _BATCH_ROWS:

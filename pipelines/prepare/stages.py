@@ -109,8 +109,8 @@ class Stage:
 def _after_assessing(results: Iterable[bytes], inputs: Inputs, config: PrepareConfig) -> Inputs:
     kept, outcomes = decide(list(assessments(results)), config)
     collected = InputTable(config)
-    for sample, judged in kept:
-        collected.add(sample, {"scores": judged.scores, "reasons": list(judged.reasons)})
+    for sample, assessed in kept:
+        collected.add(sample, {"scores": assessed.scores, "reasons": list(assessed.reasons)})
     return collected.finish([*inputs.losses, *outcomes])
 
 

@@ -164,7 +164,7 @@ def _moved(
 
 def _content(table: pa.Table, units: list[PlannedShard]) -> Iterator[str]:
     """All that is known of each unit's samples, as one text; some units at a time, for memory."""
-    columns = table.select(["sample", "judged", "media"])
+    columns = table.select(["sample", "assessed", "media"])
     for start in range(0, len(units), _UNITS_IN_A_PART):
         for unit in units[start : start + _UNITS_IN_A_PART]:
             rows = columns.take(pa.array(unit.rows))
@@ -233,7 +233,7 @@ def kept_plan(storage: Storage, stage: str, columns: list[str]) -> pa.Table | No
 
 
 def read_planned(storage: Storage, row: WorkRow) -> list[dict[str, Any]]:
-    """The rows ``{slot, was, key, sample, judged, media, ...}`` of a unit of a plan, in slot order."""
+    """The rows ``{slot, was, key, sample, assessed, media, ...}`` of a unit of a plan, in slot order."""
 
     def read() -> list[dict[str, Any]]:
         with storage.fs.open(storage.full_path(f"{PLAN_FOLDER}/{row['part']}"), "rb") as opened:

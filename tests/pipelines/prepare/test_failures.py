@@ -28,11 +28,11 @@ def fail_with(monkeypatch, error, times):
     """Let encoding raise for the first calls; returns how often it was called."""
     original, calls = SampleEncoder.encode, []
 
-    def encode(self, loaded, split, judged=None):
+    def encode(self, loaded, split, assessed=None):
         calls.append(loaded.sample.key)
         if len(calls) <= times:
             raise error
-        return original(self, loaded, split, judged)
+        return original(self, loaded, split, assessed)
 
     monkeypatch.setattr(SampleEncoder, "encode", encode)
     return calls
@@ -86,11 +86,11 @@ def test_a_sample_that_kills_its_process_is_left_out_at_the_third_attempt(job, m
     config, _, _ = job
     original, deaths = SampleEncoder.encode, []
 
-    def encode(self, loaded, split, judged=None):
+    def encode(self, loaded, split, assessed=None):
         if loaded.sample.key == "sample-003":
             deaths.append(loaded.sample.key)
             raise KeyboardInterrupt
-        return original(self, loaded, split, judged)
+        return original(self, loaded, split, assessed)
 
     monkeypatch.setattr(SampleEncoder, "encode", encode)
     monkeypatch.setattr("loomvideo.pipelines.prepare.job.os.urandom", lambda size: b"the same run")

@@ -27,7 +27,7 @@ def table(keys, text="a caption"):
         "num_bytes": [1000] * len(keys),
         "sample": [f'{{"key": "{key}", "caption": "{text}"}}' for key in keys],
         "media": [""] * len(keys),
-        "judged": ["{}"] * len(keys),
+        "assessed": ["{}"] * len(keys),
     }
     return Inputs(pa.table(columns, schema=SAMPLE_SCHEMA), [])
 
