@@ -14,9 +14,12 @@ from loomvideo.model import kernels
 from loomvideo.model.config import DiTConfig
 from loomvideo.model.dit import CHECKPOINTING, LoomVideoDiT
 from loomvideo.model.flops import pack_flops, sequence_flops
+from loomvideo.model.kernels import cpp_build
 from loomvideo.model.packing import pack
 from loomvideo.model.sizes import SIZES, model_size
 from loomvideo.platform.errors import UserError
+
+needs_compiler = pytest.mark.skipif(cpp_build.compiler() is None, reason="no C++ compiler")
 
 CONFIG = DiTConfig(
     num_layers=2, num_attention_heads=2, attention_head_dim=20, ffn_dim=48, in_channels=4, mllm_dim=12, freq_dim=16
@@ -140,6 +143,7 @@ def test_activation_checkpointing_keeps_gradients(mode):
         assert torch.equal(expected, gradient)
 
 
+@needs_compiler
 @pytest.mark.parametrize("mode", CHECKPOINTING)
 def test_fused_kernels_are_checked_outside_activation_checkpointing(mode):
     """Their first call compares them with the definition, whose tensors are not the model's."""
@@ -154,6 +158,7 @@ def test_fused_kernels_are_checked_outside_activation_checkpointing(mode):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-4)
 
 
+@needs_compiler
 def test_fused_kernels_start_in_inference_mode():
     model, batch = random_model(CONFIG), pack(mixed_samples())
     with torch.inference_mode():

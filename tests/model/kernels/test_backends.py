@@ -49,6 +49,7 @@ def wrong_operations(monkeypatch):
     monkeypatch.setattr(backends, "load_operations", lambda name: SimpleNamespace(gated_residual=gated_residual))
 
 
+@needs_compiler
 def test_a_wrong_gradient_stops_the_job_when_the_back_end_is_required(wrong_operations):
     kernels.set_backend("cpp", required=True)
     for _ in range(2):
