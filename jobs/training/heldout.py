@@ -64,7 +64,12 @@ def evaluate_heldout(
     if not edits and not generated:
         raise UserError(f"evaluation.samples={config.samples}: no held-out samples of {', '.join(sorted(tasks))}")
     settings = SamplerSettings(config.steps, config.scale, config.generate_scale, config.visual_scale)
-    options = InputOptions(tuple(config.buckets), tuple(config.buckets), config.num_frames)
+    options = InputOptions(
+        bucket_classes=tuple(config.buckets),
+        reference_classes=tuple(config.buckets),
+        grid=pipeline.grid,
+        num_frames=config.num_frames,
+    )
     pictures = _Pictures(config, folder)
     result, rows = evaluate_in_process(
         dataclasses.replace(manifest, items=(*edits, *generated)),
