@@ -303,11 +303,10 @@ def planned_gib(model, batch, checkpointing: str, static_bytes: int) -> float:
 
 def deepspeed_step(report: Report, config, batch, memory_bytes: float) -> None:
     """A ZeRO-3 step with fused Adam of as many blocks as fit: 18 bytes a parameter beside the activations."""
-    import deepspeed
-
     from loomvideo.model.dit import LoomVideoDiT
     from loomvideo.model.flops import pack_flops
     from loomvideo.model.memory import activation_bytes
+    from loomvideo.platform.training.zero import import_deepspeed
 
     def needed(num_layers: int) -> float:
         part = dataclasses.replace(config, num_layers=num_layers)
@@ -326,7 +325,7 @@ def deepspeed_step(report: Report, config, batch, memory_bytes: float) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         os.environ.setdefault("MASTER_PORT", str(probe.getsockname()[1]))
-    engine, *_ = deepspeed.initialize(
+    engine, *_ = import_deepspeed().initialize(
         model=model,
         optimizer=torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True),
         config={
