@@ -15,7 +15,7 @@ SUITES ?= sample
 CHECKPOINT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev lock check-lock FORCE lint format check test test-fast fuzz sample-data shards pretrain finetune-edit evaluate serve mlflow bench clean render submit validate doctor mlflow-server rehearse rehearse-fresh drill drill-training image kernels bench-data bench-kernels bench-generation bench-training bench-gpu
+.PHONY: help setup setup-dev lock check-lock FORCE lint format check test test-pages test-fast fuzz sample-data shards pretrain finetune-edit evaluate serve mlflow bench clean render submit validate doctor mlflow-server rehearse rehearse-fresh drill drill-training image kernels bench-data bench-kernels bench-generation bench-training bench-gpu
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ check: lint ## before a commit, under three minutes: format, lint, types of the 
 
 test: lint check-lock ## lint, lock files and all tests: quick ones, then slow ones until 55 minutes have gone
 	$(BIN)/pytest --slow-until 55
+
+test-pages: $(VENV)/.setup-dev ## every command of the tutorial and of the Python page, one after the other (use a quiet machine)
+	$(BIN)/pytest --walkthrough -m walkthrough
 
 test-fast: lint ## lint and the quick tests
 	$(BIN)/pytest -m 'not slow'

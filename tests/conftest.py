@@ -31,6 +31,10 @@ def pytest_addoption(parser):
         help="start no slow test later than this after the start (or after LOOMVIDEO_TESTS_STARTED, in Unix seconds)",
     )
 
+    parser.addoption(
+        "--walkthrough", action="store_true", help="also run whole pages of the docs, as make test-pages does"
+    )
+
 
 def pytest_configure(config):
     """Note when the run started: on a slow machine making the environment has taken of its time already."""
@@ -60,8 +64,12 @@ def pytest_terminal_summary(terminalreporter, config):
             terminalreporter.write_line(name)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Quick tests first, so that a slow machine has run them all; gpu tests are skipped without a CUDA device."""
+    if not config.getoption("--walkthrough"):
+        for item in items:
+            if item.get_closest_marker("walkthrough"):
+                item.add_marker(pytest.mark.skip(reason="runs a whole page of the docs; make test-pages"))
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:

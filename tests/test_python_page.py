@@ -16,6 +16,7 @@ SMALL = {
 
 
 @pytest.mark.slow
+@pytest.mark.walkthrough
 @pytest.mark.timeout(900)
 def test_the_page_runs_as_it_stands(tmp_path, monkeypatch, ray_cluster):
     from loomvideo.pipelines.sample_data.config import SampleDataConfig

@@ -100,6 +100,7 @@ def test_the_page_shows_a_line_of_every_task():
 
 
 @pytest.mark.slow
+@pytest.mark.walkthrough
 @pytest.mark.timeout(1800)
 def test_every_command_of_the_tutorial(folder):
     commands = replaced("".join(blocks("tutorial.md", "bash")), SMALL).splitlines()
