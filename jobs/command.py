@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from typer.core import TyperCommand
 
 from loomvideo.platform.config import document_keys, load_config, split_overrides, to_yaml
+from loomvideo.platform.console import console, table
 from loomvideo.platform.errors import UserError
 
 DEFAULT_PRESET = "tiny"
@@ -67,15 +66,13 @@ def config_command(
     class DocumentedCommand(TyperCommand):
         def format_help(self, ctx: Any, formatter: Any) -> None:
             super().format_help(ctx, formatter)
-            table = Table(title="Configuration keys", title_justify="left", box=None, padding=(0, 2, 0, 0))
-            for header in ("key", "default", "meaning"):
-                table.add_column(header, overflow="fold")
+            keys = table("key", "default", "meaning", title="Configuration keys")
             presets = preset_names(job)
             if presets:
-                table.add_row("preset", DEFAULT_PRESET, f"{', '.join(presets)}, or a path to a .yaml file")
+                keys.add_row("preset", DEFAULT_PRESET, f"{', '.join(presets)}, or a path to a .yaml file")
             for row in document_keys(schema()):
-                table.add_row(*row)
-            Console(markup=False).print(table)
+                keys.add_row(*row)
+            console().print(keys)
 
     def register(run: Callable[[Any], None]) -> Callable[[Any], None]:
         def command(

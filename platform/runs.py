@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from loomvideo.platform.console import console, values_table
 from loomvideo.platform.errors import UserError
 
 CONFIG_FILE = "config.yaml"
@@ -75,10 +73,6 @@ class RunFolder:
     def finish(self, result: dict[str, Any]) -> None:
         """Write ``result.json`` and print it as a short table."""
         path = self.write_json("result.json", result)
-        table = Table(title=f"{self.job} {self.name}", show_header=False)
-        for key, value in result.items():
-            if not isinstance(value, (dict, list)):
-                table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
-        console = Console(markup=False)
-        console.print(table)
-        console.print(f"result: {path}", soft_wrap=True)
+        out = console()
+        out.print(values_table(result, f"{self.job} {self.name}"))
+        out.print(f"result: {path}", soft_wrap=True)

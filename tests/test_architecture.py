@@ -116,6 +116,12 @@ def test_the_model_room_knows_no_cluster_and_no_tracking():
     assert wrong == []
 
 
+def test_tables_and_bars_are_made_in_one_place():
+    made = re.compile(r"(?<![\w.])(Console|Table|Text|BarColumn)\(")
+    makers = [name for name, path in modules().items() if made.search(path.read_text())]
+    assert makers == ["loomvideo.platform.console"]
+
+
 def test_a_circle_is_found():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
+from loomvideo.platform.console import console, table
 from loomvideo.platform.errors import UserError
 
 if TYPE_CHECKING:
@@ -82,12 +82,11 @@ def validate(
     else:
         _validate_profiles(cluster, changes, report)
         lint(Path(), report)
-    console = Console(markup=False, soft_wrap=True)
     for reason in report.skipped:
-        console.print(f"skipped: {reason}", markup=False)
+        print(f"skipped: {reason}")
     for problem in report.problems:
-        console.print(problem, markup=False)
-    console.print(f"{report.checked} objects and files checked, {len(report.problems)} problems")
+        print(problem)
+    print(f"{report.checked} objects and files checked, {len(report.problems)} problems")
     if report.problems:
         raise typer.Exit(1)
 
@@ -245,21 +244,17 @@ def list_jobs(cluster: Cluster, changes: Changes = None) -> None:
     """List the cluster's jobs, oldest first."""
     import datetime
 
-    from rich.table import Table
-
     from loomvideo.platform.cluster.submission import JOB_KEY, RUN_KEY, jobs_of
 
-    table = Table(box=None)
-    for header in ("id", "job", "run", "status", "started", "minutes"):
-        table.add_column(header)
+    listed = table("id", "job", "run", "status", "started", "minutes")
     with _client(cluster, changes) as client:
         for details in jobs_of(client):
             start, end = (details.start_time or 0) / 1000, details.end_time
             started = datetime.datetime.fromtimestamp(start)
             until = end / 1000 if end else datetime.datetime.now().timestamp()
             row = [details.submission_id, details.metadata[JOB_KEY], details.metadata[RUN_KEY], str(details.status)]
-            table.add_row(*row, f"{started:%Y-%m-%d %H:%M}", f"{(until - start) / 60:.1f}")
-    Console(markup=False).print(table)
+            listed.add_row(*row, f"{started:%Y-%m-%d %H:%M}", f"{(until - start) / 60:.1f}")
+    console().print(listed)
 
 
 @jobs_app.command("logs")
@@ -335,7 +330,7 @@ def doctor(
             diagnosis = examine_cluster(storage, tracking, extra=(kernels,), timeout_s=timeout)
     else:
         diagnosis = examine_machine(storage, tracking, extra=(kernels,))
-    Console(markup=False).print(diagnosis.table())
+    console().print(diagnosis.table())
     if output:
         output.write_text(json.dumps(diagnosis.as_dict(), indent=2) + "\n")
     if diagnosis.failed:

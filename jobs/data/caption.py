@@ -5,9 +5,6 @@ from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from loomvideo.pipelines.captions.dataset import (
     CaptionDatasetConfig,
@@ -17,6 +14,7 @@ from loomvideo.pipelines.captions.dataset import (
     caption_dataset,
 )
 from loomvideo.pipelines.captions.ray_llm import ask_ray_llm
+from loomvideo.platform.console import bars, console, table
 from loomvideo.platform.shards.storage import Storage
 
 SAMPLES_FILE = "samples.jsonl"
@@ -29,10 +27,8 @@ LEDGER_SCHEMA = pa.schema(
 
 def run(config: CaptionDatasetConfig) -> None:
     """Make the texts, write the files, print the accounts."""
-    console = Console(markup=False)
     with contextlib.ExitStack() as stack:
-        columns = (TextColumn("texts"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        bar = stack.enter_context(Progress(*columns, console=console))
+        bar = stack.enter_context(bars())
         task = bar.add_task("texts", total=None)
         ask = ask_server
         config.captions.check()
@@ -45,10 +41,10 @@ def run(config: CaptionDatasetConfig) -> None:
     write(result, Storage(config.output))
     counts = Counter((row["status"], row["written"]) for row in result.ledger)
     title = f"{config.output}: {len(result.samples)} of {len(result.ledger)} samples have a text"
-    table = Table("status", "samples", "written", title=title, title_justify="left", box=None)
+    accounts = table("status", "samples", "written", title=title)
     for (status, written), count in sorted(counts.items(), key=lambda item: -item[1]):
-        table.add_row(status, str(count), "yes" if written else "no")
-    console.print(table)
+        accounts.add_row(status, str(count), "yes" if written else "no")
+    console().print(accounts)
 
 
 def write(result: CaptionedDataset, storage: Storage) -> None:

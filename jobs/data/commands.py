@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from loomvideo.jobs.command import config_command
 from loomvideo.jobs.data import tools as dataset_tools
 from loomvideo.pipelines.sample_data.config import SampleDataConfig
 from loomvideo.platform.config import option
+from loomvideo.platform.console import console, table
 
 if TYPE_CHECKING:
     from loomvideo.pipelines.captions.dataset import CaptionDatasetConfig
@@ -49,13 +48,11 @@ def sample(config: SampleCommandConfig) -> None:
     summary = make_sample_data(Path(config.output), config)
     title = f"{summary.output}: {summary.num_samples} samples, {summary.num_bytes / 1e6:.1f} MB"
     title += ", as before" if summary.reused else f" in {summary.seconds:.1f} s"
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     tasks = sorted({task for counts in summary.tasks.values() for task in counts})
-    for header in ("split", *tasks):
-        table.add_column(header)
+    counted = table("split", *tasks, title=title)
     for split, counts in summary.tasks.items():
-        table.add_row(split, *(str(counts.get(task, 0)) for task in tasks))
-    Console(markup=False).print(table)
+        counted.add_row(split, *(str(counts.get(task, 0)) for task in tasks))
+    console().print(counted)
 
 
 @config_command(app, "prepare", "data-prepare", prepare_schema)
@@ -79,7 +76,7 @@ def inspect(folder: Annotated[str, typer.Argument(metavar="DIR", help="dataset f
     """Print what a dataset holds: counts, sizes, tasks, buckets and one sample's members."""
     from loomvideo.jobs.data.inspection import inspect_dataset
 
-    inspect_dataset(folder, Console(markup=False))
+    inspect_dataset(folder, console())
 
 
 dataset_tools.register(app)

@@ -4,8 +4,8 @@ import json
 
 import pyarrow.compute as pc
 from rich.console import Console
-from rich.table import Table
 
+from loomvideo.platform.console import table_of
 from loomvideo.platform.shards.reader import ShardDataset
 
 HEADERS = {
@@ -56,11 +56,5 @@ def _print_sample(dataset: ShardDataset, console: Console) -> None:
 
 
 def _table(console: Console, title: str, rows: list[dict]) -> None:
-    if not rows:
-        return
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for name in rows[0]:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*(f"{v:.0f}" if isinstance(v, float) else str(v) for v in row.values()))
-    console.print(table)
+    if rows:
+        console.print(table_of(rows, title))

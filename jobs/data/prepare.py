@@ -6,23 +6,14 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
+from rich.progress import TaskID
 
 from loomvideo.pipelines.prepare.builder import SHARED_TASK
 from loomvideo.pipelines.prepare.config import PrepareConfig
 from loomvideo.pipelines.prepare.job import UP_TO_DATE, PrepareResult, prepare
 from loomvideo.pipelines.prepare.report import write_report
 from loomvideo.platform.config import flatten
+from loomvideo.platform.console import bars, console, values_table
 from loomvideo.platform.runs import RunFolder
 from loomvideo.platform.shards.manifest import SHARD_FOLDER
 from loomvideo.platform.shards.reader import ShardDataset
@@ -36,16 +27,8 @@ _KINDS = {"assess": "assessed", "caption": "captioned"}
 class PrepareProgress:
     """Bars of chunks assessed and captioned and shards built, throughput and the limiting stage; also to a tracker."""
 
-    def __init__(self, console: Console, track: Callable[[dict[str, float], int], None]):
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
+    def __init__(self, track: Callable[[dict[str, float], int], None]):
+        self._bar = bars("rate")
         self._track = track
         self._tasks: dict[str, TaskID] = {}
         self._started: dict[str, float] = {}
@@ -136,7 +119,7 @@ def run(config: PrepareConfig, again: Collection[str] = (), redeal: bool = False
         again: Units to do again though they are up to date.
         redeal: Deal all samples into shards anew.
     """
-    console = Console(markup=False)
+    out = console()
 
     @contextlib.contextmanager
     def session() -> Iterator[None]:
@@ -150,7 +133,7 @@ def run(config: PrepareConfig, again: Collection[str] = (), redeal: bool = False
             Storage(config.output).remove_temporaries(SHARD_FOLDER)
 
     with PrepareRun(config) as tracked:
-        with PrepareProgress(console, tracked.log) as progress:
+        with PrepareProgress(tracked.log) as progress:
             result = prepare(config, session, progress, again, redeal)
         if result.reason != UP_TO_DATE:
             dataset = ShardDataset.open(config.output)
@@ -158,10 +141,7 @@ def run(config: PrepareConfig, again: Collection[str] = (), redeal: bool = False
         tracked.complete(result)
     summary = result.summary()
     if not result.built_shards and result.reason == UP_TO_DATE:
-        console.print(f"{config.output}: up to date, nothing to do ({summary['written']} samples)", soft_wrap=True)
+        out.print(f"{config.output}: up to date, nothing to do ({summary['written']} samples)", soft_wrap=True)
         return result
-    table = Table(title=f"{config.output}: {result.reason}", title_justify="left", show_header=False)
-    for key, value in summary.items():
-        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
-    console.print(table)
+    out.print(values_table(summary, f"{config.output}: {result.reason}"))
     return result

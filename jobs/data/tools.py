@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from loomvideo.jobs.command import job_config
+from loomvideo.platform.console import console, table_of
 
 DatasetFolder = Annotated[str, typer.Argument(metavar="DIR", help="dataset folder or URL")]
 Overrides = Annotated[list[str], typer.Argument(metavar="[KEY=VALUE]…", help="as for `data prepare`")]
@@ -40,11 +39,11 @@ def diff(overrides: Overrides) -> None:
 
     found = stale_parts(_prepare_config(overrides))
     if not found:
-        Console(markup=False).print("up to date")
+        print("up to date")
         return
-    _print_rows(Console(markup=False), "", [vars(part) for part in found[:200]])
+    console().print(table_of([vars(part) for part in found[:200]]))
     if len(found) > 200:
-        Console(markup=False).print(f"and {len(found) - 200} more")
+        print(f"and {len(found) - 200} more")
     raise typer.Exit(1)
 
 
@@ -62,8 +61,8 @@ def plan(
 
     config = _prepare_config(overrides)
     cost = estimate_cost(config, probes, read_gb_per_s, recompute_us_per_token)
-    console = Console(markup=False)
-    console.print(f"{cost.num_samples} samples in {cost.num_shards} shards")
+    out = console()
+    out.print(f"{cost.num_samples} samples in {cost.num_shards} shards")
     rows = [
         {
             "features": mode["mode"],
@@ -73,20 +72,20 @@ def plan(
         }
         for mode in cost.modes
     ]
-    _print_rows(console, "sizes (estimated from the largest bucket)", rows)
+    out.print(table_of(rows, "sizes (estimated from the largest bucket)"))
     if cost.measured:
         stages = ", ".join(f"{name} {value:.3g}" for name, value in cost.measured.items())
-        console.print(f"measured on this machine: {stages}")
+        out.print(f"measured on this machine: {stages}")
         limit = "decoding" if cost.measured["load_s"] > cost.measured["encode_s"] else "encoding"
         rate = 1 / max(cost.measured["load_s"], cost.measured["encode_s"])
         unit = "GPU" if config.workers.gpus else "worker"
-        console.print(f"{rate:.2f} samples/s a worker, {limit} limits; {cost.hours(workers):.2f} h on {workers}, "
-                      f"{cost.hours(1):.2f} {unit}-hours")  # fmt: skip
+        out.print(f"{rate:.2f} samples/s a worker, {limit} limits; {cost.hours(workers):.2f} h on {workers}, "
+                  f"{cost.hours(1):.2f} {unit}-hours")  # fmt: skip
     else:
-        console.print("nothing measured: the encoders' weights are not here, or --probes 0")
+        out.print("nothing measured: the encoders' weights are not here, or --probes 0")
     if cost.losses:
-        console.print("losses among them: " + ", ".join(f"{count} {reason}" for reason, count in cost.losses.items()))
-    console.print(f"recommended: features {cost.recommended}: {cost.why}", soft_wrap=True)
+        out.print("losses among them: " + ", ".join(f"{count} {reason}" for reason, count in cost.losses.items()))
+    out.print(f"recommended: features {cost.recommended}: {cost.why}", soft_wrap=True)
 
 
 def verify(
@@ -122,7 +121,7 @@ def report(
     from loomvideo.platform.shards.reader import ShardDataset
 
     dataset = ShardDataset.open(folder)
-    Console(markup=False).print(write_report(dataset, samples), soft_wrap=True)
+    print(write_report(dataset, samples))
 
 
 def remove(
@@ -168,15 +167,12 @@ def quarantine_ls(
     rows = ledger(folder)
     if not reason:
         names = ("outcome", "stage", "reason", "samples")
-        _print_rows(
-            Console(markup=False),
-            f"{len(rows)} losses",
-            [dict(zip(names, row, strict=True)) for row in by_reason(rows)],
-        )
+        counts = [dict(zip(names, row, strict=True)) for row in by_reason(rows)]
+        console().print(table_of(counts, f"{len(rows)} losses"))
         return
     chosen = [row for row in rows if row["reason"] == reason]
-    _print_rows(Console(markup=False), "", [{name: row[name] for name in ("key", "dataset", "retriable", "message")}
-                                for row in chosen])  # fmt: skip
+    names = ("key", "dataset", "retriable", "message")
+    console().print(table_of([{name: row[name] for name in names} for row in chosen]))
 
 
 def quarantine_retry(folder: DatasetFolder) -> None:
@@ -200,12 +196,3 @@ def quarantine_export(
     from loomvideo.pipelines.prepare.quarantine import export
 
     print(f"{path}: {export(folder, path, reason)} samples")
-
-
-def _print_rows(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
-    table = Table(title=title or None, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for name in rows[0] if rows else ():
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    console.print(table)

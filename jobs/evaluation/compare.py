@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 
 import numpy as np
-from rich.table import Table
 
 from loomvideo.jobs.command import job_config
 from loomvideo.jobs.evaluation.config import EvaluateConfig
 from loomvideo.jobs.evaluation.judge import judge_client, judge_session
 from loomvideo.jobs.evaluation.references import evaluation_run, tracked
-from loomvideo.jobs.evaluation.setup import JOB, store_folder, wide_console
+from loomvideo.jobs.evaluation.setup import JOB, store_folder
 from loomvideo.pipelines.evaluation import mlflow_report
 from loomvideo.pipelines.evaluation.arena import bradley_terry, position_bias
 from loomvideo.pipelines.evaluation.compare import compare_runs, differing_headers
@@ -23,6 +22,7 @@ from loomvideo.pipelines.evaluation.statistics import Agreement
 from loomvideo.pipelines.evaluation.statistics import agreement as judge_agreement
 from loomvideo.pipelines.evaluation.store import Store
 from loomvideo.pipelines.vlm.requests import FrameSampling
+from loomvideo.platform.console import coloured, console, table
 from loomvideo.platform.errors import UserError
 
 NOTHING_FOUND = ("no difference found", "too few samples to tell")
@@ -32,23 +32,21 @@ def run_compare(a: str, b: str, metrics: list[str], runs: Path, everything: bool
     """Print and log the comparison of two runs."""
     baseline, folder = evaluation_run(runs, a), evaluation_run(runs, b)
     left, right, a, b = load_suites(baseline.path), load_suites(folder.path), baseline.name, folder.name
-    console = wide_console()
+    out = console()
     for line in differing_headers(left, right):
-        console.print(f"not comparable: {line}", style="yellow", highlight=False)
+        out.print(f"not comparable: {line}", style="yellow", highlight=False)
     found = compare_runs(left, right, metrics)
-    table = Table(title=f"{b} minus {a}", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for header in ("metric", "difference", "95 % interval", "adjusted p", "n", "sources", "detectable", ""):
-        table.add_column(header, justify="left" if header in ("metric", "") else "right")
+    headers = ("metric", "difference", "95 % interval", "adjusted p", "n", "sources", "detectable", "")
+    shown = table(*headers, title=f"{b} minus {a}", figures=True)
     for c in found:
         if not everything and (c.category or c.metric.startswith("judge/")) and c.verdict in NOTHING_FOUND:
             continue
         t = c.test
         name = "/".join(x for x in (c.suite, c.metric, c.category) if x)
-        color = {"better": "green", "worse": "red"}.get(c.verdict, "")
-        verdict = f"[{color}]{c.verdict}[/]" if color else c.verdict
+        verdict = coloured(c.verdict, {"better": "green", "worse": "red"}.get(c.verdict, ""))
         cells = [f"{t.difference:+.3f}", f"{t.low:+.3f} … {t.high:+.3f}", f"{c.adjusted_p:.4f}"]
-        table.add_row(name, *cells, str(t.num_samples), str(t.num_clusters), f"{c.detectable:.3f}", verdict)
-    console.print(table)
+        shown.add_row(name, *cells, str(t.num_samples), str(t.num_clusters), f"{c.detectable:.3f}", verdict)
+    out.print(shown)
     content = clean([dataclasses.asdict(c) for c in found])
     folder.write_text(f"compare-{a}.json", json.dumps(content, indent=1))
     client, run_id = tracked(folder, tracking_uri)
@@ -65,26 +63,25 @@ def run_agreement(run: str, labels: Path, runs: Path, items: int, tracking_uri: 
     suites = {name: saved for name, saved in load_suites(folder.path).items() if saved.header["judge"] != "none"}
     if not suites:
         raise UserError(f"{run}: no judged suite in this run; evaluate with judge.kind set")
-    console = wide_console()
+    out = console()
     if not labels.exists():
         count = _write_sheet(suites, labels, items)
-        console.print(f"{labels}: {count} samples to label; fill in score (1 to 5) and run again", highlight=False)
+        out.print(f"{labels}: {count} samples to label; fill in score (1 to 5) and run again", highlight=False)
         return
     human = _read_labels(labels, suites)
     client, run_id = tracked(folder, tracking_uri)
-    table = Table(title="judge against people", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for header in ("suite", "items", "equal", "within one", "weighted kappa", "rank correlation", "judge minus people"):
-        table.add_column(header, justify="left" if header == "suite" else "right")
+    headers = ("suite", "items", "equal", "within one", "weighted kappa", "rank correlation", "judge minus people")
+    agreements = table(*headers, title="judge against people", figures=True)
     for name, scores in human.items():
         values = suites[name].values()
         judge = np.array([values[key].get("judge", np.nan) for key in scores])
         found: Agreement = judge_agreement(judge, np.array(list(scores.values())))
         cells = [found.exact, found.within_one, found.weighted_kappa, found.spearman, found.bias]
-        table.add_row(name, str(found.num_items), *(f"{value:.2f}" for value in cells))
+        agreements.add_row(name, str(found.num_items), *(f"{value:.2f}" for value in cells))
         logged = {f"{name}/human/{k}": v for k, v in dataclasses.asdict(found).items() if not np.isnan(v)}
         mlflow_report.log_metrics(client, run_id, logged)
     client.log_artifact(run_id, str(labels), "human")
-    console.print(table)
+    out.print(agreements)
 
 
 def run_arena(names: list[str], overrides: list[str], runs: Path) -> None:
@@ -103,7 +100,7 @@ def run_arena(names: list[str], overrides: list[str], runs: Path) -> None:
     j = config.judge
     session = judge_session(config, judge_client(config))
     sampling = FrameSampling(j.num_frames, j.max_side, as_video=j.as_video)
-    console = wide_console()
+    out = console()
     for suite in shared:
         rows = {
             name: {row["key"]: row for row in suites[suite].rows if row["series"] == MODEL}
@@ -116,14 +113,12 @@ def run_arena(names: list[str], overrides: list[str], runs: Path) -> None:
         strengths = bradley_terry(found.matches)
         bias = position_bias(found.orders)
         title = f"{suite}: {len(found.matches)} pairs, {bias:.0%} change with the order"
-        table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-        for header in ("run", "rating", "95 % interval", "pairs"):
-            table.add_column(header, justify="left" if header == "run" else "right")
+        ratings = table("run", "rating", "95 % interval", "pairs", title=title, figures=True)
         for s in strengths:
-            table.add_row(s.model, f"{s.rating:.0f}", f"{s.low:.0f} … {s.high:.0f}", str(s.num_matches))
-        console.print(table)
+            ratings.add_row(s.model, f"{s.rating:.0f}", f"{s.low:.0f} … {s.high:.0f}", str(s.num_matches))
+        out.print(ratings)
         if found.failures:
-            console.print(f"  {len(found.failures)} pairs failed: {', '.join(sorted(set(found.failures)))}")
+            out.print(f"  {len(found.failures)} pairs failed: {', '.join(sorted(set(found.failures)))}")
         content = {"ratings": [dataclasses.asdict(s) for s in strengths], "order_changes": bias, "judge": j.kind}
         for s in strengths:
             folder = folders[s.model]

@@ -5,12 +5,12 @@ import json
 from pathlib import Path
 
 from mlflow.exceptions import MlflowException
-from rich.console import Console
 
 from loomvideo.jobs.evaluation.references import evaluation_run, tracked
 from loomvideo.pipelines.evaluation import mlflow_report
 from loomvideo.pipelines.evaluation.gate import PASSED, GateDecision, GateRule, decide_gate
 from loomvideo.pipelines.evaluation.results import clean, load_suites
+from loomvideo.platform.console import console
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.registry import MODEL_ID, register_version
 
@@ -51,10 +51,10 @@ def run_gate(
     mlflow_report.prepend_note(
         client, run_id, f"**Gate against {baseline}**: {decision.verdict}. {decision.line(name)}{why}"
     )
-    console = Console(markup=False)
-    console.print(decision.line(name), highlight=False, soft_wrap=True)
+    out = console()
+    out.print(decision.line(name), highlight=False, soft_wrap=True)
     for reason in decision.reasons:
-        console.print(f"gate: {reason}", style="red", highlight=False, soft_wrap=True)
+        out.print(f"gate: {reason}", style="red", highlight=False, soft_wrap=True)
     if decision.verdict != PASSED:
         client.set_tag(run_id, "gate", f"{decision.verdict}: {'; '.join(decision.reasons)}"[:4000])
         return False
@@ -70,9 +70,9 @@ def run_gate(
         except MlflowException as error:
             client.set_tag(run_id, "gate", f"failed: the registry refused {registered_model}: {error}"[:4000])
             raise UserError(f"registry: {registered_model}: {error}") from error
-        console.print(f"registry: {registered_model}@{alias} is now version {version}", highlight=False)
+        out.print(f"registry: {registered_model}@{alias} is now version {version}", highlight=False)
     client.set_tag(run_id, "gate", PASSED)
-    console.print(f"gate: {candidate} holds against {baseline} on {name}", style="green", highlight=False)
+    out.print(f"gate: {candidate} holds against {baseline} on {name}", style="green", highlight=False)
     return True
 
 

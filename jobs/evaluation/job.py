@@ -9,9 +9,6 @@ from typing import Any
 
 from mlflow.entities import LoggedModelInput
 from mlflow.tracking import MlflowClient
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from loomvideo.jobs.evaluation.config import EvaluateConfig
 from loomvideo.jobs.evaluation.judge import SPENDING_FILE, BuildJudge, judge_builder, judge_client, preflight
@@ -23,7 +20,6 @@ from loomvideo.jobs.evaluation.setup import (
     load_manifest,
     model_grid,
     store_folder,
-    wide_console,
 )
 from loomvideo.model.fingerprints import weights_fingerprint
 from loomvideo.pipelines.evaluation import mlflow_report, review
@@ -55,6 +51,7 @@ from loomvideo.pipelines.evaluation.suites.registry import Suite
 from loomvideo.pipelines.evaluation.suites.registry import suite as find_suite
 from loomvideo.pipelines.evaluation.table import headline_metrics, ranking_metrics
 from loomvideo.platform.config import flatten, to_yaml
+from loomvideo.platform.console import bars, console, table
 from loomvideo.platform.ray_session import ray_session
 from loomvideo.platform.registry import MODEL_ID, logged_model, trained_model
 from loomvideo.platform.runs import RunFolder
@@ -145,9 +142,7 @@ def _generate_and_measure(
     # The generator actor holds its CPUs for the whole run; a local cluster needs one more for the other stages.
     cpus = max(os.cpu_count() or 1, int(resources.held_cpus()) + 1)
     finished = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(markup=False, stderr=True)
-    with ray_session(num_cpus=cpus), Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+    with ray_session(num_cpus=cpus), bars() as progress:
         bar = progress.add_task("samples", total=len(rows))
         for row in run_graph(
             rows,
@@ -278,16 +273,14 @@ def _headline(result: SuiteResult) -> dict[str, Any]:
 def _print_suite(result: SuiteResult) -> None:
     identity = {f.metric: f.value for f in result.identity if not f.category}
     title = f"{result.suite}: {result.status}, coverage {result.coverage:.0%}"
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for header in ("metric", "value", "95 % interval", "source copied", "valid", "failed"):
-        table.add_column(header, justify="left" if header == "metric" else "right")
+    shown = table("metric", "value", "95 % interval", "source copied", "valid", "failed", title=title, figures=True)
     by_metric = {f.metric: f for f in result.figures if not f.category}
     for metric in [m.name for m in headline_metrics() if m.name in by_metric]:
         f = by_metric[metric]
         interval = f"{f.low:.3f} … {f.high:.3f}" if f.low == f.low else "–"
         copied = f"{identity[metric]:.3f}" if metric in identity else "–"
-        table.add_row(metric, f"{f.value:.3f}", interval, copied, str(f.num_valid), str(f.num_failed))
-    console = wide_console()
-    console.print(table)
+        shown.add_row(metric, f"{f.value:.3f}", interval, copied, str(f.num_valid), str(f.num_failed))
+    out = console()
+    out.print(shown)
     for reason, count in {**result.failures, **result.defects}.items():
-        console.print(f"  {count} × {reason}", highlight=False)
+        out.print(f"  {count} × {reason}", highlight=False)

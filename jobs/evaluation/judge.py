@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import typer
-from rich.console import Console
 
 from loomvideo.jobs.evaluation.config import EvaluateConfig
 from loomvideo.jobs.evaluation.setup import store_folder
@@ -45,10 +44,10 @@ def judge_builder(config: EvaluateConfig, suites: list[Suite], manifests: list[M
     client = judge_client(config)
     sampling = FrameSampling(j.num_frames, j.max_side, as_video=j.as_video)
     items = [item for suite, m in zip(suites, manifests, strict=True) if suite.judged for item in m.items]
-    console = Console(markup=False, stderr=True, soft_wrap=True, highlight=False)
     for suite, manifest in zip(suites, manifests, strict=True):
         if suite.judged:
-            console.print(sample_size_line(manifest.suite, len({item.unit for item in manifest.items})))
+            units = {item.unit for item in manifest.items}
+            print(sample_size_line(manifest.suite, len(units)), file=sys.stderr)
 
     def build(spending: Path | None = None) -> JudgeStage:
         return JudgeStage(
@@ -59,11 +58,11 @@ def judge_builder(config: EvaluateConfig, suites: list[Suite], manifests: list[M
     stage = build()
     for item in items:
         stage.question(item)
-    check_spending(config, items, console)
+    check_spending(config, items)
     return build
 
 
-def check_spending(config: EvaluateConfig, items: list[EvalItem], console: Console) -> None:
+def check_spending(config: EvaluateConfig, items: list[EvalItem]) -> None:
     """Refuse a budget that could not bind or is too small, and ask a person before anything is spent.
 
     Raises:
@@ -87,7 +86,7 @@ def check_spending(config: EvaluateConfig, items: list[EvalItem], console: Conso
         )
     if not expected:
         return
-    console.print(f"judge: at most {calls} calls, about {expected:.2f} USD")
+    print(f"judge: at most {calls} calls, about {expected:.2f} USD", file=sys.stderr)
     if j.budget_usd == 0:
         if not sys.stdin.isatty():
             raise UserError(f"judge.budget_usd: about {expected:.2f} USD would be spent; allow it with a budget")

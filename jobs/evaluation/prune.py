@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-from rich.table import Table
-
-from loomvideo.jobs.evaluation.setup import wide_console
 from loomvideo.pipelines.evaluation.prune import prune
+from loomvideo.platform.console import console, table
 from loomvideo.platform.errors import UserError
 
 _MEGABYTE = 1e6
@@ -20,15 +18,13 @@ def run_prune(runs: Path, store: str, days: float, remove: bool) -> None:
     folder = Path(store) if store else runs / "evaluation-store"
     if not folder.is_dir():
         raise UserError(f"{folder}: no such store of results; name it with --store, or its runs with --runs")
-    table = Table(title=str(folder), title_justify="left", box=None, padding=(0, 2, 0, 0))
     done = "removed" if remove else "could be removed"
-    for header in ("kind", "entries", "MB", done, "MB"):
-        table.add_column(header, justify="left" if header == "kind" else "right")
+    usage = table("kind", "entries", "MB", done, "MB", title=str(folder), figures=True)
     usages = prune(folder, runs, days, remove)
     for u in usages:
         cells = (u.entries, f"{u.size_bytes / _MEGABYTE:.1f}", u.unused, f"{u.unused_bytes / _MEGABYTE:.1f}")
-        table.add_row(u.kind, *map(str, cells))
-    console = wide_console()
-    console.print(table)
+        usage.add_row(u.kind, *map(str, cells))
+    out = console()
+    out.print(usage)
     total, freed = (sum(getattr(u, name) for u in usages) / _MEGABYTE for name in ("size_bytes", "unused_bytes"))
-    console.print(f"{total - freed:.1f} of {total:.1f} MB are in use", highlight=False)
+    out.print(f"{total - freed:.1f} of {total:.1f} MB are in use", highlight=False)

@@ -5,8 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from loomvideo.jobs.evaluation.config import EvaluateConfig
 from loomvideo.jobs.weights.lookup import find_weights
 from loomvideo.jobs.weights.references import find_run
@@ -18,6 +16,7 @@ from loomvideo.pipelines.evaluation.model_generator import ModelGenerator, Model
 from loomvideo.pipelines.evaluation.pipeline_generator import SamplerSettings
 from loomvideo.pipelines.evaluation.suites.items import Manifest
 from loomvideo.pipelines.evaluation.suites.registry import Suite
+from loomvideo.platform.console import console
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.runs import RunFolder
 
@@ -106,15 +105,15 @@ def load_manifest(config: EvaluateConfig, suite: Suite) -> Manifest:
     if path is None:
         raise UserError(f"suite {suite.name}: set data.{suite.name}=FOLDER to its official download")
     manifest = suite.convert(Path(path))
-    console = Console(markup=False, stderr=True)
+    warn = console(stderr=True)
     for problem in manifest.problems:
-        console.print(f"{suite.name}: {problem}", style="yellow", highlight=False)
+        warn.print(f"{suite.name}: {problem}", style="yellow", highlight=False)
     manifest = dataclasses.replace(manifest.limited(config.limit), suite=suite.name)
     official = sum(suite.samples_of(item) for item in manifest.items)
     manifest = manifest.repeated(lambda item: config.samples_per_prompt or suite.samples_of(item))
     if len(manifest.items) < official:
         told = f"{suite.name}: {len(manifest.items)} results, the official protocol makes {official} of these prompts"
-        console.print(f"{told}; samples_per_prompt=0 does", style="yellow", highlight=False, soft_wrap=True)
+        warn.print(f"{told}; samples_per_prompt=0 does", style="yellow", highlight=False, soft_wrap=True)
     manifest = dataclasses.replace(
         manifest, items=tuple(dataclasses.replace(item, suite=suite.name) for item in manifest.items)
     )
@@ -125,12 +124,6 @@ def load_manifest(config: EvaluateConfig, suite: Suite) -> Manifest:
             f"add them or set allow_missing=true"
         )
     return manifest
-
-
-def wide_console() -> Console:
-    """A console whose tables do not wrap when the output goes to a file or a log."""
-    console = Console(markup=False)
-    return console if console.is_terminal else Console(markup=False, width=160)
 
 
 def store_folder(config: EvaluateConfig) -> Path:

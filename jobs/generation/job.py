@@ -3,10 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-
 from loomvideo.jobs.generation.config import GenerateConfig
 from loomvideo.jobs.weights.model_choice import model_source
 from loomvideo.model.loading import ModelSource, available_bytes, device_of, fitted, source_peaks
@@ -15,9 +11,8 @@ from loomvideo.pipelines.generation.generator import FileGenerator
 from loomvideo.pipelines.generation.memory import largest_work
 from loomvideo.pipelines.generation.requests import Request, read_requests
 from loomvideo.pipelines.generation.shortcut_error import ShortcutError, measure_shortcuts, num_runs
+from loomvideo.platform.console import bars, console, table
 from loomvideo.platform.errors import UserError
-
-console = Console(markup=False)
 
 
 def run(config: GenerateConfig) -> None:
@@ -72,7 +67,7 @@ def _run_here(config: GenerateConfig, request: Request) -> None:
     rows: list[ShortcutError] = []
     try:
         prepared = generator.prepare(request)
-        with _progress() as bar:
+        with bars() as bar:
             task = bar.add_task("denoising", total=config.shortcuts.steps or config.steps)
             if measures:
                 bar.update(task, total=num_runs(config.shortcuts))
@@ -87,38 +82,35 @@ def _run_here(config: GenerateConfig, request: Request) -> None:
     if rows:
         _print_errors(rows)
     elif config.shortcuts.alone():
-        console.print(f"approximate: {', '.join(config.shortcuts.alone())}; measure_error=true prints the error")
-    console.print(f"{path}", soft_wrap=True)
+        print(f"approximate: {', '.join(config.shortcuts.alone())}; measure_error=true prints the error")
+    print(path)
 
 
 def _print_peaks(source: ModelSource, work: Work) -> None:
     """The need of every way of using memory, the codec's within its own limit, and what would be taken."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for header in ("memory", "mllm_bits", "dit_bits", "encode", "denoise", "decode", "GiB"):
-        table.add_column(header, justify="left" if header == "memory" else "right")
+    needs = table("memory", "mllm_bits", "dit_bits", "encode", "denoise", "decode", "GiB", figures=True)
     for mllm_bits, dit_bits in dict.fromkeys([(source.mllm_bits, source.dit_bits), (16, 16), (8, 16), (4, 16), (4, 8)]):
         variant = dataclasses.replace(source, mllm_bits=mllm_bits, dit_bits=dit_bits)
         for peak in source_peaks(variant, work):
             stages = (peak.encode, peak.denoise, peak.decode)
             figures = (f"{stage / GIB:.1f}" for stage in (*stages, max(stages)))
-            table.add_row(peak.mode, str(mllm_bits), str(dit_bits), *figures)
+            needs.add_row(peak.mode, str(mllm_bits), str(dit_bits), *figures)
     shape = f"{work.width}x{work.height}x{work.num_frames}"
-    console.print(f"{work.task} {shape}, {len(work.references)} references; estimated GiB:")
-    console.print(table)
+    out = console()
+    out.print(f"{work.task} {shape}, {len(work.references)} references; estimated GiB:")
+    out.print(needs)
     device = device_of(source.device)
     free = source.memory_bytes or available_bytes(device)
     chosen = fitted(source, work).memory
-    console.print(f"{device}: {free / GIB:.1f} GiB to use; memory={source.memory} takes {chosen}")
+    out.print(f"{device}: {free / GIB:.1f} GiB to use; memory={source.memory} takes {chosen}")
 
 
 def _print_errors(rows: list[ShortcutError]) -> None:
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for header in ("denoising", "seconds", "faster", "latent error", "PSNR"):
-        table.add_column(header, justify="left" if header == "denoising" else "right")
+    errors = table("denoising", "seconds", "faster", "latent error", "PSNR", figures=True)
     for row in rows:
         error = ("", "") if row.name == "exact" else (f"{row.latent_error:.2%}", f"{row.psnr_db:.1f} dB")
-        table.add_row(row.name, f"{row.seconds:.2f}", f"{row.speedup:.2f}x", *error)
-    console.print(table)
+        errors.add_row(row.name, f"{row.seconds:.2f}", f"{row.speedup:.2f}x", *error)
+    console().print(errors)
 
 
 def _run_on_ray(config: GenerateConfig, requests: list[Request], refused: list[str]) -> None:
@@ -130,27 +122,20 @@ def _run_on_ray(config: GenerateConfig, requests: list[Request], refused: list[s
     outcomes: dict[str, list[str]] = {"done": [], "kept": [], "failed": []}
     messages = list(refused)
     for message in refused:
-        console.print(message, soft_wrap=True)
-    with ray_session(), _progress() as bar:
+        print(message)
+    with ray_session(), bars() as bar:
         task = bar.add_task("generating", total=len(requests))
         for request, (outcome, message) in generate_all(config, requests):
             outcomes[outcome].append(request.out)
             if message:
                 messages.append(message)
-                bar.console.print(f"{request.out}: {message}", soft_wrap=True)
+                print(f"{request.out}: {message}")
             bar.advance(task)
     if config.shortcuts.alone():
-        console.print(f"approximate: {', '.join(config.shortcuts.alone())}; one file alone prints the error")
-    console.print(", ".join(f"{len(paths)} {outcome}" for outcome, paths in outcomes.items()))
+        print(f"approximate: {', '.join(config.shortcuts.alone())}; one file alone prints the error")
+    print(", ".join(f"{len(paths)} {outcome}" for outcome, paths in outcomes.items()))
     num_requests = len(requests) + len(refused)
     if num_requests == 1 and messages:
         raise UserError(messages[0])
     if messages:
         raise UserError(f"{len(messages)} of {num_requests} requests failed; fix them and run the same line again")
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        console=console,
-    )  # fmt: skip

@@ -7,6 +7,7 @@ import typer
 
 from loomvideo.jobs.command import config_command
 from loomvideo.platform.config import option
+from loomvideo.platform.console import console, table
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.nodes.config import KernelConfig
 
@@ -70,9 +71,6 @@ def status(config: StatusConfig) -> None:
     import os
     from pathlib import Path
 
-    from rich.console import Console
-    from rich.table import Table
-
     from loomvideo.model import kernels
     from loomvideo.model.kernels import cpp_build
     from loomvideo.model.kernels.node import gpu_architectures
@@ -94,13 +92,11 @@ def status(config: StatusConfig) -> None:
     for name, path in caches.items():
         kind = filesystem_type(Path(path))
         print(f"{name:<24}{path} ({kind}{', a network disk: expect hangs' if kind in NETWORK_FILESYSTEMS else ''})")
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for header in ("artefact", "where", "built in", "target", "compiler"):
-        table.add_column(header, overflow="fold")
+    artefacts = table("artefact", "where", "built in", "target", "compiler")
     for row in store.contents():
         target = ", ".join(row["target"].values())
-        table.add_row(row["name"], row["origin"], f"{row['build_seconds']} s", target, str(row["compiler"]))
-    Console(markup=False).print(table)
+        artefacts.add_row(row["name"], row["origin"], f"{row['build_seconds']} s", target, str(row["compiler"]))
+    console().print(artefacts)
 
 
 @config_command(app, "bench", "kernels", lambda: BenchConfig)

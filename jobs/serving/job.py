@@ -6,7 +6,6 @@ import os
 import threading
 
 from ray import serve
-from rich.console import Console
 
 from loomvideo.jobs.command import job_config
 from loomvideo.jobs.serving.config import ServeConfig
@@ -16,6 +15,7 @@ from loomvideo.pipelines.serving.app import PageConfig
 from loomvideo.pipelines.serving.deployment import APPLICATION, build_application
 from loomvideo.pipelines.serving.guards import LOOPBACK_NAMES
 from loomvideo.pipelines.serving.model_generator import PageGenerator
+from loomvideo.platform.console import console
 from loomvideo.platform.ray_session import ray_session
 
 TOKEN_VARIABLE = "LOOMVIDEO_SERVE_TOKEN"
@@ -27,21 +27,21 @@ def run(config: ServeConfig) -> None:
     Raises:
         UserError: if there is no such checkpoint, or its size is unknown.
     """
-    console = Console(markup=False)
+    out = console()
     source, application = _application(config)
     token = _token(config)
     # A busy machine takes longer than Serve's 5 s to start its proxy.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     if not token and not _is_local(config.host):
-        console.print(f"warning: everyone who reaches {config.host} can use this; set {TOKEN_VARIABLE}", style="yellow")
+        out.print(f"warning: everyone who reaches {config.host} can use this; set {TOKEN_VARIABLE}", style="yellow")
     with ray_session():
         try:
             serve.start(http_options={"host": config.host, "port": config.port})
             serve.run(application, name=APPLICATION, route_prefix="/")
-            console.print(f"serving {source.weights} on http://{config.host}:{config.port}; Ctrl-C stops it")
+            out.print(f"serving {source.weights} on http://{config.host}:{config.port}; Ctrl-C stops it")
             threading.Event().wait()
         except KeyboardInterrupt:
-            console.print("stopping")
+            out.print("stopping")
         finally:
             serve.shutdown()
 

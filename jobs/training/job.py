@@ -8,7 +8,6 @@ from typing import Any
 
 import ray
 import torch
-from rich.console import Console
 
 from loomvideo.jobs.kernels import build as kernels_job
 from loomvideo.jobs.training.checkpoint_samples import sampling_tasks
@@ -35,6 +34,7 @@ from loomvideo.pipelines.training.feature_pool import feature_pool
 from loomvideo.platform.cluster.doctor import Diagnosis, examine_cluster, preflight
 from loomvideo.platform.cluster.metrics import ExportingTracker
 from loomvideo.platform.config import flatten, to_yaml
+from loomvideo.platform.console import console
 from loomvideo.platform.nodes.devices import device_for
 from loomvideo.platform.ray_session import in_cluster, ray_session
 from loomvideo.platform.runs import RunFolder
@@ -44,7 +44,6 @@ from loomvideo.platform.training.driver import train
 from loomvideo.platform.training.progress import WARNINGS_FILE
 
 logger = logging.getLogger(__name__)
-console = Console(markup=False)
 
 
 def run_training(job: str, config: TrainingJobConfig, default_parent: str | None = None) -> None:
@@ -71,7 +70,7 @@ def run_training(job: str, config: TrainingJobConfig, default_parent: str | None
     folder.write_text("config.yaml", to_yaml(config))
     folder.write_json(START_FILE, dataclasses.asdict(start))
     tracker = Tracker(folder, config.tracking_uri or None, tags=_lineage(config, datasets, start))
-    console.print(f"{job} {folder.name}: {folder.path}", soft_wrap=True)
+    console().print(f"{job} {folder.name}: {folder.path}", soft_wrap=True)
     status = "FAILED"
     try:
         tracker.log_params(flatten(config))
@@ -83,7 +82,7 @@ def run_training(job: str, config: TrainingJobConfig, default_parent: str | None
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
-        console.print(f"interrupted; run={folder.name} continues it")
+        print(f"interrupted; run={folder.name} continues it")
         raise
     finally:
         tracker.finish(status)
@@ -146,7 +145,7 @@ def _train_and_evaluate(
         if config.evaluation.samples:
             cpus = _evaluation_cpus(config)
             task = ray.remote(evaluate_weights).options(num_gpus=min(config.training.workers.gpus, 1), num_cpus=cpus)
-            console.print("evaluating on held-out samples")
+            console().print("evaluating on held-out samples")
             tasks = tasks_of(config, datasets)
             heldout = ray.get(task.remote(config, str(weights), tasks, str(folder.path / "heldout"), cpus))
             _record(heldout, folder, tracker, result["steps"])

@@ -8,6 +8,7 @@ import typer
 
 from loomvideo.jobs.command import config_command
 from loomvideo.platform.config import option
+from loomvideo.platform.console import console, table
 from loomvideo.platform.errors import UserError
 
 
@@ -50,9 +51,6 @@ def print_plan(config: PlanConfig) -> None:
     Raises:
         UserError: for an unknown machine or lengths that do not match.
     """
-    from rich.console import Console
-    from rich.table import Table
-
     from loomvideo.jobs.training.plan import MACHINES, plan
     from loomvideo.model.flops import relative_cost
     from loomvideo.model.sizes import model_size
@@ -84,7 +82,7 @@ def print_plan(config: PlanConfig) -> None:
         )
         for ranks in config.ranks
     ]
-    table = Table("estimate, a GPU and step", *(f"{ranks} {config.machine}" for ranks in config.ranks), box=None)
+    estimates = table("estimate, a GPU and step", *(f"{ranks} {config.machine}" for ranks in config.ranks))
     gib, tera = 2**30, 1e12
     rows = {
         "weights, gradients, optimiser, average": [f"{p.state_bytes / gib:.1f} GiB" for p in plans],
@@ -118,13 +116,13 @@ def print_plan(config: PlanConfig) -> None:
         if config.carbon_g_per_kwh:
             rows["carbon"] = [f"{value * config.carbon_g_per_kwh / 1000:,.0f} kg CO2" for value in energy]
     for name, values in rows.items():
-        table.add_row(name, *values)
-    console = Console(markup=False)
-    console.print(table)
-    console.print(
+        estimates.add_row(name, *values)
+    out = console()
+    out.print(estimates)
+    out.print(
         f"{plans[0].num_parameters / 1e9:.2f} G parameters; the pack counts {cost:,.0f} of training.pack.tokens and "
         f"{sum(config.mllm_lengths):,} of training.pack.max_context_tokens; nothing here is measured "
         f"(efficiency={config.efficiency})"
     )
     if any(p.memory_bytes > 0.92 * machine.memory_gib * gib for p in plans):
-        console.print("memory is short: shorter packs, more GPUs, recompute=full or zero.offload_optimizer=true")
+        out.print("memory is short: shorter packs, more GPUs, recompute=full or zero.offload_optimizer=true")

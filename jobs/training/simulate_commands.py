@@ -10,6 +10,7 @@ from loomvideo.jobs.command import config_command
 from loomvideo.jobs.weights.references import CHECKPOINT_HELP, RunReference, find_run
 from loomvideo.pipelines.training.config import ObjectiveConfig
 from loomvideo.platform.config import option
+from loomvideo.platform.console import console, table
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.training.config import MixtureConfig, PackConfig
 
@@ -57,9 +58,6 @@ def print_simulation(config: SimulateConfig) -> None:
     Raises:
         UserError: if no shards are named.
     """
-    from rich.console import Console
-    from rich.table import Table
-
     from loomvideo.jobs.training.plan import packs_in_flight
     from loomvideo.model.memory import activation_bytes, states_bytes
     from loomvideo.pipelines.training.recipe import LoomVideoRecipe
@@ -78,16 +76,16 @@ def print_simulation(config: SimulateConfig) -> None:
     sizes = [recipe.sample_sizes(number, index) for number, index in enumerate(indexes)]
     sources = build_sources(indexes, sizes, config.split, config.mixture)
     in_flight = packs_in_flight(config.prefetch_steps)
-    table = Table(
+    packs = table(
         "ranks", "fill", "imbalance", "worst", "tokens/step", "samples/step", "held", "MLLM tokens, mean and most",
-        "activations and states", "host memory a rank", box=None, padding=(0, 2),
+        "activations and states", "host memory a rank",
     )  # fmt: skip
     for ranks in config.ranks:
         result = simulate(sources, config.pack, ranks, config.steps, variant=recipe.visit_variant)
         tokens, context = result.largest_pack
         gpu_bytes = activation_bytes(recipe.config, tokens, context, config.recompute)
         gpu_bytes += states_bytes(recipe.config, context)
-        table.add_row(
+        packs.add_row(
             str(ranks),
             f"{result.fill:.1%}",
             f"{result.imbalance:.2%}",
@@ -99,21 +97,21 @@ def print_simulation(config: SimulateConfig) -> None:
             f"{gpu_bytes / 2**30:.1f} GiB",
             f"{in_flight * states_bytes(recipe.config, result.most_context_tokens) / 2**30:.1f} GiB",
         )
-    console = Console(markup=False)
-    console.print(table)
-    console.print(
+    out = console()
+    out.print(packs)
+    out.print(
         "imbalance: counted operations of the most expensive pack over the mean; memory: of the largest pack, as "
         f"`loomvideo plan` estimates it, with {in_flight} packs in flight on the host"
     )
-    seen = Table(f"source (after {config.steps} steps)", "samples", "drawn", "epochs", box=None, padding=(0, 2))
+    seen = table(f"source (after {config.steps} steps)", "samples", "drawn", "epochs")
     for source in sources:
         drawn = result.draws.get(source.name, 0)
         seen.add_row(source.name, str(len(source.key)), str(drawn), f"{drawn / len(source.key):.2f}")
-    console.print(seen)
+    out.print(seen)
     if result.fill < 0.95:
         better = suggest_budget(sources, config.pack, min(config.ranks))
         advice = f"try pack.tokens={better}" if better else "the lengths of these samples do not add up to any budget"
-        console.print(f"fill is under 95 %: {advice}")
+        out.print(f"fill is under 95 %: {advice}")
 
 
 def print_audit(reference: RunReference, steps: int, workers: int) -> None:
@@ -123,9 +121,6 @@ def print_audit(reference: RunReference, steps: int, workers: int) -> None:
         UserError: if the run cannot be repeated, or a repeated step differs.
     """
     import tempfile
-
-    from rich.console import Console
-    from rich.table import Table
 
     from loomvideo.jobs.training.setup import START_FILE, recipe_factory
     from loomvideo.jobs.weights.export import run_config
@@ -150,10 +145,10 @@ def print_audit(reference: RunReference, steps: int, workers: int) -> None:
         factory = recipe_factory(config, datasets, started, config.kernels, features)
         start, shards = reference.step or 0, config.data.shards
         rows = audit_resume(run, config.training, factory, shards, Path(scratch), start, steps)
-    table = Table("step", "samples", "loss", "repeated", "gradient norm", "repeated", "", box=None, padding=(0, 2))
+    repeated = table("step", "samples", "loss", "repeated", "gradient norm", "repeated", "")
     for row in rows:
         verdict = "equal" if row.same_bits else "close" if row.is_close else "DIFFERS"
-        table.add_row(
+        repeated.add_row(
             str(row.step),
             "same" if row.same_keys else "OTHER",
             f"{row.loss:.8f}",
@@ -162,7 +157,7 @@ def print_audit(reference: RunReference, steps: int, workers: int) -> None:
             f"{row.repeated_grad_norm:.8f}",
             verdict,
         )
-    Console(markup=False).print(table)
+    console().print(repeated)
     # Sums on GPUs are in no fixed order unless the run asked for one.
     exact = same_world and (not config.training.workers.gpus or config.training.deterministic)
     passed = all(row.same_keys and (row.same_bits if exact else row.is_close) for row in rows)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loomvideo.jobs.weights.references import CHECKPOINT_HELP, REFERENCE_HELP
+from loomvideo.platform.console import console, table
 from loomvideo.platform.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,24 +33,21 @@ def list_checkpoints(
     """List a run's checkpoints."""
     import datetime
 
-    from rich.console import Console
-    from rich.table import Table
-
     from loomvideo.jobs.weights.export import NAMES, RunCheckpoints
     from loomvideo.platform.training.checkpoint import Checkpoint, DamagedCheckpoint
 
     folder = RunCheckpoints.find(run, runs).folder
-    table = Table("step", "written", "ranks", "size", "weights", "digest", box=None, padding=(0, 2, 0, 0))
+    listed = table("step", "written", "ranks", "size", "weights", "digest")
     for step in folder.steps():
         try:
             checkpoint = Checkpoint(folder.at(step))
             time = datetime.datetime.fromtimestamp(checkpoint.state["time"]).isoformat(" ", "seconds")
             size = f"{checkpoint.num_bytes / 1e6:,.1f} MB"
             kinds = ", ".join(NAMES.get(kind, kind) for kind in checkpoint.kinds)
-            table.add_row(str(step), time, str(checkpoint.manifest["world_size"]), size, kinds, checkpoint.digest)
+            listed.add_row(str(step), time, str(checkpoint.manifest["world_size"]), size, kinds, checkpoint.digest)
         except DamagedCheckpoint as damage:
-            table.add_row(str(step), "damaged:", "", "", str(damage), "")
-    Console(markup=False).print(table)
+            listed.add_row(str(step), "damaged:", "", "", str(damage), "")
+    console().print(listed)
 
 
 @app.command()
@@ -82,9 +80,6 @@ def diff(
     runs: Runs = RUNS,
 ) -> None:
     """Compare two checkpoints: state, and weights one parameter at a time."""
-    from rich.console import Console
-    from rich.table import Table
-
     from loomvideo.jobs.weights.export import KINDS
 
     one, other = _open(first, runs), _open(second, runs)
@@ -108,12 +103,12 @@ def diff(
             rows.append((float(change.norm() / value.norm().clamp_min(1e-12)), float(change.abs().max()), name))
     equal = sum(largest == 0 for _, largest, _ in rows)
     print(f"{equal} of {len(rows)} parameters are equal bit by bit")
-    table = Table("relative change", "largest change", "parameter", box=None, padding=(0, 2, 0, 0))
+    changes = table("relative change", "largest change", "parameter")
     for relative, largest, name in sorted(rows, reverse=True)[:top]:
         if largest > 0:
-            table.add_row(f"{relative:.3e}", f"{largest:.3e}", name)
-    if table.row_count:
-        Console(markup=False).print(table)
+            changes.add_row(f"{relative:.3e}", f"{largest:.3e}", name)
+    if changes.row_count:
+        console().print(changes)
 
 
 @app.command()

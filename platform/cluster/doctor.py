@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import requests
-from rich.console import Console
 from rich.table import Table
 
 from loomvideo.platform.cluster.node_checks import Check, Probe, node_probes, run_probes
 from loomvideo.platform.cluster.pods import MIN_BUS_VARIABLE
+from loomvideo.platform.console import coloured, console, table
 from loomvideo.platform.errors import UserError
 
 CLOCK_SKEW_S = 2.0
@@ -43,14 +43,12 @@ class Diagnosis:
 
     def table(self) -> Table:
         """The findings, problems last where the eye is."""
-        table = Table(box=None, title=f"{len(self.rows)} checks in {self.seconds:.0f} s", title_justify="left")
-        for header in ("node", "check", "", "found"):
-            table.add_column(header, overflow="fold")
+        found = table("node", "check", "", "found", title=f"{len(self.rows)} checks in {self.seconds:.0f} s")
         order = {"ok": 0, "warn": 1, "fail": 2}
         colours = {"ok": "green", "warn": "yellow", "fail": "red"}
         for node, check in sorted(self.rows, key=lambda row: order[row[1].status]):
-            table.add_row(node, check.name, f"[{colours[check.status]}]{check.status}[/]", check.detail)
-        return table
+            found.add_row(node, check.name, coloured(check.status, colours[check.status]), check.detail)
+        return found
 
     def as_dict(self) -> dict[str, Any]:
         """For an artifact of the run."""
@@ -110,7 +108,7 @@ def examine_cluster(
     return Diagnosis(tuple(rows), time.monotonic() - started)
 
 
-def preflight(examine: Callable[[], Diagnosis], console: Console | None = None) -> Diagnosis:
+def preflight(examine: Callable[[], Diagnosis]) -> Diagnosis:
     """Examine before a job and refuse to start it on a sick cluster.
 
     Raises:
@@ -118,7 +116,7 @@ def preflight(examine: Callable[[], Diagnosis], console: Console | None = None) 
     """
     diagnosis = examine()
     if diagnosis.failed:
-        (console or Console(markup=False, stderr=True)).print(diagnosis.table())
+        console(stderr=True).print(diagnosis.table())
         node, check = diagnosis.failed[0]
         more = f" and {len(diagnosis.failed) - 1} more" if len(diagnosis.failed) > 1 else ""
         raise UserError(f"doctor: {node}: {check.name}: {check.detail}{more}; fix it, or set doctor=false to go on")

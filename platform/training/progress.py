@@ -6,10 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
-
+from loomvideo.platform.console import bars, console
 from loomvideo.platform.runs import RunFolder
 from loomvideo.platform.training.checkpoint import checkpoints_of
 from loomvideo.platform.training.config import TrainingConfig
@@ -43,7 +40,7 @@ class Progress:
     def __init__(self, config: TrainingConfig, folder: RunFolder, tracker: Any, predict: Predict | None = None):
         self.config, self.folder, self.tracker, self._predict = config, folder, tracker, predict
         self.fatal = ""
-        self._console = Console(markup=False, stderr=True)
+        self._console = console(stderr=True)
         self._path = folder.path / STEPS_FILE
         self._last_step = last_recorded_step(self._path)
         # Unbuffered: what a full disk does not take stays in self._unwritten and is written when there is room.
@@ -67,15 +64,7 @@ class Progress:
         # Losses of the newest validation, triple by triple.
         self._validated: dict[str, list[float]] = {}
         self._last_line_at = 0.0
-        self._bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
+        self._bar = bars("figures", remaining=False, in_logs=False, on=self._console)
         self._task = self._bar.add_task("training", total=config.steps, figures="starting workers")
         self._bar.start()
 
