@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import defaultdict
 from functools import cache
 from pathlib import Path
 
@@ -114,6 +115,15 @@ def test_the_model_room_knows_no_cluster_and_no_tracking():
         if re.match(r"\s*(import|from) (ray|mlflow|deepspeed)\b", line)
     ]
     assert wrong == []
+
+
+def test_a_class_has_a_name_of_its_own():
+    found = defaultdict(list)
+    for name, path in modules().items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found[node.name].append(name)
+    assert {name: where for name, where in found.items() if len(where) > 1} == {}
 
 
 def test_tables_and_bars_are_made_in_one_place():

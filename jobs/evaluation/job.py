@@ -46,7 +46,7 @@ from loomvideo.pipelines.evaluation.stages import (
 )
 from loomvideo.pipelines.evaluation.store import Store, content_key
 from loomvideo.pipelines.evaluation.suites.external import export_results, import_scores
-from loomvideo.pipelines.evaluation.suites.items import Manifest
+from loomvideo.pipelines.evaluation.suites.items import SuiteManifest
 from loomvideo.pipelines.evaluation.suites.registry import Suite
 from loomvideo.pipelines.evaluation.suites.registry import suite as find_suite
 from loomvideo.pipelines.evaluation.table import headline_metrics, ranking_metrics
@@ -118,7 +118,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 def _generate_and_measure(
     config: EvaluateConfig,
     checkpoint: EvaluatedModel,
-    manifests: list[Manifest],
+    manifests: list[SuiteManifest],
     learned: list[LearnedMetric],
     judge: BuildJudge | None,
     spending: Path,
@@ -162,7 +162,7 @@ def _generate_and_measure(
 def _finish_suite(
     config: EvaluateConfig,
     suite: Suite,
-    manifest: Manifest,
+    manifest: SuiteManifest,
     rows: list[Row],
     folder: RunFolder,
     parent: Tracker,
@@ -221,7 +221,7 @@ def _draw_charts(result: SuiteResult, place: Path) -> None:
             save_bars(chosen, identity[metric], f"{result.suite}: {metric}", place / "charts" / f"{metric}.png")
 
 
-def _header(config: EvaluateConfig, manifest: Manifest, suite: Suite, judged: bool) -> dict[str, str]:
+def _header(config: EvaluateConfig, manifest: SuiteManifest, suite: Suite, judged: bool) -> dict[str, str]:
     j = config.judge
     prompt_set = "none"
     if judged:
@@ -244,7 +244,7 @@ def _header(config: EvaluateConfig, manifest: Manifest, suite: Suite, judged: bo
     }
 
 
-def _tags(config: EvaluateConfig, checkpoint: EvaluatedModel, manifests: list[Manifest]) -> dict[str, str]:
+def _tags(config: EvaluateConfig, checkpoint: EvaluatedModel, manifests: list[SuiteManifest]) -> dict[str, str]:
     settings = [checkpoint.fingerprint, config.seed, [m.digest for m in manifests], dataclasses.asdict(config.judge)]
     tags = {
         "checkpoint": checkpoint.name,

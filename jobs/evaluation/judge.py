@@ -15,7 +15,7 @@ from loomvideo.pipelines.evaluation.judges.rubrics import OWN_FILE, official_rub
 from loomvideo.pipelines.evaluation.judges.session import JudgeSession
 from loomvideo.pipelines.evaluation.stages import JudgeStage
 from loomvideo.pipelines.evaluation.store import Store
-from loomvideo.pipelines.evaluation.suites.items import EvalItem, Manifest
+from loomvideo.pipelines.evaluation.suites.items import EvalItem, SuiteManifest
 from loomvideo.pipelines.evaluation.suites.registry import Suite
 from loomvideo.pipelines.vlm.clients import GeminiClient, OpenAIClient, VLMClient, api_key
 from loomvideo.pipelines.vlm.local import QwenVLClient
@@ -28,7 +28,7 @@ _RUBRIC_TOKENS = 400
 BuildJudge = Callable[[Path | None], JudgeStage]
 
 
-def judge_builder(config: EvaluateConfig, suites: list[Suite], manifests: list[Manifest]) -> BuildJudge | None:
+def judge_builder(config: EvaluateConfig, suites: list[Suite], manifests: list[SuiteManifest]) -> BuildJudge | None:
     """What makes the judge stage inside its actor, given the run's record of spending; None without a judge.
 
     Checks rubrics, key, prices and budget, and asks before spending.

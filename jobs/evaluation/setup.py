@@ -11,10 +11,10 @@ from loomvideo.jobs.weights.references import find_run
 from loomvideo.model.codec import LatentGrid
 from loomvideo.model.loading import ModelSource
 from loomvideo.model.sizes import PUBLISHED, model_size, stated_size
-from loomvideo.pipelines.evaluation.generators import BlendGenerator, Generator, IdentityGenerator
+from loomvideo.pipelines.evaluation.generators import BlendGenerator, IdentityGenerator, SampleGenerator
 from loomvideo.pipelines.evaluation.model_generator import ModelGenerator, ModelOptions, model_fingerprint
 from loomvideo.pipelines.evaluation.pipeline_generator import SamplerSettings
-from loomvideo.pipelines.evaluation.suites.items import Manifest
+from loomvideo.pipelines.evaluation.suites.items import SuiteManifest
 from loomvideo.pipelines.evaluation.suites.registry import Suite
 from loomvideo.platform.console import console
 from loomvideo.platform.errors import UserError
@@ -39,7 +39,7 @@ class EvaluatedModel:
 
     name: str
     fingerprint: str
-    build: Callable[[], Generator]
+    build: Callable[[], SampleGenerator]
     weights: str = ""
     training_run: str = ""
     model: str = ""
@@ -95,7 +95,7 @@ def model_grid(model: str) -> LatentGrid:
     return model_size(model or PUBLISHED).grid
 
 
-def load_manifest(config: EvaluateConfig, suite: Suite) -> Manifest:
+def load_manifest(config: EvaluateConfig, suite: Suite) -> SuiteManifest:
     """Convert a suite's download, report deviations and missing files.
 
     Raises:

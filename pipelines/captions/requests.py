@@ -10,7 +10,7 @@ import numpy as np
 from loomvideo.model.tasks import TASKS
 from loomvideo.pipelines.captions import schema
 from loomvideo.pipelines.sources.samples import Sample
-from loomvideo.pipelines.vlm.requests import FrameSampling, Media, VLMRequest, encode_media, labelled
+from loomvideo.pipelines.vlm.requests import FrameSampling, VLMMedia, VLMRequest, encode_media, labelled
 
 # Part of every request's digest: raise it when a wording below changes.
 PROMPT_VERSION = 1
@@ -77,7 +77,7 @@ def caption_request(
     Raises:
         ValueError: for an instruction of a sample that is no edit.
     """
-    media: tuple[Media, ...] = ()
+    media: tuple[VLMMedia, ...] = ()
     if mode == "instruction":
         if source is None or not TASKS[sample.task].needs_source:
             raise ValueError(f"{sample.key}: an instruction needs source and target")

@@ -9,7 +9,7 @@ import numpy as np
 from loomvideo.pipelines.evaluation.inputs import LoadedItem
 
 
-class Generator(Protocol):
+class SampleGenerator(Protocol):
     """A model under test.
 
     Attributes:
@@ -56,11 +56,11 @@ class BlendGenerator:
 
     @property
     def fingerprint(self) -> str:
-        """See :class:`Generator`."""
+        """See :class:`SampleGenerator`."""
         return f"blend-{self.skill:g}-{self.noise:g}"
 
     def generate(self, item: LoadedItem, seed: int, use_source: bool = True) -> np.ndarray:
-        """See :class:`Generator`."""
+        """See :class:`SampleGenerator`."""
         rng = np.random.default_rng(seed)
         base = IdentityGenerator().generate(item, seed, use_source).astype(np.float32)
         if item.target is not None:

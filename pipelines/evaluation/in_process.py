@@ -12,10 +12,10 @@ import numpy as np
 from loomvideo.pipelines.evaluation import measures
 from loomvideo.pipelines.evaluation.aggregate import SuiteResult, aggregate_suite
 from loomvideo.pipelines.evaluation.controls import CONTROLS, NO_SOURCE, merge_controls
-from loomvideo.pipelines.evaluation.generators import Generator
+from loomvideo.pipelines.evaluation.generators import SampleGenerator
 from loomvideo.pipelines.evaluation.inputs import InputOptions, LoadedItem, load_item
 from loomvideo.pipelines.evaluation.stages import MODEL, Row, check_rows, initial_rows, item_of
-from loomvideo.pipelines.evaluation.suites.items import Manifest
+from loomvideo.pipelines.evaluation.suites.items import SuiteManifest
 from loomvideo.pipelines.media.decode import DecodeError
 from loomvideo.platform.errors import UserError
 
@@ -23,8 +23,8 @@ OnResults = Callable[[LoadedItem, dict[str, np.ndarray], Row], None]
 
 
 def evaluate_in_process(
-    manifest: Manifest,
-    generator: Generator,
+    manifest: SuiteManifest,
+    generator: SampleGenerator,
     options: InputOptions,
     seed_of: Callable[[str, str], int],
     on_results: OnResults,
@@ -55,7 +55,7 @@ def evaluate_in_process(
 
 
 def _sample(
-    rows: list[Row], manifest: Manifest, generator: Generator, options: InputOptions, on_results: OnResults
+    rows: list[Row], manifest: SuiteManifest, generator: SampleGenerator, options: InputOptions, on_results: OnResults
 ) -> Iterable[Row]:
     try:
         loaded = load_item(item_of(rows[0]), manifest.root, options)

@@ -18,7 +18,7 @@ from loomvideo.model.codec import LatentGrid
 from loomvideo.model.sizes import PUBLISHED, model_size
 from loomvideo.model.tasks import Medium, task
 from loomvideo.pipelines.evaluation.suites.items import EvalItem
-from loomvideo.pipelines.media.decode import Media, open_media
+from loomvideo.pipelines.media.decode import OpenMedia, open_media
 from loomvideo.pipelines.media.windows import MediaWindow, media_window, picture_window
 
 
@@ -116,7 +116,7 @@ def load_item(item: EvalItem, root: Path, options: InputOptions) -> LoadedItem:
 
 
 def _window(
-    media: Media, kind: Medium, num_frames: int, options: InputOptions, aligned: Sequence[int] = ()
+    media: OpenMedia, kind: Medium, num_frames: int, options: InputOptions, aligned: Sequence[int] = ()
 ) -> MediaWindow:
     """A file's window; the source's ``aligned`` frame numbers are kept where the file has them."""
     window = media_window(media.info, kind, options.bucket_classes, num_frames, options.grid, options.fps)
@@ -125,5 +125,5 @@ def _window(
     return dataclasses.replace(window, indices=tuple(aligned)) if fits else window
 
 
-def _frames(media: Media, window: MediaWindow) -> torch.Tensor:
+def _frames(media: OpenMedia, window: MediaWindow) -> torch.Tensor:
     return window.fit(torch.from_numpy(np.concatenate(list(media.read(window.indices)))))

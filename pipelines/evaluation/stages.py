@@ -19,7 +19,7 @@ import numpy as np
 from loomvideo.pipelines.evaluation import measures
 from loomvideo.pipelines.evaluation.controls import CONTROLS, NO_SOURCE, WRONG_INSTRUCTION, other_instruction
 from loomvideo.pipelines.evaluation.distances import FEATURES_FILE
-from loomvideo.pipelines.evaluation.generators import Generator, IdentityGenerator
+from loomvideo.pipelines.evaluation.generators import IdentityGenerator, SampleGenerator
 from loomvideo.pipelines.evaluation.inputs import InputOptions, LoadedItem, load_item
 from loomvideo.pipelines.evaluation.judges.inputs import media_for_item
 from loomvideo.pipelines.evaluation.judges.rubrics import OfficialRubrics, OwnRubrics, Question
@@ -27,7 +27,7 @@ from loomvideo.pipelines.evaluation.judges.session import JudgeSession
 from loomvideo.pipelines.evaluation.learned import LearnedMetric
 from loomvideo.pipelines.evaluation.media import save_png, stacked_filmstrips, thumbnail
 from loomvideo.pipelines.evaluation.store import Store, content_key, pixel_digest, read_lossless, write_lossless
-from loomvideo.pipelines.evaluation.suites.items import EvalItem, Manifest, file_digest
+from loomvideo.pipelines.evaluation.suites.items import EvalItem, SuiteManifest, file_digest
 from loomvideo.pipelines.evaluation.suites.registry import suite as find_suite
 from loomvideo.pipelines.media.decode import DecodeError
 from loomvideo.pipelines.media.video_writer import write_video
@@ -40,7 +40,7 @@ VIDEO, FILM, STRIP, THUMB = "video.mkv", "video.mp4", "strip.png", "thumb.png"
 MODEL, IDENTITY = "model", "identity"
 
 
-def initial_rows(manifest: Manifest, series: Sequence[str], seed_of: Callable[[str, str], int]) -> list[Row]:
+def initial_rows(manifest: SuiteManifest, series: Sequence[str], seed_of: Callable[[str, str], int]) -> list[Row]:
     """One row a sample and series: the model under test, the source copied, controls of edits."""
     rows = []
     for index, item in enumerate(manifest.items):
@@ -146,10 +146,10 @@ class GenerateStage:
     """
 
     store: Store
-    build: Callable[[], Generator]
+    build: Callable[[], SampleGenerator]
     fingerprint: str
     on_generated: Callable[[Row], None] | None = None
-    _generator: Generator | None = field(default=None, repr=False)
+    _generator: SampleGenerator | None = field(default=None, repr=False)
 
     def __call__(self, row: Row) -> Row:
         """Add ``result``, the key of the generated video."""

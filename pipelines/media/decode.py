@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from loomvideo.pipelines.media.fragments import FragmentMedia, split_fragment
-from loomvideo.pipelines.media.media_info import DEFAULT_FOLDER_FPS, Backend, DecodeError, Media, MediaInfo
+from loomvideo.pipelines.media.media_info import DEFAULT_FOLDER_FPS, Backend, DecodeError, MediaInfo, OpenMedia
 from loomvideo.pipelines.media.pictures import Picture, is_picture
 from loomvideo.pipelines.media.videos import open_video
 
-__all__ = ["DEFAULT_FOLDER_FPS", "Backend", "DecodeError", "Media", "MediaInfo", "on_disk", "open_media"]
+__all__ = ["DEFAULT_FOLDER_FPS", "Backend", "DecodeError", "MediaInfo", "OpenMedia", "on_disk", "open_media"]
 
 _PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 # Files that are often found under the name of a picture or video.
@@ -31,7 +31,7 @@ _NO_MEDIA = (
 )
 
 
-def open_media(path: str, backend: Backend = "auto", folder_fps: float = DEFAULT_FOLDER_FPS) -> Media:
+def open_media(path: str, backend: Backend = "auto", folder_fps: float = DEFAULT_FOLDER_FPS) -> OpenMedia:
     """Open a local video file, picture, or folder of pictures in name order.
 
     Args:

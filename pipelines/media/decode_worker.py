@@ -11,7 +11,7 @@ import sys
 import threading
 from typing import BinaryIO, Protocol
 
-from loomvideo.pipelines.media.decode import DecodeError, Media, open_media
+from loomvideo.pipelines.media.decode import DecodeError, OpenMedia, open_media
 
 _OPEN_FILES = 4
 
@@ -67,7 +67,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
                 os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()
-    opened: dict[tuple, Media] = {}
+    opened: dict[tuple, OpenMedia] = {}
     while True:
         action, location, options = pending.get()
         try:

@@ -37,7 +37,7 @@ class MediaInfo:
     rotation: int = 0
 
 
-class Media(Protocol):
+class OpenMedia(Protocol):
     """An open file."""
 
     info: MediaInfo

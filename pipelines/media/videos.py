@@ -17,8 +17,8 @@ from loomvideo.pipelines.media.media_info import (
     DEFAULT_FOLDER_FPS,
     Backend,
     DecodeError,
-    Media,
     MediaInfo,
+    OpenMedia,
     check_size,
     first_line,
 )
@@ -55,7 +55,7 @@ class _Orientation(NamedTuple):
         return np.ascontiguousarray(pixels)
 
 
-def open_video(path: str, backend: Backend) -> Media:
+def open_video(path: str, backend: Backend) -> OpenMedia:
     """Open a video file.
 
     Raises:

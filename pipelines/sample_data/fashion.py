@@ -9,7 +9,7 @@ import numpy as np
 from loomvideo.model.tasks import TASKS
 from loomvideo.pipelines.sample_data import backgrounds, media
 from loomvideo.pipelines.sample_data.config import SampleDataConfig
-from loomvideo.pipelines.sample_data.figures import MOTIONS, Figure, Look, Renderer, random_figure
+from loomvideo.pipelines.sample_data.figures import MOTIONS, Look, Person, Renderer, random_figure
 from loomvideo.pipelines.sample_data.garments import COLOURS, OUTFITS, PATTERNS, Garment, flat_lay
 from loomvideo.pipelines.sources.samples import Sample
 
@@ -59,7 +59,7 @@ class FashionGroup:
         """Draw the figure and its look; nothing is rendered yet."""
         self.name, self.split, self.folder, self.config = name, split, folder, config
         self.random = np.random.default_rng(seed)
-        self.figure: Figure = random_figure(self.random)
+        self.figure: Person = random_figure(self.random)
         self.look = random_look(self.figure.outfit, self.random)
         self.num_frames = int(self.random.choice(config.num_frames))
         self.used: set[Look] = {self.look}

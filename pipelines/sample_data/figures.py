@@ -45,7 +45,7 @@ PANORAMA = 1.3
 
 
 @dataclass(frozen=True)
-class Figure:
+class Person:
     """Everything about a person and a take that an edit leaves alone."""
 
     person: str
@@ -98,11 +98,11 @@ class Pose:
     camera: float
 
 
-def random_figure(random: np.random.Generator) -> Figure:
+def random_figure(random: np.random.Generator) -> Person:
     """Draw a figure."""
     outfit = str(random.choice(list(OUTFITS), p=OUTFIT_SHARES))
     person = "woman" if outfit in ("dress", "blouse") or random.random() < 0.5 else "man"
-    return Figure(
+    return Person(
         person=person,
         skin=int(random.integers(len(SKINS))),
         hair=str(random.choice(list(HAIR_COLOURS))),
@@ -118,7 +118,7 @@ def random_figure(random: np.random.Generator) -> Figure:
     )
 
 
-def pose_at(figure: Figure, seconds: float) -> Pose:
+def pose_at(figure: Person, seconds: float) -> Pose:
     """The pose of a figure at a time in seconds."""
     angle = figure.phase + 2 * math.pi * figure.speed * seconds
     s, c = math.sin(angle), math.cos(angle)
@@ -137,7 +137,7 @@ def pose_at(figure: Figure, seconds: float) -> Pose:
 class Renderer:
     """Draws a figure in a look; textures and the background are made once a clip."""
 
-    def __init__(self, figure: Figure, look: Look, width: int, height: int):
+    def __init__(self, figure: Person, look: Look, width: int, height: int):
         """Prepare to draw frames of ``width`` x ``height`` pixels."""
         self.figure, self.look, self.width, self.height = figure, look, width, height
         self.canvas_width, self.canvas_height = width * cv.SUPERSAMPLING, height * cv.SUPERSAMPLING

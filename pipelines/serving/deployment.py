@@ -19,7 +19,7 @@ APPLICATION = "loomvideo"
 GENERATOR = "Generator"
 
 
-class Generator(Protocol):
+class RequestGenerator(Protocol):
     """A loaded model."""
 
     def generate(self, request: GenerationRequest, on_step: Callable[[int, int], None]) -> Result:
@@ -46,7 +46,7 @@ class _Stopped(Exception):  # noqa: N818 - a request that nobody waits for any m
 class GeneratorReplica:
     """Runs one request at a time in a thread and streams its progress."""
 
-    def __init__(self, load: Callable[[], Generator]):
+    def __init__(self, load: Callable[[], RequestGenerator]):
         self._generator = load()
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Progress | Result]:
@@ -74,7 +74,9 @@ class GeneratorReplica:
         """Serve's probe: a replica whose process answers is healthy."""
 
 
-def build_application(load: Callable[[], Generator], page: PageConfig, replicas: ReplicaConfig) -> serve.Application:
+def build_application(
+    load: Callable[[], RequestGenerator], page: PageConfig, replicas: ReplicaConfig
+) -> serve.Application:
     """The Serve application: ``load`` runs once in every generator replica."""
     scaling = {
         "min_replicas": replicas.min_replicas,

@@ -63,7 +63,7 @@ class Health(BaseModel):
     running: int
 
 
-class Problem(BaseModel):
+class Refusal(BaseModel):
     """Why a request was refused, in one line."""
 
     error: str
@@ -71,7 +71,7 @@ class Problem(BaseModel):
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The refusals of a path, for its ``responses``."""
-    return {status: {"model": Problem} for status in (401, 403, 415, 421, 422, *statuses)}
+    return {status: {"model": Refusal} for status in (401, 403, 415, 421, 422, *statuses)}
 
 
 def raw_body(*media_types: str, schema: dict[str, Any]) -> dict[str, Any]:

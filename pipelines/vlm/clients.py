@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import requests
 
-from loomvideo.pipelines.vlm.requests import Media, VLMRequest
+from loomvideo.pipelines.vlm.requests import VLMMedia, VLMRequest
 from loomvideo.platform.errors import UserError
 
 
@@ -107,7 +107,7 @@ class OpenAIClient:
         """See :class:`VLMClient`."""
         content: list[dict[str, Any]] = []
         for part in request.parts:
-            content += _openai_parts(part) if isinstance(part, Media) else [{"type": "text", "text": part}]
+            content += _openai_parts(part) if isinstance(part, VLMMedia) else [{"type": "text", "text": part}]
         messages: list[dict[str, Any]] = [{"role": "system", "content": request.system}] if request.system else []
         body: dict[str, Any] = {
             "model": self.model,
@@ -172,7 +172,7 @@ class GeminiClient:
         """See :class:`VLMClient`."""
         parts: list[dict[str, Any]] = []
         for part in request.parts:
-            parts += _gemini_parts(part) if isinstance(part, Media) else [{"text": part}]
+            parts += _gemini_parts(part) if isinstance(part, VLMMedia) else [{"text": part}]
         generation: dict[str, Any] = {"maxOutputTokens": self.max_tokens}
         if self.temperature is not None:
             generation["temperature"] = self.temperature
@@ -258,13 +258,13 @@ def _retry_after(value: str | None) -> float | None:
     return float(value) if value and value.replace(".", "", 1).isdigit() else None
 
 
-def _openai_parts(media: Media) -> list[dict[str, Any]]:
+def _openai_parts(media: VLMMedia) -> list[dict[str, Any]]:
     if media.film is not None:
         return [{"type": "video_url", "video_url": {"url": _data_url("video/mp4", media.film)}}]
     return [{"type": "image_url", "image_url": {"url": _data_url(media.mime, frame)}} for frame in media.frames]
 
 
-def _gemini_parts(media: Media) -> list[dict[str, Any]]:
+def _gemini_parts(media: VLMMedia) -> list[dict[str, Any]]:
     if media.film is not None:
         return [{"inline_data": {"mime_type": "video/mp4", "data": _base64(media.film)}}]
     return [{"inline_data": {"mime_type": media.mime, "data": _base64(frame)}} for frame in media.frames]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from loomvideo.pipelines.vlm.clients import Reply
-from loomvideo.pipelines.vlm.requests import Media, VLMRequest, decode_frames
+from loomvideo.pipelines.vlm.requests import VLMMedia, VLMRequest, decode_frames
 from loomvideo.platform.errors import UserError
 
 _MAKING = threading.Lock()
@@ -171,13 +171,13 @@ def _inputs(request: VLMRequest, tokenizer: Any, processor: Any) -> Any:
 
     from loomvideo.model.conditioning.inputs import interleaved_inputs
 
-    words: list[str | Media] = [request.system] if request.system else []
+    words: list[str | VLMMedia] = [request.system] if request.system else []
     words += request.parts
     if request.structured:
         words.append(f"Answer with nothing but a JSON object with the keys reasoning, {', '.join(request.axes)}.")
     parts: list[Any] = []
     for part in words:
-        if isinstance(part, Media):
+        if isinstance(part, VLMMedia):
             parts += [torch.from_numpy(frame.copy()) for frame in decode_frames(part)]
         else:
             parts.append(f"\n{part}" if parts else part)

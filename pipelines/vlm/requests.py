@@ -39,7 +39,7 @@ class FrameSampling:
 
 
 @dataclass(frozen=True)
-class Media:
+class VLMMedia:
     """One input of a model.
 
     Attributes:
@@ -70,7 +70,7 @@ class VLMRequest:
         ask: 1 when an unreadable answer is asked for again.
     """
 
-    parts: tuple[str | Media, ...]
+    parts: tuple[str | VLMMedia, ...]
     axes: tuple[str, ...] = ()
     structured: bool = True
     system: str = ""
@@ -78,9 +78,9 @@ class VLMRequest:
     ask: int = 0
 
     @property
-    def media(self) -> tuple[Media, ...]:
+    def media(self) -> tuple[VLMMedia, ...]:
         """The media among the parts."""
-        return tuple(part for part in self.parts if isinstance(part, Media))
+        return tuple(part for part in self.parts if isinstance(part, VLMMedia))
 
     @property
     def text(self) -> str:
@@ -100,7 +100,7 @@ class VLMRequest:
 
     def key(self, identity: dict[str, Any]) -> str:
         """Cache key: everything that can change the answer, media by content."""
-        parts = [["media", p.label, p.digest] if isinstance(p, Media) else p for p in self.parts]
+        parts = [["media", p.label, p.digest] if isinstance(p, VLMMedia) else p for p in self.parts]
         own = [self.system, self.axes, self.structured, self.repeat, self.ask]
         content = {"parts": parts, "request": own, "schema": self.schema(), "model": identity}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -110,15 +110,15 @@ class VLMRequest:
         return len(self.text) // 4 + tokens_per_frame * sum(len(m.frames) for m in self.media)
 
 
-def labelled(text: str, media: Sequence[Media]) -> tuple[str | Media, ...]:
+def labelled(text: str, media: Sequence[VLMMedia]) -> tuple[str | VLMMedia, ...]:
     """Parts of a request: the question, then each medium under its label."""
-    parts: list[str | Media] = [text]
+    parts: list[str | VLMMedia] = [text]
     for medium in media:
         parts += [f"{medium.label}:", medium]
     return tuple(parts)
 
 
-def encode_media(label: str, video: np.ndarray, sampling: FrameSampling) -> Media:
+def encode_media(label: str, video: np.ndarray, sampling: FrameSampling) -> VLMMedia:
     """Sample, shrink and encode a video or picture ``[frames, height, width, 3]``."""
     chosen = spread_frames(video, sampling.num_frames)
     pictures = [_shrunk(Image.fromarray(frame), sampling.max_side) for frame in chosen]
@@ -134,10 +134,10 @@ def encode_media(label: str, video: np.ndarray, sampling: FrameSampling) -> Medi
     for picture in pictures:
         digest.update(np.asarray(picture).tobytes())
         digest.update(repr(picture.size).encode())
-    return Media(label, frames, film, digest.hexdigest())
+    return VLMMedia(label, frames, film, digest.hexdigest())
 
 
-def decode_frames(media: Media) -> np.ndarray:
+def decode_frames(media: VLMMedia) -> np.ndarray:
     """The frames of a request as ``[frames, height, width, 3]``."""
     return np.stack([np.asarray(Image.open(io.BytesIO(frame)).convert("RGB")) for frame in media.frames])
 

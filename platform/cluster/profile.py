@@ -105,7 +105,7 @@ class Quota:
 
 
 @dataclass
-class Storage:
+class StorageClaim:
     """Where runs, shards and caches live."""
 
     claim: str = option("loomvideo-shared", "ReadWriteMany volume claim with runs and shards")
@@ -174,7 +174,7 @@ class Access:
 
 
 @dataclass
-class Upload:
+class UploadLimit:
     """What a submission may ship."""
 
     limit_mib: int = option(20, "largest upload (wheel and working directory); Ray's own limit is 100")
@@ -203,12 +203,12 @@ class ClusterProfile:
     queue: Queue = option(Queue, "")
     quota: Quota = option(Quota, "")
     identity: Identity = option(Identity, "")
-    storage: Storage = option(Storage, "")
+    storage: StorageClaim = option(StorageClaim, "")
     tracking: Tracking = option(Tracking, "")
     schedules: list[Schedule] = option([], "jobs by the clock: nightly evaluation, pruning")
     service: Service = option(Service, "")
     access: Access = option(Access, "")
-    upload: Upload = option(Upload, "")
+    upload: UploadLimit = option(UploadLimit, "")
     pod_security: str = option(
         "restricted",
         "Pod Security standard of the namespace: restricted, or privileged where a group needs the host's network or "

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loomvideo.platform.cluster.upload import MIB, Upload, plan_upload, refuse_secret, too_large
+from loomvideo.platform.cluster.upload import MIB, ShippedFiles, plan_upload, refuse_secret, too_large
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.machine import patience
 
@@ -133,7 +133,7 @@ def _copy_beside(path: Path, folder: Path) -> str:
     raise AssertionError("unreachable")
 
 
-def ship_folder(source: Path, folder: Path, limit_bytes: int) -> Upload:
+def ship_folder(source: Path, folder: Path, limit_bytes: int) -> ShippedFiles:
     """Copy a checked working directory into a folder."""
     upload = plan_upload(source, limit_bytes)
     upload.copy_to(folder)

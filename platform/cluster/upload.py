@@ -25,7 +25,7 @@ CACHES = (".git", ".hg", ".svn", "__pycache__", ".pytest_cache", ".ruff_cache", 
 
 
 @dataclass(frozen=True)
-class Upload:
+class ShippedFiles:
     """A folder's files that go along.
 
     Attributes:
@@ -70,7 +70,7 @@ def _copy_at_rest(source: Path, target: Path) -> None:
     raise UserError(f"{source}: changes while it is packed; stop what writes it, or move it out of the folder")
 
 
-def plan_upload(root: Path, limit_bytes: int, excluded: Sequence[str] = ()) -> Upload:
+def plan_upload(root: Path, limit_bytes: int, excluded: Sequence[str] = ()) -> ShippedFiles:
     """Choose the files of a working directory.
 
     Args:
@@ -99,7 +99,7 @@ def plan_upload(root: Path, limit_bytes: int, excluded: Sequence[str] = ()) -> U
             path = Path(folder) / name
             if path.is_file() and goes_along(path):
                 files.append((path.relative_to(root), path.stat().st_size))
-    upload = Upload(root, tuple(files), tuple(left_out))
+    upload = ShippedFiles(root, tuple(files), tuple(left_out))
     if upload.num_bytes > limit_bytes:
         raise UserError(too_large(f"working directory {root}", upload.files, upload.num_bytes, limit_bytes))
     for relative, size in upload.files:
@@ -121,7 +121,7 @@ def refuse_secret(path: Path, size: int) -> None:
             raise UserError(f"{path}: holds what looks like a {kinds[0]}; use a Kubernetes secret instead")
 
 
-def left_out_line(upload: Upload) -> str:
+def left_out_line(upload: ShippedFiles) -> str:
     """One line that names what stays here, empty when nothing does."""
     if not upload.left_out:
         return ""

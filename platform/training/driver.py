@@ -20,7 +20,7 @@ from loomvideo.platform.training.beside import CheckpointTask, CheckpointTasks, 
 from loomvideo.platform.training.checkpoint import CheckpointFolder, checkpoints_of
 from loomvideo.platform.training.config import TrainingConfig
 from loomvideo.platform.training.mailbox import Mailbox
-from loomvideo.platform.training.progress import Predict, Progress
+from loomvideo.platform.training.progress import Predict, TrainingProgress
 from loomvideo.platform.training.ray_trainer import Trainer
 from loomvideo.platform.training.recipe import Recipe, TrainingDataset
 from loomvideo.platform.training.watchdog import FLIGHT_FOLDER, recorder_environment
@@ -93,7 +93,7 @@ def train(
     mailbox = Mailbox.options(
         label_selector={ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
     ).remote()
-    progress = Progress(config, run_folder, tracker, predict)
+    progress = TrainingProgress(config, run_folder, tracker, predict)
     job = WorkerJob(config, recipe_factory, list(datasets), open_dataset, checkpoints, run_folder.path, last_step)
     workers = config.workers
     trainer = Trainer(
@@ -187,7 +187,9 @@ def _worker_environment(config: TrainingConfig, run_folder: RunFolder) -> dict[s
 class _Follower(threading.Thread):
     """Moves reports from the mailbox to the progress display and the tracker."""
 
-    def __init__(self, mailbox: Any, progress: Progress, stop: threading.Event | None, abort: Callable[[], None]):
+    def __init__(
+        self, mailbox: Any, progress: TrainingProgress, stop: threading.Event | None, abort: Callable[[], None]
+    ):
         super().__init__(name="training-follower", daemon=True)
         self._abort, self._fatal_at = abort, 0.0
         self._mailbox, self._progress, self._stop_run = mailbox, progress, stop

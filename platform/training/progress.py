@@ -25,7 +25,7 @@ Predict = Callable[[dict[str, Any]], dict[str, float]]
 """From the workers' ``ready`` report to what was planned: ``step_s`` and ``memory_gib``; empty when unknown."""
 
 
-class Progress:
+class TrainingProgress:
     """Takes the workers' reports, in order.
 
     A step that was reported before (work redone after a failure or a resume) is neither shown nor tracked again.

@@ -11,7 +11,7 @@ from loomvideo.platform.cluster import render
 from loomvideo.platform.cluster.metrics import FAMILIES, SINGLE, ExportingTracker, exported, registry
 from loomvideo.platform.runs import RunFolder
 from loomvideo.platform.training.config import TrainingConfig
-from loomvideo.platform.training.progress import Progress
+from loomvideo.platform.training.progress import TrainingProgress
 
 MONITORING = Path(__file__).parents[2] / "infra" / "kubernetes" / "monitoring"
 METRIC = re.compile(r"\b(?:ray|autoscaler|loomvideo|mlflow|process|go)_[a-zA-Z0-9_]+\b")
@@ -80,7 +80,7 @@ def test_training_emits_exactly_the_registered_names(tmp_path):
     log = Log()
     config = TrainingConfig(peak_tflops=1.0)
     planned = {"step_s": 1.0, "memory_gib": 1.0}
-    progress = Progress(config, RunFolder.open(tmp_path, "pretrain", "a"), log, lambda report: planned)
+    progress = TrainingProgress(config, RunFolder.open(tmp_path, "pretrain", "a"), log, lambda report: planned)
     names = ("step_s", "data_wait_s", "compute_s", "update_s", "tokens", "flops", "samples", "fill", "imbalance")
     record = dict.fromkeys((*names, "loss", "elements", "grad_norm", "learning_rate"), 1.0)
     ready = {"rank": 0, "step": 0, "world_size": 2, "num_parameters": 1, "num_trainable": 1, "packs_per_step": 1}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from loomvideo.pipelines.vlm.requests import FrameSampling, Media, encode_media
+from loomvideo.pipelines.vlm.requests import FrameSampling, VLMMedia, encode_media
 
 
 def media_for_item(
@@ -12,7 +12,7 @@ def media_for_item(
     result: np.ndarray,
     source: np.ndarray | None,
     references: Sequence[np.ndarray],
-) -> tuple[Media, ...]:
+) -> tuple[VLMMedia, ...]:
     """The inputs of one sample in a fixed order: source, references, result."""
     media = []
     if source is not None:

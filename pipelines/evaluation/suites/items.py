@@ -62,7 +62,7 @@ class EvalItem:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class SuiteManifest:
     """A converted benchmark.
 
     Attributes:
@@ -95,7 +95,7 @@ class Manifest:
         """Items a category."""
         return dict(sorted(Counter(item.category for item in self.items).items()))
 
-    def limited(self, limit: int) -> "Manifest":
+    def limited(self, limit: int) -> "SuiteManifest":
         """At most ``limit`` items, taken from the categories in turn so that small runs see them all."""
         if limit <= 0 or limit >= len(self.items):
             return self
@@ -106,7 +106,7 @@ class Manifest:
         chosen = {item.key for _, _, item in sorted(turns, key=lambda t: t[:2])[:limit]}
         return dataclasses.replace(self, items=tuple(item for item in self.items if item.key in chosen))
 
-    def repeated(self, count_of: Callable[[EvalItem], int]) -> "Manifest":
+    def repeated(self, count_of: Callable[[EvalItem], int]) -> "SuiteManifest":
         """Several samples a prompt: keys end in ``-0``, ``-1``, …, which gives each a seed, and share their cluster."""
         items = []
         for item in self.items:
@@ -134,7 +134,7 @@ def build_manifest(
     items: Iterable[EvalItem],
     total: int | None = None,
     categories: Mapping[str, int] | None = None,
-) -> Manifest:
+) -> SuiteManifest:
     """Check items against each other and against the official counts.
 
     Args:
@@ -163,7 +163,7 @@ def build_manifest(
     for category, count in (categories or {}).items():
         if found[category] != count:
             problems.append(f"{category}: {found[category]} samples, the official benchmark has {count}")
-    return Manifest(suite, root, items, tuple(problems))
+    return SuiteManifest(suite, root, items, tuple(problems))
 
 
 def file_digest(path: Path) -> str:

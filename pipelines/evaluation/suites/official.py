@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from loomvideo.pipelines.evaluation.suites.items import EvalItem, Manifest, build_manifest
+from loomvideo.pipelines.evaluation.suites.items import EvalItem, SuiteManifest, build_manifest
 from loomvideo.platform.errors import UserError
 
 GENEVAL_COUNTS = {
@@ -68,7 +68,7 @@ TIV2V_COUNTS = {"local_change": 73, "local_add": 71, "back_change": 66}
 MI2V_COUNTS = {"1subject": 130, "2subject": 120, "3subject": 70}
 
 
-def geneval(root: Path) -> Manifest:
+def geneval(root: Path) -> SuiteManifest:
     """GenEval: ``evaluation_metadata.jsonl``, one text-to-image prompt a line."""
     path = _find(root, "evaluation_metadata.jsonl", "prompts/evaluation_metadata.jsonl")
     items = []
@@ -78,7 +78,7 @@ def geneval(root: Path) -> Manifest:
     return build_manifest("geneval", path.parent, items, total=553, categories=GENEVAL_COUNTS)
 
 
-def imgedit(root: Path) -> Manifest:
+def imgedit(root: Path) -> SuiteManifest:
     """ImgEdit-Bench, basic part: ``basic_edit.json`` and the pictures it names by ``id``."""
     path = _find(root, "basic_edit.json", "Basic/basic_edit.json")
     pictures = _picture_folder(path.parent)
@@ -95,7 +95,7 @@ def imgedit(root: Path) -> Manifest:
     return build_manifest("imgedit", path.parent, items, total=737, categories=IMGEDIT_COUNTS)
 
 
-def vbench(root: Path, subset: bool = False) -> Manifest:
+def vbench(root: Path, subset: bool = False) -> SuiteManifest:
     """VBench: ``VBench_full_info.json``; ``subset`` keeps the prompts of the three dimensions LoomVideo reports.
 
     A prompt serves several dimensions; its first one is its category and all are in ``extra["dimensions"]``.
@@ -118,15 +118,15 @@ def vbench(root: Path, subset: bool = False) -> Manifest:
         for name, official in VBENCH_COUNTS.items()
         if counts[name] != official
     ]
-    return Manifest(manifest.suite, manifest.root, manifest.items, manifest.problems + tuple(problems))
+    return SuiteManifest(manifest.suite, manifest.root, manifest.items, manifest.problems + tuple(problems))
 
 
-def vbench_subset(root: Path) -> Manifest:
+def vbench_subset(root: Path) -> SuiteManifest:
     """The 165 VBench prompts of imaging quality, overall consistency and subject consistency."""
     return vbench(root, subset=True)
 
 
-def openve(root: Path) -> Manifest:
+def openve(root: Path) -> SuiteManifest:
     """OpenVE-Bench: ``benchmark_videos.csv`` with ``edited_type, prompt, original_video``."""
     path = _find(root, "benchmark_videos.csv")
     items = []
@@ -143,7 +143,7 @@ def openve(root: Path) -> Manifest:
     return build_manifest("openve", path.parent, items, total=431)
 
 
-def refvie(root: Path) -> Manifest:
+def refvie(root: Path) -> SuiteManifest:
     """RefVIE-Bench: ``refvie_bench.yaml``, a list of ``src_video, ref_img, instruction, edit_type``."""
     path = _find(root, "refvie_bench.yaml")
     items = []
@@ -161,7 +161,7 @@ def refvie(root: Path) -> Manifest:
     return build_manifest("refvie", path.parent, items, total=120)
 
 
-def ivbench_tiv2v(root: Path) -> Manifest:
+def ivbench_tiv2v(root: Path) -> SuiteManifest:
     """IntelligentVBench TIV2V: ``TIV2V.csv``; media paths start at the folder that holds ``IntelligentVBench/``."""
     path = _find(root, "TIV2V.csv", "csvs/TIV2V.csv")
     items = []
@@ -176,7 +176,7 @@ def ivbench_tiv2v(root: Path) -> Manifest:
     return build_manifest("ivbench_tiv2v", _ivbench_root(root), items, total=210, categories=TIV2V_COUNTS)
 
 
-def ivbench_mi2v(root: Path) -> Manifest:
+def ivbench_mi2v(root: Path) -> SuiteManifest:
     """IntelligentVBench compositional MI2V: three CSV files for one, two and three subjects.
 
     ``extra["with_background"]`` says whether the last reference is a background, which changes the rubric.

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from loomvideo.model.tasks import TASKS
-from loomvideo.pipelines.evaluation.suites.items import EvalItem, Manifest, build_manifest
+from loomvideo.pipelines.evaluation.suites.items import EvalItem, SuiteManifest, build_manifest
 from loomvideo.pipelines.sources.samples import Sample, read_jsonl
 from loomvideo.platform.errors import UserError
 
@@ -28,7 +28,7 @@ _TASK_CATEGORIES = {"mi2v": "outfit_video", "t2v": "showcase"}
 HELDOUT_FRACTION = 0.05
 
 
-def sample(root: Path, heldout_fraction: float = HELDOUT_FRACTION) -> Manifest:
+def sample(root: Path, heldout_fraction: float = HELDOUT_FRACTION) -> SuiteManifest:
     """The held-out samples of a dataset, a category a task; ``root`` is its folder or its JSONL file."""
     path = _samples_file(root)
     items = [_item("sample", s, s.task) for s in read_jsonl(path) if s.assigned_split(heldout_fraction) == "heldout"]
@@ -37,7 +37,7 @@ def sample(root: Path, heldout_fraction: float = HELDOUT_FRACTION) -> Manifest:
     return build_manifest("sample", path.parent, items)
 
 
-def fashion(root: Path) -> Manifest:
+def fashion(root: Path) -> SuiteManifest:
     """The fashion suite: held-out samples with ``extra.fashion_task``, or with a known kind of edit of the sample data.
 
     Categories without a sample are listed as problems, since the suite's mean then leaves them out.
@@ -60,7 +60,7 @@ def fashion(root: Path) -> Manifest:
         raise UserError(f"{path}: no sample has extra.fashion_task; set it to one of {', '.join(FASHION_CATEGORIES)}")
     manifest = build_manifest("fashion", path.parent, items)
     absent = tuple(f"{c}: no samples" for c in FASHION_CATEGORIES if c not in manifest.counts())
-    return Manifest(manifest.suite, manifest.root, manifest.items, manifest.problems + absent)
+    return SuiteManifest(manifest.suite, manifest.root, manifest.items, manifest.problems + absent)
 
 
 def _item(suite: str, s: Sample, category: str) -> EvalItem:

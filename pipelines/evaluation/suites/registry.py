@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loomvideo.pipelines.evaluation.suites import official, own, protocols
-from loomvideo.pipelines.evaluation.suites.items import EvalItem, Manifest
+from loomvideo.pipelines.evaluation.suites.items import EvalItem, SuiteManifest
 from loomvideo.pipelines.evaluation.suites.parsers import REFVIE_BACKGROUND_AXES, REFVIE_SUBJECT_AXES
 from loomvideo.pipelines.evaluation.suites.protocols import Aggregator
 from loomvideo.platform.errors import UserError
@@ -45,7 +45,7 @@ class Suite:
     """
 
     name: str
-    convert: Callable[[Path], Manifest]
+    convert: Callable[[Path], SuiteManifest]
     judged: bool = True
     protocols: dict[str, Protocol] = field(default_factory=lambda: {"strict": STRICT})
     scorer: str = ""

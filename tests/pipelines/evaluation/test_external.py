@@ -8,7 +8,7 @@ import pytest
 from loomvideo.pipelines.evaluation.stages import FILM, MODEL, VIDEO
 from loomvideo.pipelines.evaluation.store import Store, write_lossless
 from loomvideo.pipelines.evaluation.suites.external import MANIFEST_FILE, export_results, import_scores
-from loomvideo.pipelines.evaluation.suites.items import EvalItem, Manifest
+from loomvideo.pipelines.evaluation.suites.items import EvalItem, SuiteManifest
 from loomvideo.pipelines.evaluation.suites.registry import suite
 from loomvideo.platform.errors import UserError
 
@@ -37,7 +37,7 @@ def vbench(tmp_path, texts, dimension="color"):
     items = [
         EvalItem("v", f"{n:04d}", "t2v", dimension, t, extra={"dimensions": [dimension]}) for n, t in enumerate(texts)
     ]
-    return Manifest("v", tmp_path, tuple(items))
+    return SuiteManifest("v", tmp_path, tuple(items))
 
 
 def test_long_prompts_that_begin_alike_keep_their_names_and_k_samples_each(tmp_path):
@@ -72,7 +72,7 @@ def test_two_rows_of_one_prompt_share_a_file_and_names_that_no_disk_takes_are_re
 def test_geneval_has_four_pictures_a_prompt_and_as_many_verdicts(tmp_path):
     metadata = {"tag": "colors", "include": [], "prompt": "a red cup"}
     item = EvalItem("geneval", "00000", "t2i", "colors", "a red cup", extra={"metadata": metadata})
-    manifest = Manifest("geneval", tmp_path, (item,)).repeated(suite("geneval").samples_of)
+    manifest = SuiteManifest("geneval", tmp_path, (item,)).repeated(suite("geneval").samples_of)
     store = Store(tmp_path / "store")
     assert export_results("geneval", rows_of(manifest, store), store, tmp_path / "out") == 4
     found = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.png"))

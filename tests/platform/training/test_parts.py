@@ -32,7 +32,7 @@ from loomvideo.platform.training.loader import SampleError, StepLoader
 from loomvideo.platform.training.mailbox import WRITE_CHECKPOINT, Mailbox
 from loomvideo.platform.training.order import SampleSizes, build_sources, continued_data, data_entry
 from loomvideo.platform.training.packing import packs_for, planner_of
-from loomvideo.platform.training.progress import STEPS_FILE, Progress
+from loomvideo.platform.training.progress import STEPS_FILE, TrainingProgress
 from loomvideo.platform.training.schedule import ema_decay, learning_rate
 from loomvideo.platform.training.simulate import simulate, suggest_budget
 from loomvideo.platform.training.validation import fixed_triples, mean_losses, paired_change
@@ -182,7 +182,7 @@ def test_a_full_disk_delays_recorded_steps_and_loses_none(tmp_path, capsys):
     folder = RunFolder.open(tmp_path, "pretrain", "a")
     # What is written to this device is refused as by a full disk.
     (folder.path / STEPS_FILE).symlink_to("/dev/full")
-    progress = Progress(TrainingConfig(), folder, None)
+    progress = TrainingProgress(TrainingConfig(), folder, None)
     ready = {"rank": 0, "step": 0, "world_size": 1, "num_parameters": 1, "num_trainable": 1, "packs_per_step": 1}
     progress.add(ready | {"event": "ready"})
     names = ("step_s", "data_wait_s", "compute_s", "update_s", "tokens", "flops", "samples", "fill", "imbalance")
@@ -202,7 +202,7 @@ def test_steps_that_only_a_checkpoint_knows_are_recorded(tmp_path):
     names = ("loss", "grad_norm", "learning_rate", "tokens", "elements", "flops", "step_s", "data_wait_s", "samples")
     steps = [dict.fromkeys((*names, "fill", "imbalance"), 1.0) | {"step": n, "updated": True} for n in range(1, 7)]
     (folder.path / STEPS_FILE).write_text("".join(json.dumps(step) + "\n" for step in steps[:3]))
-    progress = Progress(TrainingConfig(), folder, None)
+    progress = TrainingProgress(TrainingConfig(), folder, None)
     progress._world_size = 1
     progress.add({"event": "recorded", "steps": steps[1:]})
     progress.close()
@@ -213,7 +213,7 @@ def test_steps_that_only_a_checkpoint_knows_are_recorded(tmp_path):
 
 def test_warnings_of_ranks_are_kept_with_the_run_and_shown_once(tmp_path, capsys):
     folder = RunFolder.open(tmp_path, "pretrain", "a")
-    progress = Progress(TrainingConfig(), folder, None)
+    progress = TrainingProgress(TrainingConfig(), folder, None)
     for rank in (0, 1):
         progress.add({"event": "steps", "rank": rank, "tags": [], "steps": [], "warnings": ["a kernel is replaced"]})
     progress.close()
