@@ -13,7 +13,7 @@ PREFIX = "loomvideo_"
 
 
 @dataclass(frozen=True)
-class Gauge:
+class ExportedGauge:
     """One exported gauge.
 
     Attributes:
@@ -29,45 +29,49 @@ class Gauge:
 
 # The tracker's names and what they are exported as.
 SINGLE = {
-    "train/loss": Gauge("train_loss", "Mean loss of the steps since the last report"),
-    "train/gradient_norm": Gauge("train_gradient_norm", "Largest gradient norm since the last report"),
-    "train/learning_rate": Gauge("train_learning_rate", "Learning rate"),
-    "train/skipped_steps": Gauge("train_skipped_steps", "Steps without update since the last report"),
-    "speed/tokens_per_s": Gauge("tokens_per_second", "Trained tokens a second, all workers"),
-    "speed/samples_per_s": Gauge("samples_per_second", "Trained samples a second, all workers"),
-    "speed/step_s": Gauge("step_seconds", "Duration of a step"),
-    "speed/data_wait_share": Gauge("data_wait_share", "Share of a step spent waiting for data"),
-    "speed/tflops_per_worker": Gauge("tflops_per_worker", "Model TFLOP/s a worker, without recomputation"),
-    "speed/mfu": Gauge("mfu", "Model FLOPs utilisation: share of the accelerators' dense bf16 peak"),
-    "checkpoint/age_s": Gauge("checkpoint_age_seconds", "Seconds since the newest whole checkpoint"),
-    "plan/achieved_over_predicted_speed": Gauge("speed_over_plan", "Speed over what loomvideo plan predicts"),
-    "plan/achieved_over_predicted_memory": Gauge("memory_over_plan", "Peak memory over what loomvideo plan predicts"),
-    "packs/fill": Gauge("pack_fill", "Used share of the token budget"),
-    "packs/imbalance": Gauge("pack_imbalance", "Largest pack over the mean one"),
-    "memory/peak_gib": Gauge("memory_peak_gib", "Peak accelerator memory of a worker"),
-    "run/starts": Gauge("run_starts", "Times the workers were started in this attempt"),
-    "run/restarts": Gauge("run_restarts", "Times the workers were started again in the run's whole life"),
-    "run/warnings": Gauge("run_warnings", "Different warnings of the run so far"),
-    "run/workers": Gauge("run_workers", "Workers in the process group"),
-    "run/worker_hours": Gauge("run_worker_hours", "Hours times workers of this attempt, its start included"),
+    "train/loss": ExportedGauge("train_loss", "Mean loss of the steps since the last report"),
+    "train/gradient_norm": ExportedGauge("train_gradient_norm", "Largest gradient norm since the last report"),
+    "train/learning_rate": ExportedGauge("train_learning_rate", "Learning rate"),
+    "train/skipped_steps": ExportedGauge("train_skipped_steps", "Steps without update since the last report"),
+    "speed/tokens_per_s": ExportedGauge("tokens_per_second", "Trained tokens a second, all workers"),
+    "speed/samples_per_s": ExportedGauge("samples_per_second", "Trained samples a second, all workers"),
+    "speed/step_s": ExportedGauge("step_seconds", "Duration of a step"),
+    "speed/data_wait_share": ExportedGauge("data_wait_share", "Share of a step spent waiting for data"),
+    "speed/tflops_per_worker": ExportedGauge("tflops_per_worker", "Model TFLOP/s a worker, without recomputation"),
+    "speed/mfu": ExportedGauge("mfu", "Model FLOPs utilisation: share of the accelerators' dense bf16 peak"),
+    "checkpoint/age_s": ExportedGauge("checkpoint_age_seconds", "Seconds since the newest whole checkpoint"),
+    "plan/achieved_over_predicted_speed": ExportedGauge("speed_over_plan", "Speed over what loomvideo plan predicts"),
+    "plan/achieved_over_predicted_memory": ExportedGauge(
+        "memory_over_plan", "Peak memory over what loomvideo plan predicts"
+    ),
+    "packs/fill": ExportedGauge("pack_fill", "Used share of the token budget"),
+    "packs/imbalance": ExportedGauge("pack_imbalance", "Largest pack over the mean one"),
+    "memory/peak_gib": ExportedGauge("memory_peak_gib", "Peak accelerator memory of a worker"),
+    "run/starts": ExportedGauge("run_starts", "Times the workers were started in this attempt"),
+    "run/restarts": ExportedGauge("run_restarts", "Times the workers were started again in the run's whole life"),
+    "run/warnings": ExportedGauge("run_warnings", "Different warnings of the run so far"),
+    "run/workers": ExportedGauge("run_workers", "Workers in the process group"),
+    "run/worker_hours": ExportedGauge("run_worker_hours", "Hours times workers of this attempt, its start included"),
 }
 FAMILIES = {
-    "loss_by_task": Gauge("loss_by_task", "Mean loss by task", "task"),
-    "plan": Gauge("planned", "What loomvideo plan predicts", "figure"),
-    "loss_by_noise": Gauge("loss_by_noise", "Mean loss by quarter of the timesteps, 0 the least noise", "noise"),
+    "loss_by_task": ExportedGauge("loss_by_task", "Mean loss by task", "task"),
+    "plan": ExportedGauge("planned", "What loomvideo plan predicts", "figure"),
+    "loss_by_noise": ExportedGauge(
+        "loss_by_noise", "Mean loss by quarter of the timesteps, 0 the least noise", "noise"
+    ),
 }
-STEP = Gauge("train_step", "Last reported step")
-REPORTED_AT = Gauge("reported_at_seconds", "Unix time of the last report")
+STEP = ExportedGauge("train_step", "Last reported step")
+REPORTED_AT = ExportedGauge("reported_at_seconds", "Unix time of the last report")
 RUN_LABELS = ("job", "run")
 
 
-def registry() -> dict[str, Gauge]:
+def registry() -> dict[str, ExportedGauge]:
     """All exported metrics by their Prometheus name."""
     metrics = [*SINGLE.values(), *FAMILIES.values(), STEP, REPORTED_AT]
     return {f"ray_{PREFIX}{metric.name}": metric for metric in metrics}
 
 
-def exported(name: str) -> tuple[Gauge, dict[str, str]] | None:
+def exported(name: str) -> tuple[ExportedGauge, dict[str, str]] | None:
     """The exported metric of a tracker's name with its own label, or None when it is not exported."""
     if name in SINGLE:
         return SINGLE[name], {}
@@ -109,7 +113,7 @@ class ExportingTracker:
         self._set(STEP, step, {})
         self._set(REPORTED_AT, time.time(), {})
 
-    def _set(self, metric: Gauge, value: float, labels: dict[str, str]) -> None:
+    def _set(self, metric: ExportedGauge, value: float, labels: dict[str, str]) -> None:
         from ray.util.metrics import Gauge
 
         if metric.name not in self._gauges:

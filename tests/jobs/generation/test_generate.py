@@ -12,7 +12,7 @@ from PIL import Image
 
 from loomvideo.jobs.generation.actors import GeneratorActor
 from loomvideo.jobs.generation.config import GenerateConfig
-from loomvideo.jobs.generation.job import console, run
+from loomvideo.jobs.generation.job import run
 from loomvideo.jobs.weights.model_choice import model_source
 from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.shortcuts import Shortcuts
@@ -178,8 +178,7 @@ def test_sizes_beyond_reason_are_refused(folder, generator):
     generator.settings = config(folder)
 
 
-def test_shortcuts_print_the_error_of_each(folder, monkeypatch, capsys):
-    monkeypatch.setattr(console, "width", 200)
+def test_shortcuts_print_the_error_of_each(folder, capsys):
     asked = {"task": "edit", "prompt": "make it red", "source": str(folder / "picture.png"), "steps": 6}
     shortcuts = Shortcuts(steps=3, branch_refresh=2, step_cache=0.5, guidance_to=0.5, fp8=True)
     run(config(folder, **asked, out=str(folder / "short.png"), shortcuts=shortcuts))
