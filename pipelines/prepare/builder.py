@@ -37,7 +37,7 @@ from loomvideo.platform.shards.manifest import shard_path
 from loomvideo.platform.shards.reader import read_placed
 from loomvideo.platform.shards.sample import ShardSample
 from loomvideo.platform.shards.storage import Storage
-from loomvideo.platform.shards.writer import RECORD_FOLDER, ShardRecord, write_shard, write_shared
+from loomvideo.platform.shards.writer import stored_record, write_shard, write_shared
 
 logger = logging.getLogger(__name__)
 
@@ -249,10 +249,7 @@ class ShardBuilder:
     def _planned(self, row: WorkRow) -> list[PlannedSample]:
         """The unit's samples, with where they lie now: in the unit's own shard, or in those they are moved from."""
         files = json.loads(row["moved"]) | ({row["unit"]: row["before"][0]} if row["before"] else {})
-        records = {
-            unit: ShardRecord.from_bytes(self.storage.read_bytes(f"{RECORD_FOLDER}/{file}"))
-            for unit, file in files.items()
-        }
+        records = {unit: stored_record(self.storage, file) for unit, file in files.items()}
         places = {(unit, place["key"]): place for unit, record in records.items() for place in record.rows}
         return [
             PlannedSample(

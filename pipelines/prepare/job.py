@@ -275,8 +275,8 @@ def _finish(
     errors: list[dict[str, Any] | None] = []
 
     def records() -> Iterator[ShardRecord]:
-        for data in read_all(storage, ENCODE.folder, files):
-            record = ShardRecord.from_bytes(data)
+        for file, data in zip(files, read_all(storage, ENCODE.folder, files), strict=True):
+            record = ShardRecord.from_bytes(data, f"{storage.url}/{ENCODE.folder}/{file}")
             accounts.add(record)
             encoders.add(json.dumps(record.facts["encoders"], sort_keys=True))
             devices.add(record.facts.get("device", "cpu"))

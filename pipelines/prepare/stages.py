@@ -115,7 +115,7 @@ def _after_assessing(results: Iterable[bytes], inputs: Inputs, config: PrepareCo
 
 
 def _lost_by_builders(result: bytes) -> set[str]:
-    losses = ShardRecord.from_bytes(result).losses
+    losses = ShardRecord.from_bytes(result, f"a record in {RECORD_FOLDER}").losses
     return {loss["key"] for loss in losses if loss["outcome"] == "quarantined" and loss["reason"] in RETRIABLE}
 
 

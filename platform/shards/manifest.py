@@ -46,6 +46,7 @@ class Manifest:
         inputs: Digest and number of the input samples.
         recipe: Digest over input, configuration, encoders and code version: equal means up to date.
         shared_sha256: Checksum of the dataset-wide tensors, empty without any.
+        index_sha256: Checksum of the index; empty in datasets from before it was kept.
         removed: ``[shard, key]`` of samples that are hidden and still lie in their tar.
     """
 
@@ -58,6 +59,7 @@ class Manifest:
     inputs: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, str] = field(default_factory=dict)
     shared_sha256: str = ""
+    index_sha256: str = ""
     removed: list[list[str]] = field(default_factory=list)
     format_version: int = FORMAT_VERSION
 
@@ -95,13 +97,30 @@ class Manifest:
         try:
             values = json.loads(text)
             version = values["format_version"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            if version == FORMAT_VERSION:
+                return _parsed(values)
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise UserError(f"{where}: not a dataset manifest; prepare the dataset again") from error
-        if version != FORMAT_VERSION:
-            raise UserError(f"{where}: shard format {version}, this version reads {FORMAT_VERSION}; prepare it again")
-        values.pop("digest", None)
-        shards = [ShardEntry(**shard) for shard in values.pop("shards")]
-        return Manifest(shards=shards, **values)
+        raise UserError(f"{where}: shard format {version}, this version reads {FORMAT_VERSION}; prepare it again")
+
+
+def _parsed(values: dict[str, Any]) -> Manifest:
+    """A manifest whose digest is the one it names.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: if it is none.
+    """
+    named = values.pop("digest", None)
+    shards = [ShardEntry(**shard) for shard in values.pop("shards")]
+    if not all(isinstance(shard.num_samples, int) and isinstance(shard.num_bytes, int) for shard in shards):
+        raise ValueError("sizes of shards are whole numbers")
+    manifest = Manifest(shards=shards, **values)
+    for name in ("config", "encoders", "features", "counts", "inputs", "recipe"):
+        if not isinstance(getattr(manifest, name), dict):
+            raise ValueError(f"{name} is no object")
+    if named is not None and manifest.digest != named:
+        raise ValueError("its digest is another")
+    return manifest
 
 
 def shard_name(split: str, number: int) -> str:

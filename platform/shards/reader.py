@@ -1,10 +1,10 @@
 """Reading a dataset folder: the index as a table, samples by range reads."""
 
+import functools
 import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from loomvideo.platform.shards.sample import METADATA, ShardSample
 from loomvideo.platform.shards.storage import Storage
 
 Selection = Callable[[str, str], bool]
+_MADE_AGAIN = f"delete {MANIFEST_FILE} and run `loomvideo data prepare` again, which keeps finished shards"
 PLACE_COLUMNS = ("key", "shard", "offset", "num_bytes", "members", "member_offsets", "member_bytes")
 
 
@@ -46,7 +47,7 @@ class ShardDataset:
         if not storage.exists(MANIFEST_FILE):
             raise UserError(f"{url}: no {MANIFEST_FILE}, so no finished dataset; run `loomvideo data prepare`")
         manifest = Manifest.from_json(storage.read_bytes(MANIFEST_FILE), f"{url}/{MANIFEST_FILE}")
-        index = pq.read_table(io.BytesIO(storage.read_bytes(INDEX_FILE)))
+        index = _index(storage, manifest)
         if len(index) != manifest.num_samples:
             raise UserError(f"{url}: {INDEX_FILE} has {len(index)} rows, the manifest {manifest.num_samples} samples")
         return ShardDataset(storage, manifest, index)
@@ -59,7 +60,7 @@ class ShardDataset:
         """Names the content of the whole dataset."""
         return self.manifest.digest
 
-    @cached_property
+    @functools.cached_property
     def rows_by_key(self) -> dict[str, int]:
         """The index row of every key."""
         return {key: row for row, key in enumerate(self.index.column("key").to_pylist())}
@@ -114,39 +115,65 @@ def read_placed(
     """
     extents = zip(place["members"], place["member_offsets"], place["member_bytes"], strict=True)
     members = {name: (offset, size) for name, offset, size in extents}
-    if select is None:
-        start = place["offset"]
-        (data,) = storage.read_ranges(path, [(start, place["num_bytes"])])
-        content = {name: memoryview(data)[o - start : o - start + n] for name, (o, n) in members.items()}
-        tensors = {name: safetensors.parse(part) for name, part in content.items() if name != METADATA}
-        metadata = json.loads(bytes(content[METADATA]))
-    else:
-        metadata, tensors = _read_selected(storage, path, members, select)
-    if metadata["key"] != place["key"]:
+    try:
+        read = _read_whole if select is None else functools.partial(_read_selected, select=select)
+        metadata, tensors = read(storage, path, place["offset"], place["num_bytes"], members)
+        key = metadata["key"]
+    except UserError:
+        raise
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise UserError(
-            f"{storage.url}/{path}: holds {metadata['key']} where the index has {place['key']}; "
-            "run `loomvideo data verify`"
+            f"{storage.url}/{path}: damaged at {place['key']} ({error}); run `loomvideo data verify`"
+        ) from error
+    if key != place["key"]:
+        raise UserError(
+            f"{storage.url}/{path}: holds {key} where the index has {place['key']}; run `loomvideo data verify`"
         )
     if not raw:
         tensors = {name: restore(part) for name, part in tensors.items()}
     return ShardSample(place["key"], metadata, tensors)
 
 
+def _index(storage: Storage, manifest: Manifest) -> pa.Table:
+    data = storage.read_bytes(INDEX_FILE)
+    if manifest.index_sha256 and hashlib.sha256(data).hexdigest() != manifest.index_sha256:
+        raise UserError(f"{storage.url}/{INDEX_FILE}: checksum differs from the manifest's; {_MADE_AGAIN}")
+    try:
+        return pq.read_table(io.BytesIO(data))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{storage.url}/{INDEX_FILE}: not readable; {_MADE_AGAIN}") from error
+
+
+_Content = tuple[dict, dict[str, dict[str, Tensor]]]
+
+
+def _read_whole(
+    storage: Storage, path: str, start: int, num_bytes: int, members: dict[str, tuple[int, int]]
+) -> _Content:
+    (data,) = storage.read_ranges(path, [(start, num_bytes)])
+    content = {name: memoryview(data)[o - start : o - start + n] for name, (o, n) in members.items()}
+    tensors = {name: safetensors.parse(part) for name, part in content.items() if name != METADATA}
+    return json.loads(bytes(content[METADATA])), tensors
+
+
 def _read_selected(
-    storage: Storage, path: str, members: dict[str, tuple[int, int]], select: Selection
-) -> tuple[dict, dict[str, dict[str, Tensor]]]:
+    storage: Storage, path: str, start: int, num_bytes: int, members: dict[str, tuple[int, int]], select: Selection
+) -> _Content:
     wanted = [name for name in members if name != METADATA]
     head_size = safetensors.HEADER_SIZE_BYTES
     ranges = [members[METADATA], *((members[name][0], head_size) for name in wanted)]
     metadata, *sizes = storage.read_ranges(path, ranges)
     lengths = [int.from_bytes(size, "little") for size in sizes]
+    for name, length in zip(wanted, lengths, strict=True):
+        if length > members[name][1] - head_size:
+            raise ValueError(f"{name} has a header of {length} bytes")
     headers = storage.read_ranges(
         path, [(members[name][0] + head_size, length) for name, length in zip(wanted, lengths, strict=True)]
     )
     entries, ranges = [], []
     for name, length, header in zip(wanted, lengths, headers, strict=True):
         base = members[name][0] + head_size + length
-        for tensor, entry in safetensors.parse_header(header).items():
+        for tensor, entry in safetensors.parse_header(header, members[name][1] - head_size - length).items():
             if select(name, tensor.removesuffix(SCALE_SUFFIX)):
                 begin, end = entry["data_offsets"]
                 entries.append((name, tensor, entry))

@@ -5,6 +5,7 @@ into one buffer when saving and cannot open a file at an offset inside a tar.
 """
 
 import json
+import math
 from collections.abc import Mapping
 
 import torch
@@ -58,10 +59,26 @@ def serialized(tensors: Mapping[str, Tensor]) -> tuple[list[bytes | memoryview],
     return [head, *data], len(head) + position
 
 
-def parse_header(text: bytes | bytearray | memoryview) -> dict[str, dict]:
-    """``{name: {dtype, shape, data_offsets}}`` from the JSON part of a file; offsets count from its end."""
-    header = json.loads(bytes(text))
-    header.pop("__metadata__", None)
+def parse_header(text: bytes | bytearray | memoryview, num_bytes: int | None = None) -> dict[str, dict]:
+    """``{name: {dtype, shape, data_offsets}}`` from the JSON part of a file; offsets count from its end.
+
+    Args:
+        text: The JSON part.
+        num_bytes: How many bytes follow it, when that is known.
+
+    Raises:
+        ValueError: if it is none, or describes what cannot be there.
+    """
+    try:
+        header = json.loads(bytes(text))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            size = math.prod(entry["shape"]) * _DTYPES[entry["dtype"]].itemsize
+            if min([begin, *entry["shape"]]) < 0 or end - begin != size or (num_bytes is not None and end > num_bytes):
+                raise ValueError(f"tensor {name!r} does not fit its place")
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"no safetensors header: {error}") from error
     return header
 
 
@@ -74,9 +91,13 @@ def tensor_from(entry: Mapping, data: bytearray) -> Tensor:
 
 
 def parse(data: bytearray | bytes | memoryview) -> dict[str, Tensor]:
-    """All tensors of a file in memory."""
+    """All tensors of a file in memory.
+
+    Raises:
+        ValueError: if it is none.
+    """
     start = HEADER_SIZE_BYTES + int.from_bytes(data[:HEADER_SIZE_BYTES], "little")
-    header = parse_header(data[HEADER_SIZE_BYTES:start])
+    header = parse_header(data[HEADER_SIZE_BYTES:start], len(data) - start)
     return {
         name: tensor_from(entry, bytearray(data[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]]))
         for name, entry in header.items()

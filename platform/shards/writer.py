@@ -1,5 +1,6 @@
 """Writing shards: each is staged, renamed and only then recorded; what is not recorded does not exist."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -12,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from torch import Tensor
 
+from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards import tensors as safetensors
 from loomvideo.platform.shards.commits import Commit, commits
 from loomvideo.platform.shards.index import index_row, index_table, joined
@@ -77,11 +79,18 @@ class ShardRecord:
         return sink.getvalue()
 
     @staticmethod
-    def from_bytes(data: bytes) -> "ShardRecord":
-        """Parse :meth:`to_bytes`."""
-        table = pq.read_table(io.BytesIO(data), use_threads=False)
-        facts = json.loads(table.schema.metadata[_FACTS])
-        return ShardRecord(index=table.replace_schema_metadata(None), **facts)
+    def from_bytes(data: bytes, where: str) -> "ShardRecord":
+        """Parse :meth:`to_bytes`.
+
+        Raises:
+            UserError: naming ``where`` if it is damaged.
+        """
+        try:
+            table = pq.read_table(io.BytesIO(data), use_threads=False)
+            facts = json.loads(table.schema.metadata[_FACTS])
+            return ShardRecord(index=table.replace_schema_metadata(None), **facts)
+        except (pa.ArrowException, KeyError, OSError, TypeError, ValueError) as error:
+            raise UserError(f"{where}: damaged; delete it and run again, its shard is made anew") from error
 
 
 def write_shard(
@@ -139,14 +148,28 @@ class _EmptyShardError(Exception):
 
 
 def read_record(storage: Storage, name: str) -> ShardRecord | None:
-    """The commit record of a shard, None when it is not committed or its tar is gone."""
+    """The commit record of a shard, None when it is not committed or its tar is gone.
+
+    Raises:
+        UserError: if the record is damaged.
+    """
     found = commits(storage, RECORD_FOLDER).get(name)
     if not found:
         return None
-    record = ShardRecord.from_bytes(storage.read_bytes(f"{RECORD_FOLDER}/{found[0].file}"))
+    record = stored_record(storage, found[0].file)
     if len(record.index) and storage.size(shard_path(name)) != record.num_bytes:
         return None
     return record
+
+
+def stored_record(storage: Storage, file: str) -> ShardRecord:
+    """The record in a file of the record folder.
+
+    Raises:
+        UserError: if it is missing or damaged.
+    """
+    path = f"{RECORD_FOLDER}/{file}"
+    return ShardRecord.from_bytes(storage.read_bytes(path), f"{storage.url}/{path}")
 
 
 def write_shared(storage: Storage, tensors: Mapping[str, Tensor]) -> str:
@@ -157,11 +180,12 @@ def write_shared(storage: Storage, tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def write_table(storage: Storage, path: str, table: pa.Table) -> None:
-    """Write a Parquet file, all or nothing."""
+def write_table(storage: Storage, path: str, table: pa.Table) -> str:
+    """Write a Parquet file, all or nothing; returns its SHA-256."""
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     storage.write_bytes(path, sink.getvalue())
+    return hashlib.sha256(sink.getbuffer()).hexdigest()
 
 
 def finish_dataset(storage: Storage, records: Iterable[ShardRecord], **manifest_fields: Any) -> Manifest:
@@ -184,7 +208,7 @@ def finish_dataset(storage: Storage, records: Iterable[ShardRecord], **manifest_
 
 
 def publish(storage: Storage, manifest: Manifest, index: pa.Table) -> Manifest:
-    """Write index and other readers' files and, last of all, the manifest.
+    """Write index and other readers' files and, last of all, the manifest with the index's checksum.
 
     Raises:
         RuntimeError: if a key is in the index twice or the counts do not add up.
@@ -194,7 +218,7 @@ def publish(storage: Storage, manifest: Manifest, index: pa.Table) -> Manifest:
         repeated = next(entry["values"].as_py() for entry in found if entry["counts"].as_py() > 1)
         raise RuntimeError(f"key {repeated!r} was written twice")
     check_counts(manifest.counts)
-    write_table(storage, INDEX_FILE, index)
+    manifest = dataclasses.replace(manifest, index_sha256=write_table(storage, INDEX_FILE, index))
     write_interop(storage, manifest)
     storage.write_bytes(MANIFEST_FILE, manifest.to_json().encode())
     return manifest

@@ -41,7 +41,7 @@ POLL_INTERVAL_S, REMOTE_POLL_INTERVAL_S = 0.02, 1.0
 _NAME = re.compile(r"step-(\d{8,})")
 
 
-class DamagedCheckpoint(ValueError):  # noqa: N818 - a finding, not always an error
+class DamagedCheckpoint(UserError):  # noqa: N818 - a finding, not always an error
     """A checkpoint is incomplete or its content differs from its manifest."""
 
 
@@ -68,8 +68,9 @@ class Checkpoint:
             self.state = json.loads(self.storage.read_bytes(STATE_FILE))
         except (OSError, ValueError) as error:
             raise DamagedCheckpoint(f"{self.url}: {error}") from error
-        if self.manifest.get("format_version") != FORMAT_VERSION:
+        if not isinstance(self.manifest, dict) or self.manifest.get("format_version") != FORMAT_VERSION:
             raise DamagedCheckpoint(f"{self.url}/{MANIFEST_FILE}: not a checkpoint of format {FORMAT_VERSION}")
+        _check_structure(self.manifest, self.state, self.url)
 
     @property
     def name(self) -> str:
@@ -422,6 +423,19 @@ class CheckpointFolder:
         for step in removed + unfinished:
             self.discard(step)
         return removed
+
+
+def _check_structure(manifest: dict[str, Any], state: Any, url: str) -> None:
+    """Check what every reader takes for granted, so that damage is told from a mistake in the code."""
+    try:
+        files = manifest["files"].items()
+        sound = all(isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str) for _, entry in files)
+        shapes = state["shapes"].values()
+        sound &= isinstance(state["step"], int) and all(isinstance(size, int) for shape in shapes for size in shape)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise DamagedCheckpoint(f"{url}: manifest or state lack {error}") from error
+    if not sound:
+        raise DamagedCheckpoint(f"{url}: manifest or state have values of another type")
 
 
 def _note(rank: int) -> str:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.storage import Storage
-from loomvideo.platform.shards.tensors import HEADER_SIZE_BYTES
+from loomvideo.platform.shards.tensors import HEADER_SIZE_BYTES, parse_header
 
 CHUNK_BYTES = 16 * 2**20
 PART_BYTES = 64 * 2**20
@@ -148,15 +149,26 @@ class SavedSlice:
 
 
 def read_table(storage: Storage, path: str) -> dict[str, SavedSlice]:
-    """What a rank's file holds, by ``<kind>/<name>``."""
-    name = path.rsplit("/", 1)[-1]
+    """What a rank's file holds, by ``<kind>/<name>``.
+
+    Raises:
+        UserError: if it is none, or cut.
+    """
+    name, total = path.rsplit("/", 1)[-1], storage.size(path) or 0
     (size,) = storage.read_ranges(path, [(0, HEADER_SIZE_BYTES)])
     length = int.from_bytes(size, "little")
+    if length > total - HEADER_SIZE_BYTES:
+        raise UserError(f"{storage.url}/{path}: damaged: a header of {length} bytes in a file of {total}")
     (text,) = storage.read_ranges(path, [(HEADER_SIZE_BYTES, length)])
-    header = json.loads(bytes(text))
-    ranges = json.loads(header.pop("__metadata__")["slices"])
     first = HEADER_SIZE_BYTES + length
-    return {
-        key: SavedSlice(name, *ranges[key.partition("/")[2]], first + entry["data_offsets"][0])
-        for key, entry in header.items()
-    }
+    try:
+        ranges = json.loads(json.loads(bytes(text))["__metadata__"]["slices"])
+        held = {}
+        for key, entry in parse_header(text, total - first).items():
+            start, stop = ranges[key.partition("/")[2]]
+            if [stop - start] != entry["shape"] or entry["dtype"] != "F32":
+                raise ValueError(f"{key} is not elements {start} to {stop}")
+            held[key] = SavedSlice(name, start, stop, first + entry["data_offsets"][0])
+        return held
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(f"{storage.url}/{path}: damaged: {error}") from error

@@ -1,4 +1,4 @@
-"""Random bit flips in media, weights, shards and manifests: a result, a reason or one line, in a limited time."""
+"""Random bit flips in media and weights: a result, a reason or one line, in a limited time."""
 
 import json
 
@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("hypothesis", reason="pip install 'loomvideo[dev]'")
 from fixtures import media_corpus as corpus
+from fixtures.damage import damaged
 from fixtures.media import write_picture
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,19 +41,10 @@ def decoder():
     decoder.close()
 
 
-def damaged(data, content: bytes) -> bytes:
-    content = bytearray(content)
-    if data.draw(st.booleans()):
-        del content[data.draw(st.integers(0, len(content))) :]
-    for _ in range(data.draw(st.integers(0, 8)) if content else 0):
-        content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    return bytes(content)
-
-
 @pytest.mark.parametrize("name", MEDIA)
 @given(data=st.data())
-def test_media(tmp_path_factory, media, decoder, name, data):
-    path = tmp_path_factory.mktemp("f") / name
+def test_media(fresh, media, decoder, name, data):
+    path = fresh() / name
     path.write_bytes(damaged(data, media[name]))
     try:
         info = decoder.probe(str(path))
@@ -64,10 +56,10 @@ def test_media(tmp_path_factory, media, decoder, name, data):
 
 
 @given(data=st.data())
-def test_safetensors(tmp_path_factory, data):
+def test_safetensors(fresh, data):
     import torch
 
-    path = tmp_path_factory.mktemp("f") / "w.safetensors"
+    path = fresh() / "w.safetensors"
     save_file({"patch_embedding.weight": torch.zeros(4, 4), "proj_out.bias": torch.zeros(4)}, path)
     path.write_bytes(damaged(data, path.read_bytes()))
     try:
@@ -83,8 +75,8 @@ def test_safetensors(tmp_path_factory, data):
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     )
 )
-def test_checkpoint_configs(tmp_path_factory, content):
-    folder = tmp_path_factory.mktemp("f")
+def test_checkpoint_configs(fresh, content):
+    folder = fresh()
     (folder / "config.json").write_text(json.dumps(content))
     with pytest.raises(UserError):
         open_checkpoint(folder)

@@ -49,15 +49,15 @@ def read(path, format="auto", **options):
 
 
 @given(st.lists(rows, min_size=1, max_size=4))
-def test_lines_of_samples(tmp_path_factory, found):
-    path = tmp_path_factory.mktemp("f") / "samples.jsonl"
+def test_lines_of_samples(fresh, found):
+    path = fresh() / "samples.jsonl"
     path.write_text("\n".join(map(json.dumps, found)) + "\n")
     assert len(read(path, "jsonl")) == len(found)
 
 
 @given(st.lists(rows, min_size=1, max_size=4))
-def test_rows_of_tables(tmp_path_factory, found):
-    path = tmp_path_factory.mktemp("f") / "t.jsonl"
+def test_rows_of_tables(fresh, found):
+    path = fresh() / "t.jsonl"
     path.write_text("\n".join(map(json.dumps, found)) + "\n")
     try:
         assert len(read(path, "table")) == len(found)
@@ -69,23 +69,23 @@ def test_rows_of_tables(tmp_path_factory, found):
     st.binary(max_size=300),
     st.sampled_from(["csv", "tsv", "jsonl", "json", "parquet", "csv.gz", "jsonl.xz", "json.bz2"]),
 )
-def test_bytes_as_tables(tmp_path_factory, content, suffix):
-    folder = tmp_path_factory.mktemp("f")
+def test_bytes_as_tables(fresh, content, suffix):
+    folder = fresh()
     (folder / f"t.{suffix}").write_bytes(content)
     (folder / "good.csv").write_text("video,caption\na.mp4,x\n")
     assert any(isinstance(outcome, Sample) for outcome in read(folder, "table"))
 
 
 @given(st.text(st.sampled_from(list('",;\t|\n\r\0 aé"')) | st.characters(codec="utf-8"), max_size=200))
-def test_text_as_csv(tmp_path_factory, content):
-    folder = tmp_path_factory.mktemp("f")
+def test_text_as_csv(fresh, content):
+    folder = fresh()
     (folder / "t.csv").write_text("video,caption\n" + content, encoding="utf-8", newline="")
     read(folder / "t.csv", "table")
 
 
 @given(st.data())
-def test_flipped_bits_in_parquet(tmp_path_factory, data):
-    path = tmp_path_factory.mktemp("f") / "t.parquet"
+def test_flipped_bits_in_parquet(fresh, data):
+    path = fresh() / "t.parquet"
     pq.write_table(pa.Table.from_pylist([{"video": f"{n}.mp4", "caption": "a dress"} for n in range(20)]), path)
     content = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
@@ -109,7 +109,7 @@ class Config:
 
 
 @given(text)
-def test_prompts(tmp_path_factory, prompt):
+def test_prompts(fresh, prompt):
     try:
         config = load_config(Config, [f"prompt={prompt}"])
     except UserError as error:
@@ -117,7 +117,7 @@ def test_prompts(tmp_path_factory, prompt):
         assert prompt == "???" or any("\ud800" <= character <= "\udfff" for character in prompt)
         return
     assert config.prompt == prompt
-    path = tmp_path_factory.mktemp("f") / "c.yaml"
+    path = fresh() / "c.yaml"
     path.write_text(to_yaml(config), encoding="utf-8", newline="")
     assert load_config(Config, [], path) == config
 
@@ -135,8 +135,8 @@ def test_overrides(key, value):
 
 
 @given(st.text(st.characters(codec="utf-8"), max_size=120))
-def test_presets(tmp_path_factory, content):
-    path = tmp_path_factory.mktemp("f") / "p.yaml"
+def test_presets(fresh, content):
+    path = fresh() / "p.yaml"
     path.write_text(content, encoding="utf-8", newline="")
     try:
         load_config(Config, [], path)

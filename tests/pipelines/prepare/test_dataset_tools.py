@@ -76,6 +76,9 @@ def test_verify_finds_a_wrong_offset_and_a_lost_count(copied):
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), copied[0] / "index.parquet")
     manifest = json.loads((copied[0] / "manifest.json").read_text())
     manifest["counts"]["bars"]["inputs"] += 1
+    with pytest.raises(UserError, match=r"index.parquet: checksum differs from the manifest's; delete manifest.json"):
+        ShardDataset.open(copied[0])
+    manifest["index_sha256"] = ""  # as if the writer had been wrong, and not the disk
     (copied[0] / "manifest.json").write_text(json.dumps(manifest))
     found = [problem.what for problem in verify(ShardDataset.open(copied[0]))]
     assert any("inputs but" in what for what in found)
