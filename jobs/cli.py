@@ -1,21 +1,25 @@
-"""The ``loomvideo`` command line."""
+"""The ``loomvideo`` command line; ``generate`` and ``serve`` stand here, other commands in their packages."""
 
 import sys
+from typing import TYPE_CHECKING
 
 import typer
 
 from loomvideo.jobs.cluster import commands as cluster_commands
+from loomvideo.jobs.command import config_command
 from loomvideo.jobs.data import commands as data_commands
 from loomvideo.jobs.evaluation import commands as evaluate_commands
-from loomvideo.jobs.generation import commands as generate_commands
 from loomvideo.jobs.kernels import commands as kernels_commands
-from loomvideo.jobs.serving import commands as serve_commands
 from loomvideo.jobs.training import commands as training_commands
 from loomvideo.jobs.training import plan_commands, simulate_commands
 from loomvideo.jobs.weights import checkpoint_commands
 from loomvideo.jobs.weights import commands as weights_commands
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.machine import make_ordinary
+
+if TYPE_CHECKING:
+    from loomvideo.jobs.generation.config import GenerateConfig
+    from loomvideo.jobs.serving.config import ServeConfig
 
 app = typer.Typer(
     name="loomvideo",
@@ -31,15 +35,50 @@ app.add_typer(kernels_commands.app)
 app.add_typer(checkpoint_commands.app)
 app.add_typer(evaluate_commands.app)
 training_commands.register(app)
-generate_commands.register(app)
 plan_commands.register(app)
 simulate_commands.register(app, data_commands.app)
-serve_commands.register(app)
 
 
 @app.callback()
 def root() -> None:
     """Train, evaluate and run LoomVideo: video generation and editing."""
+
+
+def generate_schema() -> type:
+    """The schema of ``generate``, imported late: it knows torch."""
+    from loomvideo.jobs.generation.config import GenerateConfig
+
+    return GenerateConfig
+
+
+def preview_generation(config: "GenerateConfig") -> None:
+    """What ``generate --dry-run`` adds: the memory it would need."""
+    from loomvideo.jobs.generation.job import preview
+
+    preview(config)
+
+
+@config_command(app, "generate", "generate", generate_schema, preview_generation)
+def generate(config: "GenerateConfig") -> None:
+    """Generate or edit one video or picture with a checkpoint, or a batch of them."""
+    from loomvideo.jobs.generation.job import run
+
+    run(config)
+
+
+def serve_schema() -> type:
+    """The schema of ``serve``, imported late: it knows Ray and torch."""
+    from loomvideo.jobs.serving.config import ServeConfig
+
+    return ServeConfig
+
+
+@config_command(app, "serve", "serve", serve_schema)
+def serve(config: "ServeConfig") -> None:
+    """Serve a checkpoint as a web page: generate, edit with references, queue, history."""
+    from loomvideo.jobs.serving.job import run
+
+    run(config)
 
 
 def main() -> None:

@@ -316,7 +316,7 @@ def doctor(
     """
     import json
 
-    from loomvideo.jobs.cluster.doctor_probes import kernels
+    from loomvideo.jobs.kernels.build import kernels
     from loomvideo.platform.cluster.doctor import examine_cluster, examine_machine
 
     if cluster:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -69,14 +69,6 @@ def caption(config: "CaptionDatasetConfig") -> None:
     from loomvideo.jobs.data.caption import run
 
     run(config)
-
-
-@app.command()
-def inspect(folder: Annotated[str, typer.Argument(metavar="DIR", help="dataset folder or URL")]) -> None:
-    """Print what a dataset holds: counts, sizes, tasks, buckets and one sample's members."""
-    from loomvideo.jobs.data.inspection import inspect_dataset
-
-    inspect_dataset(folder, console())
 
 
 dataset_tools.register(app)

@@ -1,19 +1,34 @@
-"""``loomvideo data diff|plan|verify|report|quarantine|remove|compact``: before and after a prepare."""
+"""``loomvideo data inspect|diff|plan|verify|report|quarantine|remove|compact``: before and after a prepare."""
 
+import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 from loomvideo.jobs.command import job_config
 from loomvideo.platform.console import console, table_of
 
+if TYPE_CHECKING:
+    from loomvideo.platform.shards import ShardDataset
+
 DatasetFolder = Annotated[str, typer.Argument(metavar="DIR", help="dataset folder or URL")]
 Overrides = Annotated[list[str], typer.Argument(metavar="[KEY=VALUE]…", help="as for `data prepare`")]
+
+_INDEX_HEADERS = {
+    "num_frames": "frames",
+    "count_all": "samples",
+    "num_bytes_mean": "bytes each",
+    "dit_tokens_mean": "DiT tokens",
+    "mllm_tokens_mean": "MLLM tokens",
+}
+"""Of aggregated index columns; means are over samples."""
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to ``loomvideo data``."""
+    app.command()(inspect)
     app.command()(diff)
     app.command()(plan)
     app.command()(verify)
@@ -25,6 +40,54 @@ def register(app: typer.Typer) -> None:
     quarantine.command("retry")(quarantine_retry)
     quarantine.command("export")(quarantine_export)
     app.add_typer(quarantine)
+
+
+def inspect(folder: DatasetFolder) -> None:
+    """Print what a dataset holds: counts, sizes, tasks, buckets and one sample's members."""
+    from loomvideo.platform.shards import ShardDataset
+
+    out, dataset = console(), ShardDataset.open(folder)
+    manifest, index = dataset.manifest, dataset.index
+    num_bytes = sum(shard.num_bytes for shard in manifest.shards)
+    out.print(
+        f"{folder}: {len(dataset)} samples in {len(manifest.shards)} shards, {num_bytes / 1e6:.1f} MB, "
+        f"digest {dataset.digest[:16]}",
+        soft_wrap=True,
+    )
+    for name, value in {"encoders": manifest.encoders, "features": manifest.features}.items():
+        out.print(f"{name}: " + ", ".join(f"{k} {v}" for k, v in value.items()), soft_wrap=True)
+    _print_rows(out, "accounts", [{"dataset": name, **count} for name, count in manifest.counts.items()])
+    measures = [([], "count_all"), ("num_bytes", "mean"), ("dit_tokens", "mean"), ("mllm_tokens", "mean")]
+    for title, keys in (("tasks", ["split", "task"]), ("buckets", ["width", "height", "num_frames"])):
+        groups = index.group_by(keys).aggregate(measures).sort_by([(key, "ascending") for key in keys]).to_pylist()
+        _print_rows(
+            out, title, [{_INDEX_HEADERS.get(name, name): value for name, value in row.items()} for row in groups]
+        )
+    if len(dataset):
+        _print_sample(dataset, out)
+
+
+def _print_sample(dataset: "ShardDataset", out: Console) -> None:
+    import pyarrow.compute as pc
+
+    # The sample with most members says most about the format.
+    row = pc.list_value_length(dataset.index.column("members")).to_pylist()
+    row = row.index(max(row))
+    sample = dataset.read(row)
+    members = [
+        {"member": member, "tensor": name, "shape": list(tensor.shape), "dtype": str(tensor.dtype).split(".")[-1]}
+        for member, tensors in sorted(sample.tensors.items())
+        for name, tensor in sorted(tensors.items())
+    ]
+    _print_rows(out, f"sample {sample.key}", members)
+    out.print(json.dumps(sample.metadata, indent=1, ensure_ascii=False), soft_wrap=True, markup=False)
+    shared = dataset.shared()
+    _print_rows(out, "shared tensors", [{"tensor": name, "shape": list(t.shape)} for name, t in shared.items()])
+
+
+def _print_rows(out: Console, title: str, rows: list[dict[str, Any]]) -> None:
+    if rows:
+        out.print(table_of(rows, title))
 
 
 def _prepare_config(overrides: list[str]) -> Any:

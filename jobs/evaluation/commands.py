@@ -8,6 +8,8 @@ from typer.core import TyperGroup
 
 from loomvideo.jobs.command import config_command
 from loomvideo.jobs.evaluation.config import EvaluateConfig
+from loomvideo.platform.console import console, table
+from loomvideo.platform.errors import UserError
 
 app = typer.Typer()
 
@@ -47,9 +49,19 @@ def prune(
 
     Answers of judges stay, since they were paid for.
     """
-    from loomvideo.jobs.evaluation.prune import run_prune
+    from loomvideo.pipelines.evaluation.prune import prune
 
-    run_prune(runs, store, days, not dry_run)
+    folder = Path(store) if store else runs / "evaluation-store"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such store of results; name it with --store, or its runs with --runs")
+    usages = prune(folder, runs, days, not dry_run)
+    done = "could be removed" if dry_run else "removed"
+    usage = table("kind", "entries", "MB", done, "MB", title=str(folder), figures=True)
+    for u in usages:
+        usage.add_row(u.kind, str(u.entries), f"{u.size_bytes / 1e6:.1f}", str(u.unused), f"{u.unused_bytes / 1e6:.1f}")
+    console().print(usage)
+    total, freed = (sum(getattr(u, name) for u in usages) / 1e6 for name in ("size_bytes", "unused_bytes"))
+    print(f"{total - freed:.1f} of {total:.1f} MB are in use")
 
 
 @app.command("compare")

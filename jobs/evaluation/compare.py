@@ -10,8 +10,7 @@ import numpy as np
 from loomvideo.jobs.command import job_config
 from loomvideo.jobs.evaluation.config import EvaluateConfig
 from loomvideo.jobs.evaluation.judge import judge_client, judge_session
-from loomvideo.jobs.evaluation.references import evaluation_run, tracked
-from loomvideo.jobs.evaluation.setup import JOB, store_folder
+from loomvideo.jobs.evaluation.setup import JOB, evaluation_run, store_folder, tracked
 from loomvideo.pipelines.evaluation import mlflow_report
 from loomvideo.pipelines.evaluation.arena import bradley_terry, position_bias
 from loomvideo.pipelines.evaluation.compare import compare_runs, differing_headers

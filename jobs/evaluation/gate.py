@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mlflow.exceptions import MlflowException
 
-from loomvideo.jobs.evaluation.references import evaluation_run, tracked
+from loomvideo.jobs.evaluation.setup import evaluation_run, tracked
 from loomvideo.pipelines.evaluation import mlflow_report
 from loomvideo.pipelines.evaluation.gate import PASSED, GateDecision, GateRule, decide_gate
 from loomvideo.pipelines.evaluation.results import clean, load_suites

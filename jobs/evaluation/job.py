@@ -15,7 +15,7 @@ from loomvideo.jobs.evaluation.judge import SPENDING_FILE, BuildJudge, judge_bui
 from loomvideo.jobs.evaluation.setup import (
     JOB,
     EvaluatedModel,
-    evaluation_folder,
+    evaluation_run,
     find_checkpoint,
     load_manifest,
     model_grid,
@@ -70,7 +70,11 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     manifests = [load_manifest(config, suite) for suite in suites]
     learned = learned_metrics(config.learned, config.learned_weights, config.inputs.num_frames)
     judge = judge_builder(config, suites, manifests)
-    other = load_suites(evaluation_folder(config, config.compare_with).path) if config.compare_with else None
+    other = (
+        load_suites(evaluation_run(config.runs, config.compare_with, "compare_with").path)
+        if config.compare_with
+        else None
+    )
     folder = RunFolder.open(config.runs, JOB, config.run or None)
     folder.write_text("config.yaml", to_yaml(config))
     tracker = Tracker(folder, config.tracking_uri or None, tags=_tags(config, checkpoint, manifests))
@@ -190,7 +194,7 @@ def _finish_suite(
     try:
         other_run = None
         if other and suite.name in other:
-            compared = evaluation_folder(config, config.compare_with)
+            compared = evaluation_run(config.runs, config.compare_with, "compare_with")
             note = RunFolder(compared.path, "suites", suite.name).read_json("mlflow.json") or {}
             other_run = OtherRun(compared.name, note.get("run_id", ""), other[suite.name])
         subtitle = f"{checkpoint.name} · judge {header['judge']} · rubrics {header['prompt_set']} · seed {config.seed}"

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlflow.tracking import MlflowClient
+
 from loomvideo.jobs.evaluation.config import EvaluateConfig
 from loomvideo.jobs.weights.lookup import find_weights
 from loomvideo.jobs.weights.references import find_run
@@ -12,13 +14,18 @@ from loomvideo.model.codec import LatentGrid
 from loomvideo.model.loading import ModelSource
 from loomvideo.model.sizes import PUBLISHED, model_size, stated_size
 from loomvideo.pipelines.evaluation.generators import BlendGenerator, IdentityGenerator, SampleGenerator
-from loomvideo.pipelines.evaluation.model_generator import ModelGenerator, ModelOptions, model_fingerprint
-from loomvideo.pipelines.evaluation.pipeline_generator import SamplerSettings
+from loomvideo.pipelines.evaluation.pipeline_generator import (
+    ModelGenerator,
+    ModelOptions,
+    SamplerSettings,
+    model_fingerprint,
+)
 from loomvideo.pipelines.evaluation.suites.items import SuiteManifest
 from loomvideo.pipelines.evaluation.suites.registry import Suite
 from loomvideo.platform.console import console
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.runs import RunFolder
+from loomvideo.platform.tracking import default_tracking_uri
 
 JOB = "evaluate"
 DEFAULT_DATA = {"sample": "data/sample", "fashion": "data/sample"}
@@ -131,10 +138,23 @@ def store_folder(config: EvaluateConfig) -> Path:
     return Path(config.store or Path(config.runs) / "evaluation-store").absolute()
 
 
-def evaluation_folder(config: EvaluateConfig, reference: str) -> RunFolder:
-    """The folder of an evaluation run.
+def evaluation_run(runs: Path | str, reference: str, setting: str = "") -> RunFolder:
+    """The folder of an evaluation run; ``setting`` is the key that holds the reference, for error messages.
 
     Raises:
         UserError: if there is none.
     """
-    return find_run(reference, config.runs, jobs=(JOB,), setting="compare_with").run
+    return find_run(reference, runs, jobs=(JOB,), setting=setting).run
+
+
+def tracked(folder: RunFolder, tracking_uri: str) -> tuple[MlflowClient, str]:
+    """A client of the tracking server that a run was logged to, and the id of its run there.
+
+    Raises:
+        UserError: if the folder knows of none.
+    """
+    known = folder.read_json("mlflow.json")
+    if known is None:
+        raise UserError(f"{folder.path}: no MLflow run is recorded here")
+    uri = tracking_uri or known["tracking_uri"] or default_tracking_uri(folder.root)
+    return MlflowClient(tracking_uri=uri), known["run_id"]

@@ -1,4 +1,4 @@
-"""Kernels of a job: built once on every node before its workers start, then only loaded."""
+"""Kernels of a job: built once on every node before its workers start, then only loaded; checked by the doctor."""
 
 import contextlib
 import logging
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from loomvideo.model.kernels.node import Shape, prepare_this_node
+from loomvideo.platform.cluster.node_checks import Check
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.nodes.config import KernelConfig
 
@@ -57,3 +58,24 @@ def summary(record: dict[str, Any]) -> dict[str, float]:
         "kernels/cached": float(origins.count("cache") + origins.count("prebuilt")),
         "kernels/missing": float(sum(len(row["missing"]) for row in rows) + len(record) - len(rows)),
     }
+
+
+def kernels() -> Check:
+    """The doctor's check of a node: build or load kernels, compare one operation of each kind with its definition."""
+    import torch
+
+    from loomvideo.model import kernels as operations
+    from loomvideo.model.kernels.selfcheck import disagreement
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with operations.use_backend("auto", required=False):
+        for name in ("qk_norm_rope", "layer_norm_modulate", "gated_residual", "scale_and_add"):
+            difference = disagreement(getattr(operations, name), name, torch.float32, device, 96)
+            if difference:
+                return Check("kernels", "fail", f"{name}: {difference}")
+        report = operations.report()
+    used = report["backend"].get(device, "eager")
+    if report["replaced"]:
+        reason = "; ".join(f"{name}: {why}" for name, why in report["replaced"].items())
+        return Check("kernels", "warn", f"eager stands in: {reason}")
+    return Check("kernels", "ok", f"{used} agrees with the definition on {device}")

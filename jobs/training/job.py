@@ -156,7 +156,7 @@ def _train_and_evaluate(
 
 def _check_cluster(config: TrainingJobConfig, folder: RunFolder, tracker: Tracker) -> None:
     """Refuse to train on a cluster with a sick node; the findings are kept with the run either way."""
-    from loomvideo.jobs.cluster.doctor_probes import kernels
+    from loomvideo.jobs.kernels.build import kernels
 
     def examine() -> Diagnosis:
         diagnosis = examine_cluster(str(Path(config.runs).absolute()), tracker.uri, extra=(kernels,))

@@ -17,7 +17,6 @@ from transformers import Qwen3VLModel
 from loomvideo.model.conditioning.config import MLLMConfig, ProcessorConfig
 from loomvideo.model.conditioning.inputs import MLLMInputs, read_processor_config
 from loomvideo.model.conditioning.random_weights import RECIPE_VERSION, random_model
-from loomvideo.model.conditioning.rope import prompt_positions
 from loomvideo.model.conditioning.tokenizer import MLLMTokenizer
 from loomvideo.model.fingerprints import folder_fingerprint
 from loomvideo.platform.errors import UserError
@@ -252,3 +251,42 @@ def _batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
         else:
             batches.append([index])
     return batches
+
+
+def prompt_positions(
+    input_ids: torch.Tensor,
+    image_grids: list[list[int]],
+    video_grids: list[list[int]],
+    image_token: int,
+    video_token: int,
+    merge_size: int,
+) -> torch.Tensor:
+    """Multimodal rotary positions ``[3, tokens]`` of one prompt: where each token sits in (time, height, width).
+
+    Text advances all three axes by one a token. The tokens of an image, or of one frame pair of a video, share the time
+    at which they start and count rows and columns from it; text goes on after the longer of the two sides.
+
+    Args:
+        input_ids: ``[tokens]``.
+        image_grids: ``(1, rows, columns)`` of patches, one for each image, in order.
+        video_grids: ``(frame pairs, rows, columns)``, one for each video, in order.
+        image_token: The id that stands for a merged image patch.
+        video_token: The id that stands for a merged video patch.
+        merge_size: Patches a side of a merged patch.
+    """
+    grids = {image_token: iter(image_grids), video_token: iter([g[1:] for g in video_grids for _ in range(g[0])])}
+    ids = input_ids.tolist()
+    positions, start, index = [], 0, 0
+    while index < len(ids):
+        if ids[index] in grids:
+            rows, columns = (side // merge_size for side in next(grids[ids[index]])[-2:])
+            row = torch.arange(rows).repeat_interleave(columns)
+            column = torch.arange(columns).repeat(rows)
+            positions.append(torch.stack([torch.zeros_like(row), row, column]) + start)
+            start += max(rows, columns)
+            index += rows * columns
+        else:
+            positions.append(torch.full((3, 1), start))
+            start += 1
+            index += 1
+    return torch.cat(positions, dim=1)

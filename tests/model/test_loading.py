@@ -9,8 +9,12 @@ from loomvideo.model.loading import ModelSource
 from loomvideo.model.pipeline import LoomVideoPipeline, load_pipeline, pipeline_around
 from loomvideo.model.sizes import model_size
 from loomvideo.model.weights import save_dit
-from loomvideo.pipelines.evaluation.model_generator import ModelGenerator, ModelOptions, model_fingerprint
-from loomvideo.pipelines.evaluation.pipeline_generator import SamplerSettings
+from loomvideo.pipelines.evaluation.pipeline_generator import (
+    ModelGenerator,
+    ModelOptions,
+    SamplerSettings,
+    model_fingerprint,
+)
 from loomvideo.platform.errors import UserError
 
 

@@ -16,7 +16,7 @@ from loomvideo.model.conditioning.inputs import (
     smart_resize,
     text_inputs,
 )
-from loomvideo.model.conditioning.rope import prompt_positions
+from loomvideo.model.conditioning.mllm import prompt_positions
 from loomvideo.model.conditioning.tokenizer import MLLMTokenizer
 from loomvideo.platform.errors import UserError
 
