@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loomvideo.platform.errors import UserError
+from loomvideo.platform.errors import UserError, how_to_add
 
 BITS = (16, 8, 4)
 """16 leaves weights as they are."""
@@ -85,7 +85,7 @@ def check_bits(key: str, bits: int) -> None:
         try:
             import bitsandbytes  # noqa: F401 - registers the operators
         except ImportError as error:
-            raise UserError(f"{key}={bits}: needs bitsandbytes; pip install 'loomvideo[gpu]', or use 16") from error
+            raise UserError(f"{key}={bits}: needs bitsandbytes; {how_to_add('gpu')}, or use 16") from error
 
 
 def stored_bytes(parameters: int, bits: int, num_bytes: int = 2) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 
 from loomvideo.pipelines.evaluation.inputs import LoadedItem
 from loomvideo.pipelines.evaluation.measures import ExtraMeasure
-from loomvideo.platform.errors import UserError
+from loomvideo.platform.errors import UserError, how_to_add
 
 FRAMES = 8
 I3D_MIN_FRAMES = 10
@@ -55,7 +55,7 @@ def temporal_similarity(features: np.ndarray) -> float:
 
 def build_lpips(weights: str) -> ExtraMeasure:
     """LPIPS (Zhang et al. 2018) to target and source, mean of sampled frames; ``weights`` names the trunk."""
-    torch, lpips = _need("torch"), _need("lpips")
+    torch, lpips = _need("torch"), _need("lpips", extra="eval")
     network = lpips.LPIPS(net=weights, verbose=False).eval().to(device := _device())
 
     def distance(video: np.ndarray, other: np.ndarray) -> float:
@@ -215,11 +215,12 @@ def learned_metrics(names: Sequence[str], weights: Mapping[str, str], num_frames
     return chosen
 
 
-def _need(module: str, package: str = "") -> Any:
+def _need(module: str, package: str = "", extra: str = "") -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"learned metrics need the package {error.name}: pip install {package or module}") from error
+        fix = how_to_add(extra) if extra else f"pip install {package or module}"
+        raise UserError(f"learned metrics need the package {error.name}: {fix}") from error
 
 
 def _device() -> str:

@@ -8,7 +8,7 @@ from loomvideo.model.sizes import SIZES, model_size
 from loomvideo.pipelines.captions.options import CaptionOptions, CaptionWorkers
 from loomvideo.pipelines.prepare.curation.options import StageOptions
 from loomvideo.platform.config import option
-from loomvideo.platform.errors import UserError
+from loomvideo.platform.errors import UserError, how_to_add
 
 FEATURE_MODES = ("stored", "streamed", "text")
 FEATURE_DTYPES = ("bf16", "fp8", "int8")
@@ -124,9 +124,7 @@ class PrepareConfig:
             if value not in valid:
                 raise UserError(f"{key}={value}: choose one of {', '.join(valid)}")
         if self.decoder == "decord" and importlib.util.find_spec("decord") is None:
-            raise UserError(
-                "decoder=decord: decord is not installed; pip install 'loomvideo[decord]' (x86-64 only), or auto"
-            )
+            raise UserError(f"decoder=decord: decord is not installed; {how_to_add('decord')} (x86-64 only), or auto")
         model_size(self.model).grid.check_frames("clips.num_frames", self.clips.num_frames)
         for key, value in {
             "clips.windows": self.clips.windows,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loomvideo.platform.cluster import mlflow_user
-from loomvideo.platform.errors import UserError
+from loomvideo.platform.errors import UserError, how_to_add
 
 USER = "loomvideo"
 PASSWORD_FILE = "password"
@@ -84,7 +84,7 @@ def prepare_server(
     try:
         import flask_wtf  # noqa: F401
     except ImportError as error:
-        raise UserError("mlflow-server: Flask-WTF is missing; pip install -e '.[server]'") from error
+        raise UserError(f"mlflow-server: Flask-WTF is missing; {how_to_add('server')}") from error
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)

@@ -19,7 +19,7 @@ from loomvideo.platform.cluster.references import Given, reference_problems
 from loomvideo.platform.cluster.render import KUBERNETES, build, find_kubectl, write_folder
 from loomvideo.platform.cluster.rules import rule_problems
 from loomvideo.platform.cluster.schemas import CRDS_VARIABLE, crd_folder, schema_problems
-from loomvideo.platform.errors import UserError
+from loomvideo.platform.errors import UserError, how_to_add
 
 SECRET_NAMES = re.compile(r"password|passwd|secret|token|access_?key|api_?key|credential", re.IGNORECASE)
 SECRET_VALUES = {
@@ -189,7 +189,7 @@ def _hadolint_options(path: Path) -> list[str]:
 def _lint_files(report: Report, tool: str, files: list[Path], options: Callable[[Path], list[str]]) -> None:
     executable = find_tool(tool)
     if executable is None:
-        _skip(report, f"{tool}: not installed (pip install -e '.[dev]')")
+        _skip(report, f"{tool}: not installed ({how_to_add('dev')})")
         return
     for path in files:
         result = subprocess.run([executable, *options(path), str(path)], capture_output=True, text=True)

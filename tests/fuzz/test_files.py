@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-pytest.importorskip("hypothesis", reason="pip install 'loomvideo[dev]'")
+pytest.importorskip("hypothesis", reason="make setup-dev")
 from fixtures import media_corpus as corpus
 from fixtures.damage import damaged
 from fixtures.media import write_picture

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-pytest.importorskip("hypothesis", reason="pip install 'loomvideo[dev]'")
+pytest.importorskip("hypothesis", reason="make setup-dev")
 from hypothesis import given
 from hypothesis import strategies as st
 

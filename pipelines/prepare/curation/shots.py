@@ -17,7 +17,7 @@ import numpy as np
 from loomvideo.pipelines.media.fragments import Fragment, split_fragment, with_fragment
 from loomvideo.pipelines.prepare.curation.options import ShotOptions
 from loomvideo.pipelines.sources.samples import Sample
-from loomvideo.platform.errors import UserError
+from loomvideo.platform.errors import UserError, how_to_add
 
 # What TransNetV2 looks at; enough for the adaptive detector too.
 WIDTH, HEIGHT = 48, 27
@@ -42,7 +42,7 @@ def build_detector(options: ShotOptions, device: str = "cpu") -> ShotDetector:
             return TransNetDetector(options.threshold or 0.5, device)
         return SceneDetector(options.threshold or 3.0)
     except ImportError as error:
-        raise UserError(f"shots.detector={options.detector} needs pip install 'loomvideo[curate]'") from error
+        raise UserError(f"shots.detector={options.detector} needs the extra curate: {how_to_add('curate')}") from error
 
 
 class TransNetDetector:

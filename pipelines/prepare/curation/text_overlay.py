@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from loomvideo.pipelines.prepare.curation.options import TextLimits
-from loomvideo.platform.errors import UserError
+from loomvideo.platform.errors import UserError, how_to_add
 
 
 class TextDetector:
@@ -25,7 +25,7 @@ class TextDetector:
         try:
             from rapidocr import RapidOCR
         except ImportError as error:
-            raise UserError("text.enabled=true needs RapidOCR: pip install 'loomvideo[curate]'") from error
+            raise UserError(f"text.enabled=true needs RapidOCR: {how_to_add('curate')}") from error
         self.limits = limits
         self._engine = RapidOCR(
             params={

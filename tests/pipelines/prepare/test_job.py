@@ -291,7 +291,7 @@ def test_mistakes_are_named(raw, tmp_path, built, change, message):
 
 def test_a_decoder_that_is_not_installed_is_named(raw, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"decoder=decord: decord is not installed; pip install 'loomvideo\[decord\]'"):
+    with pytest.raises(UserError, match=r"decoder=decord: decord is not installed; make setup EXTRAS=decord"):
         prepare_config(raw[0], tmp_path, decoder="decord").check()
 
 
