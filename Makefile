@@ -125,8 +125,8 @@ mlflow-server: $(VENV)/.setup-server ## an MLflow server with a user: PORT= ARGS
 rehearse: $(VENV)/.setup-dev sample-data ## run every job on a cluster of several nodes on this machine (as root: own networks)
 	$(MAKE) drill ARGS="--only jobs $(ARGS)"
 
-rehearse-fresh: ## a minimal Debian in a folder, then make pretrain and the quick tests in it (root): SUITE= FOLDER= STEPS= ARGS=
-	SUITE="$(SUITE)" FOLDER="$(FOLDER)" STEPS="$(STEPS)" ARGS="$(ARGS)" infra/setup/rehearse_fresh.sh
+rehearse-fresh: ## a minimal Debian in a folder, then make pretrain and the quick tests in it (root): SUITE= FOLDER= STEPS= MINUTES= PACKAGES= ARGS=
+	SUITE="$(SUITE)" FOLDER="$(FOLDER)" STEPS="$(STEPS)" MINUTES="$(MINUTES)" PACKAGES="$(PACKAGES)" ARGS="$(ARGS)" infra/setup/rehearse_fresh.sh
 
 drill: $(VENV)/.setup-dev $(VENV)/.setup-server sample-data ## the jobs and the failures of that cluster, one after another: ARGS="--only head,worker"
 	$(BIN)/python infra/drills/drill.py --folder $(or $(DRILL),runs/drill-$$(date +%Y%m%d-%H%M%S)) --sample $(DATA) $(ARGS)

@@ -2,8 +2,11 @@
 # Rehearses a fresh machine: a minimal Debian in a folder (Python, venv, make, certificates), a copy of the repository, a
 # person who is not root and has none of this machine's settings; then `make pretrain` and the quick tests inside.
 #
-#   sudo make rehearse-fresh [SUITE=trixie] [FOLDER=build/fresh] [STEPS="setup pretrain test"] [ARGS="training.steps=20"]
+#   sudo make rehearse-fresh [SUITE=trixie] [FOLDER=build/fresh] [STEPS="copy setup pretrain test"] [MINUTES=60] \
+#     [PACKAGES="g++"] [ARGS="training.steps=20"]
 #
+# STEPS leaves out or repeats some (without copy the earlier copy is kept, with its environment and data), MINUTES ends
+# the tests and says how many ran, PACKAGES are Debian's to install beforehand.
 # Needs root, debootstrap and about 12 GB. Of the outer machine only network facts go in, and only by these variables:
 #   REHEARSAL_NETWORK   "NAME=VALUE ..." set for the person inside: proxies, an index (HTTPS_PROXY=..., PIP_INDEX_URL=...)
 #   REHEARSAL_CA        a file of certificates to trust inside, for machines behind an inspecting proxy
@@ -12,7 +15,7 @@
 set -euo pipefail
 suite=${SUITE:-trixie}
 folder=$(realpath -m "${FOLDER:-build/fresh}")
-steps=${STEPS:-setup pretrain test}
+steps=${STEPS:-copy setup pretrain test}
 report=$folder/report.txt
 root=$folder/$suite
 home=/home/person
@@ -36,9 +39,18 @@ bootstrap() {
   mv "$root.part" "$root"
 }
 
-copy_repository() {
+network() {
   cp /etc/resolv.conf "$root/etc/resolv.conf"
   [ -z "${REHEARSAL_CA:-}" ] || cp -L "$REHEARSAL_CA" "$root/etc/ssl/certs/ca-certificates.crt"
+}
+
+packages() {
+  chroot "$root" apt-get update
+  # shellcheck disable=SC2086  # words
+  DEBIAN_FRONTEND=noninteractive chroot "$root" apt-get install --yes --no-install-recommends $PACKAGES
+}
+
+copy_repository() {
   chroot "$root" useradd --create-home person 2>/dev/null || chroot "$root" id person
   rm -rf "${root:?}$home/loomvideo"
   mkdir -p "$root$home/loomvideo"
@@ -69,13 +81,21 @@ inside() {
   echo "$suite, $(nproc) cores, $(awk '/MemTotal/ {printf "%.0f", $2 / 1048576}' /proc/meminfo) GiB, load $(cut -d' ' -f1-3 /proc/loadavg)"
 } >>"$report"
 [ -d "$root" ] || phase debootstrap bootstrap
-phase copy copy_repository
+network
+[ -z "${PACKAGES:-}" ] || phase packages packages
 for step in $steps; do
   case $step in
+    copy) phase copy copy_repository ;;
     setup) phase setup inside "make setup" ;;
     pretrain) phase pretrain inside "make pretrain ARGS='${ARGS:-}'" ;;
-    test) phase test inside "make test-fast" ;;
-    *) fail "STEPS: $step is none of setup, pretrain, test" ;;
+    test)
+      # pytest counts what ran when it is interrupted, as by a person's Ctrl-C.
+      phase test inside "${MINUTES:+timeout --signal=INT --kill-after=120 ${MINUTES}m }make test-fast" || failed=1
+      counts=$(grep -aE '^[0-9]+ (passed|failed).* in [0-9]' "$folder/test.log") || counts="no test was counted"
+      echo "$counts" | tee -a "$report"
+      [ -z "${failed:-}" ] || exit 1
+      ;;
+    *) fail "STEPS: $step is none of copy, setup, pretrain, test" ;;
   esac
 done
 tail -n 12 "$report"
