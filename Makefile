@@ -106,6 +106,7 @@ clean: ## remove build products and caches (never data or runs)
 CLUSTER ?=
 JOB ?= pretrain
 IMAGE ?= cpu
+BUILDER ?= docker
 
 render: $(VENV)/.setup ## write the manifests of CLUSTER= (and a RayJob: JOB= RUN=) as a Kustomize folder
 	$(BIN)/loomvideo render --cluster $(CLUSTER) $(if $(RUN),--job $(JOB) --run $(RUN)) -- $(ARGS)
@@ -134,8 +135,8 @@ drill: $(VENV)/.setup-dev $(VENV)/.setup-server sample-data ## the jobs and the 
 drill-training: $(VENV)/.setup-dev shards ## rehearse what training must survive, with the tiny preset: ARGS="--only worker,disk"
 	$(BIN)/python infra/drills/training_drill.py --folder $(or $(DRILL),runs/drill-training-$$(date +%Y%m%d-%H%M%S)) --shards $(SHARDS) $(ARGS)
 
-image: ## build the container image: IMAGE=cpu or cuda
-	docker build --file infra/images/Dockerfile.$(IMAGE) --tag loomvideo/$(IMAGE):$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) .
+image: ## build a container image: IMAGE=cpu, cuda or mlflow, BUILDER=docker, podman or buildah, ARGS="--build-arg …"
+	$(BUILDER) build $(ARGS) --file infra/images/Dockerfile.$(IMAGE) --tag loomvideo/$(IMAGE):$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) .
 
 kernels: $(VENV)/.setup ## compile the kernels for this machine (or an image: ARGS="architectures=[80,90,100,120]")
 	$(BIN)/loomvideo kernels build $(ARGS)
