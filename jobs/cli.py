@@ -14,7 +14,7 @@ from loomvideo.jobs.training import commands as training_commands
 from loomvideo.jobs.training import plan_commands, simulate_commands
 from loomvideo.jobs.weights import checkpoint_commands
 from loomvideo.jobs.weights import commands as weights_commands
-from loomvideo.platform.errors import UserError
+from loomvideo.platform.errors import UserError, of_the_disk
 from loomvideo.platform.machine import make_ordinary
 
 if TYPE_CHECKING:
@@ -88,6 +88,12 @@ def main() -> None:
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        told = of_the_disk(error)
+        if told is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

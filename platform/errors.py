@@ -1,6 +1,10 @@
 """Errors a user can cause and can fix."""
 
+import errno
 from pathlib import Path
+
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UserError(ValueError):
@@ -17,3 +21,13 @@ def how_to_add(extra: str) -> str:
     if (clone / "Makefile").is_file() and (clone / "locks" / f"{extra}.txt").is_file():
         return f"make setup EXTRAS={extra}"
     return f"pip install 'loomvideo[{extra}]'"
+
+
+def of_the_disk(error: OSError) -> UserError | None:
+    """What a person can do about a file that was refused, or a full disk; None for any other error."""
+    if error.filename is None or error.errno not in (*_REFUSED, *_FULL):
+        return None
+    if error.errno in _FULL:
+        return UserError(f"{error.filename}: no space left; free some and run the same line again")
+    fix = "give yourself access, or name another folder (output=…, runs=…; --help has the keys)"
+    return UserError(f"{error.filename}: {error.strerror.lower()}; {fix}")

@@ -1,5 +1,7 @@
-"""How to add what is missing: by make where there is a clone, by pip where there is none."""
+"""Errors a user can cause: a missing extra, a folder that may not be written to, a full disk."""
 
+import errno
+import os
 import tomllib
 from pathlib import Path
 
@@ -31,3 +33,20 @@ def test_no_message_names_pip_for_an_extra_itself():
         if "pip install 'loomvideo[" in path.read_text() and path.name != "errors.py"
     ]
     assert found == []
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (errno.EACCES, "/ro/runs: permission denied; give yourself access, or name another folder"),
+        (errno.EROFS, "/ro/runs: read-only file system; give yourself access, or name another folder"),
+        (errno.ENOSPC, "/ro/runs: no space left; free some and run the same line again"),
+    ],
+)
+def test_what_a_disk_refuses_is_one_line(number, expected):
+    assert str(errors.of_the_disk(OSError(number, os.strerror(number), "/ro/runs"))).startswith(expected)
+
+
+def test_other_errors_of_the_system_keep_their_traceback():
+    assert errors.of_the_disk(OSError(errno.ECONNRESET, "reset")) is None
+    assert errors.of_the_disk(OSError(errno.EACCES, "of a socket, without a file")) is None

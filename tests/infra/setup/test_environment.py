@@ -10,6 +10,7 @@ from pathlib import Path
 import environment as setup
 import pytest
 
+REPO = Path(__file__).parents[3]
 UV = Path(sys.executable).parent / "uv"
 if not UV.exists():
     UV = Path(shutil.which("uv") or "")
@@ -193,8 +194,34 @@ def test_make_refuses_what_cannot_even_read_the_script(tmp_path, script, found):
         python.write_text(f"#!/bin/sh\n{script}\n")
         python.chmod(0o755)
     command = ["make", "setup", f"PYTHON={python}", f"VENV={tmp_path / 'venv'}"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True)
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     assert done.returncode != 0
     line = next(line for line in done.stderr.splitlines() if line.startswith("error"))
     assert line.startswith("error: Python 3.11 to 3.13 is needed (")
     assert found in line
+
+
+def test_a_path_with_spaces(tmp_path, wheels):
+    """Of the repository, the environment, the packages and the Python: everything that a shell might split."""
+    _torch(wheels, "2.13.0+cpu", None)
+    repository = tmp_path / "my clone"
+    (repository / "infra").mkdir(parents=True)
+    (repository / "locks").mkdir()
+    (repository / "infra" / "setup").symlink_to(REPO / "infra" / "setup")
+    for name in ("Makefile", "pyproject.toml", "locks/base.txt", "locks/torch-cuda.txt", "locks/gpu.txt"):
+        (repository / name).symlink_to(REPO / name)
+    python = tmp_path / "my python"
+    python.write_text(
+        f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\nmkdir .venv; printf "%s|" "$@" >asked\n'
+    )
+    python.chmod(0o755)
+    subprocess.run(["make", "setup", f"PYTHON={python}"], cwd=repository, check=True, capture_output=True)
+    assert (repository / "asked").read_text() == "infra/setup/environment.py|--venv|.venv|"
+    made = setup.Environment(repository / "my environment")
+    made.uv = str(UV)
+    made.no_index = True
+    subprocess.run([UV, "venv", "--quiet", "--python", sys.executable, made.venv], check=True)
+    places = wheels.rename(tmp_path / "my wheels").as_uri()
+    made.variables = {**os.environ, "UV_FIND_LINKS": places, "UV_CACHE_DIR": str(tmp_path / "my cache")}
+    made.install("torch", ["torch==2.13.0+cpu"])
+    assert "torch-2.13.0+cpu" in _packages(made)

@@ -1,0 +1,44 @@
+"""The command line: what a person can mend is one line and exit code 2, what he cannot keeps its traceback."""
+
+import errno
+
+import pytest
+
+from loomvideo.jobs import cli
+from loomvideo.platform.errors import UserError
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Run the command line with a command that fails so."""
+
+    def call(error):
+        def app():
+            raise error
+
+        monkeypatch.setattr(cli, "make_ordinary", lambda: None)
+        monkeypatch.setattr(cli, "app", app)
+        cli.main()
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (UserError("lr=x: use a number"), "error: lr=x: use a number\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "/ro"), "error: /ro: permission denied; give yourself"),
+    ],
+)
+def test_a_mistake_is_one_line(run, capsys, error, line):
+    with pytest.raises(SystemExit) as caught:
+        run(error)
+    shown = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert shown.startswith(line)
+    assert shown.count("\n") == 1
+
+
+def test_a_fault_of_ours_keeps_its_traceback(run):
+    with pytest.raises(ConnectionResetError):
+        run(ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"))
