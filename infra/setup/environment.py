@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from index_settings import has_own_index, pip_settings, uses_no_index, uv_variables
+from index_settings import has_own_index, pip_settings, system_certificates, uses_no_index, uv_variables
 
 REPO = Path(__file__).resolve().parents[2]
 OLDEST, NEWEST = (3, 11), (3, 13)
@@ -135,7 +135,8 @@ class Environment:
         """Takes uv from PATH or beside this Python, brings it in, or stays with pip."""
         settings = pip_settings(self.python)
         self.no_index = uses_no_index(settings)
-        self.variables = {**os.environ, **uv_variables(settings, os.environ), "UV_PYTHON_DOWNLOADS": "never"}
+        self.variables = {**os.environ, **system_certificates(os.environ), **uv_variables(settings, os.environ)}
+        self.variables["UV_PYTHON_DOWNLOADS"] = "never"
         home = Path(os.path.expanduser("~"))
         if "UV_CACHE_DIR" not in os.environ and not os.access(home, os.W_OK):
             # No home, or one that cannot be written to: pip and uv would each complain in their own way.
@@ -207,6 +208,8 @@ def explain(what: str, output: str) -> str:
     reason = lines[-1].rstrip(".") if lines else "see above"
     if "connection broken by" in output:  # pip, whose last line only says that nothing was found
         reason = "no package index answered (no network, or a proxy or an index of your own to name)"
+    if "certificate" in reason.lower():
+        reason += " (a proxy that inspects? PIP_CERT=/its/certificates.pem)"
     return f"{name} could not be installed: {reason}. What is downloaded is kept: the same command continues"
 
 

@@ -6,6 +6,7 @@ mirror, a proxy, a certificate, a folder of wheels. Only what uv was not told it
 
 import ast
 import os
+import ssl
 import subprocess
 from collections.abc import Mapping
 
@@ -61,6 +62,20 @@ def uv_variables(pip: Mapping[str, str], environment: Mapping[str, str], find_li
     return added
 
 
+def system_certificates(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that let uv trust what this machine trusts, as pip does: only there is an inspecting proxy known.
+
+    uv brings certificates of its own, which stay in use where the machine has none. Older uv knows the second name.
+    """
+    if "UV_SYSTEM_CERTS" in environment or "UV_NATIVE_TLS" in environment:
+        return {}
+    paths = ssl.get_default_verify_paths()
+    folder = paths.capath if paths.capath and os.path.isdir(paths.capath) else None
+    if not paths.cafile and not (folder and os.listdir(folder)):
+        return {}
+    return {"UV_SYSTEM_CERTS": "true", "UV_NATIVE_TLS": "true"}
+
+
 def uses_no_index(pip: Mapping[str, str]) -> bool:
     """Whether pip was told to take packages from folders alone; uv has no variable for it, only ``--no-index``."""
     return pip.get("no-index", "").lower() in ("1", "true", "yes", "on")
@@ -73,4 +88,5 @@ def has_own_index(environment: Mapping[str, str]) -> bool:
 
 def environment_for_uv(python: str) -> dict[str, str]:
     """This process's environment with the pip settings of ``python`` added, for what needs only the main index."""
-    return {**os.environ, **uv_variables(pip_settings(python), os.environ, find_links=False)}
+    settings = uv_variables(pip_settings(python), os.environ, find_links=False)
+    return {**os.environ, **system_certificates(os.environ), **settings}

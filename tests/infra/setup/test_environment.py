@@ -137,6 +137,8 @@ def test_no_network_under_pip_is_told_from_a_missing_package():
     )
     told = setup.explain("base", output)
     assert told.startswith("aiohttp could not be installed: no package index answered")
+    foreign = "error: Failed to fetch\n  cause: invalid peer certificate: UnknownIssuer\n"
+    assert "UnknownIssuer (a proxy that inspects? PIP_CERT=" in setup.explain("torch", foreign)
     assert "No matching" in setup.explain("base", "ERROR: No matching distribution found for aiohttp==1\n")
 
 

@@ -1,8 +1,9 @@
 """What pip is told about indexes reaches uv, unless uv was told itself."""
 
+import ssl
 import sys
 
-from index_settings import has_own_index, pip_settings, uv_variables
+from index_settings import has_own_index, pip_settings, system_certificates, uv_variables
 
 
 def test_pip_settings_become_uv_variables():
@@ -49,3 +50,13 @@ def test_pip_settings_are_read_as_pip_ranks_them(tmp_path, monkeypatch):
 def test_own_index():
     assert has_own_index({"UV_DEFAULT_INDEX": "https://mirror.example"})
     assert not has_own_index({"UV_INDEX": "https://one.example"})
+
+
+def test_uv_trusts_what_the_machine_trusts_if_it_has_a_store(tmp_path, monkeypatch):
+    """pip asks the machine's store, so behind an inspecting proxy uv failed where pip had just brought it in."""
+    store = ssl.get_default_verify_paths()._replace(cafile=None, capath=str(tmp_path))
+    monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: store)
+    assert system_certificates({}) == {}
+    (tmp_path / "company.pem").touch()
+    assert system_certificates({}) == {"UV_SYSTEM_CERTS": "true", "UV_NATIVE_TLS": "true"}
+    assert system_certificates({"UV_SYSTEM_CERTS": "false"}) == {}
