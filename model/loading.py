@@ -5,6 +5,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -91,12 +92,19 @@ class ModelSource:
         name = self.model or stated_size(self.weights)
         if not name:
             raise UserError(f"{self.weights}: has no {PIPELINE_FILE}; name its size with model=")
-        size = with_folders(model_size(name), self.codec_folder, self.mllm_folder)
+        size = with_folders(
+            model_size(name), self.codec_folder or self._beside("vae"), self.mllm_folder or self._beside("text_encoder")
+        )
         if not self.codec_limit_bytes:
             return size
         return dataclasses.replace(
             size, codec=dataclasses.replace(size.codec, memory_limit_bytes=self.codec_limit_bytes)
         )
+
+    def _beside(self, component: str) -> str:
+        """A component of the diffusers folder that the weights are in; empty where they are in none."""
+        folder = Path(self.weights) / component
+        return str(folder) if (folder / "config.json").is_file() else ""
 
 
 def fitted(source: ModelSource, work: Work) -> ModelSource:

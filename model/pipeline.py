@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from loomvideo.model.loading import ModelSource, load_parts
 from loomvideo.model.media_inputs import Clip, Picture, as_clip, as_picture, fit_clip, fit_picture
 from loomvideo.model.parallel import Ranks
 from loomvideo.model.parts import ResidentParts, SequentialParts
-from loomvideo.model.sampler import Branch, SchedulerConfig, sample
+from loomvideo.model.sampler import Branch, OnStep, SchedulerConfig, SolverChoice, sample
 from loomvideo.model.shortcuts import Shortcuts
 from loomvideo.model.sizes import ModelSize
 from loomvideo.model.tasks import wording
@@ -68,7 +68,7 @@ class LoomVideoPipeline:
         dit: LoomVideoDiT | None = None,
         codec: Codec | None = None,
         mllm: FrozenMLLM | None = None,
-        scheduler: SchedulerConfig | None = None,
+        scheduler: SolverChoice | None = None,
         ranks: Ranks | None = None,
         negative_prompt: str | None = None,
         parts: ResidentParts | SequentialParts | None = None,
@@ -155,6 +155,22 @@ class LoomVideoPipeline:
         """
         self._adapters[name or str(path)] = read_adapter(path, self.dit, strength)
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that are loaded."""
+        return tuple(self._adapters)
+
+    def set_lora_strengths(self, strengths: Mapping[str, float]) -> None:
+        """Use these of the loaded adapters, by name, with these strengths; the others have none.
+
+        Raises:
+            UserError: if one is not loaded.
+        """
+        for name in strengths:
+            self._check_loaded(name)
+        for name, adapter in self._adapters.items():
+            self._adapters[name] = dataclasses.replace(adapter, strength=strengths.get(name, 0.0))
+
     def unload_lora(self, name: str | None = None) -> None:
         """Take off an adapter, or all: the transformer is then exactly what it was before.
 
@@ -163,10 +179,13 @@ class LoomVideoPipeline:
         """
         if name is None:
             self._adapters.clear()
-        elif name not in self._adapters:
-            raise UserError(f"lora {name}: not loaded; loaded are {', '.join(self._adapters) or 'none'}")
         else:
+            self._check_loaded(name)
             del self._adapters[name]
+
+    def _check_loaded(self, name: str) -> None:
+        if name not in self._adapters:
+            raise UserError(f"lora {name}: not loaded; loaded are {', '.join(self._adapters) or 'none'}")
 
     @property
     def codec(self) -> Codec:
@@ -247,8 +266,9 @@ class LoomVideoPipeline:
         guidance: Guidance | None = None,
         seed: int = 0,
         batch_branches: bool = False,
-        on_step: Callable[[int, Tensor], None] | None = None,
+        on_step: OnStep | None = None,
         shortcuts: Shortcuts | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """Denoise encoded conditions.
 
@@ -258,14 +278,16 @@ class LoomVideoPipeline:
             guidance: Scales; None takes the task's.
             seed: The seed of the noise; the same seed gives the same latents.
             batch_branches: Run the guidance branches in one pass.
-            on_step: Called after each step with its index and the latents.
+            on_step: Called after each step with its index and the latents; see :func:`loomvideo.model.sampler.sample`.
             shortcuts: Approximations; None for none.
+            noise: Start from this noise, fp32 of the conditions' ``latent_shape``, in place of the seed's.
 
         Returns:
             Latents, fp32 [channels, frames, height, width].
         """
         shortcuts = shortcuts or Shortcuts()
-        noise = torch.randn(conditions.latent_shape, generator=torch.Generator().manual_seed(seed))
+        if noise is None:
+            noise = torch.randn(conditions.latent_shape, generator=torch.Generator().manual_seed(seed))
         with self.parts.use("dit"):
             return sample(
                 self._float8_dit() if shortcuts.fp8 else self.dit,
@@ -287,7 +309,7 @@ class LoomVideoPipeline:
         guidance: Guidance | None = None,
         seed: int = 0,
         batch_branches: bool = False,
-        on_step: Callable[[int, Tensor], None] | None = None,
+        on_step: OnStep | None = None,
         shortcuts: Shortcuts | None = None,
     ) -> np.ndarray:
         """:meth:`sample` and :meth:`decode`: uint8 [frames, height, width, 3]."""
@@ -334,6 +356,28 @@ class LoomVideoPipeline:
         Raises:
             UserError: as :meth:`encode`.
         """
+        conditions = self.conditions(
+            prompt, task, source, references, size, num_frames, negative_prompt, buckets, source_fps
+        )
+        return self.denoise(conditions, steps, guidance, seed, shortcuts=shortcuts)
+
+    def conditions(
+        self,
+        prompt: str,
+        task: str = "t2v",
+        source: Clip | None = None,
+        references: Sequence[Picture] = (),
+        size: tuple[int, int] | None = None,
+        num_frames: int = 1,
+        negative_prompt: str | None = None,
+        buckets: Sequence[int] = (),
+        source_fps: float = TARGET_FPS,
+    ) -> Conditions:
+        """:meth:`encode` of media as people have them; the arguments are those of :meth:`__call__`.
+
+        Raises:
+            UserError: as :meth:`encode`.
+        """
         if buckets:
             most = num_frames if num_frames > 1 else MAX_SOURCE_FRAMES
             most = 1 if wording(task).is_image else most
@@ -341,8 +385,7 @@ class LoomVideoPipeline:
             references = [fit_picture(picture, buckets) for picture in references]
         source = None if source is None else as_clip(source)
         references = [as_picture(picture) for picture in references]
-        conditions = self.encode(task, prompt, source, references, size, num_frames, negative_prompt)
-        return self.denoise(conditions, steps, guidance, seed, shortcuts=shortcuts)
+        return self.encode(task, prompt, source, references, size, num_frames, negative_prompt)
 
     def decode(self, latents: Tensor) -> np.ndarray:
         """Latents [channels, frames, height, width] to uint8 [frames, height, width, 3]."""

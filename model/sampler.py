@@ -7,7 +7,7 @@ and values (and with them the MLLM embedder), and the timesteps' modulation.
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from diffusers import UniPCMultistepScheduler
 
 
+OnStep = Callable[[int, Tensor], Tensor | None]
+"""Called after each step with its index and the latents; may return others to go on with."""
+
+
 @dataclass(frozen=True)
 class SchedulerConfig:
     """UniPC's settings."""
@@ -34,19 +38,50 @@ class SchedulerConfig:
 
     def build(self, steps: int) -> "UniPCMultistepScheduler":
         """The scheduler, for velocities along the flow, set to a number of steps."""
+        solver = self.scheduler()
+        # Given explicitly (before the shift): the library's own default has changed between versions.
+        solver.set_timesteps(device="cpu", sigmas=flow_sigmas(steps))
+        solver.set_begin_index(0)
+        return solver
+
+    def scheduler(self) -> "UniPCMultistepScheduler":
+        """The scheduler before it is set to a number of steps."""
         from diffusers import UniPCMultistepScheduler  # slow to import, and needed for whole generations alone
 
-        solver = UniPCMultistepScheduler(
+        return UniPCMultistepScheduler(
             num_train_timesteps=NUM_TRAIN_TIMESTEPS,
             prediction_type="flow_prediction",
             use_flow_sigmas=True,
             flow_shift=self.flow_shift,
             solver_order=self.solver_order,
         )
-        # Given explicitly (before the shift): the library's own default has changed between versions.
-        solver.set_timesteps(device="cpu", sigmas=np.linspace(1 - 1 / NUM_TRAIN_TIMESTEPS, 0, steps + 1)[:-1])
-        solver.set_begin_index(0)
-        return solver
+
+
+class Solver(Protocol):
+    """What integrates velocities along the flow: a scheduler of diffusers, set to a number of steps."""
+
+    timesteps: Tensor
+
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool) -> tuple[Tensor, ...]:
+        """The latents after a step, first of a tuple."""
+        ...
+
+
+class SolverChoice(Protocol):
+    """Settings of a solver."""
+
+    def build(self, steps: int) -> Solver:
+        """A solver that has made no step yet."""
+        ...
+
+
+def flow_sigmas(steps: int) -> np.ndarray:
+    """Noise levels of the steps before the scheduler's shift: evenly spaced from the noisiest that was trained."""
+    return np.linspace(1 - 1 / NUM_TRAIN_TIMESTEPS, 0, steps + 1)[:-1]
+
+
+class StopDenoising(Exception):  # noqa: N818 - no error
+    """Raised by ``on_step``: the latents stay as they are after that step."""
 
 
 @dataclass
@@ -227,9 +262,9 @@ def sample(
     branches: Mapping[str, Branch],
     guidance: Guidance,
     steps: int = NUM_STEPS,
-    scheduler: SchedulerConfig | None = None,
+    scheduler: SolverChoice | None = None,
     batch_branches: bool = False,
-    on_step: Callable[[int, Tensor], None] | None = None,
+    on_step: OnStep | None = None,
     shortcuts: Shortcuts | None = None,
     ranks: Ranks | None = None,
 ) -> Tensor:
@@ -243,7 +278,8 @@ def sample(
         steps: Denoising steps; ``shortcuts.steps`` takes their place where it is set.
         scheduler: Settings; None for the published ones.
         batch_branches: Pack the branches into one forward pass: faster for short sequences, more memory.
-        on_step: Called after each step with its index and the latents.
+        on_step: Called after each step with its index and the latents; may return others to go on with, or raise
+            :class:`StopDenoising`.
         shortcuts: Approximations; None for none. ``fp8`` is the model's own matter
             (:func:`loomvideo.model.float8.float8_blocks`).
         ranks: Ranks that share this generation, each calling this with the same noise; None for this one alone.
@@ -265,5 +301,9 @@ def sample(
     for step, timestep in enumerate(solver.timesteps):
         latents = solver.step(guided(latents, step), timestep, latents, return_dict=False)[0]
         if on_step is not None:
-            on_step(step, latents)
+            try:
+                replaced = on_step(step, latents)
+            except StopDenoising:
+                break
+            latents = latents if replaced is None else replaced.to(denoiser.device, torch.float32)
     return latents

@@ -38,6 +38,8 @@ DEAD_KEYS = ("condition_embedder.text_embedder.*",)
 CONDITIONING_KEYS = ("mllm_embedder.*", "source_patch_embedding.*")
 """Weights of LoomVideo that a Wan checkpoint lacks; they start such that Wan's function is unchanged."""
 PUBLISHED_FILE = "gen_model.pth"
+DIFFUSERS_CLASS = "LoomVideoTransformer3DModel"
+"""``_class_name`` of the transformer in a diffusers folder of ours."""
 MAX_SHARD_BYTES = 4 * 2**30
 _LISTED = 12
 
@@ -92,8 +94,8 @@ def open_checkpoint(path: str | Path) -> StoredWeights:
     """Recognise a checkpoint.
 
     Args:
-        path: Our folder; ``gen_model.pth``, its folder, or a ``.safetensors`` file of the same keys; a diffusers Wan
-            folder or its ``transformer`` folder.
+        path: Our folder; ``gen_model.pth``, its folder, or a ``.safetensors`` file of the same keys; a diffusers
+            folder of LoomVideo or Wan, or its ``transformer`` folder.
 
     Raises:
         UserError: if it is none of these.
@@ -112,6 +114,11 @@ def open_checkpoint(path: str | Path) -> StoredWeights:
                 raise UserError(f"{config_file}: format_version {stated['format_version']}, expected {FORMAT_VERSION}")
             config = DiTConfig.from_dict(stated["dit"], source=str(config_file))
             return _open_safetensors(path, "loomvideo", _shard_files(path, "model"), config=config)
+        if stated.get("_class_name") == DIFFUSERS_CLASS:
+            sizes = {name: value for name, value in stated.items() if not name.startswith("_")}
+            files = _shard_files(path, "diffusion_pytorch_model")
+            config = DiTConfig.from_dict(sizes, source=str(config_file))
+            return _open_safetensors(path, "loomvideo", files, config=config)
         if stated.get("_class_name") == "WanTransformer3DModel":
             files = _shard_files(path, "diffusion_pytorch_model")
             return _open_safetensors(path, "wan", files, stated=_wan_sizes(stated))

@@ -41,6 +41,19 @@ def _dit_config(settings: dict[str, str]):
     return dataclasses.replace(model_size(settings["model"]).dit, use_source_embedding=source == "true")
 
 
+def _whole_size(path: Path, settings: dict[str, str]):
+    """The model size that a checkpoint states or ``model=`` says, the transformer's part as the checkpoint states."""
+    import dataclasses
+
+    from loomvideo.model.loading import ModelSource
+    from loomvideo.model.weights import open_checkpoint
+
+    folders = settings.get("codec_folder", ""), settings.get("mllm_folder", "")
+    size = ModelSource(str(path), settings.get("model", ""), *folders).size
+    stated = open_checkpoint(path).config or _dit_config({"model": size.name, **settings})
+    return dataclasses.replace(size, dit=stated)
+
+
 @app.command()
 def inspect(path: Source, settings: Settings = None) -> None:
     """Print what a checkpoint holds and, with model=NAME, every key that does not fit that model."""
@@ -108,23 +121,40 @@ def adapter(
 
 @app.command()
 def convert(
-    path: Source, output: Annotated[Path, typer.Argument(help="new weights folder")], settings: Settings = None
+    path: Source,
+    output: Annotated[Path, typer.Argument(help="new weights folder")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]…",
+            help="model=NAME, dtype=NAME, source=true|false, allow=PATTERN,…, format=loomvideo|diffusers; "
+            "for diffusers codec_folder=FOLDER, mllm_folder=FOLDER",
+        ),
+    ] = None,
 ) -> None:
     """Write a checkpoint as a weights folder (safetensors and config.json) that loads without a model size.
 
     A Wan2.2 folder gets the conditioning a fresh LoomVideo starts with: an embedder whose last layer is zero and a zero
-    source embedding.
+    source embedding. With format=diffusers codec, MLLM and scheduler come along, and diffusers opens the folder.
     """
     import torch
 
     from loomvideo.model import weights
 
-    values = _settings(settings, ("model", "source", "dtype", "allow"))
+    values = _settings(settings, ("model", "source", "dtype", "allow", "format", "codec_folder", "mllm_folder"))
+    layout = values.get("format", "loomvideo")
+    if layout not in ("loomvideo", "diffusers"):
+        raise UserError(f"format={layout}: use loomvideo or diffusers")
     dtype_name = values.get("dtype", "keep")
     if dtype_name not in _DTYPES:
         raise UserError(f"dtype={dtype_name}: use one of {', '.join(_DTYPES)}")
     dtype = None if dtype_name == "keep" else getattr(torch, dtype_name)
     allow = [pattern for pattern in values.get("allow", "").split(",") if pattern]
-    model = weights.load_dit(path, _dit_config(values), dtype=dtype, allow=allow)
-    weights.save_dit(model, model.config, output)
+    if layout == "diffusers":
+        from loomvideo.model.interchange.folder import write_folder
+
+        model = write_folder(path, _whole_size(path, values), output, dtype, allow)
+    else:
+        model = weights.load_dit(path, _dit_config(values), dtype=dtype, allow=allow)
+        weights.save_dit(model, model.config, output)
     print(f"wrote {output} ({sum(parameter.numel() for parameter in model.parameters()):,} parameters)")

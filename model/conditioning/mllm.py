@@ -58,7 +58,6 @@ class FrozenMLLM:
         if len(model.visual.deepstack_merger_list) > layers:
             raise UserError(f"MLLM of {layers} layers takes fewer vision features than its vision tower gives")
         self.model = model.eval().requires_grad_(False)
-        self.model.language_model.norm = torch.nn.Identity()  # never applied
         self.num_states = num_states
         self.tokenizer = tokenizer
         self.processor = processor

@@ -25,7 +25,9 @@ class MLLMTokenizer:
         file = Path(file)
         if not file.is_file():
             raise UserError(f"{file}: not found; a Qwen3-VL folder holds its vocabulary there")
-        content = file.read_bytes()
+        self._read(file.read_bytes(), str(file))
+
+    def _read(self, content: bytes, file: str) -> None:
         try:
             self.backend = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises bare Exception
@@ -41,6 +43,13 @@ class MLLMTokenizer:
     def from_pretrained(cls, folder: Path | str) -> "MLLMTokenizer":
         """The tokenizer of a Qwen3-VL folder."""
         return cls(Path(folder) / "tokenizer.json")
+
+    @classmethod
+    def from_text(cls, text: str, name: str) -> "MLLMTokenizer":
+        """One whose file's content is at hand; ``name`` is what errors call it."""
+        tokenizer = cls.__new__(cls)
+        tokenizer._read(text.encode(), name)
+        return tokenizer
 
     @property
     def vocab_size(self) -> int:

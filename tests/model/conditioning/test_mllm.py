@@ -6,13 +6,11 @@ import shutil
 
 import pytest
 import torch
+from fixtures.published import write_qwen3_vl
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3VLForConditionalGeneration
 
 from loomvideo.model.conditioning.inputs import build_inputs, text_inputs
 from loomvideo.model.conditioning.mllm import FrozenMLLM
-from loomvideo.model.conditioning.random_weights import model_config
-from loomvideo.model.conditioning.tokenizer import BUILTIN_FILE, MLLMTokenizer
 from loomvideo.model.sizes import model_size
 from loomvideo.platform.errors import UserError
 
@@ -129,14 +127,7 @@ def test_bf16_is_close(mllm, edit_prompts):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny Qwen3-VL saved as the published folders are."""
-    folder = tmp_path_factory.mktemp("qwen3-vl")
-    torch.manual_seed(0)
-    model = Qwen3VLForConditionalGeneration(model_config(TINY.mllm, MLLMTokenizer()))
-    model.save_pretrained(folder)
-    shutil.copy(BUILTIN_FILE, folder / "tokenizer.json")
-    image = {"size": {"shortest_edge": 4096, "longest_edge": 65_536}, "patch_size": 16, "merge_size": 2}
-    (folder / "preprocessor_config.json").write_text(json.dumps(image))
-    return folder
+    return write_qwen3_vl(tmp_path_factory.mktemp("qwen3-vl"), TINY.mllm)
 
 
 @pytest.fixture
