@@ -238,7 +238,7 @@ def _run_worker(arguments: dict[str, Any]) -> None:
         torch.set_num_threads(job.config.workers.cpus)
     context = ray.train.get_context()
     os.environ["LOCAL_RANK"] = str(context.get_local_rank())
-    report = _Reporter(mailbox)
+    report = _Sender(mailbox)
     try:
         result = Worker(job, device, report, lambda: ray.train.get_preemption_info() is not None).run()
     except UserError as error:
@@ -250,7 +250,7 @@ def _run_worker(arguments: dict[str, Any]) -> None:
         ray.get(mailbox.put.remote({"event": "finished"} | result))
 
 
-class _Reporter:
+class _Sender:
     """Sends reports without waiting; the answer to an earlier one tells whether to stop."""
 
     def __init__(self, mailbox: Any):

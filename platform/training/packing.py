@@ -7,8 +7,9 @@ they hold. Nothing is dropped and nothing waits for long: what did not fit one s
 """
 
 import bisect
+import dataclasses
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from loomvideo.platform.errors import UserError
@@ -207,6 +208,23 @@ def packs_for(tokens_per_step: float, tokens: int, world_size: int, stretch: flo
     micro_steps = max(1, math.ceil(tokens_per_step / (tokens * world_size * stretch) - 1e-9))
     packs = micro_steps * world_size
     return packs, round(tokens_per_step / packs)
+
+
+def packs_of_run(config: PackConfig, state: Mapping[str, Any] | None, pack_ranks: int) -> tuple[PackConfig, int]:
+    """Budget and number of a step's packs: on another number of workers than before, the same tokens a step.
+
+    Args:
+        config: As configured.
+        state: Of the checkpoint that the run goes on from; None at the start.
+        pack_ranks: Workers that have packs of their own.
+    """
+    if config.per_step or state is None:
+        return config, config.per_step or pack_ranks
+    planned = state["planner"]
+    before = state["config"]["pack"]["tokens"]
+    tokens_per_step = planned.get("tokens_per_step", planned["packs_per_step"] * before) * config.tokens / before
+    packs, tokens = packs_for(tokens_per_step, config.tokens, pack_ranks, config.stretch)
+    return dataclasses.replace(config, tokens=tokens), packs
 
 
 def packs_of_rank(num_packs: int, rank: int, world_size: int) -> list[tuple[int, bool]]:

@@ -53,7 +53,6 @@ class CheckpointWriter:
     ):
         self.folder, self.config, self.rank, self.world_size = folder, config, rank, world_size
         self.attempt = attempt
-        self.best_step: int | None = None
         # When the newest checkpoint that was committed was begun; on rank 0.
         self.whole_since = time.monotonic()
         self._buffer = HostBuffer(pin)
@@ -138,7 +137,8 @@ class CheckpointWriter:
         if checkpoint is None:
             return
         now.committed, self.whole_since = True, now.begun_at
-        kept = [] if self.best_step is None else [self.best_step]
+        _, best_step = state.get("best", (None, None))
+        kept = [] if best_step is None else [best_step]
         try:
             self.folder.rotate(self.config.keep_last, self.config.keep_every, kept)
         except OSError as error:  # the checkpoint is whole all the same

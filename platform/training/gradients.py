@@ -1,0 +1,113 @@
+"""Forward and backward of one step on one rank: packs in, loss sums out, and what is said when something is amiss."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from loomvideo.platform.errors import UserError
+from loomvideo.platform.training.collectives import AllRanks
+from loomvideo.platform.training.config import TrainingConfig
+from loomvideo.platform.training.engine import ZeroEngine
+from loomvideo.platform.training.recipe import Recipe
+
+PROBE_STEP = 10
+
+
+class GradientSteps:
+    """Computes the gradients of a rank's packs.
+
+    Args:
+        config: The run's configuration.
+        recipe: Computes losses.
+        engine: Holds the model.
+        ranks: All ranks.
+    """
+
+    def __init__(self, config: TrainingConfig, recipe: Recipe, engine: ZeroEngine, ranks: AllRanks):
+        self.config, self.recipe, self.engine, self.ranks = config, recipe, engine, ranks
+        self._most_tokens = 0
+        self._tags: dict[tuple[str, str], list[float]] = {}
+
+    def take_tags(self) -> list[list[Any]]:
+        """Rows (name, value, loss sum, elements) of the samples since the last call."""
+        rows = [[*tag, *sums] for tag, sums in self._tags.items()]
+        self._tags = {}
+        return rows
+
+    def forward_backward(self, packs: Sequence[tuple[Any, bool]], elements: float) -> tuple[float, list[str]]:
+        """Gradients of this rank's packs, one a micro-step.
+
+        Args:
+            packs: Each with whether its loss counts.
+            elements: Loss elements of all ranks in this step.
+
+        Returns:
+            The summed loss, and the keys of samples whose loss is not finite.
+
+        Raises:
+            UserError: if a pack does not fit into memory.
+        """
+        outputs = []
+        for number, (pack, counts) in enumerate(packs):
+            if number:
+                self.engine.step_micro()
+            try:
+                placed = pack.to(self.engine.device, self.engine.dtype)
+                output = self.engine.forward_backward(self.recipe, placed, elements, counts)
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                raise UserError(self._out_of_memory(pack)) from error
+            self._most_tokens = max(self._most_tokens, pack.num_tokens)
+            if counts:
+                outputs.append((pack.keys, output))
+        # Read when all is queued: a number that is asked for earlier makes the device wait for the host.
+        loss_sum, bad_keys = 0.0, []
+        for keys, output in outputs:
+            loss_sum += float(output.sum.detach())
+            sums = output.per_sample_sum.float().cpu().tolist()
+            numbers = output.per_sample_elements.float().cpu().tolist()
+            bad_keys += [key for key, value in zip(keys, sums, strict=True) if not math.isfinite(value)]
+            for value, number_of_elements, tags in zip(sums, numbers, output.tags, strict=False):
+                for tag in tags.items():
+                    entry = self._tags.setdefault(tag, [0.0, 0.0])
+                    entry[0] += value
+                    entry[1] += number_of_elements
+        return loss_sum, bad_keys
+
+    def probe(self) -> None:
+        """Refuse to go on when something that is trained never gets a gradient: it would look like slow learning.
+
+        Not at the first step, as layers that start at zero let nothing through to those before them.
+
+        Raises:
+            UserError: naming the parameters.
+        """
+        idle = self.engine.without_gradient()
+        if not idle:
+            return
+        expected = self.ranks.gather(list(self.recipe.should_learn(idle)))
+        dead = [name for name in idle if any(name in part for part in expected)]
+        if dead:
+            shown = ", ".join(dead[:5]) + (f" and {len(dead) - 5} more" if len(dead) > 5 else "")
+            raise UserError(
+                f"after {PROBE_STEP} steps no gradient has reached {shown}: what they read is cut off from the loss; "
+                "leave them out of training.optimizer.trainable, or find what cuts them off"
+            )
+
+    def _out_of_memory(self, pack: Any) -> str:
+        passed = f"packs of {self._most_tokens} tokens passed" if self._most_tokens else "no pack passed before"
+        advice = f"about {int(0.8 * self.config.pack.tokens)}"
+        if self.config.activation_checkpointing != "full":
+            advice += ", or set training.activation_checkpointing=full"
+        return (
+            f"out of memory in a pack of {pack.num_tokens} tokens ({', '.join(pack.keys)}; {passed}): lower "
+            f"training.pack.tokens={self.config.pack.tokens} to {advice}"
+        )
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # The CPU allocator has no error class of its own.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
