@@ -183,7 +183,7 @@ def train(report: Report, model, samples_by_name, kernel_backends) -> None:
     """Forward and backward."""
     from fixtures.dense_dit import dense_velocity
 
-    from loomvideo.model import kernels
+    from loomvideo.model import attention_choice, kernels
     from loomvideo.model.flops import pack_flops
     from loomvideo.model.packing import pack
 
@@ -193,7 +193,7 @@ def train(report: Report, model, samples_by_name, kernel_backends) -> None:
         (fast, False, "selective", "auto"),
         (fast, False, "full", "auto"),
         (fast, False, "none", "auto"),
-        *((fast, False, "selective", backend) for backend in attention_backends()),
+        *((fast, False, "selective", backend) for backend in attention_implementations()),
         (fast, True, "selective", "auto"),
         ("eager", False, "full", "auto"),
         ("eager", True, "full", "auto"),
@@ -214,7 +214,7 @@ def train(report: Report, model, samples_by_name, kernel_backends) -> None:
                 continue
             kernels.set_backend(backend, required=True)
             model.set_activation_checkpointing(checkpointing)
-            model.attention_backend = attention
+            attention_choice.request_attention(attention)
             prepare(model, compiled)
             report.run(
                 f"train {workload}",
@@ -223,7 +223,7 @@ def train(report: Report, model, samples_by_name, kernel_backends) -> None:
                 kernels=backend,
                 compiled=compiled,
                 checkpointing=checkpointing,
-                attention=attention,
+                attention=attention_in_use(model, attention),
                 planned_gib=planned_gib(model, batch, checkpointing, static_bytes),
                 tokens=batch.num_tokens,
                 mllm_tokens=batch.num_mllm_tokens,
@@ -237,7 +237,8 @@ def train(report: Report, model, samples_by_name, kernel_backends) -> None:
             model.zero_grad(set_to_none=True)
 
         report.run(f"train {workload}", flops, dense_step, kernels="dense reference", checkpointing="full")
-    model.attention_backend = "auto"
+    attention_choice.request_attention("auto")
+    report.content["attention"] = attention_choice.report()
 
 
 @torch.no_grad()
@@ -285,11 +286,23 @@ def sampling(report: Report, model, sample, kernel_backends) -> None:
     report.run("sampling step, 3 branches", flops, dense_step, kernels="dense reference", tokens=num_tokens)
 
 
-def attention_backends() -> tuple[str, ...]:
-    """What may compute attention here, ``auto`` left out."""
-    from loomvideo.model.attention import BACKENDS
+def attention_implementations() -> list[str]:
+    """What may compute attention on this device, best first."""
+    from loomvideo.model.attention_choice import Device, candidates
 
-    return tuple(name for name in BACKENDS if name != "auto" and (torch.cuda.is_available() or name == "sdpa"))
+    if not torch.cuda.is_available():
+        return []
+    return [*candidates("auto", torch.bfloat16, Device.here(torch.device("cuda")), deterministic=False)[0], "sdpa"]
+
+
+def attention_in_use(model, requested: str) -> str:
+    """The name of what will compute attention, or why nothing can."""
+    from loomvideo.model.attention import settled_attention
+
+    try:
+        return settled_attention(next(model.parameters()), model.config.attention_head_dim)
+    except ValueError as error:
+        return f"{requested}: {error}"
 
 
 def planned_gib(model, batch, checkpointing: str, static_bytes: int) -> float:

@@ -7,9 +7,12 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-BACKENDS = ("auto", "sdpa", "varlen")
-"""``sdpa``: one call a segment; ``varlen``: one FlashAttention call a pack (CUDA, half precision)."""
+from loomvideo.model import attention_choice
+
+LONG_SEGMENT = 1024
+"""Tokens from which cuDNN computes a segment: it prepares a plan for every length, and short ones are many."""
 
 
 class Exchange(Protocol):
@@ -59,7 +62,9 @@ class AttentionPlan:
         return replace(self, query_offsets=self.query_offsets.pin_memory(), key_offsets=self.key_offsets.pin_memory())
 
 
-def segment_attention(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, backend: str = "auto") -> Tensor:
+def segment_attention(
+    query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, implementation: str = "sdpa"
+) -> Tensor:
     """Softmax attention inside each segment.
 
     Args:
@@ -67,18 +72,19 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, plan: Attention
         key: [key tokens, heads, head dim].
         value: like ``key``.
         plan: Where the segments lie.
-        backend: One of :data:`BACKENDS`; ``auto`` takes ``varlen`` for several segments in half precision on CUDA.
+        implementation: One of :data:`loomvideo.model.attention_choice.IMPLEMENTATIONS`, from
+            :func:`settled_attention`.
 
     Returns:
         [query tokens, heads, head dim]
     """
     if plan.exchange is not None:
         everyone = plan.exchange.heads_of_all_tokens(query, key, value)
-        return plan.exchange.tokens_of_all_heads(segment_attention(*everyone, replace(plan, exchange=None), backend))
-    if backend == "auto":
-        half_on_cuda = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
-        backend = "varlen" if half_on_cuda and len(plan.query_lengths) > 1 else "sdpa"
-    if backend == "varlen":
+        alone = replace(plan, exchange=None)
+        return plan.exchange.tokens_of_all_heads(segment_attention(*everyone, alone, implementation))
+    if implementation == "cudnn" and not _is_long(plan):
+        implementation = "flash2"
+    if implementation.startswith("flash"):
         from torch.nn.attention.varlen import varlen_attn  # torch >= 2.10
 
         return varlen_attn(
@@ -90,6 +96,35 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, plan: Attention
             max(plan.query_lengths),
             max(plan.key_lengths),
         )
+    if implementation == "sdpa":
+        return _by_segment(query, key, value, plan)
+    # Torch raises where the one named cannot compute, instead of taking another.
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if implementation == "cudnn" else SDPBackend.MATH):
+        return _by_segment(query, key, value, plan)
+
+
+def settled_attention(like: Tensor, head_dim: int) -> str:
+    """What computes attention of tensors like this one: on CUDA chosen and checked at the first call."""
+    if not like.is_cuda:
+        return "sdpa"
+    attention_choice.settle(like.device, like.dtype, head_dim, _packed)
+    return attention_choice.chosen(like.dtype)
+
+
+def _is_long(plan: AttentionPlan) -> bool:
+    return plan.query_lengths == plan.key_lengths and min(plan.query_lengths) >= LONG_SEGMENT
+
+
+def _packed(name: str, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
+    if name != "cudnn":
+        return segment_attention(query, key, value, AttentionPlan.build(lengths).to(query.device), name)
+    # A pack with a short segment is none of cuDNN's.
+    parts = [tensor.split(tuple(lengths)) for tensor in (query, key, value)]
+    plans = [AttentionPlan.build([length]).to(query.device) for length in lengths]
+    return torch.cat([segment_attention(*part, name) for part in zip(*parts, plans, strict=True)])
+
+
+def _by_segment(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
     if len(plan.query_lengths) == 1:
         return _attend(query, key, value)
     queries = query.split(plan.query_lengths)

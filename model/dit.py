@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from loomvideo.model import kernels
-from loomvideo.model.attention import AttentionPlan, segment_attention
+from loomvideo.model.attention import AttentionPlan, segment_attention, settled_attention
 from loomvideo.model.config import DiTConfig
 from loomvideo.model.packing import PackedBatch
 from loomvideo.model.parts import brought
@@ -68,7 +68,7 @@ class SelfAttention(nn.Module):
         self.norm_q = Lent(dim)
         self.norm_k = Lent(dim)
 
-    def forward(self, x: Tensor, positions: Tensor, plan: AttentionPlan, backend: str) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, plan: AttentionPlan, attention: str) -> Tensor:
         """[tokens, dim] to [tokens, dim]."""
 
         def norm_rope(q_weight: Tensor, k_weight: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +80,7 @@ class SelfAttention(nn.Module):
             self.to_k(x),
         )
         heads = (tensor.unflatten(-1, (self.num_heads, -1)) for tensor in (q, k, self.to_v(x)))
-        return self.to_out[0](segment_attention(*heads, plan, backend).flatten(1))
+        return self.to_out[0](segment_attention(*heads, plan, attention).flatten(1))
 
 
 class CrossAttention(nn.Module):
@@ -97,11 +97,11 @@ class CrossAttention(nn.Module):
         self.norm_q = Lent(dim)
         self.norm_k = Lent(dim)
 
-    def forward(self, x: Tensor, context: Context, plan: AttentionPlan, backend: str) -> Tensor:
+    def forward(self, x: Tensor, context: Context, plan: AttentionPlan, attention: str) -> Tensor:
         """[tokens, dim] to [tokens, dim]."""
         key, value = self.keys_values(context) if isinstance(context, Tensor) else context
         query = self.norm_q(self._rms_norm, self.to_q(x)).unflatten(-1, (self.num_heads, -1))
-        return self.to_out[0](segment_attention(query, key, value, plan, backend).flatten(1))
+        return self.to_out[0](segment_attention(query, key, value, plan, attention).flatten(1))
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [MLLM tokens, heads, head dim] of embedded states; the same at every denoising step."""
@@ -158,7 +158,7 @@ class Block(nn.Module):
         positions: Tensor,
         self_plan: AttentionPlan,
         cross_plan: AttentionPlan,
-        backend: str,
+        attention: str,
     ) -> Tensor:
         """One block.
 
@@ -171,7 +171,7 @@ class Block(nn.Module):
             positions: int32 [tokens, 3].
             self_plan: Segments of self-attention.
             cross_plan: Segments of cross-attention.
-            backend: Attention back end.
+            attention: What computes it, see :data:`loomvideo.model.attention_choice.IMPLEMENTATIONS`.
         """
         rows = modulation + self.scale_shift_table.to(modulation.dtype).transpose(0, 1)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows.unbind(0)
@@ -180,9 +180,9 @@ class Block(nn.Module):
             return kernels.residual_norm(x, y, gate, bias, weight, row_ids, self.eps, affine=True)
 
         normed = kernels.layer_norm_modulate(x, shift, scale, row_ids, self.eps)
-        attended = self.attn1(normed, positions, self_plan, backend)
+        attended = self.attn1(normed, positions, self_plan, attention)
         x, normed = self.norm2(residual_norm2, x, attended)
-        attended = self.attn2(normed, context, cross_plan, backend)
+        attended = self.attn2(normed, context, cross_plan, attention)
         x, normed = kernels.residual_norm(x, attended, None, ffn_shift, ffn_scale, row_ids, self.eps)
         return kernels.gated_residual(x, self.ffn(normed), ffn_gate, row_ids)
 
@@ -249,7 +249,6 @@ class LoomVideoDiT(nn.Module):
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, dim))
         self.proj_out = nn.Linear(dim, config.out_patch_dim)
-        self.attention_backend = "auto"
         self.activation_checkpointing = "none"
         self._run_module = _run_module
         if not self.scale_shift_table.is_meta:
@@ -300,7 +299,8 @@ class LoomVideoDiT(nn.Module):
         """
         x = self._embed_patches(batch)
         embedding, modulation = self.embed_time(batch.timesteps, x.dtype) if time is None else time
-        run = partial(self._run_blocks, batch=batch, contexts=contexts, modulation=modulation)
+        attention = settled_attention(x, self.config.attention_head_dim)
+        run = partial(self._run_blocks, batch=batch, contexts=contexts, modulation=modulation, attention=attention)
         x = run(x, range(len(self.blocks))) if cache is None else self._run_cached(x, run, cache)
         if batch.video_index is not None:
             x = x.index_select(0, batch.video_index)
@@ -351,6 +351,7 @@ class LoomVideoDiT(nn.Module):
         batch: PackedBatch,
         contexts: Sequence[Context] | None,
         modulation: Tensor,
+        attention: str,
     ) -> Tensor:
         for index in indices:
             states = batch.mllm_states[index] if contexts is None else None
@@ -364,7 +365,7 @@ class LoomVideoDiT(nn.Module):
                 batch.positions,
                 batch.self_plan,
                 batch.cross_plan,
-                self.attention_backend,
+                attention,
             )
         return x
 

@@ -316,7 +316,7 @@ def doctor(
     """
     import json
 
-    from loomvideo.jobs.kernels.build import kernels
+    from loomvideo.jobs.kernels.build import MODEL_PROBES
     from loomvideo.platform.cluster.doctor import examine_cluster, examine_machine
 
     if cluster:
@@ -327,9 +327,9 @@ def doctor(
                 "doctor --cluster: not on a cluster; use loomvideo submit doctor --cluster PROFILE --run NAME"
             )
         with ray_session():
-            diagnosis = examine_cluster(storage, tracking, extra=(kernels,), timeout_s=timeout)
+            diagnosis = examine_cluster(storage, tracking, extra=MODEL_PROBES, timeout_s=timeout)
     else:
-        diagnosis = examine_machine(storage, tracking, extra=(kernels,))
+        diagnosis = examine_machine(storage, tracking, extra=MODEL_PROBES)
     console().print(diagnosis.table())
     if output:
         output.write_text(json.dumps(diagnosis.as_dict(), indent=2) + "\n")

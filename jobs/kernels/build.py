@@ -12,6 +12,9 @@ from loomvideo.platform.nodes.config import KernelConfig
 
 logger = logging.getLogger(__name__)
 
+HEAD_DIM = 128
+"""Of the 5b model."""
+
 
 @contextlib.contextmanager
 def kernels_on_every_node(config: KernelConfig, shape: Shape | None = None) -> Iterator[dict[str, Any]]:
@@ -79,3 +82,26 @@ def kernels() -> Check:
         reason = "; ".join(f"{name}: {why}" for name, why in report["replaced"].items())
         return Check("kernels", "warn", f"eager stands in: {reason}")
     return Check("kernels", "ok", f"{used} agrees with the definition on {device}")
+
+
+def attention() -> Check:
+    """The doctor's check of a node: try what would compute attention on its GPU, compare it with plain attention."""
+    import torch
+
+    from loomvideo.model import attention_choice
+    from loomvideo.model.attention import settled_attention
+
+    if not torch.cuda.is_available():
+        return Check("attention", "ok", "scaled dot products on the CPU")
+    try:
+        used = settled_attention(torch.zeros(1, dtype=torch.bfloat16, device="cuda"), HEAD_DIM)
+    except UserError as error:
+        return Check("attention", "fail", str(error))
+    passed_over = attention_choice.report()["passed_over"]
+    missed = "; ".join(f"without {name}: {why}" for name, why in passed_over.items())
+    detail = f"{used} agrees with plain attention; {missed}".strip("; ")
+    return Check("attention", "warn" if passed_over else "ok", detail)
+
+
+MODEL_PROBES = (kernels, attention)
+"""What the doctor asks of every node beside the platform's own checks."""

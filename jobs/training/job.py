@@ -41,7 +41,7 @@ from loomvideo.platform.runs import RunFolder
 from loomvideo.platform.shards.reader import ShardDataset
 from loomvideo.platform.tracking import Tracker
 from loomvideo.platform.training.driver import train
-from loomvideo.platform.training.progress import WARNINGS_FILE
+from loomvideo.platform.training.progress import COMPUTES_FILE, WARNINGS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -133,8 +133,9 @@ def _train_and_evaluate(
             )
             # Again, with the nodes that joined on the way.
             tracker.log_artifact(folder.write_json("kernels.json", nodes))
-            if (folder.path / WARNINGS_FILE).exists():
-                tracker.log_artifact(folder.path / WARNINGS_FILE)
+            for name in (WARNINGS_FILE, COMPUTES_FILE):
+                if (folder.path / name).exists():
+                    tracker.log_artifact(folder.path / name)
         if result["first_step"] == result["steps"]:
             # Nothing was left to train: what the run said when it did stays.
             result |= folder.read_json("result.json") or {}
@@ -156,10 +157,10 @@ def _train_and_evaluate(
 
 def _check_cluster(config: TrainingJobConfig, folder: RunFolder, tracker: Tracker) -> None:
     """Refuse to train on a cluster with a sick node; the findings are kept with the run either way."""
-    from loomvideo.jobs.kernels.build import kernels
+    from loomvideo.jobs.kernels.build import MODEL_PROBES
 
     def examine() -> Diagnosis:
-        diagnosis = examine_cluster(str(Path(config.runs).absolute()), tracker.uri, extra=(kernels,))
+        diagnosis = examine_cluster(str(Path(config.runs).absolute()), tracker.uri, extra=MODEL_PROBES)
         tracker.log_artifact(folder.write_json("doctor.json", diagnosis.as_dict()))
         return diagnosis
 

@@ -75,8 +75,9 @@ def use_kernels(config: KernelConfig) -> dict[str, Any]:
     """
     os.environ.update(config.environment())
     point_jit_caches(_jit_root())
-    from loomvideo.model import kernels
+    from loomvideo.model import attention_choice, kernels
 
+    attention_choice.request_attention(config.attention)
     return kernels.set_backend(config.backend, config.required)
 
 

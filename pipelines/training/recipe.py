@@ -13,8 +13,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from loomvideo.model import attention_choice, weights
 from loomvideo.model import kernels as kernels_in_use
-from loomvideo.model import weights
 from loomvideo.model.codec.grid import LatentGrid
 from loomvideo.model.config import LoRAConfig
 from loomvideo.model.dit import LoomVideoDiT
@@ -184,9 +184,17 @@ class LoomVideoRecipe(BaseRecipe):
         return [name for name in names if self._has_seen_source or not name.startswith("source_patch_embedding.")]
 
     def warnings(self) -> Sequence[str]:
-        """Kernels that eager replaced on this rank, and why."""
+        """Kernels that eager replaced on this rank, and attention that is passed over, and why."""
         replaced = kernels_in_use.report()["replaced"]
-        return [f"kernel {name} is replaced by eager: {why}" for name, why in replaced.items()]
+        passed_over = attention_choice.report()["passed_over"]
+        return [
+            *(f"kernel {name} is replaced by eager: {why}" for name, why in replaced.items()),
+            *(f"attention {name} is passed over: {why}" for name, why in passed_over.items()),
+        ]
+
+    def computes_with(self) -> Mapping[str, Any]:
+        """Kernels and attention of this rank."""
+        return {"kernels": kernels_in_use.report()["backend"], "attention": attention_choice.report()["chosen"]}
 
     def sample_sizes(self, dataset_index: int, index: Any) -> SampleSizes:
         """Tokens, MLLM tokens and counted operations of every row, whole and with dropped conditioning."""

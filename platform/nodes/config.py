@@ -16,6 +16,9 @@ class KernelConfig:
     """The ``kernels`` section of a job."""
 
     backend: str = option("auto", "auto (cpp on CPU, triton on CUDA), eager, cpp or triton")
+    attention: str = option(
+        "auto", "on CUDA: auto (the fastest there is, checked), flash3, flash4, cudnn, flash2, sdpa or math"
+    )
     required: bool = option(False, "stop rather than replace a back end that cannot be built or disagrees with eager")
     cache_dir: str = option("", "node-local folder of compiled kernels; default /tmp/loomvideo-kernels-UID")
     shared_store: str = option("", "folder all nodes reach (fsspec path) to seed caches from and publish builds to")

@@ -18,6 +18,7 @@ STEPS_FILE = "steps.jsonl"
 VALIDATION_FILE = "validation.jsonl"
 STARTS_FILE = "starts.json"
 WARNINGS_FILE = "warnings.json"
+COMPUTES_FILE = "computes_with.json"
 DATA_FILE = "data.json"
 LINE_INTERVAL_S = 10.0
 
@@ -61,6 +62,7 @@ class TrainingProgress:
         self._peak_memory_bytes = 0
         self._checkpoint_age_s = 0.0
         self._failed_checkpoint = -1
+        self._computes_with = folder.read_json(COMPUTES_FILE) or {}
         # Losses of the newest validation, triple by triple.
         self._validated: dict[str, list[float]] = {}
         self._last_line_at = 0.0
@@ -122,6 +124,7 @@ class TrainingProgress:
         if report["rank"] or not report["steps"]:
             return
         self._checkpoint_age_s = report.get("checkpoint_age_s", 0.0)
+        self._note_computes(report.get("computes_with", {}))
         for record in report["steps"]:
             for name in ("step_s", "data_wait_s", "compute_s", "update_s", "tokens", "flops", "samples", "fill"):
                 self._totals[name] += record[name]
@@ -141,6 +144,13 @@ class TrainingProgress:
         if records:
             self._last_step = records[-1]["step"]
             self._track(self._metrics(records), self._last_step)
+
+    def _note_computes(self, computes_with: dict[str, Any]) -> None:
+        """Keep what computes with the run, and say so when it is not what is on record."""
+        if computes_with and computes_with != self._computes_with:
+            self._computes_with = computes_with
+            self.folder.write_json(COMPUTES_FILE, computes_with)
+            self.say(f"computes with {json.dumps(computes_with)}")
 
     def _warn(self, warnings: list[str]) -> None:
         """Keep what ranks warn of with the run, and show each warning once."""

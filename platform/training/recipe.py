@@ -120,6 +120,10 @@ class Recipe(Protocol):
         """What the run's record should say of this rank so far, such as a replaced kernel."""
         ...
 
+    def computes_with(self) -> Mapping[str, Any]:
+        """What computes on this rank, such as its kernels, for the run's record; final after the first step."""
+        ...
+
     def prepare(self, model: nn.Module, activation_checkpointing: str, compiles: bool) -> None:
         """Make the model recompute in the backward pass, and compile it, as configured.
 
@@ -210,6 +214,10 @@ class BaseRecipe:
     def warnings(self) -> Sequence[str]:
         """None."""
         return ()
+
+    def computes_with(self) -> Mapping[str, Any]:
+        """PyTorch alone."""
+        return {}
 
     def prepare(self, model: nn.Module, activation_checkpointing: str, compiles: bool) -> None:
         """Whole layers, of those that :meth:`layers` names."""

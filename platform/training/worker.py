@@ -344,6 +344,7 @@ class Worker:
         details: dict[str, Any] = {"tags": self.gradients.take_tags()}
         if self.ranks.rank == 0:
             details["checkpoint_age_s"] = self._saver.age_s
+            details["computes_with"] = dict(self.recipe.computes_with())
         if warnings := list(self.recipe.warnings()):
             details["warnings"] = warnings
         return details
