@@ -26,6 +26,7 @@ from loomvideo.model.lora import MergedWeights, adapt
 from loomvideo.model.packing import DiTSample, PackedBatch, pack
 from loomvideo.model.parallel import Ranks
 from loomvideo.model.sizes import model_size
+from loomvideo.pipelines.training.conditioning import ConditioningWatch, check_members
 from loomvideo.pipelines.training.config import ObjectiveConfig
 from loomvideo.pipelines.training.visit_sizes import VARIANTS, sample_sizes
 from loomvideo.platform.nodes.config import KernelConfig
@@ -134,6 +135,11 @@ class LoomVideoRecipe(BaseRecipe):
         self.features = features
         self.ranks: Ranks | None = None
         self._has_seen_source = False
+        self._watch = ConditioningWatch(self.config.use_source_embedding)
+
+    def open(self, datasets: Sequence[TrainingDataset]) -> None:
+        """Refuses samples without the source or the references that their task needs."""
+        check_members(datasets)
 
     def build_model(self) -> nn.Module:
         """The transformer in float32 with its starting weights."""
@@ -182,6 +188,14 @@ class LoomVideoRecipe(BaseRecipe):
     def should_learn(self, names: Sequence[str]) -> Sequence[str]:
         """All; what embeds sources, once there was a source."""
         return [name for name in names if self._has_seen_source or not name.startswith("source_patch_embedding.")]
+
+    def watch_inputs(self, on: bool) -> None:
+        """Follow the gradient of sources, references and MLLM states."""
+        self._watch.is_on = on
+
+    def dead_inputs(self) -> Sequence[str]:
+        """Of those in the packs since the last call, the ones without a gradient."""
+        return self._watch.dead()
 
     def warnings(self) -> Sequence[str]:
         """Kernels that eager replaced on this rank, and attention that is passed over, and why."""
@@ -321,7 +335,8 @@ class LoomVideoRecipe(BaseRecipe):
 
     def loss(self, model: nn.Module, pack: TrainingPack) -> LossOutput:
         """Squared error of the velocity, summed."""
-        squared_error = (model(pack.batch).float() - pack.target).square()
+        batch = self._watch.attach(pack.batch) if torch.is_grad_enabled() else pack.batch
+        squared_error = (model(batch).float() - pack.target).square()
         return LossOutput(
             sum=squared_error.sum(),
             per_sample_sum=pack.batch.sum_per_sample(squared_error.detach()),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +14,25 @@ from loomvideo.platform.training.engine import ZeroEngine
 from loomvideo.platform.training.recipe import Recipe
 
 PROBE_STEP = 10
+"""Updates after which everything that is trained must have had a gradient: layers that start at zero let nothing
+through to those before them at first."""
+WATCHED_STEPS = 100
+"""Steps from then on in which the inputs are followed until each kind was seen to matter."""
+
+
+@dataclass
+class StepLoss:
+    """What a rank's packs of a step gave.
+
+    Attributes:
+        sum: Of all loss elements.
+        bad_keys: Samples whose loss is not finite.
+        dead_inputs: Conditioning on which the loss of a pack does not depend.
+    """
+
+    sum: float = 0.0
+    bad_keys: list[str] = field(default_factory=list)
+    dead_inputs: list[str] = field(default_factory=list)
 
 
 class GradientSteps:
@@ -36,23 +56,24 @@ class GradientSteps:
         self._tags = {}
         return rows
 
-    def forward_backward(self, packs: Sequence[tuple[Any, bool]], elements: float) -> tuple[float, list[str]]:
+    def forward_backward(self, packs: Sequence[tuple[Any, bool]], elements: float, updates: int) -> StepLoss:
         """Gradients of this rank's packs, one a micro-step.
 
         Args:
             packs: Each with whether its loss counts.
             elements: Loss elements of all ranks in this step.
-
-        Returns:
-            The summed loss, and the keys of samples whose loss is not finite.
+            updates: Updates of the weights so far.
 
         Raises:
             UserError: if a pack does not fit into memory.
         """
-        outputs = []
+        result, outputs = StepLoss(), []
         for number, (pack, counts) in enumerate(packs):
             if number:
                 self.engine.step_micro()
+            # A pack that does not count has a gradient of zeros.
+            watched = counts and PROBE_STEP <= updates < PROBE_STEP + WATCHED_STEPS
+            self.recipe.watch_inputs(watched)
             try:
                 placed = pack.to(self.engine.device, self.engine.dtype)
                 output = self.engine.forward_backward(self.recipe, placed, elements, counts)
@@ -61,26 +82,37 @@ class GradientSteps:
                     raise
                 raise UserError(self._out_of_memory(pack)) from error
             self._most_tokens = max(self._most_tokens, pack.num_tokens)
+            if watched:
+                result.dead_inputs += self.recipe.dead_inputs()
             if counts:
                 outputs.append((pack.keys, output))
         # Read when all is queued: a number that is asked for earlier makes the device wait for the host.
-        loss_sum, bad_keys = 0.0, []
         for keys, output in outputs:
-            loss_sum += float(output.sum.detach())
+            result.sum += float(output.sum.detach())
             sums = output.per_sample_sum.float().cpu().tolist()
             numbers = output.per_sample_elements.float().cpu().tolist()
-            bad_keys += [key for key, value in zip(keys, sums, strict=True) if not math.isfinite(value)]
+            result.bad_keys += [key for key, value in zip(keys, sums, strict=True) if not math.isfinite(value)]
             for value, number_of_elements, tags in zip(sums, numbers, output.tags, strict=False):
                 for tag in tags.items():
                     entry = self._tags.setdefault(tag, [0.0, 0.0])
                     entry[0] += value
                     entry[1] += number_of_elements
-        return loss_sum, bad_keys
+        return result
+
+    def refuse_dead(self, dead_inputs: Sequence[str]) -> None:
+        """End the run, on all ranks together, because of what some of them found.
+
+        Raises:
+            UserError: naming the inputs.
+        """
+        names = list(dict.fromkeys(name for part in self.ranks.gather(list(dead_inputs)) for name in part))
+        raise UserError(
+            f"after {PROBE_STEP} steps the loss does not depend on {_shown(names)}: what reads them is cut off, or has "
+            "weights of zero that are not trained (training.optimizer.trainable, lora.targets)"
+        )
 
     def probe(self) -> None:
         """Refuse to go on when something that is trained never gets a gradient: it would look like slow learning.
-
-        Not at the first step, as layers that start at zero let nothing through to those before them.
 
         Raises:
             UserError: naming the parameters.
@@ -91,10 +123,9 @@ class GradientSteps:
         expected = self.ranks.gather(list(self.recipe.should_learn(idle)))
         dead = [name for name in idle if any(name in part for part in expected)]
         if dead:
-            shown = ", ".join(dead[:5]) + (f" and {len(dead) - 5} more" if len(dead) > 5 else "")
             raise UserError(
-                f"after {PROBE_STEP} steps no gradient has reached {shown}: what they read is cut off from the loss; "
-                "leave them out of training.optimizer.trainable, or find what cuts them off"
+                f"after {PROBE_STEP} steps no gradient has reached {_shown(dead)}: what they read is cut off from the "
+                "loss; leave them out of training.optimizer.trainable, or find what cuts them off"
             )
 
     def _out_of_memory(self, pack: Any) -> str:
@@ -106,6 +137,10 @@ class GradientSteps:
             f"out of memory in a pack of {pack.num_tokens} tokens ({', '.join(pack.keys)}; {passed}): lower "
             f"training.pack.tokens={self.config.pack.tokens} to {advice}"
         )
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -116,6 +116,14 @@ class Recipe(Protocol):
         """Which of these trainable parameters the packs of this rank so far should have given a gradient."""
         ...
 
+    def watch_inputs(self, on: bool) -> None:
+        """Called before the packs of a step: whether to follow if what conditions the model reaches the loss."""
+        ...
+
+    def dead_inputs(self) -> Sequence[str]:
+        """Called after the backward pass of a pack: names of inputs it had on which its loss does not depend."""
+        ...
+
     def warnings(self) -> Sequence[str]:
         """What the run's record should say of this rank so far, such as a replaced kernel."""
         ...
@@ -210,6 +218,13 @@ class BaseRecipe:
     def should_learn(self, names: Sequence[str]) -> Sequence[str]:
         """All."""
         return names
+
+    def watch_inputs(self, on: bool) -> None:
+        """Nothing is followed."""
+
+    def dead_inputs(self) -> Sequence[str]:
+        """None."""
+        return ()
 
     def warnings(self) -> Sequence[str]:
         """None."""

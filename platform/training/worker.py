@@ -289,10 +289,12 @@ class Worker:
         if wanted:
             self._urgent, self.reporter.wants_checkpoint = True, False
         computing = time.perf_counter()
-        loss_sum, bad_keys = self.gradients.forward_backward(packs, elements)
-        total, num_bad = self.ranks.sum(loss_sum, float(len(bad_keys)))
+        mine = self.gradients.forward_backward(packs, elements, self.state.optimizer_step)
+        total, num_bad, num_dead = self.ranks.sum(mine.sum, float(len(mine.bad_keys)), float(len(mine.dead_inputs)))
+        if num_dead:
+            self.gradients.refuse_dead(mine.dead_inputs)
         loss = total / elements
-        skip = self._judge(loss, num_bad, bad_keys, loaded.step + loader.max_ahead)
+        skip = self._judge(loss, num_bad, mine.bad_keys, loaded.step + loader.max_ahead)
         stepping = time.perf_counter()
         updated = self.engine.step(self.state.step, skip)
         self.state.step += 1

@@ -173,6 +173,24 @@ class DeafRecipe(ToyRecipe):
             return DeafModel(self.num_blocks, self.hidden)
 
 
+class UnheardRecipe(ToyRecipe):
+    """Says of one sample, once inputs are followed, that the loss does not depend on its source."""
+
+    watches = False
+    keys = ()
+
+    def watch_inputs(self, on):
+        self.watches = on
+
+    def loss(self, model, pack):
+        self.keys = pack.keys
+        return super().loss(model, pack)
+
+    def dead_inputs(self):
+        assert self.watches
+        return ["source"] if "k5" in self.keys else []
+
+
 class DeadlyRecipe(ToyRecipe):
     """Kills its process once, when a certain sample is loaded for the ninth time."""
 

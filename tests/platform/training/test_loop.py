@@ -9,7 +9,7 @@ import torch
 from fixtures.object_store import s3_bucket
 from helpers.plain_loop import plain_training
 from helpers.ranks import Scenario, run_ranks, steps_of, train_scenarios
-from helpers.toy_training import DeafRecipe, HungryRecipe, ToyDataset, ToyRecipe, adapt_toy
+from helpers.toy_training import DeafRecipe, HungryRecipe, ToyDataset, ToyRecipe, UnheardRecipe, adapt_toy
 
 from loomvideo.platform.training.beside import load_checkpoint_weights
 from loomvideo.platform.training.checkpoint import CheckpointFolder
@@ -59,6 +59,7 @@ def two_ranks(tmp_path_factory):
         "partitioned": Scenario(str(root / "partitioned"), partitioned),
         "rolled_back": Scenario(str(root / "rolled_back"), rolled_back, url="toy://64/nan=22"),
         "deaf": Scenario(str(root / "deaf"), config(2), recipe=DeafRecipe),
+        "unheard": Scenario(str(root / "unheard"), config(2, steps=40), recipe=UnheardRecipe),
         "hungry": Scenario(str(root / "hungry"), config(2), recipe=HungryRecipe),
         "whole": Scenario(str(root / "whole"), config(3)),
         "even": Scenario(str(root / "even"), config(2)),
@@ -247,6 +248,12 @@ def test_what_never_learns_is_named_at_the_start(two_ranks):
             "after 10 steps no gradient has reached lost.weight, lost.bias: what they read is cut off" in final["error"]
         )
         assert len(steps_of(reports)) < 10
+
+
+def test_conditioning_that_one_rank_finds_dead_ends_the_run_on_all(two_ranks):
+    for _, final in two_ranks[1]["unheard"]:
+        assert "after 10 steps the loss does not depend on source: what reads them is cut off" in final["error"]
+    assert len(steps_of(two_ranks[1]["unheard"][0][0])) >= 10
 
 
 def test_an_unreadable_sample_is_one_clear_error_on_all_ranks(two_ranks):
