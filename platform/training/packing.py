@@ -41,6 +41,14 @@ class _Bin:
         self.room -= draw.tokens
         self.context_room -= draw.context_tokens
 
+    def take(self, number: int) -> Draw:
+        """Remove the draw at a place."""
+        draw = self.draws.pop(number)
+        self.gap += draw.cost
+        self.room += draw.tokens
+        self.context_room += draw.context_tokens
+        return draw
+
 
 class PackPlanner:
     """Plans the packs of one step after another.
@@ -115,6 +123,7 @@ class PackPlanner:
                 if self._place(bins, gaps, held[place], widest):
                     placed.add(place)
         self._fill_gaps(bins, held, placed)
+        self._exchange(bins, held, placed, num_due)
         return bins, placed
 
     def _place(self, bins: list[_Bin], gaps: list[tuple[float, int]], draw: Draw, widest: bool) -> bool:
@@ -153,6 +162,33 @@ class PackPlanner:
                 placed.add(-place)
                 item.put(held[-place])
 
+    def _exchange(self, bins: list[_Bin], held: list[Draw], placed: set[int], num_due: int) -> None:
+        """Narrow the widest gaps by giving a pack a larger sample for one of its own, which the next step then takes.
+
+        A sample that waits already keeps its place, so none waits for more than one step because of this.
+        """
+        place_of = {id(held[place]): place for place in range(len(held))}
+        free = sorted((held[place].cost, -place) for place in range(len(held)) if place not in placed)
+        for item in sorted(bins, key=lambda item: -item.gap):
+            while item.gap > GOOD_SPREAD * self.config.tokens:
+                best_gain, best = 0.0, None
+                for number, draw in enumerate(item.draws):
+                    if place_of[id(draw)] < num_due:
+                        continue
+                    end = bisect.bisect_right(free, (draw.cost + item.gap, 0))
+                    gain = free[end - 1][0] - draw.cost if end else 0.0
+                    if gain > best_gain and _fits_instead(item, held[-free[end - 1][1]], draw):
+                        best_gain, best = gain, (number, end - 1)
+                if best is None:
+                    break
+                number, position = best
+                _, place = free.pop(position)
+                given = place_of[id(item.take(number))]
+                item.put(held[-place])
+                placed.remove(given)
+                placed.add(-place)
+                bisect.insort(free, (held[given].cost, -given))
+
     def state(self) -> dict[str, Any]:
         """A few integers that continue the plan."""
         return {
@@ -171,6 +207,11 @@ class PackPlanner:
         self._held = [self.order.draw(number_of[name], draw) for name, draw in state["held"] if name in number_of]
         self._num_due = min(state["num_due"], len(self._held))
         self.step = state["step"]
+
+
+def _fits_instead(item: _Bin, draw: Draw, other: Draw) -> bool:
+    """Whether the hard limits let a pack hold a draw in place of another."""
+    return draw.tokens <= item.room + other.tokens and draw.context_tokens <= item.context_room + other.context_tokens
 
 
 def _spread(bins: Sequence[_Bin]) -> float:

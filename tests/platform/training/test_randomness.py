@@ -14,6 +14,12 @@ def test_names_do_not_run_together():
     assert stream("a", 11).random() != stream("a1", 1).random()
 
 
+def test_a_float_is_the_first_of_its_stream():
+    for number in range(20):
+        random = SampleRandom(3, f"key{number}", number)
+        assert random.uniform("t") == random.numpy("t").random()
+
+
 def test_normal_is_standard_and_generator_repeats():
     noise = SampleRandom(0, "k", 3).normal("noise", [200, 200])
     assert noise.dtype == torch.float32
