@@ -4,6 +4,7 @@ A task is added here and nowhere else: prompts, guidance, samples, sources, requ
 table. The words in front of a sample and the guidance scales are the published ones.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +30,7 @@ class Task:
         scale: Published guidance scale of text.
         visual_scale: Published guidance scale of media; None without media.
         own_name: False for what is only a way to word another task's samples.
+        words_last: Whether the text comes after the media although nothing is edited.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Task:
     scale: float
     visual_scale: float | None = None
     own_name: bool = True
+    words_last: bool = False
 
     @property
     def is_image(self) -> bool:
@@ -58,7 +61,7 @@ class Task:
     @property
     def text_first(self) -> bool:
         """Whether the sample's text joins the opening words; an instruction comes after the media instead."""
-        return not self.needs_source
+        return not self.needs_source and not self.words_last
 
     @property
     def branches(self) -> tuple[str, ...]:
@@ -84,6 +87,14 @@ WORDINGS: dict[str, Task] = {
 }
 """Every way to tell the MLLM a sample, in the order of the built-in vocabulary."""
 
+PUBLISHED_EVALUATION: dict[str, Task] = {
+    "ref_edit": Task("ref_edit, as evaluated", "video", True, True, "Edit this video: ", _EDIT, _VISUAL, False),
+    "mi2v": dataclasses.replace(WORDINGS["mi2v"], name="mi2v, as evaluated", own_name=False, words_last=True),
+}
+"""Tasks that LoomVideo's own evaluation words otherwise than its training: RefVIE-Bench and IntelligentVBench."""
+
+_ALL_WORDINGS = WORDINGS | {kind.name: kind for kind in PUBLISHED_EVALUATION.values()}
+
 TASKS: dict[str, Task] = {name: task for name, task in WORDINGS.items() if task.own_name}
 """The tasks, by name."""
 
@@ -98,7 +109,12 @@ def wording(name: str) -> Task:
     Raises:
         UserError: if there is no such kind.
     """
-    return _find(name, WORDINGS, tuple(WORDINGS))
+    return _find(name, _ALL_WORDINGS, tuple(WORDINGS))
+
+
+def evaluation_wording(name: str) -> str:
+    """The wording of a task's samples in LoomVideo's own evaluation."""
+    return PUBLISHED_EVALUATION[name].name if name in PUBLISHED_EVALUATION else name
 
 
 def task(name: str) -> Task:

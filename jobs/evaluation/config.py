@@ -30,6 +30,9 @@ class GenerationConfig:
     generate_scale: float = option(5.0, "guidance scale of generation")
     visual_scale: float = option(1.5, "guidance scale of sources and references")
     negative_prompt: str | None = option(None, "what the unconditional branch is told; null takes the model size's own")
+    prompts: str = option(
+        "training", "how the MLLM is told: training, or published as LoomVideo's own evaluation words references"
+    )
     kernels: str = option("auto", "back end of the fused operations: auto, eager, cpp or triton")
     compile: bool = option(False, "compile the transformer's blocks")
     lora: list[str] = option([], "adapters, FILE or FILE:STRENGTH each: [style.safetensors:0.8,…]")
@@ -53,11 +56,14 @@ class JudgeConfig:
     model: str = option("", "model name; for transformers the folder of a Qwen3-VL")
     base_url: str = option("", "root of the server, such as http://localhost:8000/v1; empty for the Gemini API's own")
     api_key_env: str = option("", "environment variable with the key; empty takes OPENAI_API_KEY or GEMINI_API_KEY")
-    mode: str = option("strict", "strict (our rubrics), official or loomvideo (the benchmark's form and totals)")
+    mode: str = option(
+        "strict", "strict (our rubrics), checklist (our yes/no questions), official or loomvideo (as their code asks)"
+    )
     rubrics: str = option("", "our rubrics in another file")
-    official_rubrics: dict[str, str] = option({}, "suite to the rubric file of your copy of the benchmark")
+    checklists: str = option("", "our checklists in another file")
+    official_rubrics: dict[str, str] = option({}, "suite to the rubric file, or folder, of your copy of the benchmark")
     repeats: int = option(1, "independent judgements a sample; 3 or more give test-retest reliability")
-    temperature: float | None = option(None, "sampling temperature; none: 0, or 0.7 when answers are repeated")
+    temperature: float | None = option(None, "sampling temperature; none: the protocol's, else 0, or 0.7 if repeated")
     max_tokens: int = option(2048, "most output tokens")
     structured: str = option("json_schema", "openai: json_schema, json_object or none, as far as the server goes")
     num_frames: int = option(8, "frames of a video shown to every judge alike")
@@ -97,8 +103,8 @@ class JudgeConfig:
             raise UserError(f"judge.kind={self.kind}: set judge.model")
         if self.kind == "openai" and not self.base_url:
             raise UserError("judge.kind=openai: set judge.base_url")
-        if self.mode not in ("strict", "official", "loomvideo"):
-            raise UserError(f"judge.mode={self.mode}: use strict, official or loomvideo")
+        if self.mode not in ("strict", "checklist", "official", "loomvideo"):
+            raise UserError(f"judge.mode={self.mode}: use strict, checklist, official or loomvideo")
 
 
 @dataclass
@@ -144,6 +150,8 @@ class EvaluateConfig:
             raise UserError("suites: name at least one, such as suites=[sample]")
         if self.generator not in ("model", "identity", "blend"):
             raise UserError(f"generator={self.generator}: use model, identity or blend")
+        if self.generation.prompts not in ("training", "published"):
+            raise UserError(f"generation.prompts={self.generation.prompts}: use training or published")
         if self.learned_actors < 1:
             raise UserError(f"learned_actors={self.learned_actors}: at least 1")
         if self.samples_per_prompt < 0:

@@ -29,7 +29,13 @@ from loomvideo.pipelines.evaluation.controls import CONTROLS, merge_controls
 from loomvideo.pipelines.evaluation.generators import sample_seed
 from loomvideo.pipelines.evaluation.graph import Resources, run_graph
 from loomvideo.pipelines.evaluation.inputs import InputOptions
-from loomvideo.pipelines.evaluation.judges.rubrics import OWN_FILE, official_rubrics, own_rubrics
+from loomvideo.pipelines.evaluation.judges.rubrics import (
+    CHECKLISTS_FILE,
+    OWN_FILE,
+    official_rubrics,
+    own_checklists,
+    own_rubrics,
+)
 from loomvideo.pipelines.evaluation.learned import LearnedMetric, learned_metrics
 from loomvideo.pipelines.evaluation.results import load_suites, save_suite, suite_folder
 from loomvideo.pipelines.evaluation.review import OtherRun
@@ -47,7 +53,7 @@ from loomvideo.pipelines.evaluation.stages import (
 from loomvideo.pipelines.evaluation.store import Store, content_key
 from loomvideo.pipelines.evaluation.suites.external import export_results, import_scores
 from loomvideo.pipelines.evaluation.suites.items import SuiteManifest
-from loomvideo.pipelines.evaluation.suites.registry import Suite
+from loomvideo.pipelines.evaluation.suites.registry import CHECKLIST, Suite
 from loomvideo.pipelines.evaluation.suites.registry import suite as find_suite
 from loomvideo.pipelines.evaluation.table import headline_metrics, ranking_metrics
 from loomvideo.platform.config import flatten, to_yaml
@@ -228,14 +234,16 @@ def _draw_charts(result: SuiteResult, place: Path) -> None:
 def _header(config: EvaluateConfig, manifest: SuiteManifest, suite: Suite, judged: bool) -> dict[str, str]:
     j = config.judge
     prompt_set = "none"
-    if judged:
-        official = suite.protocols.get(j.mode, suite.protocols["strict"]).rubric_names is not None
-        prompt_set = (
-            official_rubrics(Path(j.official_rubrics[suite.name])).digest
-            if official
-            else own_rubrics(Path(j.rubrics) if j.rubrics else OWN_FILE).digest
-        )
     sampling = f"{j.num_frames} frames, {j.max_side} px, {'film' if j.as_video else 'pictures'}"
+    if judged:
+        protocol = suite.protocol_or_strict(j.mode)
+        if protocol.rubric_names is not None:
+            prompt_set = official_rubrics(Path(j.official_rubrics[suite.name])).digest
+            sampling = "whole files"
+        elif protocol is CHECKLIST:
+            prompt_set = own_checklists(Path(j.checklists) if j.checklists else CHECKLISTS_FILE).digest
+        else:
+            prompt_set = own_rubrics(Path(j.rubrics) if j.rubrics else OWN_FILE).digest
     identity = json.dumps(judge_client(config).identity(), sort_keys=True) if judged else "none"
     return {
         "manifest": manifest.digest,

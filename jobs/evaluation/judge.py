@@ -1,7 +1,7 @@
 """The judge of an evaluation: what it may cost, a call before anything is spent, and the stage inside its actor."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +10,16 @@ import typer
 from loomvideo.jobs.evaluation.config import EvaluateConfig
 from loomvideo.jobs.evaluation.setup import store_folder
 from loomvideo.pipelines.evaluation.gate import sample_size_line
+from loomvideo.pipelines.evaluation.judge_stage import Asked, JudgeStage
 from loomvideo.pipelines.evaluation.judges.fake import PixelJudge
-from loomvideo.pipelines.evaluation.judges.rubrics import OWN_FILE, official_rubrics, own_rubrics
+from loomvideo.pipelines.evaluation.judges.rubrics import (
+    CHECKLISTS_FILE,
+    OWN_FILE,
+    official_rubrics,
+    own_checklists,
+    own_rubrics,
+)
 from loomvideo.pipelines.evaluation.judges.session import JudgeSession
-from loomvideo.pipelines.evaluation.stages import JudgeStage
 from loomvideo.pipelines.evaluation.store import Store
 from loomvideo.pipelines.evaluation.suites.items import EvalItem, SuiteManifest
 from loomvideo.pipelines.evaluation.suites.registry import Suite
@@ -24,7 +30,6 @@ from loomvideo.pipelines.vlm.session import AnswerCache, Budget, Pace, Prices, S
 from loomvideo.platform.errors import UserError
 
 SPENDING_FILE = "judge-spending.jsonl"
-_RUBRIC_TOKENS = 400
 BuildJudge = Callable[[Path | None], JudgeStage]
 
 
@@ -40,6 +45,7 @@ def judge_builder(config: EvaluateConfig, suites: list[Suite], manifests: list[S
     if j.kind == "none" or not any(suite.judged for suite in suites):
         return None
     rubrics = own_rubrics(Path(j.rubrics) if j.rubrics else OWN_FILE)
+    checklists = own_checklists(Path(j.checklists) if j.checklists else CHECKLISTS_FILE)
     official = {name: official_rubrics(Path(path)) for name, path in j.official_rubrics.items()}
     client = judge_client(config)
     sampling = FrameSampling(j.num_frames, j.max_side, as_video=j.as_video)
@@ -52,17 +58,29 @@ def judge_builder(config: EvaluateConfig, suites: list[Suite], manifests: list[S
     def build(spending: Path | None = None) -> JudgeStage:
         return JudgeStage(
             Store(store_folder(config)), judge_session(config, client, spending), sampling, rubrics, official,
-            j.mode, j.repeats, j.threads, j.judge_identity,
+            j.mode, j.repeats, j.threads, j.judge_identity, checklists, j.temperature,
         )  # fmt: skip
 
     stage = build()
-    for item in items:
-        stage.question(item)
-    check_spending(config, items)
+    planned = [(item, stage.questions(item)) for item in items]
+    for name, line in sorted({(item.suite, line) for item, asked in planned for line in deviations(config, asked)}):
+        print(f"{name}: not as {j.mode}: {line}", file=sys.stderr)
+    check_spending(config, planned)
     return build
 
 
-def check_spending(config: EvaluateConfig, items: list[EvalItem]) -> None:
+def deviations(config: EvaluateConfig, asked: Sequence[Asked]) -> list[str]:
+    """What the configuration does otherwise than a benchmark's own code, one line each."""
+    j, found = config.judge, []
+    for transport in dict.fromkeys(question.transport for question in asked):
+        if transport is not None:
+            found += transport.deviations(j.kind, j.model, j.temperature, j.repeats)
+    if j.mode == "loomvideo" and config.generation.prompts != "published" and config.generator == "model":
+        found.append(f"generation.prompts={config.generation.prompts}, its evaluation words references as published")
+    return list(dict.fromkeys(found))
+
+
+def check_spending(config: EvaluateConfig, planned: list[tuple[EvalItem, list[Asked]]]) -> None:
     """Refuse a budget that could not bind or is too small, and ask a person before anything is spent.
 
     Raises:
@@ -75,9 +93,16 @@ def check_spending(config: EvaluateConfig, items: list[EvalItem]) -> None:
             f"judge.budget_usd={j.budget_usd:g}: without prices it never binds; set judge.input_usd and "
             f"judge.output_usd to the price of a million tokens, or judge.budget_usd=0 for a server that costs nothing"
         )
-    calls = len(items) * j.repeats
-    frames = sum(j.num_frames * (1 + bool(item.source)) + len(item.references) for item in items)
-    tokens = (_RUBRIC_TOKENS * len(items) + j.tokens_per_frame * frames) * j.repeats
+    calls = sum(len(asked) for _, asked in planned) * j.repeats
+    # Whole films are taken to be looked at once a second; a source may be longer than what is made of it.
+    seconds = max(1, round(config.inputs.num_frames / config.inputs.fps))
+    frames = 0
+    for item, asked in planned:
+        for question in asked:
+            film = j.num_frames if question.transport is None else seconds
+            frames += film * (1 + bool(item.source)) + len(item.references)
+    words = sum(len(question.text) for _, asked in planned for question in asked)
+    tokens = (words // 4 + j.tokens_per_frame * frames) * j.repeats
     expected = prices.cost_usd(tokens, prices.output_tokens * calls)
     if 0 < j.budget_usd < expected:
         raise UserError(

@@ -1,5 +1,6 @@
 """Rows to figures: every mean with its interval, counts of valid and failed samples, failures counted both ways."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -9,15 +10,15 @@ import numpy as np
 
 from loomvideo.pipelines.evaluation.distances import set_distances
 from loomvideo.pipelines.evaluation.stages import IDENTITY, MODEL, item_of
-from loomvideo.pipelines.evaluation.statistics import Reliability, bootstrap_mean, test_retest
+from loomvideo.pipelines.evaluation.statistics import Reliability, bootstrap_mean, item_agreement, test_retest
 from loomvideo.pipelines.evaluation.store import Store
 from loomvideo.pipelines.evaluation.suites.parsers import Parsed
 from loomvideo.pipelines.evaluation.suites.protocols import Judged
+from loomvideo.pipelines.evaluation.suites.registry import SCORES, SHARES
 from loomvideo.pipelines.evaluation.suites.registry import suite as find_suite
 from loomvideo.pipelines.evaluation.table import METRICS
 
 COVERAGE_FOR_COMPLETE = 0.98
-WORST_SCORE = METRICS["judge_worst"].floor
 Row = dict[str, Any]
 
 
@@ -97,16 +98,18 @@ def sample_values(row: Row) -> dict[str, float]:
     values = {name: float(value) for name, value in row.get("metrics", {}).items() if value is not None}
     judgements = [j["parsed"] for j in row.get("judgements", ())]
     valid = [parsed for parsed in judgements if parsed["sample"] is not None]
+    scale = SHARES if row.get("judged") == SHARES else SCORES
+    worst = METRICS[f"{scale}_worst"].floor
     if row.get("judged") and not judgements:
-        values["judge_worst"] = WORST_SCORE
+        values[f"{scale}_worst"] = worst
     if judgements:
-        values["judge"] = _mean([p["sample"] for p in valid])
-        values["judge_worst"] = _mean([p["sample"] if p["sample"] is not None else WORST_SCORE for p in judgements])
+        values[scale] = _mean([p["sample"] for p in valid])
+        values[f"{scale}_worst"] = _mean([p["sample"] if p["sample"] is not None else worst for p in judgements])
         minima = [p["minimum"] for p in valid if p["minimum"] is not None]
         if minima:
-            values["judge_min"] = _mean(minima)
+            values[f"{scale}_min"] = _mean(minima)
         for axis in dict.fromkeys(axis for p in valid for axis in p["scores"]):
-            values[f"judge/{axis}"] = _mean([p["scores"][axis] for p in valid if axis in p["scores"]])
+            values[f"{scale}/{axis}"] = _mean([p["scores"][axis] for p in valid if axis in p["scores"]])
     return values
 
 
@@ -139,7 +142,8 @@ def aggregate_suite(
     official = {}
     if judged and judgements and mode != "strict" and mode in find_suite(name).protocols:
         official = find_suite(name).protocol(mode).aggregate([_judged(row) for row in own])
-    violations = [_violates_cap(p["scores"]) for j in judgements if len((p := j["parsed"])["scores"]) > 1]
+    scored = [j["parsed"]["scores"] for j in judgements if not j["parsed"].get("answers")]
+    violations = [_violates_cap(scores) for scores in scored if len(scores) > 1]
     return SuiteResult(
         suite=name,
         figures=(*_figures(name, own, MODEL), *_set_figures(name, own, MODEL, store)),
@@ -172,7 +176,7 @@ def _figures(suite: str, rows: Sequence[Row], series: str) -> Iterable[Figure]:
             for category in sorted(having):
                 chosen = expected & (categories == category)
                 yield _figure(suite, metric, category, scores[chosen], units[chosen], None, series)
-            if metric.startswith("judge") or metric.endswith("_db"):
+            if metric.startswith((SCORES, SHARES)) or metric.endswith("_db"):
                 groups = categories[expected]
                 yield _figure(suite, f"{metric}_macro", "", scores[expected], units[expected], groups, series)
 
@@ -216,7 +220,13 @@ def _reliability(rows: Sequence[Row]) -> Reliability | None:
     complete = [r for r in repeats if len(r) == width]
     if width < 2 or len(complete) < 2:
         return None
-    return test_retest(np.array(complete, dtype=float))
+    answers = [[p["answers"] or p["scores"] for p in _parsed(row)] for row in rows if len(_parsed(row)) == width]
+    found = test_retest(np.array(complete, dtype=float))
+    return dataclasses.replace(found, answers=item_agreement(answers))
+
+
+def _parsed(row: Row) -> list[dict[str, Any]]:
+    return [{"answers": {}} | j["parsed"] for j in row.get("judgements", ())]
 
 
 def _mean(values: Sequence[float]) -> float:

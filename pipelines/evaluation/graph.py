@@ -8,9 +8,9 @@ from typing import Any
 
 import ray
 
+from loomvideo.pipelines.evaluation.judge_stage import JudgeStage
 from loomvideo.pipelines.evaluation.stages import (
     GenerateStage,
-    JudgeStage,
     MeasureStage,
     NormaliseStage,
     PrepareStage,

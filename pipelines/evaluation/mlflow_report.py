@@ -53,7 +53,7 @@ def metric_values(result: SuiteResult) -> dict[str, float]:
     for fault, count in result.defects.items():
         values[f"{result.suite}/defects/{metric_name(fault)}"] = count
     if result.reliability is not None:
-        for name in ("icc", "icc_mean", "changed", "deviation"):
+        for name in ("icc", "icc_mean", "changed", "answers", "deviation"):
             _put(values, f"{result.suite}/retest/{name}", getattr(result.reliability, name))
     _put(values, f"{result.suite}/cap_violations", result.cap_violations)
     values["cost/usd"] = result.cost_usd

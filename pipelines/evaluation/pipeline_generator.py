@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from loomvideo.model.code_version import kernels_version, sampler_version
 from loomvideo.model.guidance import Guidance
 from loomvideo.model.loading import ModelSource
 from loomvideo.model.pipeline import LoomVideoPipeline, load_pipeline, without_source
+from loomvideo.model.tasks import evaluation_wording
 from loomvideo.pipelines.evaluation.inputs import LoadedItem
 from loomvideo.platform.errors import UserError
 
@@ -28,6 +30,7 @@ class SamplerSettings:
         generate_scale: Guidance scale of generation.
         visual_scale: Guidance scale of sources and references.
         negative_prompt: What the unconditional branch is told; None for the model size's own.
+        prompts: How the MLLM is told: ``training``, or ``published`` as LoomVideo's own evaluation words samples.
     """
 
     steps: int = 50
@@ -35,6 +38,11 @@ class SamplerSettings:
     generate_scale: float = 5.0
     visual_scale: float = 1.5
     negative_prompt: str | None = None
+    prompts: Literal["training", "published"] = "training"
+
+    def wording(self, task: str) -> str:
+        """The wording of a task's samples."""
+        return evaluation_wording(task) if self.prompts == "published" else task
 
     def guidance(self, item: LoadedItem) -> Guidance:
         """The scales of an item."""
@@ -54,7 +62,7 @@ class PipelineGenerator:
     def generate(self, item: LoadedItem, seed: int, use_source: bool = True) -> np.ndarray:
         """See :class:`~loomvideo.pipelines.evaluation.generators.SampleGenerator`."""
         conditions = self.pipeline.encode(
-            item.item.task,
+            self.settings.wording(item.item.task),
             item.item.text,
             item.source,
             list(item.references),

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,17 +20,12 @@ from loomvideo.pipelines.evaluation.controls import CONTROLS, NO_SOURCE, WRONG_I
 from loomvideo.pipelines.evaluation.distances import FEATURES_FILE
 from loomvideo.pipelines.evaluation.generators import IdentityGenerator, SampleGenerator
 from loomvideo.pipelines.evaluation.inputs import InputOptions, LoadedItem, load_item
-from loomvideo.pipelines.evaluation.judges.inputs import media_for_item
-from loomvideo.pipelines.evaluation.judges.rubrics import OfficialRubrics, OwnRubrics, Question
-from loomvideo.pipelines.evaluation.judges.session import JudgeSession
 from loomvideo.pipelines.evaluation.learned import LearnedMetric
 from loomvideo.pipelines.evaluation.media import save_png, stacked_filmstrips, thumbnail
 from loomvideo.pipelines.evaluation.store import Store, content_key, pixel_digest, read_lossless, write_lossless
 from loomvideo.pipelines.evaluation.suites.items import EvalItem, SuiteManifest, file_digest
-from loomvideo.pipelines.evaluation.suites.registry import suite as find_suite
 from loomvideo.pipelines.media.decode import DecodeError
 from loomvideo.pipelines.media.video_writer import write_video
-from loomvideo.pipelines.vlm.requests import FrameSampling, VLMRequest, labelled
 from loomvideo.platform.errors import UserError
 
 Row = dict[str, Any]
@@ -258,70 +252,6 @@ class MeasureStage:
             return {"metrics": values, "defects": found, "features": key if features else ""}
 
         return row | self.store.make("metrics", key, fill) | {"measured": key}
-
-
-@dataclass
-class JudgeStage:
-    """Ask a judge about every sample, ``repeats`` times, from many threads.
-
-    Attributes:
-        store: Where the media are.
-        session: The judge; its cache makes repeated runs free.
-        sampling: Frames shown.
-        rubrics: Our rubrics.
-        official: Official rubrics a suite, in the ``official`` and ``loomvideo`` modes.
-        mode: ``strict``, ``official`` or ``loomvideo``.
-        repeats: Independent judgements a sample.
-        threads: Concurrent calls.
-        judge_identity: Whether the source copied is judged too, as a control.
-    """
-
-    store: Store
-    session: JudgeSession
-    sampling: FrameSampling
-    rubrics: OwnRubrics
-    official: dict[str, OfficialRubrics] = field(default_factory=dict)
-    mode: str = "strict"
-    repeats: int = 1
-    threads: int = 8
-    judge_identity: bool = False
-
-    def question(self, item: EvalItem) -> tuple[Question, str, bool]:
-        """An item's rubric, answer form and whether the answer is structured."""
-        suite = find_suite(item.suite)
-        protocol = suite.protocols.get(self.mode) or suite.protocol("strict")
-        if protocol.rubric_names is None:
-            return self.rubrics.question(item), protocol.parser, True
-        if item.suite not in self.official:
-            raise UserError(
-                f"judge.mode={self.mode}: set judge.official_rubrics.{item.suite} to the rubric file of your copy"
-            )
-        question = self.official[item.suite].question(protocol.rubric_names(item), item.text, protocol.axes(item))
-        return question, protocol.parser, False
-
-    def __call__(self, rows: list[Row]) -> list[Row]:
-        """Add ``judgements`` to a list of rows."""
-        with ThreadPoolExecutor(self.threads) as pool:
-            return list(pool.map(self._judge, rows))
-
-    def _judge(self, row: Row) -> Row:
-        skip = row["series"] in CONTROLS or (row["series"] == IDENTITY and not self.judge_identity)
-        if skip or not find_suite(row["suite"]).judged:
-            return row | {"judgements": []}
-        if row["failure"]:
-            # Planned to be judged: it counts in means over every planned sample.
-            return row | {"judgements": [], "judged": True}
-        inputs = read_inputs(self.store, row)
-        video = read_result(self.store, row, inputs)
-        question, parser, structured = self.question(inputs.item)
-        references = [picture[None] for picture in inputs.references]
-        media = media_for_item(self.sampling, video, inputs.source, references)
-        session = dataclasses.replace(self.session, parser=parser)
-        judgements = []
-        for repeat in range(self.repeats):
-            request = VLMRequest(labelled(question.text, media), question.axes, structured, repeat=repeat)
-            judgements.append(dataclasses.asdict(session.judge(request)))
-        return row | {"judgements": judgements, "judged": True}
 
 
 def check_rows(rows: Sequence[Row]) -> None:

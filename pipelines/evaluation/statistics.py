@@ -209,6 +209,7 @@ class Reliability:
         deviation: Standard deviation between repeats of one sample.
         num_samples: Samples with every repeat valid.
         num_repeats: Repeats a sample.
+        answers: Share of single answers (questions or axes) that are the same in every repeat.
     """
 
     icc: float
@@ -217,6 +218,7 @@ class Reliability:
     deviation: float
     num_samples: int
     num_repeats: int
+    answers: float = float("nan")
 
 
 def test_retest(repeats: np.ndarray) -> Reliability:
@@ -236,6 +238,19 @@ def test_retest(repeats: np.ndarray) -> Reliability:
 
 
 test_retest.__test__ = False
+
+
+def item_agreement(repeats: Sequence[Sequence[Mapping[str, float]]]) -> float:
+    """Share of answers that are the same in every repeat: single questions of a checklist, or axes of a rubric.
+
+    Args:
+        repeats: For each sample, the answers of each repeat by name; names missing in a repeat are left out.
+    """
+    same = []
+    for sample in repeats:
+        shared = set.intersection(*(set(answers) for answers in sample)) if len(sample) > 1 else set()
+        same += [len({answers[name] for answers in sample}) == 1 for name in shared]
+    return float(np.mean(same)) if same else float("nan")
 
 
 @dataclass(frozen=True)

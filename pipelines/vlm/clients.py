@@ -80,21 +80,24 @@ class OpenAIClient:
         model: Model name.
         api_key_env: Environment variable with the key; may be unset for a server on this machine.
         temperature: Sampling temperature; None leaves the server's own.
-        max_tokens: Most output tokens.
+        max_tokens: Most output tokens; None leaves the server's own.
         timeout_s: Seconds before a call is given up.
         structured: ``json_schema``, ``json_object`` or ``none``, as far as the server goes.
+        film_part: The kind of part that carries a film: ``video_url``, or ``image_url`` as gateways to Gemini take it.
     """
 
     base_url: str
     model: str
     api_key_env: str = "OPENAI_API_KEY"
     temperature: float | None = 0.0
-    max_tokens: int = 2048
+    max_tokens: int | None = 2048
     timeout_s: float = 120.0
     structured: str = "json_schema"
+    film_part: str = "video_url"
 
     def identity(self) -> dict[str, Any]:
         """See :class:`VLMClient`."""
+        # How a film is packed changes nothing of what the model sees.
         return {
             "kind": "openai",
             "model": self.model,
@@ -107,13 +110,15 @@ class OpenAIClient:
         """See :class:`VLMClient`."""
         content: list[dict[str, Any]] = []
         for part in request.parts:
-            content += _openai_parts(part) if isinstance(part, VLMMedia) else [{"type": "text", "text": part}]
+            is_media = isinstance(part, VLMMedia)
+            content += _openai_parts(part, self.film_part) if is_media else [{"type": "text", "text": part}]
         messages: list[dict[str, Any]] = [{"role": "system", "content": request.system}] if request.system else []
         body: dict[str, Any] = {
             "model": self.model,
             "messages": [*messages, {"role": "user", "content": content}],
-            "max_tokens": self.max_tokens,
         }
+        if self.max_tokens is not None:
+            body["max_tokens"] = self.max_tokens
         if self.temperature is not None:
             body["temperature"] = self.temperature
         if request.structured and self.structured == "json_schema":
@@ -148,7 +153,7 @@ class GeminiClient:
         base_url: API root; ``https://generativelanguage.googleapis.com/v1beta``.
         api_key_env: Environment variable with the key.
         temperature: Sampling temperature; None leaves the model's own.
-        max_tokens: Most output tokens, thinking included.
+        max_tokens: Most output tokens, thinking included; None leaves the model's own.
         timeout_s: Seconds before a call is given up.
     """
 
@@ -156,7 +161,7 @@ class GeminiClient:
     base_url: str = "https://generativelanguage.googleapis.com/v1beta"
     api_key_env: str = "GEMINI_API_KEY"
     temperature: float | None = 0.0
-    max_tokens: int = 8192
+    max_tokens: int | None = 8192
     timeout_s: float = 120.0
 
     def identity(self) -> dict[str, Any]:
@@ -173,7 +178,9 @@ class GeminiClient:
         parts: list[dict[str, Any]] = []
         for part in request.parts:
             parts += _gemini_parts(part) if isinstance(part, VLMMedia) else [{"text": part}]
-        generation: dict[str, Any] = {"maxOutputTokens": self.max_tokens}
+        generation: dict[str, Any] = {}
+        if self.max_tokens is not None:
+            generation["maxOutputTokens"] = self.max_tokens
         if self.temperature is not None:
             generation["temperature"] = self.temperature
         if request.structured:
@@ -250,7 +257,7 @@ def _gemini_schema(schema: dict[str, Any]) -> dict[str, Any]:
         elif kind.get("type") == "boolean":
             properties[name] = {"type": "BOOLEAN"}
         else:
-            properties[name] = {"type": "STRING"}
+            properties[name] = {"type": "STRING"} | ({"enum": kind["enum"]} if "enum" in kind else {})
     return {"type": "OBJECT", "properties": properties, "required": list(properties)}
 
 
@@ -258,9 +265,9 @@ def _retry_after(value: str | None) -> float | None:
     return float(value) if value and value.replace(".", "", 1).isdigit() else None
 
 
-def _openai_parts(media: VLMMedia) -> list[dict[str, Any]]:
+def _openai_parts(media: VLMMedia, film_part: str) -> list[dict[str, Any]]:
     if media.film is not None:
-        return [{"type": "video_url", "video_url": {"url": _data_url("video/mp4", media.film)}}]
+        return [{"type": film_part, film_part: {"url": _data_url("video/mp4", media.film)}}]
     return [{"type": "image_url", "image_url": {"url": _data_url(media.mime, frame)}} for frame in media.frames]
 
 

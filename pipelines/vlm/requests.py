@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from loomvideo.pipelines.media.decode import open_media
 from loomvideo.pipelines.media.video_writer import write_video
 
 
@@ -48,6 +49,7 @@ class VLMMedia:
         film: The video file sent instead of the frames, where one is.
         digest: Hash of what is sent.
         mime: Form of the frames.
+        billed_frames: Frames that a provider is taken to bill; 0 for those listed.
     """
 
     label: str
@@ -55,6 +57,7 @@ class VLMMedia:
     film: bytes | None
     digest: str
     mime: str = "image/jpeg"
+    billed_frames: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class VLMRequest:
         system: System instruction; empty for none.
         repeat: Which of k independent repeats this is.
         ask: 1 when an unreadable answer is asked for again.
+        choices: What every field may be.
     """
 
     parts: tuple[str | VLMMedia, ...]
@@ -76,6 +80,7 @@ class VLMRequest:
     system: str = ""
     repeat: int = 0
     ask: int = 0
+    choices: tuple[int, ...] | tuple[str, ...] = (1, 2, 3, 4, 5)
 
     @property
     def media(self) -> tuple[VLMMedia, ...]:
@@ -90,7 +95,8 @@ class VLMRequest:
     def schema(self) -> dict[str, Any]:
         """JSON schema of the answer."""
         properties: dict[str, Any] = {"reasoning": {"type": "string"}}
-        properties |= {axis: {"type": "integer", "enum": [1, 2, 3, 4, 5]} for axis in self.axes}
+        kind = "integer" if isinstance(self.choices[0], int) else "string"
+        properties |= {axis: {"type": kind, "enum": list(self.choices)} for axis in self.axes}
         return {
             "type": "object",
             "properties": properties,
@@ -107,7 +113,7 @@ class VLMRequest:
 
     def estimated_tokens(self, tokens_per_frame: int = 258) -> int:
         """Input tokens to expect: a quarter of the characters and a fixed price a frame."""
-        return len(self.text) // 4 + tokens_per_frame * sum(len(m.frames) for m in self.media)
+        return len(self.text) // 4 + tokens_per_frame * sum(m.billed_frames or len(m.frames) for m in self.media)
 
 
 def labelled(text: str, media: Sequence[VLMMedia]) -> tuple[str | VLMMedia, ...]:
@@ -138,8 +144,21 @@ def encode_media(label: str, video: np.ndarray, sampling: FrameSampling) -> VLMM
 
 
 def decode_frames(media: VLMMedia) -> np.ndarray:
-    """The frames of a request as ``[frames, height, width, 3]``."""
+    """The frames of a request as ``[frames, height, width, 3]``; of a film sent whole, one a second and the last."""
+    if not media.frames and media.film is not None:
+        return _film_frames(media.film)
     return np.stack([np.asarray(Image.open(io.BytesIO(frame)).convert("RGB")) for frame in media.frames])
+
+
+def _film_frames(film: bytes) -> np.ndarray:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "film.mp4"
+        path.write_bytes(film)
+        opened = open_media(str(path))
+        last = opened.info.num_frames - 1
+        seconds = range(int(last / opened.info.fps) + 1)
+        indices = sorted({min(last, round(second * opened.info.fps)) for second in seconds} | {last})
+        return np.concatenate(list(opened.read(indices)))
 
 
 def spread_frames(video: np.ndarray, count: int) -> np.ndarray:

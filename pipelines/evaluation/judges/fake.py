@@ -41,15 +41,19 @@ class PixelJudge:
             done = kept = quality = float(np.clip(0.5 + 2.5 * (worth[1] - worth[0]), 0, 1))
         else:
             done, kept, quality = _statistics(decode_frames(request.media[-1]), source)
-        scores = {}
+        scores: dict[str, int | str] = {}
         # Official rubrics name their axes in the text alone.
         for position, axis in enumerate(request.axes or ("Compliance", "Quality", "Preservation")):
             name = axis.lower()
             keeps = any(word in name for word in ("preserv", "consisten", "identity", "keep", "scene"))
-            base = done if position == 0 else kept if keeps else quality
+            base = done if position == 0 or name.startswith("done/") else kept if keeps else quality
             seed = hashlib.sha256(f"{request.key(self.identity())}/{axis}".encode()).digest()
             noise = (int.from_bytes(seed[:4], "big") / 2**31 - 1) * self.noise
-            scores[axis] = int(np.clip(round(1 + 4 * base + noise), 1, 5))
+            if isinstance(request.choices[0], str):
+                # The same noise as a score has, a step of which is a quarter.
+                scores[axis] = request.choices[0 if base + noise / 4 > 0.5 else -1]
+            else:
+                scores[axis] = int(np.clip(round(1 + 4 * base + noise), 1, 5))
         if request.structured or "json" in request.text.lower():
             text = json.dumps({"reasoning": "scored from pixel statistics", **scores})
         else:

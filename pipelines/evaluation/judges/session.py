@@ -1,9 +1,10 @@
 """A judge's answers as scores: parsed by the protocol's form, unreadable ones asked for once more."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loomvideo.pipelines.evaluation.suites.parsers import PARSERS, Parsed
+from loomvideo.pipelines.evaluation.suites.parsers import Parsed, Parser, checked, strict_json
 from loomvideo.pipelines.vlm.requests import VLMRequest
 from loomvideo.pipelines.vlm.session import Answer, Session
 
@@ -39,19 +40,19 @@ class JudgeSession:
 
     Attributes:
         session: The model with its cache, budget and pace.
-        parser: Name of the answer form in ``suites.parsers.PARSERS``.
+        parser: Reads an answer.
         asks: Questions before an unreadable answer counts.
     """
 
     session: Session
-    parser: str = "strict"
+    parser: Parser = strict_json
     asks: int = 2
 
     def judge(self, request: VLMRequest) -> Judgement:
         """Ask, from the cache if it was asked before; an unreadable answer is asked for again, then counted."""
         judgement = self._ask(request)
         for ask in range(1, self.asks):
-            if not judgement.reply or judgement.parsed.sample is not None:
+            if not judgement.reply or not judgement.parsed.failure:
                 break
             again = self._ask(dataclasses.replace(request, ask=ask))
             judgement = dataclasses.replace(
@@ -68,5 +69,20 @@ class JudgeSession:
         billed = (answer.cached, answer.tokens_in, answer.tokens_out, answer.cost_usd)
         if answer.reply is None:
             return Judgement(Parsed(None, {}, failure=answer.failure), "", "", *billed)
-        parsed = PARSERS[self.parser](answer.reply.text, request.axes)
+        parsed = self.parser(answer.reply.text, request.axes)
         return Judgement(parsed, answer.reply.text, answer.reply.model, *billed, answer.reply.latency_s)
+
+
+def joined(calls: Sequence[Judgement]) -> Judgement:
+    """One judgement of a checklist from the calls about its parts."""
+    models = dict.fromkeys(call.model for call in calls if call.model)
+    return Judgement(
+        checked([call.parsed for call in calls]),
+        "\n".join(call.reply for call in calls if call.reply),
+        ", ".join(models),
+        all(call.cached for call in calls),
+        sum(call.tokens_in for call in calls),
+        sum(call.tokens_out for call in calls),
+        sum(call.cost_usd for call in calls),
+        sum(call.latency_s for call in calls),
+    )

@@ -7,7 +7,13 @@ one is what our own rubrics ask for. A parser returns a :class:`Parsed`, never a
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+DONE, PLAUSIBLE, PRESERVED = "done", "plausible", "preserved"
+CHECKLIST_GROUPS = (DONE, PLAUSIBLE, PRESERVED)
+"""What the questions of a checklist are about: whether the edit was done, looks possible, and left the rest alone."""
+UNION = "union"
+"""1 where every question of the first two groups was answered right."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,7 @@ class Parsed:
         minimum: The lowest axis score, for forms that report it.
         failure: Why there is no score; empty otherwise.
         reasoning: The judge's words, where the form has a place for them.
+        answers: Of a checklist, how right each answer is (0 to 1), by ``group/question``.
     """
 
     sample: float | None
@@ -27,6 +34,7 @@ class Parsed:
     minimum: float | None = None
     failure: str = ""
     reasoning: str = ""
+    answers: dict[str, float] = field(default_factory=dict)
 
 
 Parser = Callable[[str, Sequence[str]], Parsed]
@@ -35,13 +43,8 @@ _UNPARSABLE = Parsed(None, {}, failure="unparsable")
 
 def strict_json(reply: str, axes: Sequence[str]) -> Parsed:
     """Our form: one JSON object with an integer 1..5 for every axis and nothing missing; the sample is their mean."""
-    text = reply.strip()
-    fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text, re.DOTALL)
-    try:
-        answer = json.loads(fenced.group(1) if fenced else text)
-    except json.JSONDecodeError:
-        return _UNPARSABLE
-    if not isinstance(answer, dict):
+    answer = _json_object(reply)
+    if answer is None:
         return _UNPARSABLE
     scores = {}
     for axis in axes:
@@ -50,6 +53,45 @@ def strict_json(reply: str, axes: Sequence[str]) -> Parsed:
             return _UNPARSABLE
         scores[axis] = float(value)
     return Parsed(_mean(scores), scores, min(scores.values()), reasoning=str(answer.get("reasoning", "")))
+
+
+def checklist_json(reply: str, axes: Sequence[str]) -> Parsed:
+    """Our checklist: one JSON object with ``yes`` or ``no`` for every question ``group/name`` and nothing missing."""
+    answer = _json_object(reply)
+    if answer is None:
+        return _UNPARSABLE
+    told = {axis: str(answer.get(axis, "")).strip().lower() for axis in axes}
+    if not set(told.values()) <= {"yes", "no"}:
+        return _UNPARSABLE
+    answers = {axis: float(word == "yes") for axis, word in told.items()}
+    return Parsed(None, {}, reasoning=str(answer.get("reasoning", "")), answers=answers)
+
+
+def checked(calls: Sequence[Parsed]) -> Parsed:
+    """The checklist of a sample from the answers of all its calls: shares by group, and their union.
+
+    With a call unanswered the sample has no score, but keeps the answers there are.
+    """
+    answers = {name: value for call in calls for name, value in call.answers.items()}
+    failure = next((call.failure for call in calls if call.failure), "")
+    groups = {g: [v for name, v in answers.items() if name.startswith(f"{g}/")] for g in CHECKLIST_GROUPS}
+    scores = {group: sum(values) / len(values) for group, values in groups.items() if values}
+    must = groups[DONE] + groups[PLAUSIBLE]
+    if must:
+        scores[UNION] = float(min(must) == 1.0)
+    sample = _mean(answers) if answers and not failure else None
+    words = "\n".join(call.reasoning for call in calls if call.reasoning)
+    return Parsed(sample, scores if sample is not None else {}, None, failure, words, answers)
+
+
+def _json_object(reply: str) -> dict | None:
+    text = reply.strip()
+    fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text, re.DOTALL)
+    try:
+        answer = json.loads(fenced.group(1) if fenced else text)
+    except json.JSONDecodeError:
+        return None
+    return answer if isinstance(answer, dict) else None
 
 
 def imgedit_lines(reply: str, axes: Sequence[str]) -> Parsed:
@@ -93,14 +135,16 @@ def refvie_lines(reply: str, axes: Sequence[str]) -> Parsed:
 
 
 def axis_regex(reply: str, axes: Sequence[str]) -> Parsed:
-    """LoomVideo's form for RefVIE-Bench: ``axis:`` and a number for all axes or nothing; mean to four digits."""
+    """LoomVideo's form for RefVIE-Bench: ``axis:`` and a number in 1..5 for all axes or nothing; mean to two digits."""
     found = {}
     for axis in axes:
         match = re.search(re.escape(axis) + r":\s*(\d+\.?\d*)", reply)
         if match is None:
             return _UNPARSABLE
         found[axis] = float(match.group(1))
-    return Parsed(round(_mean(found), 4), found)
+        if not 1 <= found[axis] <= 5:
+            return Parsed(None, {}, failure="out of range")
+    return Parsed(round(_mean(found), 2), found)
 
 
 def ivbench_json(reply: str, axes: Sequence[str]) -> Parsed:
@@ -141,6 +185,7 @@ PARSERS: dict[str, Parser] = {
     "refvie-official": refvie_lines,
     "refvie-loomvideo": axis_regex,
     "ivbench-official": ivbench_json,
+    "checklist": checklist_json,
 }
 """Named answer forms."""
 

@@ -9,7 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from loomvideo.pipelines.evaluation.suites.parsers import REFVIE_BACKGROUND_AXES, REFVIE_SUBJECT_AXES, Parsed
+from loomvideo.pipelines.evaluation.suites.parsers import (
+    CHECKLIST_GROUPS,
+    REFVIE_BACKGROUND_AXES,
+    REFVIE_SUBJECT_AXES,
+    Parsed,
+)
 
 OPENVE_SUBSETS = {
     "macro5": ("global_style", "background_change", "local_change", "local_remove", "local_add"),
@@ -122,6 +127,16 @@ def ivbench_loomvideo(judged: Sequence[Judged]) -> dict[str, float]:
 def strict(judged: Sequence[Judged]) -> dict[str, float]:
     """Our own form: unrounded means a category and overall, failures dropped (aggregate gives the other way too)."""
     return ivbench_loomvideo(judged)
+
+
+def checklist(judged: Sequence[Judged]) -> dict[str, float]:
+    """Our checklist: the share of good answers over all questions, by what they ask and in all."""
+    figures = {}
+    for group in ("", *CHECKLIST_GROUPS):
+        answers = [v for j in judged for name, v in j.parsed.answers.items() if name.startswith(group)]
+        if answers:
+            figures[group or "all"] = _mean(answers)
+    return figures
 
 
 def _by_category(judged: Sequence[Judged]) -> dict[str, list[float]]:

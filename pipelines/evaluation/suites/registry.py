@@ -4,11 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loomvideo.pipelines.evaluation.suites import official, own, protocols
+from loomvideo.pipelines.evaluation.suites import covebench, official, own, protocols
 from loomvideo.pipelines.evaluation.suites.items import EvalItem, SuiteManifest
 from loomvideo.pipelines.evaluation.suites.parsers import REFVIE_BACKGROUND_AXES, REFVIE_SUBJECT_AXES
 from loomvideo.pipelines.evaluation.suites.protocols import Aggregator
 from loomvideo.platform.errors import UserError
+
+SCORES, SHARES = "judge", "checklist"
+"""Scales of a judge's answers, as their metrics are named: scores of 1 to 5, shares of questions answered well."""
 
 
 @dataclass(frozen=True)
@@ -20,15 +23,23 @@ class Protocol:
         aggregate: Samples to the benchmark's own figures.
         axes: Axis names of an item's official rubric; None when the form finds its own.
         rubric_names: Names under which an item's rubric may stand in the official file; None for our own rubrics.
+        scale: :data:`SCORES` or :data:`SHARES`.
+        choices: What a field of our own answer form may be.
     """
 
     parser: str
     aggregate: Aggregator
     axes: Callable[[EvalItem], tuple[str, ...]] | None = None
     rubric_names: Callable[[EvalItem], tuple[str, ...]] | None = None
+    scale: str = SCORES
+    choices: tuple[int, ...] | tuple[str, ...] = (1, 2, 3, 4, 5)
 
 
 STRICT = Protocol("strict", protocols.strict)
+CHECKLIST = Protocol("checklist", protocols.checklist, scale=SHARES, choices=("yes", "no"))
+
+
+OWN = {"strict": STRICT, "checklist": CHECKLIST}
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,8 @@ class Suite:
         name: As in metric names.
         convert: From the folder of its download to the manifest.
         judged: Whether a judge scores it; others have rules on detections or networks.
-        protocols: ``strict`` (our rubrics) and, where there are any, ``official`` and ``loomvideo``.
+        protocols: ``strict`` (our rubrics), ``checklist`` (our questions) and, where there are any, ``official`` and
+            ``loomvideo``.
         scorer: The outside tool that scores it, for suites without a judge.
         samples_of: Samples that the official protocol makes of an item's prompt.
     """
@@ -47,7 +59,7 @@ class Suite:
     name: str
     convert: Callable[[Path], SuiteManifest]
     judged: bool = True
-    protocols: dict[str, Protocol] = field(default_factory=lambda: {"strict": STRICT})
+    protocols: dict[str, Protocol] = field(default_factory=lambda: dict(OWN))
     scorer: str = ""
     samples_of: Callable[[EvalItem], int] = lambda item: 1
 
@@ -60,6 +72,10 @@ class Suite:
         if mode not in self.protocols:
             raise UserError(f"judge.mode={mode}: suite {self.name} has {', '.join(self.protocols)}")
         return self.protocols[mode]
+
+    def protocol_or_strict(self, mode: str) -> Protocol:
+        """The protocol of a mode, or our rubrics where the suite has none of its own."""
+        return self.protocols.get(mode, STRICT)
 
 
 def _geneval_samples(item: EvalItem) -> int:
@@ -83,7 +99,7 @@ def _refvie_axes(item: EvalItem) -> tuple[str, ...]:
 
 
 def _refvie_names(item: EvalItem) -> tuple[str, ...]:
-    return (f"{item.category}_reference_prompt", item.category)
+    return (f"{item.category}_reference", item.category)
 
 
 def _tiv2v_axes(item: EvalItem) -> tuple[str, ...]:
@@ -105,29 +121,34 @@ def _mi2v_names(item: EvalItem) -> tuple[str, ...]:
 
 
 _IMGEDIT = {
-    "strict": STRICT,
+    **OWN,
     "official": Protocol("imgedit-official", protocols.imgedit_official, _no_axes, _category),
     "loomvideo": Protocol("imgedit-official", protocols.typed_sample_mean, _no_axes, _category),
 }
 _OPENVE = {
-    "strict": STRICT,
+    **OWN,
     "official": Protocol("openve-official", protocols.openve, _no_axes, _category),
     "loomvideo": Protocol("openve-official", protocols.openve, _no_axes, _category),
 }
 _REFVIE = {
-    "strict": STRICT,
+    **OWN,
     "official": Protocol("refvie-official", protocols.refvie_official, _refvie_axes, _refvie_names),
     "loomvideo": Protocol("refvie-loomvideo", protocols.refvie_loomvideo, _refvie_axes, _refvie_names),
 }
 _TIV2V = {
-    "strict": STRICT,
+    **OWN,
     "official": Protocol("ivbench-official", protocols.ivbench_official, _tiv2v_axes, _tiv2v_names),
     "loomvideo": Protocol("ivbench-official", protocols.ivbench_loomvideo, _tiv2v_axes, _tiv2v_names),
 }
 _MI2V = {
-    "strict": STRICT,
+    **OWN,
     "official": Protocol("ivbench-official", protocols.ivbench_official, _mi2v_axes, _mi2v_names),
     "loomvideo": Protocol("ivbench-official", protocols.ivbench_loomvideo, _mi2v_axes, _mi2v_names),
+}
+
+_COVEBENCH = {
+    **OWN,
+    "official": Protocol("covebench", covebench.covebench_official, _no_axes, _no_axes, scale=SHARES),
 }
 
 SUITES: dict[str, Suite] = {
@@ -138,6 +159,7 @@ SUITES: dict[str, Suite] = {
         Suite("vbench", official.vbench_subset, judged=False, scorer="vbench"),
         Suite("vbench_full", official.vbench, judged=False, scorer="vbench", samples_of=_vbench_samples),
         Suite("openve", official.openve, protocols=_OPENVE),
+        Suite("covebench", covebench.covebench, protocols=_COVEBENCH),
         Suite("refvie", official.refvie, protocols=_REFVIE),
         Suite("ivbench_mi2v", official.ivbench_mi2v, protocols=_MI2V),
         Suite("ivbench_tiv2v", official.ivbench_tiv2v, protocols=_TIV2V),

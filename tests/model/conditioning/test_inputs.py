@@ -29,7 +29,7 @@ def pictures(*shape: int) -> torch.Tensor:
 
 
 def build(task: str, variant: str = "full", frames: int = 9, references: int = 2, text: str = "a red dress"):
-    kind = tasks.WORDINGS[task]
+    kind = tasks.wording(task)
     source = pictures(frames, 64, 96, 3) if kind.source else None
     return build_inputs(
         task,
@@ -73,6 +73,18 @@ CLIP = (
 )
 def test_the_nine_kinds(task, content):
     assert words(build(task)) == f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("task", "content"),
+    [
+        ("video_edit", f"Edit this video: {CLIP}a red dress"),
+        ("ref_edit", f"Edit this video: {CLIP}{IMAGE}{IMAGE}a red dress"),
+        ("mi2v", f"Generate a video with reference images: {IMAGE}{IMAGE}a red dress"),
+    ],
+)
+def test_how_the_published_evaluation_words_references(task, content):
+    assert content in words(build(tasks.evaluation_wording(task)))
 
 
 def test_variants_of_an_edit():

@@ -6,7 +6,7 @@ import json
 import pytest
 import yaml
 
-from loomvideo.pipelines.evaluation.suites import official
+from loomvideo.pipelines.evaluation.suites import covebench, official
 from loomvideo.platform.errors import UserError
 
 
@@ -179,3 +179,23 @@ def test_limited_takes_from_every_category(tmp_path):
     manifest = official.openve(tmp_path).limited(16)
     assert set(manifest.counts().values()) == {2}
     assert manifest.digest != official.openve(tmp_path).digest
+
+
+def test_covebench_keeps_questions_with_their_sample(tmp_path):
+    question = {
+        "id": "Q1",
+        "type": "Single-TF",
+        "dimension": "Physical Logic",
+        "question": "?",
+        "expected_answer": "No",
+    }
+    groups = [{"questions": [question]}, {"questions": [question | {"id": "Q2", "type": "Score-MCQ"}]}]
+    row = {"id": 7, "editing_instruction": "darker", "videoA_path": "data/6.mp4", "evaluation_groups": groups}
+    (tmp_path / "checklist.json").write_text(json.dumps([row | {"category": [{"Level 1": "Camera"}]}]))
+    manifest = covebench.covebench(tmp_path)
+    assert [(i.key, i.category, i.cluster) for i in manifest.items] == [("7", "1 edits", "data/6.mp4")]
+    assert [q.name for q in covebench.questions_of(manifest.items[0])] == ["plausible/Q1", "plausible/Q2"]
+    assert "2 questions, the official benchmark has 9990" in manifest.problems
+    (tmp_path / "checklist.json").write_text(json.dumps([{"id": 1}]))
+    with pytest.raises(UserError, match="row 0: field 'editing_instruction' is missing"):
+        covebench.covebench(tmp_path)

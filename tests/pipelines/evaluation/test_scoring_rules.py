@@ -69,8 +69,8 @@ def test_refvie_official_form():
 
 
 def test_refvie_loomvideo_form_needs_all_three_axes():
-    assert score("refvie-loomvideo", refvie_reply((4, 3, 3)), REFVIE_SUBJECT_AXES) == 3.3333
-    assert score("refvie-loomvideo", refvie_reply((4, 3, 3), form="- {axis}: {value}"), REFVIE_SUBJECT_AXES) == 3.3333
+    assert score("refvie-loomvideo", refvie_reply((4, 3, 3)), REFVIE_SUBJECT_AXES) == 3.33
+    assert score("refvie-loomvideo", refvie_reply((4, 3, 3), form="- {axis}: {value}"), REFVIE_SUBJECT_AXES) == 3.33
     assert score("refvie-loomvideo", refvie_reply((4, 3)), REFVIE_SUBJECT_AXES) is None
 
 

@@ -10,12 +10,12 @@ from loomvideo.pipelines.evaluation import media, store
 from loomvideo.pipelines.evaluation.aggregate import aggregate_suite, sample_values
 from loomvideo.pipelines.evaluation.generators import BlendGenerator, sample_seed
 from loomvideo.pipelines.evaluation.inputs import InputOptions
+from loomvideo.pipelines.evaluation.judge_stage import JudgeStage
 from loomvideo.pipelines.evaluation.judges.fake import FakeJudgeServer, PixelJudge
 from loomvideo.pipelines.evaluation.judges.rubrics import official_rubrics, own_rubrics
 from loomvideo.pipelines.evaluation.judges.session import JudgeSession
 from loomvideo.pipelines.evaluation.stages import (
     GenerateStage,
-    JudgeStage,
     MeasureStage,
     NormaliseStage,
     PrepareStage,
@@ -242,6 +242,27 @@ def test_official_and_loomvideo_modes_go_through_the_whole_path(tmp_path):
     assert result.official["local_change"] == round(sum(samples[:2]) / 2, 2)
     with pytest.raises(UserError, match=r"set judge\.official_rubrics\.openve"):
         run(tmp_path, folder, BlendGenerator(), Recording(), suite=official.openve, mode="loomvideo")
+
+
+def test_a_checklist_is_judged_in_shares_and_its_failures_count_nothing(tmp_path, dataset):
+    made, _ = run(
+        tmp_path,
+        dataset,
+        BlendGenerator(),
+        PixelJudge(noise=0),
+        suite=own.fashion,
+        mode="checklist",
+        judge_identity=True,
+    )
+    by_series = {row["series"]: sample_values(row) for row in made if row["key"] == "edit-0-0"}
+    assert by_series["model"]["checklist"] * 13 == pytest.approx(round(by_series["model"]["checklist"] * 13))
+    assert by_series["model"]["checklist/done"] > by_series["identity"]["checklist/done"] == 0
+    assert by_series["model"]["checklist/preserved"] == 1
+    assert "judge" not in by_series["model"]
+    result = aggregate_suite("fashion", made, "checklist")
+    assert set(result.official) == {"all", "done", "plausible", "preserved"}
+    failed = {"judged": "checklist", "judgements": [], "metrics": {}}
+    assert sample_values(failed) == {"checklist_worst": 0.0}
 
 
 def test_fashion_suite_takes_categories_from_the_kind_of_edit(tmp_path, dataset):
