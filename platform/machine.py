@@ -5,8 +5,8 @@ and twenty times slower than others. What libraries need is set once, before the
 """
 
 import contextlib
-import functools
 import locale
+import math
 import os
 import pwd
 import stat
@@ -19,20 +19,63 @@ from pathlib import Path
 _REFERENCE_S = 0.02
 _REFERENCE_LOOP = 400_000
 _MAX_SLOWNESS = 30.0
+# A busy machine is not busy for ever: what was measured holds for so long.
+_MEASURED_FOR_S = 60.0
+_CGROUPS = Path("/sys/fs/cgroup")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
-@functools.cache
-def slowness() -> float:
-    """How many times slower this machine runs now than an ordinary idle one, between 1 and 30; measured once.
+_measured: tuple[float, float] | None = None
+"""When the slowness was measured, and what it was."""
 
-    By the wall clock: other processes and a cgroup's limit count, as they do for whatever is waited for.
+
+def slowness() -> float:
+    """How many times slower this machine runs now than an ordinary idle one, between 1 and 30.
+
+    The worst of three: a fixed loop by the wall clock, processes that wait for each core, and a cgroup's limit below
+    one core. A short loop alone may slip through between two turns of others. Measured again after a minute.
     """
-    start = time.perf_counter()
-    total = 0
-    for number in range(_REFERENCE_LOOP):
-        total += number
-    return min(max((time.perf_counter() - start) / _REFERENCE_S, 1.0), _MAX_SLOWNESS)
+    global _measured
+    now = time.monotonic()
+    if _measured is None or now - _measured[0] > _MEASURED_FOR_S:
+        start = time.perf_counter()
+        total = 0
+        for number in range(_REFERENCE_LOOP):
+            total += number
+        loop = (time.perf_counter() - start) / _REFERENCE_S
+        waiting = os.getloadavg()[0] / (os.cpu_count() or 1)
+        _measured = now, min(max(loop, waiting, 1 / min(cpu_limit(), 1.0), 1.0), _MAX_SLOWNESS)
+    return _measured[1]
+
+
+def cpu_limit(cgroups: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")) -> float:
+    """How many cores the cgroups of this process let it use, of both versions; infinite without a limit."""
+    limit = math.inf
+    for line in own.read_text().splitlines() if own.is_file() else []:
+        _, controllers, name = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        for top in (cgroups / controllers, cgroups / "cpu") if controllers else (cgroups,):
+            # Without a namespace of its own a container sees its name outside, while its own folder is the top.
+            below = top / name.lstrip("/")
+            limit = min(limit, *(_quota(folder) for folder in (top, below, *below.parents)))
+    return limit
+
+
+def _quota(folder: Path) -> float:
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+        if (folder / "cpu.max").is_file():
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        if quota != "max" and int(quota) > 0:
+            return int(quota) / int(period)
+    return math.inf
+
+
+def usable_cpus() -> int:
+    """Cores that this process may use: of its affinity, and no more than its cgroup's limit."""
+    return max(min(len(os.sched_getaffinity(0)), math.ceil(min(cpu_limit(), 1e6))), 1)
 
 
 def patience(seconds: float) -> float:
@@ -45,6 +88,7 @@ def make_ordinary() -> None:
     _use_utf8()
     _have_a_user()
     _reach_oneself_directly()
+    _count_cores()
 
 
 def cache_folder() -> Path:
@@ -95,6 +139,12 @@ def _have_a_user() -> None:
         os.environ["HOME"] = str(own_folder("loomvideo-home"))
     elif "HOME" not in os.environ:
         os.environ["HOME"] = home
+
+
+def _count_cores() -> None:
+    # Torch takes a thread a core of the machine, and a cgroup that allows fewer stops them all most of the time.
+    if usable_cpus() < (os.cpu_count() or 1):
+        os.environ.setdefault("OMP_NUM_THREADS", str(usable_cpus()))
 
 
 def _reach_oneself_directly() -> None:

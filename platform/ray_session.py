@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -12,7 +13,8 @@ from typing import Any
 import ray
 
 from loomvideo.platform.errors import UserError
-from loomvideo.platform.machine import own_folder, patience, slowness
+from loomvideo.platform.machine import own_folder, slowness, usable_cpus
+from loomvideo.platform.time_limits import RAY_START, RAY_WORKER_START
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +23,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
 START_ATTEMPTS = 3
-# Ray's limits for its processes to answer and for a worker to register, on an ordinary machine.
-_START_LIMITS = {"RAY_gcs_server_port_wait_time_s": 60.0, "RAY_worker_register_timeout_seconds": 60.0}
+_START_LIMITS = {"RAY_gcs_server_port_wait_time_s": RAY_START, "RAY_worker_register_timeout_seconds": RAY_WORKER_START}
 # Sockets lie in session_DATE_PID/sockets below it, and Linux names no socket with more than 107 bytes.
 MAX_SESSION_PATH = 40
 
@@ -41,7 +42,7 @@ def ray_session(num_cpus: int | None = None, env_vars: dict[str, str] | None = N
     SIGTERM is turned into :class:`KeyboardInterrupt`, so that both it and Ctrl-C leave through the same clean-up.
 
     Args:
-        num_cpus: CPUs of a local cluster; the machine's when None. Ignored when joining a cluster.
+        num_cpus: CPUs of a local cluster; those that this process may use when None. Ignored when joining a cluster.
         env_vars: Environment of every worker of this job.
     """
     previous = signal.signal(signal.SIGTERM, _interrupt)
@@ -53,7 +54,7 @@ def ray_session(num_cpus: int | None = None, env_vars: dict[str, str] | None = N
     if in_cluster():
         _join(runtime_env)
     else:
-        _start(num_cpus, runtime_env)
+        start_local(num_cpus or usable_cpus(), runtime_env=runtime_env, log_to_driver=True)
     # Ray's own handler, set by ray.init, would leave by sys.exit.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -76,25 +77,29 @@ def _join(runtime_env: dict[str, Any]) -> None:
         ) from error
 
 
-def _start(num_cpus: int | None, runtime_env: dict[str, Any]) -> None:
-    """Start a local cluster, again when Ray's own fixed limits were too short for this machine."""
+def start_local(num_cpus: int, **options: Any) -> None:
+    """Start a local cluster, again when Ray's own fixed limits were too short for this machine.
+
+    Args:
+        num_cpus: Its CPUs.
+        options: Further ones of ``ray.init``.
+
+    Raises:
+        UserError: in one line, when it does not start.
+    """
     # A local cluster listens on loopback only and dies with the job; no token is needed to talk to oneself.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    for name, ordinary_s in _START_LIMITS.items():
-        os.environ.setdefault(name, str(round(patience(ordinary_s))))
-    options = {"_temp_dir": folder} if (folder := _temporary_folder()) else {}
+    for name, limit in _START_LIMITS.items():
+        os.environ.setdefault(name, str(round(limit.here())))
+    if folder := _temporary_folder():
+        options["_temp_dir"] = folder
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
-            ray.init(
-                # Without it Ray would join whatever other cluster this machine runs.
-                address="local",
-                num_cpus=num_cpus,
-                include_dashboard=False,
-                runtime_env=runtime_env,
-                logging_level="warning",
-                log_to_driver=True,
-                **options,
-            )
+            # Without an address Ray would join whatever other cluster this machine runs.
+            with _nodes_may_be_late():
+                ray.init(
+                    address="local", num_cpus=num_cpus, include_dashboard=False, logging_level="warning", **options
+                )
             return
         except UserError:
             raise
@@ -109,6 +114,28 @@ def _start(num_cpus: int | None, runtime_env: dict[str, Any]) -> None:
                 f"Ray {reason}: {_first_line(error)} (this machine runs {slowness():.0f} times slower than an ordinary "
                 "one now, loomvideo doctor tells more)"
             ) from error
+
+
+@contextlib.contextmanager
+def _nodes_may_be_late() -> Iterator[None]:
+    """Ray gives a node 30 s to register, and no setting changes that: its look-up is made to wait instead."""
+    services = ray._private.services
+    look_up, ends = services.get_node, time.monotonic() + RAY_START.here()
+
+    def patient_look_up(*arguments: Any) -> Any:
+        while True:
+            try:
+                return look_up(*arguments)
+            except RuntimeError:  # it is not registered yet
+                if time.monotonic() > ends:
+                    raise
+                time.sleep(0.1)
+
+    services.get_node = patient_look_up
+    try:
+        yield
+    finally:
+        services.get_node = look_up
 
 
 def _temporary_folder() -> str | None:

@@ -28,6 +28,7 @@ from PIL import Image
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.registry import MODEL_ID, log_dataset, logged_model
 from loomvideo.platform.runs import RunFolder
+from loomvideo.platform.time_limits import TRACKING_END
 
 logger = logging.getLogger(__name__)
 
@@ -185,13 +186,14 @@ class Tracker:
         with self._while_away(f"{name} is not copied there"):
             self._client.log_text(self.run_id, text, name)
 
-    def finish(self, status: str = "FINISHED", timeout_s: float = 30.0) -> None:
+    def finish(self, status: str = "FINISHED", timeout_s: float | None = None) -> None:
         """Send what is queued and end the run as ``FINISHED``, ``FAILED`` or ``KILLED``.
 
-        Metrics that cannot be sent within ``timeout_s`` are written to ``unsent_metrics.jsonl`` in the run folder.
+        Metrics that cannot be sent within ``timeout_s``, by default the usual time, are written to
+        ``unsent_metrics.jsonl`` in the run folder.
         """
         self._queue.put(None)
-        self._sender.join(timeout_s)
+        self._sender.join(TRACKING_END.here() if timeout_s is None else timeout_s)
         if self._sender.is_alive():
             self._spool()
             return

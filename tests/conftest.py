@@ -16,7 +16,9 @@ def ray_cluster(tmp_path_factory):
     """A local two-CPU Ray cluster, started once a session."""
     import ray
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    from loomvideo.platform.ray_session import start_local
+
+    start_local(2, log_to_driver=False)
     yield ray
     ray.shutdown()
 

@@ -308,7 +308,9 @@ def doctor(
         str | None, typer.Option("--tracking", envvar="MLFLOW_TRACKING_URI", help="MLflow server")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", help="also write the findings as JSON")] = None,
-    timeout: Annotated[float, typer.Option("--timeout", help="seconds a node may take to answer")] = 60.0,
+    timeout: Annotated[
+        float, typer.Option("--timeout", help="seconds a node may take to answer; 60 on an ordinary machine when 0")
+    ] = 0.0,
 ) -> None:
     """Check this machine, or all nodes of a cluster, before a job runs; exit code 1 when something would break it.
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -58,6 +57,7 @@ from loomvideo.pipelines.evaluation.suites.registry import suite as find_suite
 from loomvideo.pipelines.evaluation.table import headline_metrics, ranking_metrics
 from loomvideo.platform.config import flatten, to_yaml
 from loomvideo.platform.console import bars, console, table
+from loomvideo.platform.machine import usable_cpus
 from loomvideo.platform.ray_session import ray_session
 from loomvideo.platform.registry import MODEL_ID, logged_model, trained_model
 from loomvideo.platform.runs import RunFolder
@@ -150,7 +150,7 @@ def _generate_and_measure(
     measurers = (config.learned_actors if learned else 0, config.learned_gpus, config.learned_cpus)
     resources = Resources(g.actors, g.gpus, g.cpus, *measurers, j.threads, *local)
     # The generator actor holds its CPUs for the whole run; a local cluster needs one more for the other stages.
-    cpus = max(os.cpu_count() or 1, int(resources.held_cpus()) + 1)
+    cpus = max(usable_cpus(), int(resources.held_cpus()) + 1)
     finished = []
     with ray_session(num_cpus=cpus), bars() as progress:
         bar = progress.add_task("samples", total=len(rows))

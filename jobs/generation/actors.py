@@ -15,13 +15,11 @@ from loomvideo.model.parallel import Ranks
 from loomvideo.pipelines.generation.generator import FileGenerator
 from loomvideo.pipelines.generation.requests import Request
 from loomvideo.platform.errors import UserError
-from loomvideo.platform.machine import patience
 from loomvideo.platform.nodes.devices import device_for
+from loomvideo.platform.time_limits import RANK_FAILED_ALONE
 
 Outcome = tuple[str, str]
 """``done``, ``kept`` or ``failed``, and a failure's message."""
-# Ranks fail alike on a bad request; one that fails alone leaves the others waiting for it.
-STRAGGLER_S = 20.0
 
 
 class GeneratorActor:
@@ -91,7 +89,7 @@ class GeneratorGroup:
         outcomes: list[Outcome] = []
         while pending:
             failed = any(outcome == "failed" for outcome, _ in outcomes)
-            ready, pending = ray.wait(pending, timeout=patience(STRAGGLER_S) if failed else None)
+            ready, pending = ray.wait(pending, timeout=RANK_FAILED_ALONE.here() if failed else None)
             outcomes += ray.get(ready)
             if failed and not ready:
                 self._restart()

@@ -17,6 +17,7 @@ from loomvideo.pipelines.serving.guards import LOOPBACK_NAMES
 from loomvideo.pipelines.serving.model_generator import PageGenerator
 from loomvideo.platform.console import console
 from loomvideo.platform.ray_session import ray_session
+from loomvideo.platform.time_limits import SERVE_PROXY
 
 TOKEN_VARIABLE = "LOOMVIDEO_SERVE_TOKEN"
 
@@ -31,7 +32,7 @@ def run(config: ServeConfig) -> None:
     source, application = _application(config)
     token = _token(config)
     # A busy machine takes longer than Serve's 5 s to start its proxy.
-    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", str(round(SERVE_PROXY.here())))
     if not token and not _is_local(config.host):
         out.print(f"warning: everyone who reaches {config.host} can use this; set {TOKEN_VARIABLE}", style="yellow")
     with ray_session():

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from loomvideo.platform.cluster.doctor import Diagnosis, examine_cluster, prefli
 from loomvideo.platform.cluster.metrics import ExportingTracker
 from loomvideo.platform.config import flatten, to_yaml
 from loomvideo.platform.console import console
+from loomvideo.platform.machine import usable_cpus
 from loomvideo.platform.nodes.devices import device_for
 from loomvideo.platform.ray_session import in_cluster, ray_session
 from loomvideo.platform.runs import RunFolder
@@ -203,4 +203,4 @@ def _local_cpus(config: TrainingJobConfig) -> int:
         wanted += training.validation.cpus
     if config.samples.every_steps:
         wanted += config.samples.cpus
-    return max(os.cpu_count() or 1, wanted + config.features.actors * config.features.cpus)
+    return max(usable_cpus(), wanted + config.features.actors * config.features.cpus)

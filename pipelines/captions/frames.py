@@ -8,6 +8,7 @@ import numpy as np
 from loomvideo.pipelines.media.decode_process import IsolatedDecoder
 from loomvideo.pipelines.media.files import local_copies, resolve
 from loomvideo.pipelines.sources.samples import Sample
+from loomvideo.platform.time_limits import DECODER
 
 
 class FrameReader:
@@ -20,7 +21,7 @@ class FrameReader:
         timeout_s: The time limit of one read.
     """
 
-    def __init__(self, num_frames: int, max_side: int, base: str = "", timeout_s: float = 60.0):
+    def __init__(self, num_frames: int, max_side: int, base: str = "", timeout_s: float = DECODER.seconds):
         self.num_frames, self.max_side, self.base = num_frames, max_side, base
         self._decoder = IsolatedDecoder(timeout_s)
         # One decoder for all threads: waiting for answers takes them longer than decoding.

@@ -14,6 +14,7 @@ import numpy as np
 from loomvideo.pipelines.media.decode import DEFAULT_FOLDER_FPS, Backend, DecodeError, MediaInfo
 from loomvideo.pipelines.media.decode_worker import read_exactly, receive, send
 from loomvideo.platform.machine import patience
+from loomvideo.platform.time_limits import DECODER
 
 _PIPE_BYTES = 1 << 20
 
@@ -28,7 +29,7 @@ class IsolatedDecoder:
         backend: For videos.
     """
 
-    def __init__(self, timeout_s: float = 60.0, backend: Backend = "auto"):
+    def __init__(self, timeout_s: float = DECODER.seconds, backend: Backend = "auto"):
         self.timeout_s, self.backend = patience(timeout_s), backend
         self._process: subprocess.Popen | None = None
 

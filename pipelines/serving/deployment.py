@@ -14,6 +14,7 @@ from loomvideo.pipelines.serving.app import PageConfig, create_app
 from loomvideo.pipelines.serving.jobs import GenerationRequest, Progress, Result
 from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.time_limits import SERVE_STOP
 
 APPLICATION = "loomvideo"
 GENERATOR = "Generator"
@@ -90,7 +91,7 @@ def build_application(
         max_ongoing_requests=1,
         autoscaling_config=scaling,
         ray_actor_options={"num_gpus": replicas.num_gpus, "num_cpus": replicas.num_cpus},
-        graceful_shutdown_timeout_s=5,
+        graceful_shutdown_timeout_s=SERVE_STOP.here(),
     )(GeneratorReplica)
 
     @serve.deployment(name="Page", num_replicas=1, max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})

@@ -13,8 +13,8 @@ from pathlib import Path
 from loomvideo.platform.cluster.profile import ClusterProfile
 from loomvideo.platform.cluster.render import find_kubectl
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.time_limits import PORT_FORWARD
 
-FORWARD_TIMEOUT_S = 30
 FORWARDING = re.compile(r"Forwarding from 127\.0\.0\.1:(\d+)")
 
 
@@ -81,7 +81,7 @@ def _port_forward(profile: ClusterProfile, kubectl: list[str]) -> Iterator[int]:
 
 
 def _forwarded_port(process: subprocess.Popen, profile: ClusterProfile) -> int:
-    deadline = time.monotonic() + FORWARD_TIMEOUT_S
+    deadline = time.monotonic() + PORT_FORWARD.here()
     said = ""
     while time.monotonic() < deadline:
         ready, _, _ = select.select([process.stdout], [], [], 1.0)

@@ -14,9 +14,9 @@ from loomvideo.platform.cluster.node_checks import Check, Probe, node_probes, ru
 from loomvideo.platform.cluster.pods import MIN_BUS_VARIABLE
 from loomvideo.platform.console import coloured, console, table
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.time_limits import DASHBOARD, DOCTOR_COLLECTIVE, DOCTOR_NODE
 
 CLOCK_SKEW_S = 2.0
-TASK_TIMEOUT_S = 60.0
 # Between GPUs a small message measures latency; between CPUs a large one takes long.
 ALL_REDUCE_MIB = {"gloo": 16, "nccl": 512}
 GROUP_LABEL = "loomvideo.io/group"
@@ -71,7 +71,7 @@ def examine_cluster(
     tracking_uri: str | None = None,
     dashboard_url: str | None = None,
     extra: Sequence[Probe] = (),
-    timeout_s: float = TASK_TIMEOUT_S,
+    timeout_s: float = 0.0,
 ) -> Diagnosis:
     """Check every node of the cluster this process is connected to (``ray.init`` was called).
 
@@ -80,10 +80,11 @@ def examine_cluster(
         tracking_uri: MLflow.
         dashboard_url: Checked for refusing anonymous requests; the connected cluster's when None.
         extra: Further checks to run on every node, importable there.
-        timeout_s: How long a node may take to answer.
+        timeout_s: How long a node may take to answer; the usual time when 0.
     """
     import ray
 
+    timeout_s = timeout_s or DOCTOR_NODE.here()
     started = time.monotonic()
     nodes = [node for node in ray.nodes() if node["Alive"]]
     # A head without CPUs takes no tasks of jobs; it takes this one, which asks for none.
@@ -181,7 +182,7 @@ def _guarded(url: str | None) -> Check:
     if not url:
         return Check("dashboard", "ok", "none")
     try:
-        status = requests.get(f"{url}/api/jobs/", timeout=10).status_code
+        status = requests.get(f"{url}/api/jobs/", timeout=DASHBOARD.here()).status_code
     except requests.RequestException as error:
         return Check("dashboard", "warn", f"{url}: not reachable from here ({type(error).__name__})")
     if status in (401, 403):
@@ -189,7 +190,7 @@ def _guarded(url: str | None) -> Check:
     return Check("dashboard", "fail", f"{url}: answers anonymous requests; start Ray with RAY_AUTH_MODE=token")
 
 
-def all_reduce(nodes: Sequence[dict[str, Any]], timeout_s: float = TASK_TIMEOUT_S) -> list[Check]:
+def all_reduce(nodes: Sequence[dict[str, Any]], timeout_s: float) -> list[Check]:
     """Bandwidth of an all-reduce between one process a node, group by group (gloo on CPU, NCCL on GPU nodes).
 
     A group whose nodes state the least bandwidth they must have (``min_bus_gb_per_s`` of the profile) fails below it.
@@ -265,7 +266,7 @@ class _Member:
             init_method=f"tcp://{address}",
             rank=rank,
             world_size=world_size,
-            timeout=datetime.timedelta(seconds=TASK_TIMEOUT_S / 2),
+            timeout=datetime.timedelta(seconds=DOCTOR_COLLECTIVE.here()),
         )
         data = torch.ones(ALL_REDUCE_MIB[backend] * 1024**2 // 4, device="cuda" if on_gpu else "cpu")
         distributed.all_reduce(data)

@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from loomvideo.platform.time_limits import DOCTOR_COMMAND
+
 PACKAGES = ("torch", "ray", "deepspeed", "mlflow", "transformers", "diffusers")
 MIN_DISK_GIB = 5.0
 MIN_SHARED_MEMORY_MIB = 512
 PROBE_BYTES = 4 * 1024**2
-TIMEOUT_S = 10
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ def tracking(uri: str) -> Check:
 
 def _status(url: str) -> int | str:
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
+        with urllib.request.urlopen(url, timeout=DOCTOR_COMMAND.here()) as response:
             return response.status
     except urllib.error.HTTPError as error:
         return error.code
@@ -241,4 +242,4 @@ def memory_bandwidth(megabytes: int = 32) -> Check:
 
 
 def _run(command: list[str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S).stdout.strip()
+    return subprocess.run(command, capture_output=True, text=True, timeout=DOCTOR_COMMAND.here()).stdout.strip()

@@ -3,6 +3,7 @@
 from typing import Any
 
 from loomvideo.platform.cluster.profile import ClusterProfile, Head, NodeGroup
+from loomvideo.platform.time_limits import IDLE_NODES
 
 USER_ID = 1000
 LOCAL = "/local"
@@ -22,7 +23,6 @@ MIN_BUS_VARIABLE = "LOOMVIDEO_MIN_BUS_GB_PER_S"
 TOKEN_VOLUME = "autoscaler-token"
 # Kubernetes puts its own certificate into every namespace under this name.
 ROOT_CERTIFICATE = "kube-root-ca.crt"
-IDLE_TIMEOUT_S = 300
 # All pods of the group within one value of a node label.
 TOPOLOGY_ANNOTATION = "kueue.x-k8s.io/podset-required-topology"
 PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001, "metrics": 8080}
@@ -94,7 +94,7 @@ def autoscaler_options() -> dict[str, Any]:
     """
     return {
         "version": "v2",
-        "idleTimeoutSeconds": IDLE_TIMEOUT_S,
+        "idleTimeoutSeconds": int(IDLE_NODES.here()),
         "resources": _resources(1, 1, 1),
         "securityContext": _container_security(),
         "volumeMounts": [

@@ -10,13 +10,10 @@ import yaml
 
 from loomvideo.platform.cluster.manifests import API_VERSION, cluster_spec, labels_of
 from loomvideo.platform.cluster.profile import ClusterProfile
+from loomvideo.platform.time_limits import OLD_SERVICE, SERVICE_READY
 
 PORT = 8000
 IMPORT_PATH = "loomvideo.jobs.serving.job:build"
-READY_S = 1800
-"""A generator reads its weights before it is healthy."""
-OLD_CLUSTER_S = 300
-"""How long the replaced cluster finishes what it began."""
 
 
 def service_objects(profile: ClusterProfile) -> list[dict[str, Any]]:
@@ -49,9 +46,9 @@ def ray_service(profile: ClusterProfile, name: str) -> dict[str, Any]:
     spec = {
         "serveConfigV2": yaml.safe_dump(serve, sort_keys=False),
         "upgradeStrategy": {"type": "NewCluster"},
-        "rayClusterDeletionDelaySeconds": OLD_CLUSTER_S,
-        "deploymentUnhealthySecondThreshold": READY_S,
-        "serviceUnhealthySecondThreshold": READY_S,
+        "rayClusterDeletionDelaySeconds": int(OLD_SERVICE.here()),
+        "deploymentUnhealthySecondThreshold": int(SERVICE_READY.here()),
+        "serviceUnhealthySecondThreshold": int(SERVICE_READY.here()),
         # The head runs no proxy that a busy generator could starve, and no generator.
         "excludeHeadPodFromServeSvc": True,
         "rayClusterConfig": cluster,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from loomvideo.platform.cluster.upload import MIB, ShippedFiles, plan_upload, refuse_secret, too_large
 from loomvideo.platform.errors import UserError
-from loomvideo.platform.machine import patience
+from loomvideo.platform.time_limits import JOB_AGENT
 
 if TYPE_CHECKING:
     from ray.dashboard.modules.job.pydantic_models import JobDetails
@@ -28,9 +28,6 @@ RUN_KEY = "loomvideo.run"
 ACTIVE = ("PENDING", "RUNNING")
 STOPPED_EXIT_CODE = 130
 LOST_EXIT_CODE = 3
-
-
-AGENT_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -239,7 +236,7 @@ def submit(client: "JobSubmissionClient", plan: SubmissionPlan, again: bool = Fa
         return Submitted(attempts[-1].submission_id, started=False, finished=True)
     submission_id = next_submission_id(plan, attempts)
     runtime_env = plan.runtime_env | ({"working_dir": str(plan.working_dir)} if plan.working_dir else {})
-    deadline = time.monotonic() + patience(AGENT_TIMEOUT_S)
+    deadline = time.monotonic() + JOB_AGENT.here()
     while True:
         try:
             client.submit_job(

@@ -12,6 +12,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.time_limits import NODES_PREPARED
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class NodeResult:
 
 
 def run_on_every_node(
-    function: Callable[[], Any], timeout_s: float = 1800.0, node_ids: Sequence[str] | None = None
+    function: Callable[[], Any], timeout_s: float = 0.0, node_ids: Sequence[str] | None = None
 ) -> list[NodeResult]:
     """Run ``function`` once on every alive node, all at the same time, and wait.
 
@@ -45,14 +46,14 @@ def run_on_every_node(
 
     Args:
         function: Importable on every node; its result must be picklable.
-        timeout_s: For the slowest node.
+        timeout_s: For the slowest node; the usual time when 0.
         node_ids: Only these nodes.
 
     Raises:
         UserError: naming the nodes that did not answer in time.
     """
     nodes = {n["NodeID"]: n for n in ray.nodes() if n["Alive"] and (node_ids is None or n["NodeID"] in node_ids)}
-    start = time.monotonic()
+    start, timeout_s = time.monotonic(), timeout_s or NODES_PREPARED.here()
     pending = {_submit(function, node_id): node_id for node_id in nodes}
     results = []
     while pending:
@@ -84,7 +85,7 @@ def prepared_nodes(
     function: Callable[[], Any],
     on_result: Callable[[NodeResult], None],
     interval_s: float = 5.0,
-    timeout_s: float = 1800.0,
+    timeout_s: float = 0.0,
 ) -> Iterator[list[NodeResult]]:
     """Run ``function`` on every node now, and while the body runs on every node that joins.
 
@@ -92,7 +93,7 @@ def prepared_nodes(
         function: As for :func:`run_on_every_node`.
         on_result: Called with the result of each node that joined later, in a thread of its own.
         interval_s: How often to look for new nodes.
-        timeout_s: For each round.
+        timeout_s: For each round; the usual time when 0.
 
     Yields:
         The results of the nodes that were there at the start.

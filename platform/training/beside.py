@@ -13,6 +13,7 @@ import ray
 import torch
 
 from loomvideo.platform.nodes.devices import device_for
+from loomvideo.platform.time_limits import BESIDE_TRAINING
 from loomvideo.platform.training.checkpoint import Checkpoint, CheckpointFolder
 from loomvideo.platform.training.config import ValidationConfig
 from loomvideo.platform.training.recipe import Recipe, TrainingDataset
@@ -21,7 +22,6 @@ from loomvideo.platform.training.validation import Validator
 logger = logging.getLogger(__name__)
 
 POLL_INTERVAL_S, REMOTE_POLL_INTERVAL_S = 1.0, 15.0
-PATIENCE_S = 1800.0
 
 
 @dataclass
@@ -79,9 +79,9 @@ class CheckpointTasks(threading.Thread):
         self._advance()
         while self._running:
             references = [reference for _, reference in self._running.values()]
-            done, _ = ray.wait(references, timeout=PATIENCE_S)
+            done, _ = ray.wait(references, timeout=BESIDE_TRAINING.here())
             if not done:
-                self._say(f"{', '.join(self._running)}: not finished after {PATIENCE_S:.0f} s, given up")
+                self._say(f"{', '.join(self._running)}: not finished after {BESIDE_TRAINING.here():.0f} s, given up")
                 return
             self._advance()
 

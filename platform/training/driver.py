@@ -16,6 +16,13 @@ from ray.train.torch import TorchConfig
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.runs import CONFIG_FILE, RunFolder
 from loomvideo.platform.shards.storage import Storage
+from loomvideo.platform.time_limits import (
+    ELASTIC_GROUP_START,
+    FATAL_GRACE,
+    PROCESS_GROUP,
+    TRAINING_REPORTS,
+    WORKER_GROUP_START,
+)
 from loomvideo.platform.training.beside import CheckpointTask, CheckpointTasks, validation_task
 from loomvideo.platform.training.checkpoint import CheckpointFolder, checkpoints_of
 from loomvideo.platform.training.config import TrainingConfig
@@ -29,10 +36,6 @@ from loomvideo.platform.training.worker import OTHER_WORKER, Worker, WorkerJob
 logger = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 0.25
-FATAL_GRACE_S = 5.0
-PROCESS_GROUP_TIMEOUT_S = 1800
-WORKER_START_TIMEOUT_S = 300
-ELASTIC_START_TIMEOUT_S = 75
 
 
 class MetricsTracker(Protocol):
@@ -83,8 +86,8 @@ def train(
     # A busy machine imports torch slowly; Ray gives a worker group one minute.
     # An elastic run first tries to start as many as before the loss, until Ray knows of it: not for long.
     elastic = 0 < config.workers.min < config.workers.num
-    patience_s = ELASTIC_START_TIMEOUT_S if elastic else WORKER_START_TIMEOUT_S
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(patience_s))
+    start = ELASTIC_GROUP_START if elastic else WORKER_GROUP_START
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(round(start.here())))
     open_dataset = open_dataset or _open_shards
     for url in datasets:
         open_dataset(url)
@@ -99,7 +102,7 @@ def train(
     trainer = Trainer(
         _run_worker,
         train_loop_config={"job": job, "mailbox": mailbox},
-        torch_config=TorchConfig(timeout_s=PROCESS_GROUP_TIMEOUT_S),
+        torch_config=TorchConfig(timeout_s=round(PROCESS_GROUP.here())),
         scaling_config=ScalingConfig(
             num_workers=(workers.min, workers.num) if elastic else workers.num,
             use_gpu=workers.gpus > 0,
@@ -201,7 +204,7 @@ class _Follower(threading.Thread):
             self._collect()
             if self._progress.fatal and not self._fatal_at:
                 self._fatal_at = time.monotonic()
-            if self._fatal_at and time.monotonic() - self._fatal_at > FATAL_GRACE_S:
+            if self._fatal_at and time.monotonic() - self._fatal_at > FATAL_GRACE.here():
                 # The workers that made no mistake wait in a collective for the one that did.
                 self._abort()
                 return
@@ -218,7 +221,7 @@ class _Follower(threading.Thread):
 
     def _collect(self) -> None:
         try:
-            reports = ray.get(self._mailbox.drain.remote(), timeout=30.0)
+            reports = ray.get(self._mailbox.drain.remote(), timeout=TRAINING_REPORTS.here())
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
             logger.warning("training reports cannot be read: %s", error)
             return

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.time_limits import LOADER_STOP
 from loomvideo.platform.training.order import Draw
 from loomvideo.platform.training.packing import PackPlanner, fill_and_imbalance, packs_of_rank
 from loomvideo.platform.training.randomness import SampleRandom
@@ -116,7 +117,7 @@ class StepLoader:
                 waiting.get_nowait()
         self._pool.shutdown(wait=False, cancel_futures=True)
         for thread in self._threads:
-            thread.join(timeout=5.0)
+            thread.join(timeout=LOADER_STOP.here())
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:

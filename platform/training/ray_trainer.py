@@ -17,16 +17,16 @@ from ray.train.v2._internal.execution.failure_handling.default import DefaultFai
 from ray.util.state import list_actors
 from ray.util.state.exception import RayStateApiException
 
+from loomvideo.platform.time_limits import RAY_STATE, RESIZE_GRACE, STOP_GRACE
+
 logger = logging.getLogger(__name__)
 
-STOP_GRACE_S = 60.0
-RESIZE_GRACE_S = 120.0
 POLL_INTERVAL_S = 0.25
 
 
 def _has_state_api() -> bool:
     try:
-        list_actors(limit=1, timeout=5)
+        list_actors(limit=1, timeout=round(RAY_STATE.here()))
     except (RayStateApiException, ConnectionError):
         return False
     return True
@@ -74,7 +74,7 @@ class CheckpointBeforeResize(ControllerCallback):
         if not workers_run:
             return
         request = ray.get(self.mailbox.request_checkpoint.remote())
-        waited_until = time.monotonic() + RESIZE_GRACE_S
+        waited_until = time.monotonic() + RESIZE_GRACE.here()
         while time.monotonic() < waited_until and not ray.get(self.mailbox.is_written.remote(request)):
             time.sleep(POLL_INTERVAL_S)
         ray.get(self.mailbox.note_stopped.remote())
@@ -129,7 +129,7 @@ class Trainer(TorchTrainer):
             raise KeyboardInterrupt
         print("stopping: writing a checkpoint; once more to stop at once", file=sys.stderr, flush=True)
         self.mailbox.request_stop.remote("interrupted")
-        timer = threading.Timer(STOP_GRACE_S, self.abort)
+        timer = threading.Timer(STOP_GRACE.here(), self.abort)
         timer.daemon = True
         timer.start()
 

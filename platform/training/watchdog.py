@@ -11,9 +11,9 @@ import threading
 import time
 from pathlib import Path
 
+from loomvideo.platform.time_limits import DUMP_GRACE
+
 EXIT_CODE = 75
-# All ranks stop within a step of each other; the first to leave would break the connections of those still writing.
-DUMP_GRACE_S = 5.0
 RECORDED_COLLECTIVES = 2000
 FLIGHT_FOLDER = "flight"
 FLIGHT_PREFIX = "nccl_trace_rank_"
@@ -78,6 +78,7 @@ class Watchdog:
             self.flight_file.parent.mkdir(parents=True, exist_ok=True)
             self.flight_file.write_bytes(flight_record())
             print(f"the last collectives are in {self.flight_file.parent} (torchfrtrace)", file=sys.stderr, flush=True)
-            time.sleep(DUMP_GRACE_S)
+            # The first to leave would break the connections of those still writing.
+            time.sleep(DUMP_GRACE.here())
         # The main thread sits in a collective and cannot be interrupted otherwise.
         os._exit(EXIT_CODE)

@@ -156,9 +156,10 @@ def test_loader_names_the_sample_that_fails():
 def test_watchdog_leaves_stacks_and_collectives_of_a_hanging_process(tmp_path):
     program = (
         "import time, pathlib, pickle, torch, torch.distributed as dist\n"
+        "from loomvideo.platform import time_limits\n"
         "from loomvideo.platform.training import watchdog\n"
         f"folder = pathlib.Path({str(tmp_path)!r})\n"
-        "watchdog.DUMP_GRACE_S = 0.1\n"
+        "watchdog.DUMP_GRACE = time_limits.TimeLimit(0.1, 'test', scaled=False)\n"
         "store = dist.FileStore(str(folder / 'store'), 1)\n"
         "dist.init_process_group('gloo', store=store, rank=0, world_size=1)\n"
         "dist.all_reduce(torch.ones(3))\n"

@@ -1,0 +1,134 @@
+"""Time limits: one home, a reason each, more of them on a slow machine."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loomvideo.platform import machine, ray_session, time_limits
+from loomvideo.platform.time_limits import TimeLimit, all_limits
+
+REPO = Path(__file__).parents[2]
+# Words of names that say how long something is waited for before it is given up.
+WORDS = re.compile(r"timeout|deadline|patience|grace|straggler", re.IGNORECASE)
+# A look at a queue or a flag that is repeated is no limit.
+LONGEST_LOOK_S = 1.0
+# The MLflow image holds this file alone.
+ALONE = REPO / "platform/cluster/mlflow_user.py"
+
+
+def fixed_limits(tree):
+    """``(line, name, seconds)`` of numbers that are time limits where they stand; keys of configurations have help."""
+    for node in ast.walk(tree):
+        pairs = []
+        if isinstance(node, ast.Call):
+            pairs = [(keyword.arg or "", keyword.value) for keyword in node.keywords]
+        elif isinstance(node, ast.Assign):
+            pairs = [(ast.unparse(target), node.value) for target in node.targets]
+        elif isinstance(node, ast.AnnAssign):
+            pairs = [(ast.unparse(node.target), node.value)]
+        elif isinstance(node, ast.FunctionDef):
+            named = [*node.args.posonlyargs, *node.args.args]
+            defaults = node.args.defaults
+            pairs = [(a.arg, d) for a, d in zip(named[len(named) - len(defaults) :], defaults, strict=True)]
+            pairs += [(a.arg, d) for a, d in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)]
+        for name, value in pairs:
+            is_number = isinstance(value, ast.Constant) and isinstance(value.value, int | float)
+            if WORDS.search(name) and is_number and value.value > LONGEST_LOOK_S:
+                yield value.lineno, name, value.value
+
+
+# What somebody may set, and the default says how long: documented keys and arguments of clients of model servers.
+SETTABLE = {("pipelines/vlm/clients.py", "timeout_s"), ("platform/nodes/artifacts.py", "lock_timeout_s")}
+
+
+def test_every_fixed_limit_is_in_one_place():
+    found = []
+    for room in ("platform", "model", "pipelines", "jobs"):
+        for file in sorted((REPO / room).rglob("*.py")):
+            if file in (REPO / "platform/time_limits.py", ALONE):
+                continue
+            name = file.relative_to(REPO).as_posix()
+            limits = fixed_limits(ast.parse(file.read_text(encoding="utf-8")))
+            found += [f"{name}:{line}: {key} = {s}" for line, key, s in limits if (name, key) not in SETTABLE]
+    assert not found, f"move to platform/time_limits.py: {found}"
+
+
+def test_the_scan_sees_limits_in_calls_defaults_and_names():
+    tree = ast.parse(
+        "get(timeout=30)\ndef f(a, timeout_s=5.0, *, b=1): ...\nSTOP_GRACE_S: int = 60\nq.get(timeout=0.2)"
+    )
+    found = {(name, seconds) for _, name, seconds in fixed_limits(tree)}
+    assert found == {("timeout", 30), ("timeout_s", 5.0), ("STOP_GRACE_S", 60)}
+
+
+def test_the_page_says_every_limit_and_its_reason():
+    page = (REPO / "docs/operations.md").read_text(encoding="utf-8")
+    for name, limit in all_limits().items():
+        row = f"| `{name}` | {limit.seconds:g}{' scaled' if limit.scaled else ''} | {limit.reason} |"
+        assert row in page, f"docs/operations.md lacks:\n{row}"
+
+
+def test_a_slow_machine_gets_more(monkeypatch):
+    monkeypatch.setattr(machine, "_measured", (machine.time.monotonic(), 12.0))
+    assert TimeLimit(5, "x").here() == 60.0
+    assert TimeLimit(5, "x", scaled=False).here() == 5.0
+    assert time_limits.STOP_GRACE.here() == 60.0
+
+
+BUSY = "import os; os.sched_setaffinity(0, {%d})\nwhile True: pass"
+MEASURE = "import os; os.sched_setaffinity(0, {%d})\nfrom loomvideo.platform.machine import slowness; print(slowness())"
+START = """
+import os, ray
+os.sched_setaffinity(0, {%d})
+from loomvideo.platform.machine import slowness
+from loomvideo.platform.ray_session import ray_session
+with ray_session(num_cpus=1):
+    print(slowness() > 1.2, ray.get(ray.remote(lambda: os.getpid() > 0).remote()))
+"""
+
+
+@pytest.fixture
+def busy_core():
+    """A core with a process that never rests: what runs there is twice as slow."""
+    core = max(os.sched_getaffinity(0))
+    process = subprocess.Popen([sys.executable, "-c", BUSY % core])
+    yield core
+    process.kill()
+    process.wait()
+
+
+def run_on(core, program):
+    done = subprocess.run([sys.executable, "-c", program % core], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.split()
+
+
+def test_busy_processes_beside_are_measured(busy_core):
+    assert float(run_on(busy_core, MEASURE)[0]) > 1.2
+
+
+@pytest.mark.slow
+def test_ray_starts_on_a_core_that_is_busy(busy_core):
+    assert run_on(busy_core, START) == ["True", "True"]
+
+
+def test_a_node_that_registers_late_is_waited_for(monkeypatch):
+    late = iter([RuntimeError("no such node"), RuntimeError("no such node"), {"labels": {}}])
+    services = ray_session.ray._private.services
+
+    def look_up(*arguments):
+        found = next(late)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(services, "get_node", look_up)
+    monkeypatch.setattr(ray_session.time, "sleep", lambda seconds: None)
+    with ray_session._nodes_may_be_late():
+        assert services.get_node("127.0.0.1:1", "id") == {"labels": {}}
+    assert services.get_node is look_up
