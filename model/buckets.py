@@ -2,7 +2,7 @@
 
 Sizes are ``(width, height)``, all multiples of 32: 16 of the published codec times 2 of the DiT's patches, and so of
 every finer codec's. A class is named after the side of its square bucket; 256, 640 and 960 are the published ones, 64
-and 128 serve the tiny model.
+to 128 serve the small models.
 """
 
 from collections.abc import Sequence
@@ -25,6 +25,7 @@ def _with_portraits(square: int, *landscapes: Size) -> tuple[Size, ...]:
 
 IMAGE_BUCKETS: dict[int, tuple[Size, ...]] = {
     64: _with_portraits(64, (96, 64)),
+    96: _with_portraits(96, (128, 96)),
     128: _with_portraits(128, (160, 128), (160, 96), (192, 96)),
     256: _with_portraits(256, (288, 224), (320, 224), (352, 192), (384, 160)),
     640: _with_portraits(640, (704, 544), (768, 512), (832, 480), (960, 416)),

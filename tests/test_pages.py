@@ -41,7 +41,7 @@ def test_model_sizes():
         size = model_size(name)
         with torch.device("meta"):
             parameters = sum(parameter.numel() for parameter in LoomVideoDiT(size.dit).parameters())
-        codec = {"dct": "embedded codec", "wan": "Wan2.2 VAE"}[size.codec.kind]
+        codec = {"dct": "embedded codec", "learned": "learned codec", "wan": "Wan2.2 VAE"}[size.codec.kind]
         millions = f"{parameters / 1e6:,.1f} M" if parameters < 1e9 else f"{parameters / 1e6:,.0f} M"
         assert cells == [
             str(size.dit.num_layers),
@@ -73,12 +73,13 @@ def test_the_messages_of_the_tasks():
 def test_codecs_and_vocabulary():
     text = page("conditioning.md")
     channels = {cells[0] for cells in rows("conditioning.md", "| channels |")}
-    for name in ("tiny", "small"):
-        assert f"{model_size(name).dit.in_channels} ({name})" in channels
+    assert f"{model_size('small').dit.in_channels} (small)" in channels
+    tiny = model_size("tiny").codec
+    assert f"4x{tiny.spatial_stride}x{tiny.spatial_stride} pixels to {tiny.latent_channels} channels" in text
     assert not [label for label in channels if "(" in label and label.split()[1].strip("()") not in SIZES]
     grid = LatentGrid.of(build_codec(model_size("tiny").codec), model_size("tiny").dit.patch_size)
-    assert grid.latent_shape(4 * 3 + 1, 64, 32) == (3 + 1, 2, 4)
-    assert "maps 4k+1 frames to k+1 latent frames, 16 times smaller" in text
+    assert grid.latent_shape(4 * 3 + 1, 64, 32) == (3 + 1, 32 // tiny.spatial_stride, 64 // tiny.spatial_stride)
+    assert "maps 4k+1 frames to k+1 latent frames, 16 times smaller (the learned codec: 8 times)" in text
     words = len(set(WORDS_FILE.read_text().split()))
     assert f"about {round(words, -2)} words of fashion captions" in text
 

@@ -1,8 +1,9 @@
-"""Video codecs: the protocol, the embedded one, and Wan's VAE."""
+"""Video codecs: the protocol, the embedded ones, computed and learned, and Wan's VAE."""
 
 from loomvideo.model.codec.build import build_codec
 from loomvideo.model.codec.embedded import COEFFICIENTS, DCTCodec
 from loomvideo.model.codec.grid import LatentGrid
+from loomvideo.model.codec.learned import LearnedCodec
 from loomvideo.model.codec.protocol import (
     STREAM_FRAMES,
     Codec,
@@ -19,6 +20,7 @@ __all__ = [
     "DCTCodec",
     "LatentGrid",
     "LatentMoments",
+    "LearnedCodec",
     "build_codec",
     "check_video_shape",
 ]

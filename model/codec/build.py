@@ -3,12 +3,13 @@
 import torch
 
 from loomvideo.model.codec.embedded import DCTCodec
+from loomvideo.model.codec.learned import LearnedCodec
 from loomvideo.model.codec.protocol import Codec, CodecConfig
 from loomvideo.platform.errors import UserError
 
 
 def build_codec(config: CodecConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Codec:
-    """The codec a configuration names; only ``"wan"`` has weights to place on ``device`` in ``dtype``.
+    """The codec a configuration names, ready on ``device``; ``dtype`` is that of ``"wan"``.
 
     Raises:
         UserError: for an unknown kind, a folder that holds no such codec, or other strides than stated.
@@ -26,6 +27,13 @@ def build_codec(config: CodecConfig, device: torch.device | str = "cpu", dtype: 
 def _build(config: CodecConfig, device: torch.device | str, dtype: torch.dtype) -> Codec:
     if config.kind == "dct":
         return DCTCodec(config.latent_channels)
+    if config.kind == "learned":
+        codec = LearnedCodec(device=device)
+        if codec.latent_channels != config.latent_channels:
+            raise UserError(
+                f"codec latent_channels={config.latent_channels}: the learned codec has {codec.latent_channels}"
+            )
+        return codec
     if config.kind == "wan":
         from loomvideo.model.codec.wan import WanVAE  # diffusers takes seconds to import
 
@@ -37,4 +45,4 @@ def _build(config: CodecConfig, device: torch.device | str, dtype: torch.dtype) 
                 f"{config.folder}: a VAE of {codec.latent_channels} channels, the model takes {config.latent_channels}"
             )
         return codec
-    raise UserError(f"codec kind={config.kind!r}: choose dct or wan")
+    raise UserError(f"codec kind={config.kind!r}: choose dct, learned or wan")

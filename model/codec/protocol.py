@@ -21,18 +21,24 @@ STREAM_FRAMES = 4
 class CodecConfig:
     """Which codec a model size uses.
 
-    ``kind`` ``"dct"`` is the embedded :class:`DCTCodec`; ``"wan"`` reads a diffusers ``AutoencoderKLWan`` from
-    ``folder`` (for example ``Wan2.2-TI2V-5B-Diffusers/vae``). ``memory_limit_bytes`` bounds the
-    activations of ``"wan"``. The strides are those of the codec that will be built: what plans sizes without one reads
-    them here.
+    ``kind`` ``"dct"`` is the embedded :class:`DCTCodec`, which is computed; ``"learned"`` the small autoencoder whose
+    weights ship with the package (:class:`~loomvideo.model.codec.learned.LearnedCodec`); ``"wan"`` reads a diffusers
+    ``AutoencoderKLWan`` from ``folder`` (for example ``Wan2.2-TI2V-5B-Diffusers/vae``). ``memory_limit_bytes`` bounds
+    the activations of ``"wan"``. The strides are those of the codec that will be built: what plans sizes without one
+    reads them here.
     """
 
-    kind: Literal["dct", "wan"] = "dct"
+    kind: Literal["dct", "learned", "wan"] = "dct"
     latent_channels: int = 24
     folder: str = ""
     memory_limit_bytes: int = 12 * 2**30
     spatial_stride: int = 16
     temporal_stride: int = 4
+
+    @property
+    def is_built_in(self) -> bool:
+        """Whether it works without weights from elsewhere; its posterior then has no deviation."""
+        return self.kind != "wan"
 
 
 class LatentMoments(NamedTuple):

@@ -101,7 +101,7 @@ def _recommend(modes: list[dict[str, Any]], recompute_s: float) -> tuple[str, st
 def _measure(
     config: PrepareConfig, model: ModelSize, samples: list, num_probes: int
 ) -> tuple[dict[str, float], dict[str, int]]:
-    needs_weights = model.codec.kind != "dct" and not model.codec.folder
+    needs_weights = not model.codec.is_built_in and not model.codec.folder
     if num_probes < 1 or needs_weights:
         return {}, {}
     began = time.perf_counter()

@@ -47,7 +47,7 @@ def _bytes(sample: Sample, config: PrepareConfig, model: ModelSize, text: int, m
     is_image = TASKS[sample.task].is_image
     windows = 1 if is_image else config.clips.windows
     frames = 1 if is_image else model.grid.latent_frames(config.clips.num_frames)
-    moments = 1 if model.codec.kind == "dct" else 2
+    moments = 1 if model.codec.is_built_in else 2
     picture = model.codec.latent_channels * pixels // model.grid.spatial_stride**2 * _LATENT_BYTES * moments
     clips = (2 if sample.source else 1) * windows * frames
     latents = picture * (clips + len(sample.references))

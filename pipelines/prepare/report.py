@@ -196,7 +196,7 @@ def _picture(frame: np.ndarray) -> str:
 def report_codec(dataset: ShardDataset) -> Codec | None:
     """The codec that shows a dataset's latents, when it needs no weights."""
     name = dataset.manifest.config.get("model")
-    if name is None or model_size(name).codec.kind != "dct":
+    if name is None or not model_size(name).codec.is_built_in:
         return None
     return build_codec(model_size(name).codec)
 

@@ -94,5 +94,5 @@ def test_refusals():
         DCTCodec().encode(torch.zeros(1, 3, 5, 30, 32))
     with pytest.raises(UserError, match="1 to 64"):
         DCTCodec(65)
-    with pytest.raises(UserError, match="dct or wan"):
+    with pytest.raises(UserError, match="dct, learned or wan"):
         build_codec(CodecConfig(kind="jpeg"))

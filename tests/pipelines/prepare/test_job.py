@@ -10,7 +10,7 @@ import pytest
 import torch
 from fixtures.raw import prepare_config, raw_samples, without_ray
 
-from loomvideo.model.codec import DCTCodec
+from loomvideo.model.codec import build_codec
 from loomvideo.model.sizes import model_size
 from loomvideo.pipelines.prepare.config import ClipOptions, LimitOptions
 from loomvideo.pipelines.prepare.job import prepare
@@ -57,7 +57,7 @@ def test_every_task_is_complete(raw, finished):
     for sample in raw[1]:
         stored = finished.read(finished.rows_by_key[sample.key])
         video = sample.task not in ("t2i", "image_edit")
-        latents = (CHANNELS, 3 if video else 1, 4, 4)
+        latents = (CHANNELS, 3 if video else 1, 8, 8)
         assert {name: tuple(t.shape) for name, t in stored.tensors["target"].items()} == {"mean.0": latents}
         assert ("source" in stored.tensors) == (sample.source is not None)
         assert ("refs" in stored.tensors) == bool(sample.references)
@@ -69,7 +69,7 @@ def test_every_task_is_complete(raw, finished):
         assert stored.metadata["num_frames"] == (9 if video else 1)
         assert stored.metadata["deterministic"] is True
         row = finished.index.slice(finished.rows_by_key[sample.key], 1).to_pylist()[0]
-        assert row["dit_tokens"] == latents[1] * 4 + 4 * len(sample.references)
+        assert row["dit_tokens"] == latents[1] * 16 + 16 * len(sample.references)
     assert finished.shared()["null"].shape[1] > 0
 
 
@@ -79,7 +79,11 @@ def test_latents_decode_to_the_target(raw, finished):
     from PIL import Image
 
     picture = torch.from_numpy(np.array(Image.open(raw[0] / sample.target).convert("RGB")))
-    shown = DCTCodec(CHANNELS).decode(stored.tensors["target"]["mean.0"][None].float())[0, :, 0].permute(1, 2, 0)
+    shown = (
+        build_codec(model_size("tiny").codec)
+        .decode(stored.tensors["target"]["mean.0"][None].float())[0, :, 0]
+        .permute(1, 2, 0)
+    )
     error = (shown * 127.5 + 127.5 - picture).abs().mean()
     assert error < 25
 
