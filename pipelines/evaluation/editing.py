@@ -4,6 +4,8 @@ Preservation rewards doing nothing, so it is always reported beside :func:`edit_
 ``[frames, height, width]``.
 """
 
+from collections.abc import Mapping
+
 import cv2
 import numpy as np
 from skimage.color import deltaE_ciede2000, rgb2lab
@@ -90,6 +92,31 @@ def garment_delta_e(
         reference_mask = reference.min(-1) < 240
     a, b = mean_lab(video, mask), mean_lab(reference, reference_mask)
     return float(deltaE_ciede2000(a, b))
+
+
+def nearest_colour(
+    video: np.ndarray,
+    mask: np.ndarray,
+    palette: Mapping[str, tuple[int, int, int]],
+    without: str | None = None,
+) -> str:
+    """The named colour that most marked pixels are nearest to, in CIELAB.
+
+    Args:
+        video: ``[frames, height, width, 3]``.
+        mask: ``[frames, height, width]``, not empty.
+        palette: RGB, 0 to 255, by name.
+        without: A name that does not count, such as the second colour of a pattern.
+    """
+    check_video(video)
+    names = list(palette)
+    centres = rgb2lab(np.array([[palette[name] for name in names]]) / 255.0)[0]
+    pixels = rgb2lab(video[mask][None] / 255.0)[0]
+    nearest = ((pixels[:, None] - centres) ** 2).sum(-1).argmin(1)
+    counts = np.bincount(nearest, minlength=len(names))
+    if without in palette:
+        counts[names.index(without)] = 0
+    return names[int(counts.argmax())]
 
 
 def colour_histogram_distance(video: np.ndarray, reference: np.ndarray, bins: int = 8) -> float:

@@ -57,6 +57,7 @@ class LoadedItem:
         num_frames: Frames to generate.
         fps: Frames a second.
         frame_indices: Which frames of the source file are the window.
+        block_periods: Pixels from one edge of a latent cell to the next, and of a token.
     """
 
     item: EvalItem
@@ -68,6 +69,7 @@ class LoadedItem:
     num_frames: int
     fps: float
     frame_indices: tuple[int, ...] = ()
+    block_periods: tuple[int, ...] = (16, 32)
 
     def with_item(self, item: EvalItem) -> "LoadedItem":
         """The same media with another row of the manifest, such as another text."""
@@ -112,7 +114,8 @@ def load_item(item: EvalItem, root: Path, options: InputOptions) -> LoadedItem:
         window = dataclasses.replace(_window(media, kind, wanted, options, indices), size=size)
         mask = _frames(media, window).numpy().max(-1) > 127
     size = size or choose_bucket(*options.text_size, options.bucket_classes, kind)
-    return LoadedItem(item, source, tuple(references), target, mask, size, wanted, options.fps, tuple(indices))
+    periods = options.grid.spatial_stride, min(options.grid.side_multiples)
+    return LoadedItem(item, source, tuple(references), target, mask, size, wanted, options.fps, tuple(indices), periods)
 
 
 def _window(

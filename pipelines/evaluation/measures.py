@@ -7,8 +7,9 @@ import numpy as np
 from loomvideo.pipelines.evaluation import editing, metrics, motion
 from loomvideo.pipelines.evaluation.controls import MEASURED
 from loomvideo.pipelines.evaluation.inputs import LoadedItem
+from loomvideo.pipelines.sample_data.garments import COLOURS
 
-VERSION = 3
+VERSION = 4
 """Raised when any metric changes, so that stored values are not mixed with new ones."""
 
 
@@ -16,7 +17,9 @@ def measure(video: np.ndarray, inputs: LoadedItem) -> dict[str, float]:
     """Judge-free metrics of one result, by name; those that do not apply are absent, undefined ones are NaN.
 
     Preservation (``outside_*``) is measured only for edits that should leave the rest alone, always beside
-    ``edit_strength``. With a target, ``edit_psnr_db`` is against it and ``copy_psnr_db`` is what the source would get.
+    ``edit_strength``. With a target, ``edit_psnr_db`` is against it, ``copy_psnr_db`` is what the source would get, and
+    ``asked_area`` is the share of pixels that the edit should change. ``garment_colour_right`` is 1 where the named
+    colour nearest to most pixels of the edited region is the one asked for.
 
     Args:
         video: uint8 ``[frames, height, width, 3]``.
@@ -119,9 +122,18 @@ def _against_target(video: np.ndarray, inputs: LoadedItem) -> dict[str, float]:
         values["edit_ms_ssim"] = metrics.ms_ssim(video, target)
         values["copy_psnr_db"] = metrics.psnr_db(inputs.source, target)
         values["gain_psnr_db"] = values["edit_psnr_db"] - values["copy_psnr_db"]
+        changed = editing.change_mask(target, inputs.source)
+        values["asked_area"] = float(changed.mean())
+        values["block_edge_ratio"] = max(
+            metrics.block_edge_ratio(video, target, period) for period in inputs.block_periods
+        )
         region = edit_region(inputs)
         if inputs.item.extra.get("garment") and region is not None and region.any():
             values["garment_delta_e"] = editing.garment_delta_e(video, region, target, region)
+        colour = inputs.item.extra.get("colour")
+        if colour and changed.any():
+            named = editing.nearest_colour(video, changed, COLOURS, without=inputs.item.extra.get("accent"))
+            values["garment_colour_right"] = float(named == colour)
     return values
 
 

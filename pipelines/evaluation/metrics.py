@@ -141,6 +141,32 @@ def brightness_drift(video: np.ndarray) -> float:
     return float(abs(_luma(video[0]).mean() - _luma(video[-1]).mean()))
 
 
+def block_edge_ratio(video: np.ndarray, reference: np.ndarray, period: int) -> float:
+    """How much stronger steps between pixels are at every ``period``-th column and row than elsewhere.
+
+    The mean squared step across block edges over that across all other columns and rows, divided by the same ratio of
+    the reference, which has no blocks: 1 where the grid cannot be seen.
+
+    Args:
+        video: uint8 ``[frames, height, width, 3]``.
+        reference: Like ``video``.
+        period: Pixels from one edge to the next.
+    """
+    check_pair(video, reference)
+    return _edge_contrast(video, period) / _edge_contrast(reference, period)
+
+
+def _edge_contrast(video: np.ndarray, period: int) -> float:
+    at_edges, elsewhere = [], []
+    for axis in (1, 2):
+        steps = (np.diff(video.astype(np.float32), axis=axis) ** 2).mean(axis=tuple({0, 1, 2, 3} - {axis}))
+        is_edge = (np.arange(1, len(steps) + 1) % period) == 0
+        at_edges.append(steps[is_edge])
+        elsewhere.append(steps[~is_edge])
+    # One grey level squared, so that flat pictures count as without blocks.
+    return float((np.concatenate(at_edges).mean() + 1) / (np.concatenate(elsewhere).mean() + 1))
+
+
 def _luma(frame: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY).astype(np.float32)
 

@@ -50,6 +50,11 @@ METRICS: dict[str, Metric] = {
         Metric("no_source_psnr_db", "dB"),
         Metric("edit_ssim", "", True, headline=True, margin=0.01),
         Metric("edit_ms_ssim", "", True, margin=0.01),
+        Metric(
+            "garment_colour_right", "", True, headline=True, margin=0.05, label="share of garments in the colour asked"
+        ),
+        Metric("asked_area"),
+        Metric("block_edge_ratio", "", False, margin=0.05),
         Metric("outside_psnr_db", "dB", True, headline=True, margin=0.5, idle=True),
         Metric("outside_ssim", "", True, margin=0.01, idle=True),
         Metric("edit_strength", "grey levels", headline=True),

@@ -24,6 +24,7 @@ _KIND_CATEGORIES = {
     "background": "background_swap",
     "ref_background": "background_swap",
 }
+_COLOUR_KINDS = ("recolour", "ref_garment")
 _TASK_CATEGORIES = {"mi2v": "outfit_video", "t2v": "showcase"}
 HELDOUT_FRACTION = 0.05
 
@@ -77,8 +78,17 @@ def _item(suite: str, s: Sample, category: str) -> EvalItem:
         s.extra.get("mask"),
         cluster=s.group or s.source or s.key,
         aligned=TASKS[s.task].needs_source and local,
-        extra={"kind": _kind(s), "garment": bool(_kind(s) in ("recolour", "ref_garment"))},
+        extra={"kind": _kind(s), "garment": _kind(s) in _COLOUR_KINDS} | _colours(s),
     )
+
+
+def _colours(s: Sample) -> dict[str, str]:
+    """The colour that an edit of a garment asks for, and that of its pattern."""
+    edit = s.extra.get("edit") or {}
+    worn = [g for g in s.extra.get("garments", ()) if g.get("type") == edit.get("garment")]
+    if _kind(s) not in _COLOUR_KINDS or not worn:
+        return {}
+    return {name: worn[0][key] for name, key in (("colour", "colour"), ("accent", "accent")) if key in worn[0]}
 
 
 def _kind(s: Sample) -> str:

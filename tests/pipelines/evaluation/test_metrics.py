@@ -99,3 +99,15 @@ def test_shapes_and_types_are_checked(pair):
         metrics.sharpness(pair[0].astype(np.float32))
     with pytest.raises(ValueError, match="at least 11"):
         metrics.ssim(pair[0][:, :8], pair[1][:, :8])
+
+
+def test_block_edge_ratio_sees_a_grid_and_nothing_else():
+    smooth = np.tile(np.linspace(40, 200, 64).astype(np.uint8)[None, None, :, None], (2, 64, 1, 3))
+    assert metrics.block_edge_ratio(smooth, smooth, 8) == 1
+    random = np.random.default_rng(0)
+    noisy = (smooth + random.integers(0, 12, smooth.shape)).astype(np.uint8)
+    assert metrics.block_edge_ratio(noisy, noisy[::-1].copy(), 8) == pytest.approx(1, abs=0.05)
+    blocks = noisy.copy()
+    blocks[:, :, ::8] += 20
+    assert metrics.block_edge_ratio(blocks, noisy, 8) > 2
+    assert metrics.block_edge_ratio(blocks, noisy, 16) > 1.5

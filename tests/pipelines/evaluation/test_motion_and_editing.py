@@ -102,3 +102,13 @@ def test_histogram_distance_and_edges(edit):
     assert editing.colour_histogram_distance(black, white) == 1
     assert editing.edge_f1(source, source) == 1
     assert editing.edge_f1(panning(step=(0, 0), seed=5), source) < 0.8
+
+
+def test_nearest_colour_goes_by_most_pixels(edit):
+    _, edited, mask = edit
+    palette = {"red": (205, 34, 46), "blue": (42, 88, 196), "white": (244, 242, 236)}
+    assert editing.nearest_colour(edited, mask, palette) == "red"
+    striped = edited.copy()
+    striped[:, :, 30:60] = (240, 240, 240)
+    assert editing.nearest_colour(striped, mask, palette) == "white"
+    assert editing.nearest_colour(striped, mask, palette, without="white") == "red"
