@@ -21,6 +21,7 @@ class ServeConfig(ModelChoice):
         [], "names it answers as, without ports; empty: loopback names on a loopback host, else all"
     )
     title: str = option("LoomVideo", "name on the page")
+    examples: str = option("", "samples.jsonl whose held-out samples the page offers to click; empty offers none")
     generation: Settings = option(Settings, "what a request that does not say gets")
     replicas: ReplicaConfig = option(ReplicaConfig, "generators")
     uploads: UploadLimits = option(UploadLimits, "what may be uploaded")

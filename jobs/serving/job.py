@@ -13,6 +13,7 @@ from loomvideo.jobs.weights.model_choice import model_source
 from loomvideo.model.loading import ModelSource
 from loomvideo.pipelines.serving.app import PageConfig
 from loomvideo.pipelines.serving.deployment import APPLICATION, build_application
+from loomvideo.pipelines.serving.examples import read_examples
 from loomvideo.pipelines.serving.guards import LOOPBACK_NAMES
 from loomvideo.pipelines.serving.model_generator import PageGenerator
 from loomvideo.platform.console import console
@@ -72,7 +73,9 @@ def _application(config: ServeConfig, on_host: bool = True) -> tuple[ModelSource
     if negative:
         defaults["negative_prompt"] = negative
     hosts = tuple(config.hosts) or (LOOPBACK_NAMES if on_host and _is_local(config.host) else ())
-    page = PageConfig(_token(config), config.title, config.uploads, config.requests, defaults, hosts, source.size.grid)
+    examples = read_examples(config.examples) if config.examples else ()
+    grid = source.size.grid
+    page = PageConfig(_token(config), config.title, config.uploads, config.requests, defaults, hosts, grid, examples)
     load = functools.partial(PageGenerator.load, source, config.generation, config.requests)
     return source, build_application(load, page, config.replicas)
 

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from loomvideo.model.codec import LatentGrid
 from loomvideo.model.tasks import REQUESTED, requested_task
+from loomvideo.pipelines.serving.examples import Example
 from loomvideo.pipelines.serving.guards import check_host, check_origin
 from loomvideo.pipelines.serving.jobs import Backend, GenerationRequest, Job, JobQueue, RequestLimits
 from loomvideo.pipelines.serving.schemas import Health, JobBody, JobState, UploadState, problems, raw_body
@@ -51,6 +52,8 @@ class PageConfig:
     hosts: tuple[str, ...] = ()
     # Which sizes the model can make; None leaves that to the generator.
     grid: LatentGrid | None = None
+    # Offered to click.
+    examples: tuple[Example, ...] = ()
 
 
 class Metrics:
@@ -170,7 +173,18 @@ def create_app(
         tasks = {
             name: {"source": task.needs_source, "references": task.needs_references} for name, task in offered.items()
         }
-        return {"title": config.title, "tasks": tasks, "limits": limits, "defaults": config.defaults}
+        examples = [example.describe() for example in config.examples]
+        told = {"title": config.title, "tasks": tasks, "limits": limits, "defaults": config.defaults}
+        return told | {"examples": examples}
+
+    @app.get("/api/examples/{number}/{name}", dependencies=guarded, responses=problems(404))
+    async def example(number: int, name: str) -> Response:
+        found = config.examples[number] if 0 <= number < len(config.examples) else None
+        media = {} if found is None else {str(index): media for index, media in enumerate(found.references)}
+        media |= {} if found is None or found.source is None else {"source": found.source}
+        if name not in media:
+            raise HTTPException(404, "no such example")
+        return Response(media[name].content, media_type=media[name].media_type)
 
     @app.post(
         "/api/uploads",
