@@ -15,7 +15,7 @@ SUITES ?= sample
 CHECKPOINT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev lock check-lock FORCE lint format check test test-pages test-fast fuzz sample-data shards pretrain finetune-edit evaluate serve mlflow bench clean render submit validate doctor mlflow-server rehearse rehearse-fresh drill drill-training image kernels bench-data bench-kernels bench-generation bench-training bench-gpu
+.PHONY: help setup setup-dev lock check-lock FORCE lint format check test test-pages test-fast fuzz sample-data shards pretrain finetune-edit evaluate serve demo readme-strip codec mlflow bench clean render submit validate doctor mlflow-server rehearse rehearse-fresh drill drill-training image kernels bench-data bench-kernels bench-generation bench-training bench-gpu
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -95,6 +95,16 @@ evaluate: sample-data ## measure a checkpoint: CHECKPOINT= (newest run) SUITES=s
 
 serve: $(VENV)/.setup ## open the newest checkpoint as a web page on http://localhost:8000 (ARGS="checkpoint=… port=…")
 	$(BIN)/loomvideo serve preset=$(PRESET) $(ARGS)
+
+readme-strip: ## put the newest finetune-edit run's strip of edits into README.md
+	$(BIN)/python benchmarks/readme_strip.py $(ARGS)
+
+codec: sample-data ## train the codec of the tiny model anew (16 minutes on one core) and write its weights
+	$(BIN)/python benchmarks/tiny_codec.py $(DATA) $(ARGS)
+
+demo: sample-data ## the page of the newest checkpoint with examples to click, on http://localhost:8000
+	@echo "when it says serving, open http://localhost:8000, click an example and then Generate"
+	$(BIN)/loomvideo serve preset=$(PRESET) examples=$(DATA)/samples.jsonl $(ARGS)
 
 mlflow: $(VENV)/.setup ## open the MLflow pages of the local runs on http://localhost:5000
 	@echo "open http://localhost:5000/#/experiments?workflowType=machine_learning"

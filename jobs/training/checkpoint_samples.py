@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loomvideo.jobs.training.config import TrainingJobConfig
-from loomvideo.jobs.training.heldout import HeldoutResult, evaluate_heldout
+from loomvideo.jobs.training.heldout import STRIP, HeldoutResult, evaluate_heldout
 from loomvideo.model.loading import dtype_on
 from loomvideo.model.pipeline import pipeline_around
 from loomvideo.model.sizes import model_size, with_folders
@@ -26,8 +26,9 @@ def sampling_tasks(
     folder: RunFolder,
     tracker: Tracker,
     tasks: set[str],
+    say: Callable[[str], None],
 ) -> list[CheckpointTask]:
-    """The task that samples from checkpoints; none when ``samples.every_steps`` is 0.
+    """The task that samples from checkpoints; none when ``samples.every_steps`` is 0 or no samples are named.
 
     Args:
         config: The configuration of the run.
@@ -35,9 +36,10 @@ def sampling_tasks(
         folder: The folder of the run.
         tracker: Gets figures and files.
         tasks: What the run trains.
+        say: Shows a line to the user.
     """
     samples = config.samples
-    if not samples.every_steps:
+    if not samples.every_steps or not config.evaluation.samples:
         return []
     heldout = dataclasses.replace(
         config.evaluation, num_edits=samples.num_edits, num_generated=samples.num_generated, num_films=2
@@ -50,7 +52,7 @@ def sampling_tasks(
         dit = build_recipe().build_model().to(device, dtype_on(device))
         load_checkpoint_weights(dit, checkpoint, "ema" if "ema" in checkpoint.kinds else "master")
         pipeline = pipeline_around(dit, model)
-        return evaluate_heldout(pipeline, heldout, tasks, _folder_of(folder, checkpoint.step))
+        return evaluate_heldout(pipeline, heldout, tasks, _folder_of(folder, checkpoint.step), controls=False)
 
     def record(step: int, result: Any) -> None:
         where = _folder_of(folder, step)
@@ -58,6 +60,8 @@ def sampling_tasks(
         for picture in sorted(where.glob("*.png")):
             tracker.log_picture(picture, f"samples/{picture.stem}", step)
         tracker.log_artifact(where, f"{SAMPLES_FOLDER}/{where.name}")
+        shown = where / STRIP if (where / STRIP).is_file() else where
+        say(f"step {step}: {', '.join([*result.summary, f'to look at: {shown}'])}")
 
     resources = {"num_cpus": samples.cpus, "num_gpus": samples.gpus}
     return [CheckpointTask("samples", samples.every_steps, sample, record, resources)]

@@ -39,7 +39,9 @@ class HeldoutConfig:
 class SamplesConfig:
     """Held-out samples generated while training goes on, from checkpoints, by a task of its own."""
 
-    every_steps: int = option(0, "sample every so many steps, a multiple of training.checkpoint.every_steps; 0 never")
+    every_steps: int = option(
+        0, "sample from evaluation.samples every so many steps, a multiple of training.checkpoint.every_steps; 0 never"
+    )
     num_edits: int = option(4, "held-out editing samples")
     num_generated: int = option(2, "held-out generation samples")
     gpus: float = option(0.0, "GPUs of the task; 0 samples on a CPU")
@@ -88,7 +90,5 @@ class TrainingJobConfig:
                 f"samples.every_steps={self.samples.every_steps}: samples are made from checkpoints; use a multiple of "
                 f"training.checkpoint.every_steps={self.training.checkpoint.every_steps}"
             )
-        if self.samples.every_steps and not self.evaluation.samples:
-            raise UserError("samples.every_steps: set evaluation.samples to the samples.jsonl to sample from")
         self.objective.check()
         self.training.check()

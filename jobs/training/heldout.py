@@ -1,15 +1,17 @@
 """Held-out samples during and at the end of a training job: the ``sample`` suite in this process, and what it shows."""
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from loomvideo.jobs.training.config import HeldoutConfig
+from loomvideo.jobs.training.summary import words
 from loomvideo.model.pipeline import LoomVideoPipeline
 from loomvideo.model.tasks import TASKS
-from loomvideo.pipelines.evaluation.controls import WRONG_INSTRUCTION
+from loomvideo.pipelines.evaluation.controls import CONTROLS, WRONG_INSTRUCTION
 from loomvideo.pipelines.evaluation.in_process import evaluate_in_process
 from loomvideo.pipelines.evaluation.inputs import InputOptions, LoadedItem
 from loomvideo.pipelines.evaluation.media import SheetRow, contact_sheet, save_png
@@ -20,6 +22,8 @@ from loomvideo.pipelines.evaluation.suites.items import EvalItem
 from loomvideo.pipelines.media.video_writer import write_video
 from loomvideo.platform.errors import UserError
 
+STRIP = "strip.png"
+STRIP_EDITS = 6
 COLUMNS = ("source", "edited", "target", "other instruction", "generated", *(f"reference {n}" for n in range(1, 10)))
 
 
@@ -29,30 +33,34 @@ class HeldoutResult:
 
     Attributes:
         figures: Means over samples by metric, and by ``METRIC/TASK``.
-        samples: Key, task, text and every figure of each sample.
+        samples: Key, task, group, text and every figure of each sample.
         files: Pictures and films, relative to the folder.
         failures: Samples without a result, by reason.
+        summary: The figures in words, a line each.
     """
 
     figures: dict[str, float]
     samples: list[dict[str, float | str]]
     files: list[str]
     failures: dict[str, int] = field(default_factory=dict)
+    summary: list[str] = field(default_factory=list)
 
 
 def evaluate_heldout(
-    pipeline: LoomVideoPipeline, config: HeldoutConfig, tasks: set[str], folder: Path
+    pipeline: LoomVideoPipeline, config: HeldoutConfig, tasks: set[str], folder: Path, controls: bool = True
 ) -> HeldoutResult:
     """Generate held-out samples, measure them as ``loomvideo evaluate`` does, and write contact sheets and films.
 
     Every edit is made three ways from the same noise: as instructed, with another sample's instruction, and with a
-    source of zeros; ``copy_psnr_db`` is the source itself against the target.
+    source of zeros; ``copy_psnr_db`` is the source itself against the target. ``strip.png`` shows six edits of
+    different kinds, the first of each kind in the order of the dataset.
 
     Args:
         pipeline: What generates.
         config: How much and how.
         tasks: The tasks that were trained; others are left out.
-        folder: Receives ``edits.png``, ``generated.png`` and ``films/*.mp4``.
+        folder: Receives ``strip.png``, ``edits.png``, ``generated.png`` and ``films/*.mp4``.
+        controls: Also edit with another instruction and without the source.
 
     Raises:
         UserError: if there is no held-out sample of these tasks, or none can be made.
@@ -77,14 +85,21 @@ def evaluate_heldout(
         options,
         lambda suite, key: config.seed,
         pictures.add,
+        (MODEL, *CONTROLS) if controls else (MODEL,),
     )
     pictures.save()
     figures = {f"{f.metric}/{f.category}" if f.category else f.metric: f.value for f in result.figures}
     samples = [
-        {"key": row["key"], "task": row["item"]["task"], "instruction": row["item"]["text"], **row.get("metrics", {})}
+        {
+            "key": row["key"],
+            "task": row["item"]["task"],
+            "group": row["item"]["cluster"],
+            "instruction": row["item"]["text"],
+            **row.get("metrics", {}),
+        }
         for row in rows
     ]
-    return HeldoutResult(figures, samples, pictures.files, result.failures)
+    return HeldoutResult(figures, samples, pictures.files, result.failures, words(samples))
 
 
 class _Pictures:
@@ -94,6 +109,7 @@ class _Pictures:
         self.config, self.folder = config, folder
         self.sheets: dict[str, list[SheetRow]] = {"edits": [], "generated": []}
         self.files: list[str] = []
+        self.kinds: list[str] = []
 
     def add(self, loaded: LoadedItem, results: dict[str, np.ndarray], row: Row) -> None:
         item, shown = loaded.item, [results[MODEL]]
@@ -111,6 +127,7 @@ class _Pictures:
             if "edit_psnr_db" in values:
                 note = f"edit {values['edit_psnr_db']:.1f} dB · copy {values['copy_psnr_db']:.1f} dB"
             self.sheets["edits"].append(SheetRow(item.text, panels | references, note))
+            self.kinds.append(f"{item.task} {item.extra.get('kind', '')}")
             shown = [loaded.source, *shown]
         self._film(item, [*shown, *targets.values()], loaded.fps)
 
@@ -128,6 +145,20 @@ class _Pictures:
                 title = "held-out edits" if name == "edits" else "held-out generation"
                 save_png(contact_sheet(rows, COLUMNS, title=title), self.folder / f"{name}.png")
                 self.files.append(f"{name}.png")
+        if self.sheets["edits"]:
+            rows = [self.sheets["edits"][index] for index in _different(self.kinds, STRIP_EDITS)]
+            save_png(contact_sheet(rows, COLUMNS[:3], height=144), self.folder / STRIP)
+            self.files.append(STRIP)
+
+
+def _different(kinds: list[str], count: int) -> list[int]:
+    """The first of each kind, then the second of each, until there are ``count``; in their order."""
+    seen: Counter[str] = Counter()
+    ranks = []
+    for index, kind in enumerate(kinds):
+        ranks.append((seen[kind], index))
+        seen[kind] += 1
+    return sorted(index for _, index in sorted(ranks)[:count])
 
 
 def _spread(items: list[EvalItem], count: int) -> list[EvalItem]:

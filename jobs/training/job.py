@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from loomvideo.jobs.kernels import build as kernels_job
 from loomvideo.jobs.training.checkpoint_samples import sampling_tasks
 from loomvideo.jobs.training.config import TrainingJobConfig
-from loomvideo.jobs.training.heldout import HeldoutResult, evaluate_heldout
+from loomvideo.jobs.training.heldout import STRIP, HeldoutResult, evaluate_heldout
 from loomvideo.jobs.training.records import record_datasets, record_model
 from loomvideo.jobs.training.setup import (
     START_FILE,
@@ -29,6 +30,7 @@ from loomvideo.model.kernels.node import model_shape, use_kernels
 from loomvideo.model.loading import ModelSource
 from loomvideo.model.pipeline import load_pipeline
 from loomvideo.model.sizes import ModelSize, model_size, with_folders
+from loomvideo.pipelines.evaluation.mlflow_report import NOTE
 from loomvideo.pipelines.training.feature_pool import feature_pool
 from loomvideo.platform.cluster.doctor import Diagnosis, examine_cluster, preflight
 from loomvideo.platform.cluster.metrics import ExportingTracker
@@ -122,6 +124,7 @@ def _train_and_evaluate(
             tracker.log_metrics(kernels_job.summary(nodes))
             tracker.log_artifact(folder.write_json("kernels.json", nodes))
             build_recipe = recipe_factory(config, datasets, initial_weights, config.kernels, features)
+            say = partial(console.print, soft_wrap=True)
             result = train(
                 config.training,
                 build_recipe,
@@ -129,7 +132,7 @@ def _train_and_evaluate(
                 folder,
                 exporting,
                 predict=predictor(config, model, datasets),
-                checkpoint_tasks=sampling_tasks(config, build_recipe, folder, tracker, tasks_of(config, datasets)),
+                checkpoint_tasks=sampling_tasks(config, build_recipe, folder, tracker, tasks_of(config, datasets), say),
             )
             # Again, with the nodes that joined on the way.
             tracker.log_artifact(folder.write_json("kernels.json", nodes))
@@ -151,6 +154,7 @@ def _train_and_evaluate(
             heldout = ray.get(task.remote(config, str(weights), tasks, str(folder.path / "heldout"), cpus))
             _record(heldout, folder, tracker, result["steps"])
             result |= heldout.figures
+            _show(heldout, folder)
     folder.write_json("result.json", result)
     return result
 
@@ -185,6 +189,17 @@ def _record(heldout: HeldoutResult, folder: RunFolder, tracker: Tracker, step: i
     folder.write_json("heldout.json", dataclasses.asdict(heldout))
     tracker.log_metrics({f"heldout/{name}": value for name, value in heldout.figures.items()}, step)
     tracker.log_artifact(folder.path / "heldout", "heldout")
+    if STRIP in heldout.files:
+        tracker.log_picture(folder.path / "heldout" / STRIP, "strip", step)
+    tracker.set_tags({NOTE: "\n".join(f"- {line}" for line in heldout.summary)})
+
+
+def _show(heldout: HeldoutResult, folder: RunFolder) -> None:
+    """The figures in words, and last of all what to look at."""
+    for line in heldout.summary:
+        console.print(f"  {line}", soft_wrap=True)
+    name = STRIP if STRIP in heldout.files else ""
+    console.print(f"to look at: {folder.path / 'heldout' / name}", soft_wrap=True)
 
 
 def _evaluation_cpus(config: TrainingJobConfig) -> int:

@@ -54,7 +54,6 @@ def test_validation_reads_the_split_that_prepare_writes():
     [
         ({"lora.rank": 4, "training.optimizer.trainable": ["blocks.*"]}, "name the patterns in lora.unfreeze"),
         ({"samples.every_steps": 30, "training.checkpoint.every_steps": 20}, "use a multiple of"),
-        ({"samples.every_steps": 500}, "set evaluation.samples"),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(change, message):

@@ -1,0 +1,62 @@
+"""What held-out edits show, in words: colours right out of so many, decibels with their intervals."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from loomvideo.pipelines.evaluation.statistics import bootstrap_mean
+
+LARGE_EDIT = 0.1
+"""Share of the picture above which an edit counts as large: below, copying the source is nearly right already."""
+
+
+def words(samples: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines about measured held-out samples; what was not measured has no line.
+
+    Args:
+        samples: Rows of :class:`~loomvideo.jobs.training.heldout.HeldoutResult`, with ``group``.
+    """
+    lines = []
+    colours = [s["garment_colour_right"] for s in samples if s.get("garment_colour_right") is not None]
+    if colours:
+        low, high = wilson(int(sum(colours)), len(colours))
+        share = f"{np.mean(colours):.0%}, {low:.0%} to {high:.0%}"
+        lines.append(f"{int(sum(colours))} of {len(colours)} garments have the colour asked for ({share})")
+    outside = _interval(samples, lambda s: s.get("outside_psnr_db"))
+    if outside:
+        lines.append(f"outside the edit {outside}")
+    large = [s for s in samples if (s.get("asked_area") or 0) > LARGE_EDIT]
+    edit = _interval(large, lambda s: s.get("edit_psnr_db"))
+    if edit:
+        gain = _interval(large, lambda s: s.get("gain_psnr_db"))
+        lines.append(
+            f"edits of over a tenth of the picture: {edit}, {gain} over copying the source ({len(large)} edits)"
+        )
+    wrong = _interval(samples, _worse)
+    if wrong:
+        lines.append(f"with another instruction {wrong} worse")
+    return lines
+
+
+def wilson(right: int, number: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson, 1927)."""
+    centre, spread = right + z * z / 2, z * (right * (number - right) / number + z * z / 4) ** 0.5
+    return max((centre - spread) / (number + z * z), 0.0), min((centre + spread) / (number + z * z), 1.0)
+
+
+def _worse(sample: Mapping[str, Any]) -> float | None:
+    right, wrong = sample.get("edit_psnr_db"), sample.get("wrong_instruction_psnr_db")
+    return None if right is None or wrong is None else right - wrong
+
+
+def _interval(samples: Sequence[Mapping[str, Any]], value: Any) -> str:
+    """Mean and 95 % interval in dB; empty without a value."""
+    found = [(value(s), s["group"]) for s in samples if value(s) is not None]
+    if not found:
+        return ""
+    scores, groups = zip(*found, strict=True)
+    estimate = bootstrap_mean(np.array(scores, dtype=float), groups)
+    if np.isnan(estimate.low):
+        return f"{estimate.value:.1f} dB"
+    return f"{estimate.value:.1f} dB ({estimate.low:.1f} to {estimate.high:.1f})"
