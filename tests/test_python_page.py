@@ -7,8 +7,8 @@ from loomvideo.jobs import prepare, pretrain
 from loomvideo.platform.errors import UserError
 
 SMALL = {
-    'training={"steps": 1800}': 'training={"steps": 2, "optimizer": {"warmup_steps": 1}, "pack": {"tokens": 96}}',
-    'run="edits"': 'run="edits", **{"training.steps": 2, "training.pack.tokens": 96}',
+    'training={"steps": 1150}': 'training={"steps": 2, "optimizer": {"warmup_steps": 1}, "pack": {"tokens": 400}}',
+    'run="edits"': 'run="edits", **{"training.steps": 2, "training.pack.tokens": 400}',
     'suites=["sample"]': 'suites=["sample"], limit=2, **{"generation.steps": 2}',
     'out="dress.mp4"': 'out="dress.mp4", steps=2',
     "steps=20": "steps=2",
@@ -34,7 +34,7 @@ def test_the_page_runs_as_it_stands(tmp_path, monkeypatch, ray_cluster):
     assert (names["edits"].weights / "config.json").is_file()
     assert names["scores"].checkpoint == "finetune-edit/edits"
     assert names["made"].file.stat().st_size > 0
-    assert names["frames"].shape == names["blue"].shape == (9, 64, 64, 3)
+    assert names["frames"].shape == names["blue"].shape == (9, 96, 96, 3)
     assert names["sample"].key in names["dataset"].index.column("key").to_pylist()
 
 

@@ -20,8 +20,8 @@ from loomvideo.platform.machine import patience
 
 # Two steps instead of hundreds; nothing else is changed.
 SMALL = {
-    "training.steps=300": "training.steps=2 training.optimizer.warmup_steps=1 training.pack.tokens=96",
-    "training.steps=200": "training.steps=2 training.optimizer.warmup_steps=1 training.pack.tokens=96",
+    "training.steps=300": "training.steps=2 training.optimizer.warmup_steps=1 training.pack.tokens=400",
+    "training.steps=200": "training.steps=2 training.optimizer.warmup_steps=1 training.pack.tokens=400",
     "suites=[sample]": "suites=[sample] generation.steps=2",
     "out=mine/walk-green.mp4": "out=mine/walk-green.mp4 steps=2",
     "--probes 4": "--probes 1",

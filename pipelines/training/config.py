@@ -13,6 +13,9 @@ class ObjectiveConfig:
     use_source_embedding: bool = option(True, "Scale-and-Add is on; off in stage 1")
     shift_scale: float = option(0.5, "timestep shift added per doubling of tokens over the base; 0.65 in stage 1")
     shift_base_tokens: int = option(64, "tokens up to which timesteps are not shifted; small videos need fewer")
+    start_as_copy: bool = option(
+        False, "from scratch: begin with velocities that copy the source, so that short runs need not learn that first"
+    )
     drop_all: float = option(0.1, "share of visits trained without any conditioning, for guidance")
     drop_text: float = option(0.1, "share of visits trained without text, pictures kept, for guidance")
 

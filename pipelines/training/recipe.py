@@ -17,6 +17,7 @@ from loomvideo.model import attention_choice, weights
 from loomvideo.model import kernels as kernels_in_use
 from loomvideo.model.codec.grid import LatentGrid
 from loomvideo.model.config import LoRAConfig
+from loomvideo.model.copy_start import start_as_copy
 from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.flops import pack_flops
 from loomvideo.model.flow import noised_and_target, sample_timestep
@@ -152,6 +153,8 @@ class LoomVideoRecipe(BaseRecipe):
                 model = weights.load_dit(self.initial_weights, config=self.config, allow=SOURCE_KEYS)
             else:
                 model = LoomVideoDiT(self.config)
+                if self.objective.start_as_copy and self.config.use_source_embedding:
+                    start_as_copy(model)
             if self.lora is not None:
                 adapt(model, self.lora)
         return model

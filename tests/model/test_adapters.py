@@ -20,7 +20,7 @@ LAYERS = {
     "blocks.0.attn1.to_q": ("blocks.0.self_attn.q", "blocks_0_self_attn_q"),
     "blocks.1.attn2.to_out.0": ("blocks.1.cross_attn.o", "blocks_1_cross_attn_o"),
     "blocks.2.ffn.net.0.proj": ("blocks.2.ffn.0", "blocks_2_ffn_0"),
-    "blocks.3.ffn.net.2": ("blocks.3.ffn.2", "blocks_3_ffn_2"),
+    "blocks.2.ffn.net.2": ("blocks.2.ffn.2", "blocks_2_ffn_2"),
 }
 
 

@@ -1,0 +1,292 @@
+"""What the miniature learns in so many CPU seconds, by its settings: the search behind the ``tiny`` presets.
+
+    python benchmarks/tiny_search.py data/shards-tiny --seconds 120
+    python benchmarks/tiny_search.py data/shards-tiny --seconds 120 batch=24 rate=2e-3 heads=6 shift_scale=0.5
+
+The real transformer, recipe (dropout, timesteps, packing) and codec in a plain PyTorch loop of one thread, so that a
+CPU minute says something about a minute of ``make pretrain``. Every run appends one line of JSON to ``--table``;
+``--show`` prints the table that ``docs/benchmarks.md`` keeps.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loomvideo.model.codec import build_codec
+from loomvideo.model.copy_start import start_as_copy
+from loomvideo.model.dit import LoomVideoDiT
+from loomvideo.model.packing import DiTSample, pack
+from loomvideo.model.sampler import SchedulerConfig
+from loomvideo.model.sizes import model_size
+from loomvideo.pipelines.evaluation.editing import change_mask
+from loomvideo.pipelines.evaluation.metrics import psnr_db
+from loomvideo.pipelines.training.config import ObjectiveConfig
+from loomvideo.pipelines.training.recipe import LoomVideoRecipe
+from loomvideo.platform.shards.reader import ShardDataset
+from loomvideo.platform.training.randomness import SampleRandom
+
+DEFAULTS: dict[str, Any] = {
+    "tasks": "all",  # or edit: without generation from words
+    "batch": 8,  # samples a step
+    "rate": 1.5e-3,
+    "warmup": 30,
+    "final": 0.05,
+    "beta2": 0.95,
+    "decay": 0.0,
+    "ema": 0.99,
+    "optimizer": "adamw",  # or muon for the blocks' matrices
+    "layers": 3,
+    "heads": 4,
+    "head_dim": 64,
+    "ffn": 512,
+    "shift_scale": 0.5,
+    "shift_base": 8,
+    "drop_all": 0.05,
+    "drop_text": 0.05,
+    "start": "random",  # or copy
+    "seed": 0,
+}
+
+
+def main() -> None:
+    """Run one setting, or show the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", type=Path)
+    parser.add_argument("settings", nargs="*", help=f"NAME=VALUE of {', '.join(DEFAULTS)}")
+    parser.add_argument("--seconds", type=float, default=120.0, help="CPU seconds of training")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--edits", type=int, default=32, help="held-out edits that are made")
+    parser.add_argument("--steps", type=int, default=12, help="sampler steps")
+    parser.add_argument("--flow-shift", type=float, default=3.0, help="of the sampler")
+    parser.add_argument("--table", type=Path, default=Path("runs/tiny-search.jsonl"))
+    parser.add_argument("--start", type=Path, help="a state dict to start from")
+    parser.add_argument("--save", type=Path, help="where to put the averaged state dict")
+    parser.add_argument("--strip", type=Path, help="a PNG of held-out edits: source, edited, target")
+    parser.add_argument("--show", action="store_true")
+    args = parser.parse_args()
+    if args.show:
+        show(args.table)
+        return
+    settings = dict(DEFAULTS)
+    for item in args.settings:
+        name, _, value = item.partition("=")
+        settings[name] = type(DEFAULTS[name])(float(value) if not isinstance(DEFAULTS[name], str) else value)
+    torch.set_num_threads(args.threads)
+    result = Search(args, settings).run()
+    changed = {name: value for name, value in settings.items() if value != DEFAULTS[name]}
+    args.table.parent.mkdir(parents=True, exist_ok=True)
+    with args.table.open("a") as file:
+        file.write(json.dumps({"settings": changed, "seconds": args.seconds, **result}) + "\n")
+    print(json.dumps({"settings": changed, **result}))
+
+
+class Search:
+    """One run."""
+
+    def __init__(self, args: argparse.Namespace, settings: dict[str, Any]) -> None:
+        self.args, self.settings = args, settings
+        size = model_size("tiny")
+        self.dataset = ShardDataset.open(args.shards)
+        objective = ObjectiveConfig(
+            shift_scale=settings["shift_scale"],
+            shift_base_tokens=int(settings["shift_base"]),
+            drop_all=settings["drop_all"],
+            drop_text=settings["drop_text"],
+        )
+        self.recipe = LoomVideoRecipe("tiny", objective, [self.dataset.shared()["null"]], seed=int(settings["seed"]))
+        layers = int(settings["layers"])
+        self.recipe.config = dataclasses.replace(
+            size.dit,
+            num_layers=layers,
+            num_attention_heads=int(settings["heads"]),
+            attention_head_dim=int(settings["head_dim"]),
+            ffn_dim=int(settings["ffn"]),
+        )
+        self.codec = build_codec(size.codec)
+        self.rows = self.dataset.index.to_pylist()
+        self.samples = {}
+
+    def sample(self, row: int) -> Any:
+        """A sample of the dataset, read once."""
+        if row not in self.samples:
+            self.samples[row] = self.dataset.read(row)
+        return self.samples[row]
+
+    def run(self) -> dict[str, Any]:
+        """Train, make held-out edits, measure."""
+        settings = self.settings
+        torch.manual_seed(int(settings["seed"]))
+        model = LoomVideoDiT(self.recipe.config)
+        if settings["start"] == "copy":
+            start_as_copy(model)
+        if self.args.start:
+            model.load_state_dict(torch.load(self.args.start))
+        edits = settings["tasks"] == "edit"
+        train = [
+            n for n, row in enumerate(self.rows) if row["split"] == "train" and (not edits or "edit" in row["task"])
+        ]
+        for row in train:
+            self.sample(row)
+        optimizers = self.optimizers(model)
+        parameters = list(model.parameters())
+        average = [parameter.detach().clone() for parameter in parameters]
+        random, visits = np.random.default_rng(int(settings["seed"])), dict.fromkeys(train, 0)
+        queue: list[int] = []
+        started, step, losses, tokens = time.process_time(), 0, [], 0
+        while (done := (time.process_time() - started) / self.args.seconds) < 1:
+            if len(queue) < settings["batch"]:
+                queue += list(random.permutation(train))
+            rows, queue = queue[: int(settings["batch"])], queue[int(settings["batch"]) :]
+            examples = []
+            for row in rows:
+                draw = SampleRandom(0, self.rows[row]["key"], visits[row])
+                examples.append(self.recipe.load_example(0, self.rows[row], self.sample(row), draw))
+                visits[row] += 1
+            batch = self.recipe.collate(examples).to(torch.device("cpu"), torch.float32)
+            output = self.recipe.loss(model, batch)
+            loss = output.sum / batch.num_loss_elements
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            warm = min(1.0, (step + 1) / settings["warmup"])
+            scale = warm * (settings["final"] + (1 - settings["final"]) * 0.5 * (1 + math.cos(math.pi * done)))
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * scale
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            step += 1
+            tokens += batch.num_tokens
+            losses.append(loss.item())
+            with torch.no_grad():
+                kept = min(settings["ema"], (1 + step) / (10 + step))
+                torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - kept)
+        used = time.process_time() - started
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, average)
+        if self.args.save:
+            torch.save(model.state_dict(), self.args.save)
+        tail = losses[-max(len(losses) // 10, 1) :]
+        return {
+            "parameters": sum(p.numel() for p in parameters),
+            "steps": step,
+            "ms": round(1000 * used / step, 1),
+            "visits": step * int(settings["batch"]),
+            "loss": round(float(np.mean(tail)), 4),
+        } | self.measure(model.eval())
+
+    def optimizers(self, model: LoomVideoDiT) -> list[torch.optim.Optimizer]:
+        """AdamW, or Muon for the matrices of the blocks and AdamW for the rest."""
+        settings, found = self.settings, []
+        rest = list(model.parameters())
+        if settings["optimizer"] == "muon":
+            matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
+            chosen = {id(p) for p in matrices}
+            rest = [p for p in rest if id(p) not in chosen]
+            found.append(
+                torch.optim.Muon(matrices, lr=settings["rate"], weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+            )
+        betas = 0.9, settings["beta2"]
+        found.append(torch.optim.AdamW(rest, settings["rate"], betas, weight_decay=settings["decay"], fused=True))
+        for optimizer in found:
+            for group in optimizer.param_groups:
+                group["peak"] = group["lr"]
+        return found
+
+    @torch.no_grad()
+    def measure(self, model: LoomVideoDiT) -> dict[str, float]:
+        """PSNR of held-out edits against what the codec makes of their targets."""
+        rows = [n for n, row in enumerate(self.rows) if row["split"] == "heldout" and "edit" in row["task"]]
+        rows = rows[:: max(len(rows) // self.args.edits, 1)][: self.args.edits]
+        samples = [self.sample(row) for row in rows]
+        states = [s.tensors["mllm"][f"full.{s.metadata['mllm_index'][0]}"].float() for s in samples]
+        wrong = []
+        for number, row in enumerate(rows):
+            others = [
+                m for m, other in enumerate(rows) if m != number and self.rows[other]["task"] == self.rows[row]["task"]
+            ]
+            wrong.append(states[others[number % len(others)]] if others else states[number - 1])
+        made = self.decode(self.edit(model, samples, states))
+        astray = self.decode(self.edit(model, samples, wrong))
+        sources = self.decode([s.tensors["source"]["mean.0"].float() for s in samples])
+        targets = self.decode([s.tensors["target"]["mean.0"].float() for s in samples])
+        figures: dict[str, list[float]] = {"edit": [], "copy": [], "wrong": [], "outside": [], "inside": []}
+        for video, other, source, target in zip(made, astray, sources, targets, strict=True):
+            mask = change_mask(target, source)
+            figures["edit"].append(psnr_db(video, target))
+            figures["copy"].append(psnr_db(source, target))
+            figures["wrong"].append(psnr_db(other, target))
+            if mask.mean() < 0.9:
+                figures["outside"].append(psnr_db(video, target, ~mask))
+            if mask.any():
+                figures["inside"].append(psnr_db(video, target, mask))
+        if self.args.strip:
+            strip([sources[n][-1] for n in range(12)], [made[n][-1] for n in range(12)],
+                  [targets[n][-1] for n in range(12)], self.args.strip)  # fmt: skip
+        return {name: round(float(np.mean(values)), 2) for name, values in figures.items()}
+
+    def edit(self, model: LoomVideoDiT, samples: list[Any], states: list[Tensor]) -> list[Tensor]:
+        """Latents of edits, all in one pack."""
+        config = self.recipe.config
+        sources = [s.tensors["source"]["mean.0"].float() for s in samples]
+        references = []
+        for s in samples:
+            found = s.tensors.get("refs", {})
+            references.append([found[name].float() for name in sorted(found) if name.startswith("mean.")])
+        latents = [
+            SampleRandom(1, s.key, 0).normal("noise", source.shape) for s, source in zip(samples, sources, strict=True)
+        ]
+        schedulers = [SchedulerConfig(self.args.flow_shift).build(self.args.steps) for _ in samples]
+        for number in range(self.args.steps):
+            timestep = schedulers[0].timesteps[number]
+            batch = pack(
+                [
+                    DiTSample(x, float(timestep), state, source, float(timestep) / 1000, refs)
+                    for x, state, source, refs in zip(latents, states, sources, references, strict=True)
+                ],
+                config.patch_size,
+            )
+            velocities = batch.unpack(model(batch))
+            latents = [
+                s.step(v, timestep, x).prev_sample for s, v, x in zip(schedulers, velocities, latents, strict=True)
+            ]
+        return latents
+
+    def decode(self, latents: list[Tensor]) -> list[np.ndarray]:
+        """uint8 videos."""
+        videos = [self.codec.decode(x[None])[0] for x in latents]
+        return [((v.permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255).byte().numpy() for v in videos]
+
+
+def strip(*columns: Any) -> None:
+    """Write pictures side by side."""
+    from PIL import Image
+
+    *pictures, path = columns
+    rows = [np.concatenate(row, axis=1) for row in zip(*pictures, strict=True)]
+    half = len(rows) // 2
+    page = np.concatenate([np.concatenate(rows[:half]), np.concatenate(rows[half:])], axis=1)
+    Image.fromarray(page).resize((page.shape[1] * 2, page.shape[0] * 2), Image.LANCZOS).save(path)
+
+
+def show(table: Path) -> None:
+    """Print the table as Markdown."""
+    columns = ("steps", "ms", "loss", "edit", "copy", "wrong", "outside", "inside")
+    print("| changed | CPU s | parameters | " + " | ".join(columns) + " |")
+    print("|" + "---|" * (3 + len(columns)))
+    for line in table.read_text().splitlines():
+        row = json.loads(line)
+        changed = ", ".join(f"{name} {value}" for name, value in row["settings"].items()) or "-"
+        values = " | ".join(str(row[name]) for name in columns)
+        print(f"| {changed} | {row['seconds']:.0f} | {row['parameters'] / 1e6:.2f} M | {values} |")
+
+
+if __name__ == "__main__":
+    main()
