@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from loomvideo.model.codec import LatentGrid
 from loomvideo.model.tasks import REQUESTED, requested_task
-from loomvideo.pipelines.serving.examples import Example
+from loomvideo.pipelines.serving.examples import PageExample
 from loomvideo.pipelines.serving.guards import check_host, check_origin
 from loomvideo.pipelines.serving.jobs import Backend, GenerationRequest, Job, JobQueue, RequestLimits
 from loomvideo.pipelines.serving.schemas import Health, JobBody, JobState, UploadState, problems, raw_body
@@ -53,7 +53,7 @@ class PageConfig:
     # Which sizes the model can make; None leaves that to the generator.
     grid: LatentGrid | None = None
     # Offered to click.
-    examples: tuple[Example, ...] = ()
+    examples: tuple[PageExample, ...] = ()
 
 
 class Metrics:

@@ -21,7 +21,7 @@ class ExampleMedia:
 
 
 @dataclass(frozen=True)
-class Example:
+class PageExample:
     """What a click fills the form with."""
 
     task: str
@@ -39,7 +39,7 @@ class Example:
         }
 
 
-def read_examples(path: str | Path, count: int = MAX_EXAMPLES) -> tuple[Example, ...]:
+def read_examples(path: str | Path, count: int = MAX_EXAMPLES) -> tuple[PageExample, ...]:
     """The first held-out samples of every kind of edit and task, videos first.
 
     Args:
@@ -69,10 +69,10 @@ def _requested(sample: Sample) -> str:
     return sample.task if sample.task in REQUESTED else EDIT
 
 
-def _example(sample: Sample, folder: Path) -> Example:
+def _example(sample: Sample, folder: Path) -> PageExample:
     source = _media(folder / sample.source) if sample.source else None
     references = tuple(_media(folder / name) for name in sample.references)
-    return Example(_requested(sample), sample.text, source, references)
+    return PageExample(_requested(sample), sample.text, source, references)
 
 
 def _media(path: Path) -> ExampleMedia:
