@@ -177,6 +177,7 @@ HEAVY = ("torch", "ray", "mlflow", "deepspeed", "transformers", "pandas", "cv2",
         "from loomvideo.jobs import prepare, pretrain, finetune_edit, evaluate, generate",
         "import loomvideo.model",
         "import loomvideo.jobs.cli",
+        "from loomvideo.platform.shards import ShardDataset",
     ],
 )
 def test_the_door_opens_without_loading_anything_heavy(statement):

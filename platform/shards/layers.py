@@ -1,9 +1,12 @@
 """Features of some layers only: what is read for a layer that is not stored is the nearest one that is."""
 
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Tensors of the mllm member that hold states [layers, tokens, dim].
 _STATES = ("full.", "visual.")
@@ -16,6 +19,8 @@ def nearest(stored: Sequence[int], num_layers: int) -> list[int]:
 
 def expanded(tensors: Mapping[str, Tensor], stored: Sequence[int], num_layers: int) -> dict[str, Tensor]:
     """The mllm member's tensors with states [len(stored), tokens, dim] brought to ``num_layers`` layers."""
+    import torch
+
     positions = torch.tensor(nearest(stored, num_layers))
     return {
         name: tensor.index_select(0, positions) if name.startswith(_STATES) else tensor

@@ -5,10 +5,14 @@ unit RMS, where no value can overflow (|x| <= sqrt(dim) < 448) and most of the r
 brought to a largest magnitude of 127. The scale costs 4 bytes a row and restores the magnitude too.
 """
 
-import torch
-from torch import Tensor
+from __future__ import annotations
 
-DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 SCALE_SUFFIX = ".scale"
 _SMALLEST = 1e-12
 
@@ -23,6 +27,8 @@ def quantize(states: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
     Returns:
         The values in the storage dtype and the scale of every row [...] in float32, None for bf16.
     """
+    import torch
+
     if dtype == "bf16":
         return states.to(torch.bfloat16), None
     rows = states.float()
@@ -33,8 +39,11 @@ def quantize(states: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
     return (rows / scale[..., None]).round().to(torch.int8), scale
 
 
-def dequantize(values: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """The states again, in ``dtype``."""
+def dequantize(values: Tensor, scale: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """The states again, in ``dtype``, bfloat16 when unset."""
+    import torch
+
+    dtype = dtype or torch.bfloat16
     if scale is None:
         return values.to(dtype)
     return (values.float() * scale[..., None]).to(dtype)

@@ -1,16 +1,14 @@
 """Reading a dataset folder: the index as a table, samples by range reads."""
 
+from __future__ import annotations
+
 import functools
 import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards import tensors as safetensors
@@ -19,6 +17,10 @@ from loomvideo.platform.shards.manifest import INDEX_FILE, MANIFEST_FILE, SHARED
 from loomvideo.platform.shards.quantize import SCALE_SUFFIX, restore
 from loomvideo.platform.shards.sample import METADATA, ShardSample
 from loomvideo.platform.shards.storage import Storage
+
+if TYPE_CHECKING:  # both take long to import, and this is part of the door
+    import pyarrow as pa
+    from torch import Tensor
 
 Selection = Callable[[str, str], bool]
 _MADE_AGAIN = f"delete {MANIFEST_FILE} and run `loomvideo data prepare` again, which keeps finished shards"
@@ -37,7 +39,7 @@ class ShardDataset:
         self.storage, self.manifest, self.index = storage, manifest, index
 
     @staticmethod
-    def open(url: str | Path) -> "ShardDataset":
+    def open(url: str | Path) -> ShardDataset:
         """Open a dataset folder, local or any fsspec URL.
 
         Raises:
@@ -135,6 +137,9 @@ def read_placed(
 
 
 def _index(storage: Storage, manifest: Manifest) -> pa.Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     data = storage.read_bytes(INDEX_FILE)
     if manifest.index_sha256 and hashlib.sha256(data).hexdigest() != manifest.index_sha256:
         raise UserError(f"{storage.url}/{INDEX_FILE}: checksum differs from the manifest's; {_MADE_AGAIN}")
@@ -144,7 +149,7 @@ def _index(storage: Storage, manifest: Manifest) -> pa.Table:
         raise UserError(f"{storage.url}/{INDEX_FILE}: not readable; {_MADE_AGAIN}") from error
 
 
-_Content = tuple[dict, dict[str, dict[str, Tensor]]]
+_Content: TypeAlias = "tuple[dict, dict[str, dict[str, Tensor]]]"
 
 
 def _read_whole(

@@ -1,14 +1,17 @@
 """One encoded sample and how it lies in a tar."""
 
+from __future__ import annotations
+
 import json
 import re
 from dataclasses import dataclass, field
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from loomvideo.platform.shards import tensors as safetensors
 from loomvideo.platform.shards.tar import TarWriter
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KEY_PATTERN = re.compile(r"[0-9a-zA-Z_-]{1,80}")
 MEMBERS = ("target", "source", "refs", "mllm")

@@ -4,29 +4,40 @@ The ``safetensors`` library reads what this writes and the reverse; it is not us
 into one buffer when saving and cannot open a file at an offset inside a tar.
 """
 
+from __future__ import annotations
+
+import functools
 import json
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # torch takes seconds to import, and opening a dataset needs none
+    import torch
+    from torch import Tensor
 
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+_TORCH_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 HEADER_SIZE_BYTES = 8
+
+
+@functools.cache
+def _dtypes() -> dict[str, torch.dtype]:
+    import torch
+
+    return {name: getattr(torch, torch_name) for name, torch_name in _TORCH_NAMES.items()}
 
 
 def serialized(tensors: Mapping[str, Tensor]) -> tuple[list[bytes | memoryview], int]:
@@ -37,8 +48,11 @@ def serialized(tensors: Mapping[str, Tensor]) -> tuple[list[bytes | memoryview],
     Raises:
         TypeError: for a dtype that safetensors does not know.
     """
+    import torch
+
+    dtype_names = {dtype: name for name, dtype in _dtypes().items()}
     for name, tensor in tensors.items():
-        if tensor.dtype not in _NAMES:
+        if tensor.dtype not in dtype_names:
             raise TypeError(f"tensor {name!r}: safetensors has no dtype {tensor.dtype}")
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header, position, data = {}, 0, []
@@ -46,7 +60,7 @@ def serialized(tensors: Mapping[str, Tensor]) -> tuple[list[bytes | memoryview],
         tensor = tensors[name].detach().cpu().contiguous()
         num_bytes = tensor.numel() * tensor.element_size()
         header[name] = {
-            "dtype": _NAMES[tensor.dtype],
+            "dtype": dtype_names[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [position, position + num_bytes],
         }
@@ -74,7 +88,7 @@ def parse_header(text: bytes | bytearray | memoryview, num_bytes: int | None = N
         header.pop("__metadata__", None)
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
-            size = math.prod(entry["shape"]) * _DTYPES[entry["dtype"]].itemsize
+            size = math.prod(entry["shape"]) * _dtypes()[entry["dtype"]].itemsize
             if min([begin, *entry["shape"]]) < 0 or end - begin != size or (num_bytes is not None and end > num_bytes):
                 raise ValueError(f"tensor {name!r} does not fit its place")
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
@@ -84,7 +98,9 @@ def parse_header(text: bytes | bytearray | memoryview, num_bytes: int | None = N
 
 def tensor_from(entry: Mapping, data: bytearray) -> Tensor:
     """A tensor that owns ``data``, the bytes of one header entry."""
-    dtype = _DTYPES[entry["dtype"]]
+    import torch
+
+    dtype = _dtypes()[entry["dtype"]]
     if not data:
         return torch.empty(entry["shape"], dtype=dtype)
     return torch.frombuffer(data, dtype=dtype).reshape(entry["shape"])
