@@ -128,10 +128,10 @@ def plan(
     out.print(f"{cost.num_samples} samples in {cost.num_shards} shards")
     rows = [
         {
-            "features": mode["mode"],
-            "KB a sample": f"{mode['bytes_per_sample'] / 1e3:.1f}",
-            "GB": f"{mode['total_bytes'] / 1e9:.3f}",
-            "read ms a sample": f"{mode['read_s_per_sample'] * 1e3:.2f}",
+            "features": mode.mode,
+            "KB a sample": f"{mode.bytes_per_sample / 1e3:.1f}",
+            "GB": f"{mode.total_bytes / 1e9:.3f}",
+            "read ms a sample": f"{mode.read_s_per_sample * 1e3:.2f}",
         }
         for mode in cost.modes
     ]
@@ -229,9 +229,7 @@ def quarantine_ls(
 
     rows = ledger(folder)
     if not reason:
-        names = ("outcome", "stage", "reason", "samples")
-        counts = [dict(zip(names, row, strict=True)) for row in by_reason(rows)]
-        console().print(table_of(counts, f"{len(rows)} losses"))
+        console().print(table_of([vars(count) for count in by_reason(rows)], f"{len(rows)} losses"))
         return
     chosen = [row for row in rows if row["reason"] == reason]
     names = ("key", "dataset", "retriable", "message")

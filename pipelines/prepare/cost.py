@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from dataclasses import dataclass
-from typing import Any
 
 from loomvideo.model.sizes import ModelSize, model_size, with_folders
 from loomvideo.pipelines.media.decode import DecodeError
@@ -19,6 +18,23 @@ from loomvideo.platform.shards.storage import Storage
 MODES = (("stored", "bf16"), ("stored", "fp8"), ("stored", "int8"), ("text", "bf16"), ("streamed", "bf16"))
 
 
+@dataclass(frozen=True)
+class ModeCost:
+    """What a feature mode costs.
+
+    Attributes:
+        mode: Mode and dtype, such as ``stored fp8``.
+        bytes_per_sample: The mean over samples, all windows.
+        total_bytes: Of the dataset.
+        read_s_per_sample: Seconds that training waits for storage for one visit.
+    """
+
+    mode: str
+    bytes_per_sample: float
+    total_bytes: int
+    read_s_per_sample: float
+
+
 @dataclass
 class CostEstimate:
     """What preparing the input costs.
@@ -26,7 +42,7 @@ class CostEstimate:
     Attributes:
         num_samples: Samples in the input.
         num_shards: That the plan has.
-        modes: A row a feature mode: bytes a sample, total, and read seconds a sample when training.
+        modes: What each feature mode costs.
         measured: Seconds a sample of one worker, by stage; empty when the encoders cannot run here.
         losses: Reason codes met in the measured samples.
         recompute_s: Seconds a sample to run the MLLM while training instead of reading its features.
@@ -36,7 +52,7 @@ class CostEstimate:
 
     num_samples: int
     num_shards: int
-    modes: list[dict[str, Any]]
+    modes: list[ModeCost]
     measured: dict[str, float]
     losses: dict[str, int]
     recompute_s: float
@@ -73,8 +89,7 @@ def estimate_cost(
         variant = dataclasses.replace(config, features=features)
         total = sum(estimated_bytes(sample, variant, model) for sample in samples)
         each = total / len(samples)
-        modes.append({"mode": f"{mode} {dtype}", "bytes_per_sample": each, "total_bytes": total,
-                      "read_s_per_sample": each / config.clips.windows / (read_gb_per_s * 1e9)})  # fmt: skip
+        modes.append(ModeCost(f"{mode} {dtype}", each, total, each / config.clips.windows / (read_gb_per_s * 1e9)))
     tokens = sum(sum(estimated_tokens(sample, config)) for sample in samples) / len(samples)
     recompute_s = tokens * recompute_us_per_token * 1e-6
     measured, losses = _measure(config, model, samples[:: max(len(samples) // max(num_probes, 1), 1)],
@@ -83,8 +98,8 @@ def estimate_cost(
     return CostEstimate(len(samples), num_shards, modes, measured, losses, recompute_s, recommended, why)
 
 
-def _recommend(modes: list[dict[str, Any]], recompute_s: float) -> tuple[str, str]:
-    times = {row["mode"]: row["read_s_per_sample"] for row in modes}
+def _recommend(modes: list[ModeCost], recompute_s: float) -> tuple[str, str]:
+    times = {cost.mode: cost.read_s_per_sample for cost in modes}
     # Text alone may take fewer bytes as features than pictures as input.
     extra_s = max(times["stored bf16"] - times["streamed bf16"], 0.0)
     if extra_s <= recompute_s:

@@ -3,6 +3,7 @@
 import io
 import tempfile
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,20 @@ def ledger(url: str) -> list[dict[str, Any]]:
     return pq.read_table(io.BytesIO(storage.read_bytes(QUARANTINE_FILE))).to_pylist()
 
 
-def by_reason(rows: list[dict[str, Any]]) -> list[tuple[str, str, str, int]]:
-    """``(outcome, stage, reason, count)``, most frequent first."""
+@dataclass(frozen=True)
+class ReasonCount:
+    """How many samples a stage lost for a reason."""
+
+    outcome: str
+    stage: str
+    reason: str
+    samples: int
+
+
+def by_reason(rows: list[dict[str, Any]]) -> list[ReasonCount]:
+    """The losses counted, most frequent first."""
     counts = Counter((row["outcome"], row["stage"], row["reason"]) for row in rows)
-    return [(*group, count) for group, count in counts.most_common()]
+    return [ReasonCount(*group, count) for group, count in counts.most_common()]
 
 
 def retriable_work(url: str) -> set[str]:

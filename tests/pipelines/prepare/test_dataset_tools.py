@@ -15,7 +15,7 @@ from loomvideo.jobs.data.commands import app
 from loomvideo.pipelines.prepare.config import ClipOptions, LimitOptions
 from loomvideo.pipelines.prepare.cost import estimate_cost
 from loomvideo.pipelines.prepare.job import prepare
-from loomvideo.pipelines.prepare.quarantine import by_reason, export, ledger, retriable_work, saved_config
+from loomvideo.pipelines.prepare.quarantine import ReasonCount, by_reason, export, ledger, retriable_work, saved_config
 from loomvideo.pipelines.prepare.staleness import stale_parts
 from loomvideo.pipelines.prepare.verify import verify
 from loomvideo.pipelines.sources.samples import read_jsonl
@@ -102,7 +102,7 @@ def test_inspect_and_report(copied):
 
 def test_quarantine(copied, origin, tmp_path):
     folder, _, built = copied
-    assert by_reason(ledger(folder)) == [("quarantined", "decode", "missing_file", 1)]
+    assert by_reason(ledger(folder)) == [ReasonCount("quarantined", "decode", "missing_file", 1)]
     listed = run("quarantine", "ls", folder, "--reason", "missing_file").output
     assert "sample-003" in listed
     assert export(folder, tmp_path / "lost.jsonl") == 1
@@ -139,7 +139,7 @@ def test_diff(copied, origin, tmp_path):
 def test_plan(origin):
     config = prepare_config(origin[0] / "raw", origin[0] / "out")
     cost = estimate_cost(config, num_probes=4, read_gb_per_s=1.0, recompute_us_per_token=55.0)
-    sizes = {row["mode"]: row["bytes_per_sample"] for row in cost.modes}
+    sizes = {mode.mode: mode.bytes_per_sample for mode in cost.modes}
     assert sizes["stored int8"] < sizes["stored bf16"]
     assert cost.measured["encode_s"] > 0
     assert cost.hours(2) == pytest.approx(cost.hours(1) / 2)
