@@ -227,13 +227,13 @@ def quarantine_ls(
     """Count losses by reason, or list the samples of one."""
     from loomvideo.pipelines.prepare.quarantine import by_reason, ledger
 
-    rows = ledger(folder)
+    losses = ledger(folder)
     if not reason:
-        console().print(table_of([vars(count) for count in by_reason(rows)], f"{len(rows)} losses"))
+        console().print(table_of([vars(count) for count in by_reason(losses)], f"{len(losses)} losses"))
         return
-    chosen = [row for row in rows if row["reason"] == reason]
+    chosen = [loss for loss in losses if loss.reason == reason]
     names = ("key", "dataset", "retriable", "message")
-    console().print(table_of([{name: row[name] for name in names} for row in chosen]))
+    console().print(table_of([{name: getattr(loss, name) for name in names} for loss in chosen]))
 
 
 def quarantine_retry(folder: DatasetFolder) -> None:

@@ -1,16 +1,17 @@
 """The ledger of what was not written: list it, try it again, export it."""
 
+import dataclasses
 import io
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 
 from loomvideo.pipelines.prepare.config import PrepareConfig
 from loomvideo.pipelines.prepare.job import CONFIG_FILE
+from loomvideo.pipelines.prepare.outcomes import Outcome
 from loomvideo.pipelines.prepare.stages import STAGES
 from loomvideo.pipelines.sources.samples import stored_sample, write_jsonl
 from loomvideo.platform.config import load_config
@@ -20,8 +21,8 @@ from loomvideo.platform.shards.manifest import QUARANTINE_FILE
 from loomvideo.platform.shards.storage import Storage
 
 
-def ledger(url: str) -> list[dict[str, Any]]:
-    """Rows ``{key, dataset, outcome, stage, reason, retriable, message, where, sample}``.
+def ledger(url: str) -> list[Outcome]:
+    """The losses of a dataset, each with its sample where that is known.
 
     Raises:
         UserError: if there is none.
@@ -29,7 +30,9 @@ def ledger(url: str) -> list[dict[str, Any]]:
     storage = Storage(url)
     if not storage.exists(QUARANTINE_FILE):
         raise UserError(f"{url}: no {QUARANTINE_FILE}; run `loomvideo data prepare` first")
-    return pq.read_table(io.BytesIO(storage.read_bytes(QUARANTINE_FILE))).to_pylist()
+    table = pq.read_table(io.BytesIO(storage.read_bytes(QUARANTINE_FILE)))
+    known = [field.name for field in dataclasses.fields(Outcome) if field.name in table.column_names]
+    return [Outcome(**row) for row in table.select(known).to_pylist()]
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,15 @@ class ReasonCount:
     samples: int
 
 
-def by_reason(rows: list[dict[str, Any]]) -> list[ReasonCount]:
+def by_reason(losses: list[Outcome]) -> list[ReasonCount]:
     """The losses counted, most frequent first."""
-    counts = Counter((row["outcome"], row["stage"], row["reason"]) for row in rows)
+    counts = Counter((loss.outcome, loss.stage, loss.reason) for loss in losses)
     return [ReasonCount(*group, count) for group, count in counts.most_common()]
 
 
 def retriable_work(url: str) -> set[str]:
     """Names of the units, of any stage, that miss samples which another attempt may write."""
-    wanted = {row["key"] for row in ledger(url) if row["retriable"]}
+    wanted = {loss.key for loss in ledger(url) if loss.retriable}
     storage, work = Storage(url), set()
     for stage in STAGES if wanted else ():
         found = [commit for some in commits(storage, stage.folder).values() for commit in some]
@@ -82,6 +85,6 @@ def export(url: str, path: Path, reason: str = "") -> int:
         path: The path of the file to write; media paths in it are those of the input.
         reason: Only of this reason.
     """
-    chosen = [row for row in ledger(url) if row["sample"] and (not reason or row["reason"] == reason)]
-    write_jsonl((stored_sample(row["sample"]) for row in chosen), path)
+    chosen = [loss for loss in ledger(url) if loss.sample and (not reason or loss.reason == reason)]
+    write_jsonl((stored_sample(loss.sample) for loss in chosen), path)
     return len(chosen)
