@@ -183,7 +183,7 @@ def save_as(adapter: Adapter, path: str | Path, dialect: str, dtype: torch.dtype
         adapter: From :func:`read_adapter`.
         path: The file; for ``peft`` a folder.
         dialect: One of :data:`DIALECTS`.
-        dtype: Of the matrices.
+        dtype: The type of the written matrices.
 
     Raises:
         UserError: for an unknown dialect, or a file that is there.

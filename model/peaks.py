@@ -25,9 +25,9 @@ from loomvideo.platform.errors import UserError
 GIB = 2**30
 OVERHEAD_BYTES = GIB
 WAN_VAE_PARAMETERS = 704_687_000
-"""Of the published codec."""
+"""Parameters of the published codec."""
 CODEC_LEAST_BYTES = 4 * GIB
-"""Of activations that the codec is given at least; it cuts its work to what it has, see :func:`codec_limit`."""
+"""Activations that the codec is given at least; it cuts its work to what it has, see :func:`codec_limit`."""
 _TEXT_TOKENS = 256
 _STREAMED_BLOCKS = 2
 """Blocks on the device at once when they are streamed."""

@@ -23,7 +23,7 @@ _INDEX_HEADERS = {
     "dit_tokens_mean": "DiT tokens",
     "mllm_tokens_mean": "MLLM tokens",
 }
-"""Of aggregated index columns; means are over samples."""
+"""Headers of aggregated index columns; means are over samples."""
 
 
 def register(app: typer.Typer) -> None:

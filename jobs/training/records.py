@@ -31,10 +31,10 @@ def record_model(
     """The run's LoggedModel: a record of the exported weights, which stay where they are.
 
     Args:
-        tracker: Of the run.
-        folder: Of the run.
+        tracker: Where the run is tracked.
+        folder: The folder of the run.
         size: The model's size.
-        result: Of the job, with ``weights`` and ``steps``.
+        result: What the job ended with, ``weights`` and ``steps`` among it.
         lineage: The run's tags on datasets and parents.
     """
     print_of = weights_fingerprint(result["weights"])

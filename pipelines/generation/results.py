@@ -50,7 +50,7 @@ def digest(facts: dict[str, Any]) -> str:
 
 
 def content_hash(path: str) -> str:
-    """Of a file.
+    """The SHA-256 of a file, in hexadecimal.
 
     Raises:
         UserError: if there is none.

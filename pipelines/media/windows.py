@@ -43,11 +43,11 @@ def media_window(
     """What of a file a task of this medium sees: from its first frame on, in its bucket.
 
     Args:
-        info: Of the file.
+        info: What is known of the file.
         medium: What the task makes; a picture is one frame.
         classes: Area classes of buckets to choose from.
         num_frames: Most frames.
-        grid: Of the model.
+        grid: Which frames and sizes the model can make.
         fps: Frame rate that the file is resampled to.
 
     Raises:
@@ -70,10 +70,10 @@ def window_indices(
     """Frames of a window.
 
     Args:
-        info: Of the file; one that states no frame rate, such as a folder of frames, counts with the usual one.
+        info: What is known of the file; without a frame rate, as of a folder of frames, the usual one counts.
         num_frames: Most frames.
         relative_start: In [0, 1], where in the slack it starts.
-        grid: Of the model.
+        grid: Which frames and sizes the model can make.
         fps: Frame rate that the file is resampled to.
         total_frames: Frames that count, such as those of the shorter of two files; None for all.
 

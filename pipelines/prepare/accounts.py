@@ -40,7 +40,7 @@ class Accounts:
 
     @property
     def num_inputs(self) -> int:
-        """Of all datasets."""
+        """Input samples of all datasets."""
         return sum(count["inputs"] for count in self.counts.values())
 
     def add(self, record: ShardRecord) -> None:

@@ -25,7 +25,7 @@ class ModeCost:
     Attributes:
         mode: Mode and dtype, such as ``stored fp8``.
         bytes_per_sample: The mean over samples, all windows.
-        total_bytes: Of the dataset.
+        total_bytes: The same of the whole dataset.
         read_s_per_sample: Seconds that training waits for storage for one visit.
     """
 

@@ -210,7 +210,7 @@ class SampleEncoder:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Of the codec's and the MLLM's weights."""
+        """Fingerprints of the codec's and the MLLM's weights."""
         return {"codec": self.codec.fingerprint, "mllm": self._mllm_fingerprint}
 
     @property

@@ -72,9 +72,9 @@ def read_pairs(
     Args:
         place: The folder.
         dataset: Name.
-        licence: Of the pairs.
-        instruction: Of pairs without a text file of their own.
-        task: Of all pairs; default: told from the target.
+        licence: The licence of all pairs.
+        instruction: The instruction of pairs without a text file of their own.
+        task: The task of all pairs; default: told from the target.
     """
     root = place.root
     pairs, left = _by_name(root)
@@ -106,7 +106,7 @@ def read_webdataset(
     Args:
         place: A tar, or a folder of tars.
         dataset: Name.
-        licence: Of the dataset.
+        licence: The licence of the dataset.
         extract: Folder or URL for the media; workers that decode must reach it.
         text: Field of the `.json` that holds the caption; instructions are in `instruction` or `edit_prompt`.
     """

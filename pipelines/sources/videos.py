@@ -103,7 +103,7 @@ def read_panda(
         place: A CSV or the folder of the CSVs.
         videos: Folder of the videos; default: `videos/`, `video/` or `clips/` beside the table.
         dataset: Name.
-        licence: Of the dataset.
+        licence: The licence of the dataset.
     """
     folder = VideoFolder(_video_root(place, videos))
     for file in [place.file] if place.file else place.files(".csv"):
