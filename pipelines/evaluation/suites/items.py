@@ -22,7 +22,7 @@ class EvalItem:
     Attributes:
         suite: Benchmark name.
         key: Unique in the suite.
-        task: One of the six tasks.
+        task: A task of :data:`~loomvideo.model.tasks.TASKS`.
         category: The benchmark's own type of the sample.
         text: Instruction or prompt.
         source: Video or picture to edit.
