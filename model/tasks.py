@@ -98,8 +98,8 @@ _ALL_WORDINGS = WORDINGS | {kind.name: kind for kind in PUBLISHED_EVALUATION.val
 TASKS: dict[str, Task] = {name: task for name, task in WORDINGS.items() if task.own_name}
 """The tasks, by name."""
 
-REQUESTED = tuple(dict.fromkeys(EDIT if task.source and not task.needs_references else name
-                                for name, task in TASKS.items()))  # fmt: skip
+_EDIT_OF: dict[Medium, str] = {"image": "image_edit", "video": "video_edit"}
+REQUESTED = tuple(dict.fromkeys(EDIT if name in _EDIT_OF.values() else name for name in TASKS))
 """What people are offered: :data:`TASKS` with one name for the edits that the source tells apart."""
 
 
@@ -137,7 +137,7 @@ def requested_task(name: str, source: Medium | None = None) -> Task:
         UserError: if there is no such task, or it edits another medium.
     """
     if name == EDIT:
-        name = "image_edit" if source == "image" else "video_edit"
+        name = _EDIT_OF[source or "video"]
     found = _find(name, TASKS, (EDIT, *TASKS))
     if found.source == "video" and source == "image":
         raise UserError(f"task={name}: the source is a picture; use task=edit or task=image_edit")
