@@ -39,7 +39,7 @@ class Device:
     Attributes:
         capability: Compute capability as 90 for sm_90.
         cudnn: cuDNN's version as 90100 for 9.1; 0 for none.
-        modules: Of :data:`MODULES`, the names of those that can be imported.
+        modules: The names in :data:`MODULES` that can be imported.
     """
 
     capability: int

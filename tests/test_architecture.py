@@ -132,12 +132,6 @@ def test_tables_and_bars_are_made_in_one_place():
     assert makers == ["loomvideo.platform.console"]
 
 
-def test_arguments_are_said_to_be_something():
-    bare = re.compile(r"^\s+\w+: Of ", flags=re.MULTILINE)
-    wrong = {name: found for name, path in modules().items() if (found := bare.findall(path.read_text()))}
-    assert wrong == {}
-
-
 def test_a_circle_is_found():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
 

@@ -141,12 +141,12 @@ class LoomVideoDiffusionPipeline(DiffusionPipeline):
             image: A picture to edit, in place of a video.
             reference_images: Pictures that the prompt speaks of.
             task: One of :data:`loomvideo.model.tasks.WORDINGS`; None takes what the inputs say.
-            height: Of what is generated without a source.
+            height: The height of what is generated without a source.
             width: Likewise.
             num_frames: Whole latents (4k+1 with Wan's VAE); an edit takes its source's, 1 is a picture.
             num_inference_steps: Denoising steps.
-            guidance_scale: Of text; None takes the task's.
-            visual_guidance_scale: Of media; None takes the task's.
+            guidance_scale: The scale of text; None takes the task's.
+            visual_guidance_scale: The scale of media; None takes the task's.
             num_videos_per_prompt: Videos of each prompt, each from noise of its own.
             generator: Draws the noise; one for each video, or one for all.
             latents: The noise itself, [channels, frames, rows, columns] or one of them for each video.

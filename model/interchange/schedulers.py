@@ -11,7 +11,7 @@ class SchedulerChoice:
     """A scheduler that integrates velocities along the flow.
 
     Args:
-        scheduler: Of diffusers; it is copied for each generation, never changed.
+        scheduler: A scheduler of diffusers; it is copied for each generation, never changed.
 
     Raises:
         UserError: if it integrates something else.

@@ -25,7 +25,7 @@ class StepLoss:
     """What a rank's packs of a step gave.
 
     Attributes:
-        sum: Of all loss elements.
+        sum: The sum over all loss elements.
         bad_keys: Samples whose loss is not finite.
         dead_inputs: Conditioning on which the loss of a pack does not depend.
     """

@@ -256,7 +256,7 @@ def packs_of_run(config: PackConfig, state: Mapping[str, Any] | None, pack_ranks
 
     Args:
         config: As configured.
-        state: Of the checkpoint that the run goes on from; None at the start.
+        state: The state in the checkpoint that the run goes on from; None at the start.
         pack_ranks: Workers that have packs of their own.
     """
     if config.per_step or state is None:
