@@ -40,12 +40,6 @@ def micro_mean(scores: np.ndarray) -> float:
     return float(valid.mean()) if valid.size else float("nan")
 
 
-def macro_mean(scores: np.ndarray, categories: Sequence[str]) -> float:
-    """Unweighted mean of the category means, over categories with a valid sample."""
-    means = [micro_mean(scores[np.asarray(categories) == c]) for c in sorted(set(categories))]
-    return micro_mean(np.array(means))
-
-
 def bootstrap_mean(
     scores: np.ndarray,
     clusters: Sequence[str],

@@ -38,10 +38,6 @@ class Prices:
         """Price of a call."""
         return (tokens_in * self.input_usd + tokens_out * self.output_usd) / 1e6
 
-    def estimate_usd(self, request: VLMRequest) -> float:
-        """Expected price of a request."""
-        return self.cost_usd(request.estimated_tokens(self.tokens_per_frame), self.output_tokens)
-
     def most_usd(self, request: VLMRequest) -> float:
         """Highest price of a request: every output token that it may take."""
         most = max(self.output_tokens, self.max_output_tokens)

@@ -78,11 +78,6 @@ class Checkpoint:
         return self.url.rsplit("/", 1)[-1]
 
     @property
-    def run_url(self) -> str:
-        """The run's folder, two above."""
-        return self.url.rsplit("/", 2)[0]
-
-    @property
     def step(self) -> int:
         """Optimiser steps done."""
         return self.state["step"]

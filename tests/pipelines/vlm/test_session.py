@@ -76,7 +76,8 @@ def test_failed_calls_are_charged_with_what_they_cost(tmp_path):
     # A server that was given up on may have worked; one that refused has not.
     slow = session(tmp_path, Failing(VLMError("timeout", True), VLMError("rate limited", True)))
     answer = slow.ask(request(1))
-    assert answer.cost_usd == pytest.approx(PRICES.estimate_usd(request(1)) + BILL)
+    expected = PRICES.cost_usd(request(1).estimated_tokens(PRICES.tokens_per_frame), PRICES.output_tokens)
+    assert answer.cost_usd == pytest.approx(expected + BILL)
 
 
 def test_an_answer_that_does_not_hold_is_paid_and_not_kept(tmp_path):
