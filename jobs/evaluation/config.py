@@ -26,9 +26,9 @@ class GenerationConfig:
     """How results are sampled."""
 
     steps: int = option(20, "denoising steps")
-    edit_scale: float = option(2.5, "guidance scale of edits")
-    generate_scale: float = option(5.0, "guidance scale of generation")
-    visual_scale: float = option(1.5, "guidance scale of sources and references")
+    scale: float = option(2.5, "guidance scale of edits; 1 for no guidance")
+    generate_scale: float = option(5.0, "guidance scale of generation without a source")
+    visual_scale: float = option(1.5, "guidance scale of the source and references")
     negative_prompt: str | None = option(None, "what the unconditional branch is told; null takes the model size's own")
     prompts: str = option(
         "training", "how the MLLM is told: training, or published as LoomVideo's own evaluation words references"

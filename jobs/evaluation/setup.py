@@ -83,7 +83,7 @@ def find_checkpoint(config: EvaluateConfig) -> EvaluatedModel:
             device="cuda" if g.gpus else "cpu",
             lora=tuple(g.lora),
         ),
-        SamplerSettings(g.steps, g.edit_scale, g.generate_scale, g.visual_scale, g.negative_prompt, g.prompts),
+        SamplerSettings(g.steps, g.scale, g.generate_scale, g.visual_scale, g.negative_prompt, g.prompts),
     )
     fingerprint = model_fingerprint(options)
     tracking = run.read_json("mlflow.json") if run else None
