@@ -147,6 +147,11 @@ def test_every_package_has_a_line_in_the_architecture_page():
     assert sorted(listed) == packages()
 
 
+def test_every_room_has_a_line_in_the_readme():
+    listed = re.findall(r"^\| `(\w+)/` \| `loomvideo\.(\w+)` \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert listed == [(room, room) for room in ROOMS]
+
+
 def test_every_package_is_packed():
     packed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     named = {f"loomvideo.{folder.replace('/', '.')}" for folder in packages()}
