@@ -7,39 +7,19 @@ of master weights, moments and average can be read and written by name, which is
 the world size.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from loomvideo.platform.training.allocation import allocate
 from loomvideo.platform.training.config import TrainingConfig
+from loomvideo.platform.training.frozen import frozen_slices, load_frozen
 from loomvideo.platform.training.moments import MOMENTS, read_moments, write_moments
 from loomvideo.platform.training.recipe import Recipe
 from loomvideo.platform.training.schedule import ema_decay, learning_rate
+from loomvideo.platform.training.slices import ParameterSlice, Source, read_from, requests_of
 from loomvideo.platform.training.zero import build_optimizer, deepspeed_config, import_deepspeed, select_trainable
-
-Request = tuple[str, str, int, int]
-"""Elements [start, stop) of a flattened parameter: (``master``, ``exp_avg``, ``exp_avg_sq`` or ``ema``, name, start,
-stop)."""
-
-Source = Callable[[Sequence[Request]], Iterator[Tensor | None]]
-"""Answers requests in their order: [stop - start] float32 each, or None when there is no such state."""
-
-
-@dataclass
-class ParameterSlice:
-    """A rank's contiguous part of one parameter, elements [start, stop) of it flattened.
-
-    Attributes:
-        views: ``master``, and once they exist ``exp_avg``, ``exp_avg_sq`` and ``ema``: [stop - start] float32.
-    """
-
-    name: str
-    start: int
-    stop: int
-    views: dict[str, Tensor]
 
 
 class ZeroEngine:
@@ -53,6 +33,7 @@ class ZeroEngine:
         num_micro_steps: Micro-steps of a rank in a step.
         initial: Weights to start from, read one parameter at a time; by default those that ``model`` holds.
         load: Whether to read them now; a run that continues reads its checkpoint instead.
+        shared: Frozen parameters of another role's model; a frozen one of the same name is that very parameter.
     """
 
     def __init__(
@@ -64,6 +45,7 @@ class ZeroEngine:
         num_micro_steps: int,
         initial: Mapping[str, Tensor] | None = None,
         load: bool = True,
+        shared: Mapping[str, nn.Parameter] | None = None,
     ):
         deepspeed = import_deepspeed()
         self.config, self.device = config, device
@@ -80,9 +62,11 @@ class ZeroEngine:
             initial = {name: parameter.detach() for name, parameter in model.named_parameters()}
         self.initial = initial
         settings = deepspeed_config(config, self.num_trainable, num_micro_steps, device.type == "cuda")
-        self._allocate(model, deepspeed, settings)
+        taken = allocate(model, deepspeed, settings, config.zero.stage, self.dtype, device, shared)
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        self.frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        # Whose they were first also loads and saves them.
+        self._frozen = {name: p for name, p in self.frozen.items() if name not in taken}
         recipe.prepare(model, config.activation_checkpointing, config.compile)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
@@ -100,26 +84,6 @@ class ZeroEngine:
         self.grad_norm = 0.0
         if load:
             self.load_slices(read_from(initial), 0)
-
-    def _allocate(self, model: nn.Module, deepspeed: Any, settings: dict[str, Any]) -> None:
-        """Give the model parameters on the device, zero until :meth:`load_slices`; stage 3 partitions each at once."""
-        replaced: dict[int, nn.Parameter] = {}
-        first: nn.Parameter | None = None
-        for module in model.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                if id(parameter) not in replaced:
-                    zeros = torch.zeros(parameter.shape, dtype=self.dtype, device=self.device)
-                    fresh = nn.Parameter(zeros, requires_grad=parameter.requires_grad)
-                    replaced[id(parameter)] = fresh
-                    if self.config.zero.stage == 3:
-                        if first is None:
-                            first = fresh
-                            holder = nn.ParameterList([fresh])
-                            deepspeed.zero.Init(module=holder, config_dict_or_path=settings, dtype=self.dtype)
-                        else:
-                            first.convert_to_zero_parameters(param_list=[fresh])
-                module.register_parameter(name, replaced[id(parameter)])
-        model.to(self.device)
 
     @property
     def masters(self) -> list[Tensor]:
@@ -180,13 +144,7 @@ class ZeroEngine:
 
     def frozen_slices(self) -> Iterator[ParameterSlice]:
         """This rank's share of the parameters that are not trained."""
-        for name, parameter in self._frozen.items():
-            whole = torch.Size(self.shapes[name]).numel()
-            length = -(-whole // self.world_size)
-            start, stop = min(self.rank * length, whole), min((self.rank + 1) * length, whole)
-            if start < stop:
-                part = parameter.ds_tensor if self.config.zero.stage == 3 else parameter.detach().flatten()[start:stop]
-                yield ParameterSlice(name, start, stop, {"master": part[: stop - start]})
+        return frozen_slices(self._frozen, self.shapes, self.config.zero.stage)
 
     @torch.no_grad()
     def load_slices(self, source: Source, optimizer_step: int, frozen: Source | None = None) -> None:
@@ -206,7 +164,7 @@ class ZeroEngine:
             flats[group]["ema"] = average
         wanted = [(part, kind, view) for part in self._cut(flats) for kind, view in part.views.items()]
         # The masters come first of each part, so that an average without state can start from them.
-        for (part, kind, view), value in zip(wanted, source(_requests(wanted)), strict=True):
+        for (part, kind, view), value in zip(wanted, source(requests_of(wanted)), strict=True):
             if value is not None:
                 view.copy_(value)
             elif kind == "ema":
@@ -214,22 +172,8 @@ class ZeroEngine:
         for group, master in enumerate(self.masters):
             if optimizer_step:
                 write_moments(self.optimizer.optimizer, group, master, moments[group], optimizer_step)
-        self._load_frozen(frozen or source)
+        load_frozen(self._frozen, self.shapes, self.config.zero, frozen or source)
         self._publish()
-
-    def _load_frozen(self, source: Source) -> None:
-        if self.config.zero.stage == 3:
-            wanted = [(part, "master", part.views["master"]) for part in self.frozen_slices()]
-        else:
-            wanted = [
-                (ParameterSlice(name, 0, p.numel(), {}), "master", p.view(-1)) for name, p in self._frozen.items()
-            ]
-        for (_, _, view), value in zip(wanted, source(_requests(wanted)), strict=True):
-            view.copy_(value)
-        if self.config.zero.hpz_partition_size > 1:
-            # DeepSpeed drops these copies for trained parameters only.
-            for parameter in self._frozen.values():
-                parameter.ds_secondary_tensor = None
 
     def _publish(self) -> None:
         """Bring the working weights in line with the master weights."""
@@ -272,12 +216,6 @@ class ZeroEngine:
         # ZeRO averages over ranks and micro-steps; undo both and divide by the elements instead.
         self.engine.backward(loss_sum * (self.world_size * self.num_micro_steps / total_elements))
 
-    def forward_backward(self, recipe: Recipe, pack: Any, total_elements: float, counts: bool) -> Any:
-        """Loss and gradients of one pack; a pack that does not count has weight 0."""
-        output = recipe.loss(self.engine, pack)
-        self.backward(output.sum * (1.0 if counts else 0.0), total_elements)
-        return output
-
     def step_micro(self) -> None:
         """Tell the engine that a micro-step other than the last is done."""
         self.engine.step()
@@ -292,7 +230,7 @@ class ZeroEngine:
         Returns:
             Whether the weights were updated; also False when the gradients are not finite.
         """
-        rate = learning_rate(self.config.optimizer, step, self.config.steps)
+        rate = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if skip:
@@ -306,6 +244,10 @@ class ZeroEngine:
             decay = ema_decay(self.config.ema, step)
             torch._foreach_lerp_(self.ema, [master.data for master in self.masters], 1.0 - decay)
         return updated
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of optimiser step ``step`` (from 0)."""
+        return learning_rate(self.config.optimizer, step, self.config.steps)
 
     def _poison_gradients(self) -> None:
         """Make the gradient norm invalid, upon which the engine drops the gradients on all ranks."""
@@ -322,17 +264,3 @@ class ZeroEngine:
                 safe_set_local_grad(parameter, gradient)
             return
         safe_set_full_grad(parameter, torch.full(parameter.shape, float("nan"), device=self.device))
-
-
-def _requests(wanted: Sequence[tuple[ParameterSlice, str, Tensor]]) -> list[Request]:
-    return [(kind, part.name, part.start, part.stop) for part, kind, _ in wanted]
-
-
-def read_from(weights: Mapping[str, Tensor]) -> Source:
-    """A source of master weights, one whole parameter in memory at a time."""
-
-    def answer(requests: Sequence[Request]) -> Iterator[Tensor | None]:
-        for kind, name, start, stop in requests:
-            yield weights[name].flatten()[start:stop].float() if kind == "master" else None
-
-    return answer

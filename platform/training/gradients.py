@@ -10,8 +10,8 @@ import torch
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.training.collectives import AllRanks
 from loomvideo.platform.training.config import TrainingConfig
-from loomvideo.platform.training.engine import ZeroEngine
-from loomvideo.platform.training.recipe import Recipe
+from loomvideo.platform.training.recipe import Recipe, Turn
+from loomvideo.platform.training.roles import Roles
 
 PROBE_STEP = 10
 """Updates after which everything that is trained must have had a gradient: layers that start at zero let nothing
@@ -41,12 +41,12 @@ class GradientSteps:
     Args:
         config: The run's configuration.
         recipe: Computes losses.
-        engine: Holds the model.
+        roles: Hold the networks.
         ranks: All ranks.
     """
 
-    def __init__(self, config: TrainingConfig, recipe: Recipe, engine: ZeroEngine, ranks: AllRanks):
-        self.config, self.recipe, self.engine, self.ranks = config, recipe, engine, ranks
+    def __init__(self, config: TrainingConfig, recipe: Recipe, roles: Roles, ranks: AllRanks):
+        self.config, self.recipe, self.roles, self.ranks = config, recipe, roles, ranks
         self._most_tokens = 0
         self._tags: dict[tuple[str, str], list[float]] = {}
 
@@ -56,13 +56,16 @@ class GradientSteps:
         self._tags = {}
         return rows
 
-    def forward_backward(self, packs: Sequence[tuple[Any, bool]], elements: float, updates: int) -> StepLoss:
+    def forward_backward(
+        self, turn: Turn, packs: Sequence[tuple[Any, bool]], elements: float, updates: int
+    ) -> StepLoss:
         """Gradients of this rank's packs, one a micro-step.
 
         Args:
+            turn: Which role learns.
             packs: Each with whether its loss counts.
             elements: Loss elements of all ranks in this step.
-            updates: Updates of the weights so far.
+            updates: Updates of the role's weights so far.
 
         Raises:
             UserError: if a pack does not fit into memory.
@@ -70,13 +73,13 @@ class GradientSteps:
         result, outputs = StepLoss(), []
         for number, (pack, counts) in enumerate(packs):
             if number:
-                self.engine.step_micro()
+                self.roles.step_micro(turn)
             # A pack that does not count has a gradient of zeros.
             watched = counts and PROBE_STEP <= updates < PROBE_STEP + WATCHED_STEPS
             self.recipe.watch_inputs(watched)
             try:
-                placed = pack.to(self.engine.device, self.engine.dtype)
-                output = self.engine.forward_backward(self.recipe, placed, elements, counts)
+                placed = pack.to(self.roles.model.device, self.roles.model.dtype)
+                output = self.roles.forward_backward(turn, placed, elements, counts)
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -111,13 +114,13 @@ class GradientSteps:
             "weights of zero that are not trained (training.optimizer.trainable, lora.targets)"
         )
 
-    def probe(self) -> None:
-        """Refuse to go on when something that is trained never gets a gradient: it would look like slow learning.
+    def probe(self, role: str) -> None:
+        """Refuse to go on when something that a role trains never gets a gradient: it would look like slow learning.
 
         Raises:
             UserError: naming the parameters.
         """
-        idle = self.engine.without_gradient()
+        idle = self.roles.engines[role].without_gradient()
         if not idle:
             return
         expected = self.ranks.gather(list(self.recipe.should_learn(idle)))

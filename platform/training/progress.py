@@ -11,6 +11,7 @@ from loomvideo.platform.runs import RunFolder
 from loomvideo.platform.training.checkpoint import checkpoints_of
 from loomvideo.platform.training.config import TrainingConfig
 from loomvideo.platform.training.hardware import peak_tflops
+from loomvideo.platform.training.recipe import MODEL
 from loomvideo.platform.training.validation import paired_change
 from loomvideo.platform.training.writer import OTHER_WRITER
 
@@ -57,7 +58,7 @@ class TrainingProgress:
         self._planned: dict[str, float] = {}
         self._totals: dict[str, float] = defaultdict(float)
         self._finished: dict[str, Any] = {}
-        self._latest: dict[str, Any] = {}
+        self._latest: list[dict[str, Any]] = []
         self._tags: dict[tuple[str, str], list[float]] = {}
         self._peak_memory_bytes = 0
         self._checkpoint_age_s = 0.0
@@ -130,7 +131,7 @@ class TrainingProgress:
                 self._totals[name] += record[name]
             self._totals["steps"] += 1
             self._totals["worker_s"] += record["step_s"] * self._world_size
-        self._latest = report["steps"][-1]
+        self._latest = _of_model(report["steps"])[-1:] or self._latest
         self._record(report["steps"])
         self._show(report["steps"])
 
@@ -176,12 +177,7 @@ class TrainingProgress:
 
     def _metrics(self, records: list[dict[str, Any]]) -> dict[str, float]:
         seconds = sum(record["step_s"] for record in records)
-        elements = sum(record["elements"] for record in records)
-        last = records[-1]
         metrics = {
-            "train/loss": sum(record["loss"] * record["elements"] for record in records) / elements,
-            "train/gradient_norm": max(record["grad_norm"] for record in records),
-            "train/learning_rate": last["learning_rate"],
             "train/skipped_steps": sum(not record["updated"] for record in records),
             "speed/tokens_per_s": sum(record["tokens"] for record in records) / seconds,
             "speed/samples_per_s": sum(record["samples"] for record in records) / seconds,
@@ -192,6 +188,9 @@ class TrainingProgress:
             "run/worker_hours": self._worker_hours(),
             "packs/imbalance": sum(record["imbalance"] for record in records) / len(records),
         }
+        for role in dict.fromkeys(record.get("role", MODEL) for record in records):
+            taken = [record for record in records if record.get("role", MODEL) == role]
+            metrics |= {f"{_section(role)}/{name}": value for name, value in _learned(taken).items()}
         flops = sum(record["flops"] for record in records)
         if flops:
             metrics["speed/tflops_per_worker"] = flops / seconds / self._world_size / 1e12
@@ -210,9 +209,9 @@ class TrainingProgress:
         return metrics
 
     def _show(self, records: list[dict[str, Any]]) -> None:
-        last = records[-1]
+        last, shown = records[-1], _of_model(records) or records
         seconds = sum(record["step_s"] for record in records)
-        loss = sum(record["loss"] for record in records) / len(records)
+        loss = sum(record["loss"] for record in shown) / len(shown)
         left_s = (self.config.steps - last["step"]) * seconds / len(records)
         figures = (
             f"loss {loss:.4f}  lr {last['learning_rate']:.2e}  "
@@ -308,7 +307,7 @@ class TrainingProgress:
             "steps": self._finished.get("steps", self._last_step),
             "first_step": self._finished.get("first_step", 0),
             "stopped": self._finished.get("stopped", ""),
-            "loss": self._latest.get("loss", float("nan")),
+            "loss": self._latest[0]["loss"] if self._latest else float("nan"),
             "start_s": self._ready_s,
             "train_s": seconds,
             "step_s": seconds / steps,
@@ -332,6 +331,24 @@ class TrainingProgress:
         if not (self._peak_flops and seconds):
             return {}
         return {"mfu": self._totals["flops"] / seconds / self._world_size / self._peak_flops}
+
+
+def _of_model(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [record for record in records if record.get("role", MODEL) == MODEL]
+
+
+def _section(role: str) -> str:
+    return "train" if role == MODEL else f"train_{role}"
+
+
+def _learned(records: list[dict[str, Any]]) -> dict[str, float]:
+    """What the turns of one role say of its learning."""
+    elements = sum(record["elements"] for record in records)
+    return {
+        "loss": sum(record["loss"] * record["elements"] for record in records) / elements,
+        "gradient_norm": max(record["grad_norm"] for record in records),
+        "learning_rate": records[-1]["learning_rate"],
+    }
 
 
 def last_recorded_step(path: Any) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.training.config import EmaConfig, OptimizerConfig
 from loomvideo.platform.training.layers import prepare_layers
 from loomvideo.platform.training.order import SampleSizes
 from loomvideo.platform.training.randomness import SampleRandom
@@ -42,6 +43,40 @@ class Pack(Protocol):
     def to(self, device: torch.device, dtype: torch.dtype) -> "Pack":
         """The pack on a device, activations in ``dtype``."""
         ...
+
+
+MODEL = "model"
+"""The role of what :meth:`Recipe.start` gives: it is always trained, validated and exported."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """A network beside the model: trained in turns of its own, or frozen.
+
+    Attributes:
+        name: Letters, digits and ``_``; names its state in checkpoints and its figures.
+        start: The network, which may be on the meta device, and the float32 weights it starts from.
+        optimizer: How it is trained; None for a frozen one.
+        ema: Its average, none by default.
+        shares_frozen: Its parameters that are not trained are those of the model with the same names: one copy of the
+            weights under the adapters of several roles, and none for a teacher that adapters were put on.
+        base: ``path`` and ``digest`` of a frozen network's weights, which checkpoints name instead of holding them.
+    """
+
+    name: str
+    start: Callable[[], tuple[nn.Module, Mapping[str, torch.Tensor]]]
+    optimizer: OptimizerConfig | None = None
+    ema: EmaConfig = field(default_factory=lambda: EmaConfig(decay=0.0))
+    shares_frozen: bool = False
+    base: Callable[[], dict[str, str]] | None = None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One step of the loop: its index from 0, and the role that it updates."""
+
+    step: int
+    role: str = MODEL
 
 
 @dataclass
@@ -170,6 +205,27 @@ class Recipe(Protocol):
         """Forward pass and loss of one pack on the training device."""
         ...
 
+    def roles(self) -> Sequence[Role]:
+        """Networks beside the model; asked once, after :meth:`start`."""
+        ...
+
+    def role_at(self, step: int) -> str:
+        """Which role step ``step`` (from 0) updates; a function of the step alone, so that all ranks agree."""
+        ...
+
+    def turn_loss(self, turn: Turn, networks: Mapping[str, Callable[..., Any]], pack: Pack) -> LossOutput:
+        """Loss of one pack for the role whose turn it is.
+
+        Every rank must call every network equally often in a turn, whatever its pack holds: ZeRO-3 gathers weights in
+        the calls. Only the role of the turn may be called with gradients.
+
+        Args:
+            turn: Whose turn it is.
+            networks: By role, :data:`MODEL` among them.
+            pack: On the training device.
+        """
+        ...
+
     def flops(self, pack: Pack) -> float:
         """Floating-point operations of forward and backward for a pack without recomputation."""
         ...
@@ -205,6 +261,22 @@ class BaseRecipe:
     def read(self, dataset: TrainingDataset, row_number: int, row: Mapping[str, Any], random: SampleRandom) -> Any:
         """The whole sample; override to read less of it, e.g. one window."""
         return dataset.read(row_number)
+
+    def roles(self) -> Sequence[Role]:
+        """None."""
+        return ()
+
+    def role_at(self, step: int) -> str:
+        """The model."""
+        return MODEL
+
+    def turn_loss(self, turn: Turn, networks: Mapping[str, Callable[..., Any]], pack: Any) -> LossOutput:
+        """What :meth:`Recipe.loss` gives for the model."""
+        return self.loss(networks[MODEL], pack)
+
+    def loss(self, model: Any, pack: Any) -> LossOutput:
+        """Every recipe has its own; see :meth:`Recipe.loss`."""
+        raise NotImplementedError(f"{type(self).__name__} has no loss")
 
     def flops(self, pack: Any) -> float:
         """Unknown: no MFU is reported."""

@@ -14,10 +14,12 @@ from loomvideo.platform.errors import UserError
 from loomvideo.platform.training.checkpoint import Checkpoint
 from loomvideo.platform.training.collectives import AllRanks
 from loomvideo.platform.training.config import TrainingConfig
-from loomvideo.platform.training.engine import ZeroEngine, read_from
+from loomvideo.platform.training.engine import ZeroEngine
 from loomvideo.platform.training.guard import SpikeGuard
 from loomvideo.platform.training.order import continued_data, data_entry
-from loomvideo.platform.training.recipe import Recipe, TrainingDataset
+from loomvideo.platform.training.recipe import MODEL, Recipe, TrainingDataset
+from loomvideo.platform.training.roles import Roles
+from loomvideo.platform.training.slices import read_from
 
 RECENT_STEPS = 200
 
@@ -28,13 +30,12 @@ class RunState:
     Args:
         config: The run's configuration.
         datasets: The run's datasets.
-        engine: Holds the tensors.
+        roles: Hold the tensors.
         base: Which weights hold what is not trained, from :func:`base_of`.
         ranks: All ranks.
 
     Attributes:
         step: Steps planned and done.
-        optimizer_step: Steps that updated the weights.
         planner: State of the planner after the last step; None before the first.
         guard: Judges losses.
         data: Which datasets and mixture the run had from which step on.
@@ -47,12 +48,13 @@ class RunState:
         self,
         config: TrainingConfig,
         datasets: Sequence[TrainingDataset],
-        engine: ZeroEngine,
+        roles: Roles,
         base: dict[str, str],
         ranks: AllRanks,
     ):
-        self.config, self.datasets, self.engine, self.base, self.ranks = config, datasets, engine, base, ranks
-        self.step = self.optimizer_step = 0
+        self.config, self.datasets, self.roles, self.base, self.ranks = config, datasets, roles, base, ranks
+        self.engine = roles.model
+        self.step = 0
         self.planner: dict[str, Any] | None = None
         self.guard = SpikeGuard(config.guard)
         self.data = [data_entry(0, [dataset.digest for dataset in datasets], config.mixture)]
@@ -73,9 +75,8 @@ class RunState:
             )
         self.data = continued_data(checkpoint.url, state, self.datasets, self.config.mixture)
         frozen = read_from(self.engine.initial) if checkpoint.base else None
-        self.engine.load_slices(checkpoint.read_many, state["optimizer_step"], frozen)
-        self.step, self.optimizer_step = state["step"], state["optimizer_step"]
-        self.planner = state["planner"]
+        self.roles.load(checkpoint, frozen)
+        self.step, self.planner = state["step"], state["planner"]
         self.guard.load_state(state["guard"])
         if not self.recent:
             self.recent.extend(state.get("records", ()))
@@ -98,7 +99,7 @@ class RunState:
         """What a checkpoint of now holds of this rank: tensors by ``<kind>/<name>``, ranges by name, and the state."""
         tensors, ranges = {}, {}
         frozen = () if self.base else self.engine.frozen_slices()
-        for part in itertools.chain(self.engine.slices(), frozen):
+        for part in itertools.chain(self.engine.slices(), frozen, self.roles.slices()):
             ranges[part.name] = [part.start, part.stop]
             for kind, view in part.views.items():
                 tensors[f"{kind}/{part.name}"] = view
@@ -107,7 +108,8 @@ class RunState:
     def _state(self) -> dict[str, Any]:
         return {
             "step": self.step,
-            "optimizer_step": self.optimizer_step,
+            "optimizer_step": self.roles.updates[MODEL],
+            "roles": self.roles.state(),
             "planner": self.planner,
             "guard": self.guard.state(),
             "best": [None if math.isinf(self.best_loss) else self.best_loss, self.best_step],

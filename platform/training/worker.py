@@ -19,17 +19,16 @@ from loomvideo.platform.errors import UserError
 from loomvideo.platform.training.checkpoint import CheckpointFolder
 from loomvideo.platform.training.collectives import AllRanks
 from loomvideo.platform.training.config import TrainingConfig
-from loomvideo.platform.training.engine import ZeroEngine
 from loomvideo.platform.training.gradients import PROBE_STEP, GradientSteps
 from loomvideo.platform.training.hardware import device_name
 from loomvideo.platform.training.loader import LoadedStep, SampleError, StepLoader
 from loomvideo.platform.training.packing import packs_of_rank, packs_of_run, planner_of
 from loomvideo.platform.training.profiling import profiled
-from loomvideo.platform.training.recipe import Recipe, TrainingDataset
+from loomvideo.platform.training.recipe import Recipe, TrainingDataset, Turn
 from loomvideo.platform.training.reporting import Reporter
+from loomvideo.platform.training.roles import Roles
 from loomvideo.platform.training.run_state import RunState, base_of
 from loomvideo.platform.training.saving import Saver, newest_whole
-from loomvideo.platform.training.schedule import learning_rate
 from loomvideo.platform.training.validation import Validator
 from loomvideo.platform.training.watchdog import FLIGHT_FOLDER, FLIGHT_PREFIX, Watchdog
 from loomvideo.platform.training.writer import CheckpointWriter
@@ -104,13 +103,11 @@ class Worker:
             self.config.pack, None if resumed is None else resumed.state, self.pack_ranks
         )
         num_micro_steps = len(packs_of_rank(self.packs_per_step, 0, self.pack_ranks))
-        model, initial = self.recipe.start()
-        self.engine = ZeroEngine(
-            self.config, self.recipe, model, device, num_micro_steps, initial, load=resumed is None
-        )
+        self.roles = Roles(self.config, self.recipe, device, num_micro_steps, load=resumed is None)
+        self.engine = self.roles.model
         base = base_of(self.engine, self.recipe, resumed, self.ranks)
-        self.state = RunState(self.config, self.datasets, self.engine, base, self.ranks)
-        self.gradients = GradientSteps(self.config, self.recipe, self.engine, self.ranks)
+        self.state = RunState(self.config, self.datasets, self.roles, base, self.ranks)
+        self.gradients = GradientSteps(self.config, self.recipe, self.roles, self.ranks)
         validates = self.config.validation.every_steps > 0 and not self.config.validation.beside
         self._validator = Validator(self.recipe, self.datasets, self.config.validation, shares) if validates else None
         if resumed is not None:
@@ -289,27 +286,28 @@ class Worker:
         if wanted:
             self._urgent, self.reporter.wants_checkpoint = True, False
         computing = time.perf_counter()
-        mine = self.gradients.forward_backward(packs, elements, self.state.optimizer_step)
+        turn = self.roles.turn(self.state.step)
+        mine = self.gradients.forward_backward(turn, packs, elements, self.roles.updates[turn.role])
         total, num_bad, num_dead = self.ranks.sum(mine.sum, float(len(mine.bad_keys)), float(len(mine.dead_inputs)))
         if num_dead:
             self.gradients.refuse_dead(mine.dead_inputs)
         loss = total / elements
-        skip = self._judge(loss, num_bad, mine.bad_keys, loaded.step + loader.max_ahead)
+        skip = self._judge(turn, loss, num_bad, mine.bad_keys, loaded.step + loader.max_ahead)
         stepping = time.perf_counter()
-        updated = self.engine.step(self.state.step, skip)
+        updated, rate = self.roles.step(turn, skip), self.roles.learning_rate(turn)
         self.state.step += 1
-        self.state.optimizer_step += updated
         self.state.planner = loaded.state
-        if updated and self.state.optimizer_step == PROBE_STEP:
-            self.gradients.probe()
+        if updated and self.roles.updates[turn.role] == PROBE_STEP:
+            self.gradients.probe(turn.role)
         done = time.perf_counter()
         self._note(
             loaded,
             {
                 "step": self.state.step,
+                "role": turn.role,
                 "loss": loss,
-                "grad_norm": self.engine.grad_norm,
-                "learning_rate": learning_rate(self.config.optimizer, self.state.step - 1, self.config.steps),
+                "grad_norm": self.roles.engines[turn.role].grad_norm,
+                "learning_rate": rate,
                 "updated": updated,
                 "tokens": tokens,
                 "elements": elements,
@@ -321,14 +319,14 @@ class Worker:
             },
         )
 
-    def _judge(self, loss: float, num_bad: float, bad_keys: list[str], from_step: int) -> bool:
+    def _judge(self, turn: Turn, loss: float, num_bad: float, bad_keys: list[str], from_step: int) -> bool:
         """Whether to skip the step; quarantines samples whose own loss is not finite."""
         if num_bad:
             keys = sorted({key for part in self.ranks.gather(bad_keys) for key in part})
             self.state.guard.quarantine(keys, from_step)
             step = self.state.step + 1
             self.reporter.tell({"event": "quarantine", "rank": self.ranks.rank, "step": step, "keys": keys})
-        return self.state.guard.is_bad(loss)
+        return self.state.guard.is_bad(loss, turn.role)
 
     def _note(self, loaded: LoadedStep, record: dict[str, Any]) -> None:
         if self.ranks.rank == 0:

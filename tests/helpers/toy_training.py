@@ -15,7 +15,8 @@ from torch import nn
 
 from loomvideo.model.config import LoRAConfig
 from loomvideo.model.lora import adapt
-from loomvideo.platform.training.recipe import BaseRecipe, LossOutput
+from loomvideo.platform.training.config import EmaConfig, OptimizerConfig
+from loomvideo.platform.training.recipe import MODEL, BaseRecipe, LossOutput, Role
 
 # Workers cannot import test helpers; ship them with the pickle.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -207,3 +208,46 @@ class DeadlyRecipe(ToyRecipe):
             else:
                 os.kill(os.getpid(), signal.SIGKILL)
         return super().load_example(dataset_index, row, sample, random)
+
+
+class RolesRecipe(ToyRecipe):
+    """A model that learns from a frozen teacher against a critic of its own, two turns of the critic for one."""
+
+    shares = False
+
+    def roles(self):
+        def start(adapters):
+            model = ToyRecipe.build_model(self)
+            if adapters:
+                adapt_toy(model)
+            return model, {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+        rates = OptimizerConfig(learning_rate=3e-3, warmup_steps=2, schedule="cosine", beta1=0.0)
+        return [
+            Role("teacher", lambda: start(False), shares_frozen=self.shares, base=lambda: {"path": "t", "digest": "1"}),
+            Role("critic", lambda: start(self.shares), rates, EmaConfig(decay=0.9), shares_frozen=self.shares),
+        ]
+
+    def role_at(self, step):
+        return MODEL if step % 3 == 2 else "critic"
+
+    def turn_loss(self, turn, networks, pack):
+        with torch.no_grad():
+            aim = networks["teacher"](pack).float() + 0.1 * turn.step
+            if turn.role == MODEL:
+                aim = aim - 0.5 * networks["critic"](pack).float()
+            else:
+                aim = 0.5 * networks[MODEL](pack).float()
+        per_token = (networks[turn.role](pack).float() - aim).square().sum(-1)
+        count = len(pack.keys)
+        sums = torch.zeros(count).index_add_(0, pack.segments, per_token.detach())
+        return LossOutput(per_token.sum(), sums, torch.bincount(pack.segments, minlength=count) * WIDTH)
+
+
+class SharedRolesRecipe(RolesRecipe):
+    """The same with adapters on weights that all three have in common."""
+
+    shares = True
+
+    def build_model(self):
+        return adapt_toy(super().build_model())

@@ -1,0 +1,134 @@
+"""Sampling in a handful of steps with a transformer that was distilled to do so.
+
+Such a transformer predicts, from latents at one of the few noise levels it knows, where they end: x0. Between two
+levels x0 is noised again with fresh noise (Yin et al., 2024, "Improved Distribution Matching Distillation", section
+4.4), exactly as its training simulated it. Guidance is folded into its weights, so the full branch runs alone.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loomvideo.model.dit import LoomVideoDiT
+from loomvideo.model.flow import EPS, NUM_TRAIN_TIMESTEPS, shift_time
+from loomvideo.model.guidance import FULL
+from loomvideo.model.parallel import Ranks
+from loomvideo.model.sampler import Branch, Denoiser
+from loomvideo.platform.errors import UserError
+
+FEW_STEPS_KEY = "few_steps"
+"""Of an exported folder's ``pipeline.json``."""
+MAX_STEPS = 8
+
+
+@dataclass(frozen=True)
+class FewSteps:
+    """The noise levels that a distilled transformer knows.
+
+    Attributes:
+        timesteps: As they are fed, falling from 1000; one pass each.
+        guidance: The teacher's scales that are folded in, by name, for the record.
+    """
+
+    timesteps: tuple[float, ...]
+    guidance: tuple[tuple[str, float], ...] = ()
+
+    @classmethod
+    def of(cls, schedule: Sequence[float], shift: float, guidance: dict[str, float] | None = None) -> "FewSteps":
+        """Levels from a schedule that is shifted towards noise like the sampler's sigmas.
+
+        Raises:
+            UserError: if the schedule does not fall from 1000, or has more than eight steps.
+        """
+        levels = list(schedule)
+        falls = all(a > b > 0 for a, b in zip(levels, levels[1:], strict=False))
+        if not 1 <= len(levels) <= MAX_STEPS or levels[0] != NUM_TRAIN_TIMESTEPS or not falls:
+            raise UserError(
+                f"schedule={levels}: give 1 to {MAX_STEPS} timesteps that fall from {NUM_TRAIN_TIMESTEPS} and stay "
+                "above 0, such as [1000, 750, 500, 250]"
+            )
+        if shift < 1:
+            raise UserError(f"shift={shift}: must be at least 1, which shifts nothing")
+        shifted = (NUM_TRAIN_TIMESTEPS * shift_time(level / NUM_TRAIN_TIMESTEPS, shift) for level in levels)
+        return cls(tuple(shifted), tuple(sorted((guidance or {}).items())))
+
+    @property
+    def num_steps(self) -> int:
+        """Passes of a generation."""
+        return len(self.timesteps)
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """The levels as t, from 1 (noise) down."""
+        return tuple(timestep / NUM_TRAIN_TIMESTEPS for timestep in self.timesteps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"timesteps": list(self.timesteps), "guidance": dict(self.guidance)}
+
+    def describe(self) -> str:
+        """For people."""
+        levels = ", ".join(f"{timestep:g}" for timestep in self.timesteps)
+        return f"{self.num_steps} steps (timesteps {levels}) with guidance folded in"
+
+
+def stated_few_steps(weights: str | Path) -> FewSteps | None:
+    """The steps that an exported weights folder was distilled to; None for an ordinary one.
+
+    Args:
+        weights: The folder, or anything else that holds weights.
+    """
+    note = Path(weights) / "pipeline.json"
+    stated = json.loads(note.read_text()).get(FEW_STEPS_KEY) if note.is_file() else None
+    if not stated:
+        return None
+    return FewSteps(tuple(stated["timesteps"]), tuple(sorted(stated.get("guidance", {}).items())))
+
+
+def clean_from_velocity(noised: Tensor, velocity: Tensor, t: Tensor | float) -> Tensor:
+    """x0 of noised latents and their velocity: ``(1 - eps) z_t - (eps + (1 - eps) t) v``.
+
+    That solves ``z_t = (1 - t) x0 + (eps + (1 - eps) t) n`` and ``v = (1 - eps) n - x0`` for x0.
+    """
+    return (1 - EPS) * noised - (EPS + (1 - EPS) * t) * velocity
+
+
+def noised_again(clean: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
+    """Clean latents at level t of :mod:`loomvideo.model.flow`; at t = 1 the noise itself."""
+    return (1 - t) * clean + (EPS + (1 - EPS) * t) * noise
+
+
+@torch.no_grad()
+def sample_few_steps(
+    model: LoomVideoDiT,
+    noises: Sequence[Tensor],
+    branch: Branch,
+    few_steps: FewSteps,
+    ranks: Ranks | None = None,
+) -> Tensor:
+    """Denoise one video in the steps that the transformer was distilled to.
+
+    Args:
+        model: On the device and in the dtype to compute in.
+        noises: Standard normal [channels, frames, height, width], one a step; the first is where it starts.
+        branch: The full conditioning.
+        few_steps: The levels.
+        ranks: Ranks that share this generation; None for this one alone.
+
+    Returns:
+        Latents, fp32, like a noise, on the model's device.
+    """
+    timesteps = torch.tensor(few_steps.timesteps, dtype=torch.float32)
+    denoiser = Denoiser(model, noises[0], {FULL: branch}, timesteps, ranks=ranks)
+    latents = noises[0].to(denoiser.device, torch.float32)
+    for step, t in enumerate(few_steps.times):
+        if step:
+            latents = noised_again(latents, noises[step].to(latents), t)
+        velocity = denoiser.velocities(latents, step)[FULL]
+        latents = clean_from_velocity(latents, velocity, t)
+    return latents
