@@ -5,6 +5,7 @@ levels x0 is noised again with fresh noise (Yin et al., 2024, "Improved Distribu
 4.4), exactly as its training simulated it. Guidance is folded into its weights, so the full branch runs alone.
 """
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.flow import EPS, NUM_TRAIN_TIMESTEPS, shift_time
 from loomvideo.model.guidance import FULL
 from loomvideo.model.parallel import Ranks
-from loomvideo.model.sampler import Branch, Denoiser
+from loomvideo.model.sampler import Branch, Denoiser, OnStep, StopDenoising
 from loomvideo.platform.errors import UserError
 
 FEW_STEPS_KEY = "few_steps"
@@ -46,7 +47,7 @@ class FewSteps:
             UserError: if the schedule does not fall from 1000, or has more than eight steps.
         """
         levels = list(schedule)
-        falls = all(a > b > 0 for a, b in zip(levels, levels[1:], strict=False))
+        falls = all(a > b > 0 for a, b in itertools.pairwise(levels))
         if not 1 <= len(levels) <= MAX_STEPS or levels[0] != NUM_TRAIN_TIMESTEPS or not falls:
             raise UserError(
                 f"schedule={levels}: give 1 to {MAX_STEPS} timesteps that fall from {NUM_TRAIN_TIMESTEPS} and stay "
@@ -110,6 +111,7 @@ def sample_few_steps(
     branch: Branch,
     few_steps: FewSteps,
     ranks: Ranks | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Denoise one video in the steps that the transformer was distilled to.
 
@@ -119,6 +121,7 @@ def sample_few_steps(
         branch: The full conditioning.
         few_steps: The levels.
         ranks: Ranks that share this generation; None for this one alone.
+        on_step: As of :func:`loomvideo.model.sampler.sample`, with what a step predicts for latents.
 
     Returns:
         Latents, fp32, like a noise, on the model's device.
@@ -131,4 +134,10 @@ def sample_few_steps(
             latents = noised_again(latents, noises[step].to(latents), t)
         velocity = denoiser.velocities(latents, step)[FULL]
         latents = clean_from_velocity(latents, velocity, t)
+        if on_step is not None:
+            try:
+                replaced = on_step(step, latents)
+            except StopDenoising:
+                break
+            latents = latents if replaced is None else replaced.to(latents)
     return latents

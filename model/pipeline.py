@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,9 @@ from loomvideo.model.conditioning import prompts
 from loomvideo.model.conditioning.inputs import build_inputs, text_inputs
 from loomvideo.model.conditioning.mllm import FrozenMLLM
 from loomvideo.model.dit import LoomVideoDiT
+from loomvideo.model.few_steps import FewSteps, sample_few_steps, stated_few_steps
 from loomvideo.model.float8 import float8_blocks
-from loomvideo.model.guidance import NUM_STEPS, Guidance
+from loomvideo.model.guidance import FULL, NUM_STEPS, Guidance
 from loomvideo.model.kernels import set_backend
 from loomvideo.model.loading import ModelSource, load_parts
 from loomvideo.model.media_inputs import Clip, Picture, as_clip, as_picture, fit_clip, fit_picture
@@ -29,6 +31,8 @@ from loomvideo.model.shortcuts import Shortcuts
 from loomvideo.model.sizes import ModelSize
 from loomvideo.model.tasks import wording
 from loomvideo.platform.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 MAX_SOURCE_FRAMES = 97
 """Of a source that is fitted to the model, unless the call says how many."""
@@ -61,6 +65,7 @@ class LoomVideoPipeline:
         negative_prompt: What the unconditional branch is told unless a call says; None for an empty message.
         parts: In place of the three, parts that are loaded one after another.
         lora: Adapters, ``FILE`` or ``FILE:STRENGTH`` each.
+        few_steps: What the transformer was distilled to; None for an ordinary one.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class LoomVideoPipeline:
         negative_prompt: str | None = None,
         parts: ResidentParts | SequentialParts | None = None,
         lora: Sequence[str] = (),
+        few_steps: FewSteps | None = None,
     ):
         if parts is None:
             if dit is None or codec is None or mllm is None:
@@ -82,6 +88,8 @@ class LoomVideoPipeline:
         self.scheduler = scheduler or SchedulerConfig()
         self.ranks = ranks
         self.negative_prompt = negative_prompt
+        self.few_steps = few_steps
+        self._noticed = False
         self._float8: LoomVideoDiT | None = None
         self._adapters: dict[str, Adapter] = {}
         for choice in lora:
@@ -274,7 +282,8 @@ class LoomVideoPipeline:
 
         Args:
             conditions: From :meth:`encode`.
-            steps: Denoising steps.
+            steps: Denoising steps. A distilled transformer takes those that it knows, without guidance, and says once
+                when others are asked for.
             guidance: Scales; None takes the task's.
             seed: The seed of the noise; the same seed gives the same latents.
             batch_branches: Run the guidance branches in one pass.
@@ -286,11 +295,18 @@ class LoomVideoPipeline:
             Latents, fp32 [channels, frames, height, width].
         """
         shortcuts = shortcuts or Shortcuts()
-        if noise is None:
-            noise = torch.randn(conditions.latent_shape, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(conditions.latent_shape, generator=generator)
+        noise = drawn if noise is None else noise
         with self.parts.use("dit"):
+            dit = self._float8_dit() if shortcuts.fp8 else self.dit
+            if self.few_steps is not None:
+                self._notice(self.few_steps, shortcuts.steps or steps)
+                again = [torch.randn(noise.shape, generator=generator) for _ in self.few_steps.timesteps[1:]]
+                branch = conditions.branches[FULL]
+                return sample_few_steps(dit, [noise, *again], branch, self.few_steps, self.ranks, on_step)
             return sample(
-                self._float8_dit() if shortcuts.fp8 else self.dit,
+                dit,
                 noise,
                 conditions.branches,
                 guidance or Guidance.default(conditions.task),
@@ -301,6 +317,15 @@ class LoomVideoPipeline:
                 shortcuts=shortcuts,
                 ranks=self.ranks,
             )
+
+    def num_steps(self, steps: int) -> int:
+        """Denoising steps of a generation that is asked for ``steps``."""
+        return steps if self.few_steps is None else self.few_steps.num_steps
+
+    def _notice(self, few_steps: FewSteps, steps: int) -> None:
+        if steps != few_steps.num_steps and not self._noticed:
+            self._noticed = True
+            logger.warning("steps=%d: this checkpoint was distilled to %s; it takes those", steps, few_steps.describe())
 
     def denoise(
         self,
@@ -434,18 +459,25 @@ def load_pipeline(source: ModelSource, dtype: torch.dtype | None = None) -> Loom
         set_backend(source.kernels)
     parts = load_parts(source, dtype)
     return LoomVideoPipeline(
-        scheduler=size.scheduler, negative_prompt=size.negative_prompt, parts=parts, lora=source.lora
+        scheduler=size.scheduler,
+        negative_prompt=size.negative_prompt,
+        parts=parts,
+        lora=source.lora,
+        few_steps=stated_few_steps(source.weights),
     )
 
 
-def pipeline_around(dit: LoomVideoDiT, size: ModelSize) -> LoomVideoPipeline:
+def pipeline_around(dit: LoomVideoDiT, size: ModelSize, few_steps: FewSteps | None = None) -> LoomVideoPipeline:
     """Give a transformer its codec and MLLM, on its device and in its dtype, with the kernels in use.
 
     Args:
         dit: Such as one whose weights come from a training checkpoint.
         size: The model's size, its folders filled in.
+        few_steps: What it is being distilled to; None for an ordinary one.
     """
     parameter = next(dit.parameters())
     codec = build_codec(size.codec, parameter.device, parameter.dtype)
     mllm = FrozenMLLM.of_size(size, parameter.device, parameter.dtype)
-    return LoomVideoPipeline(dit, codec, mllm, size.scheduler, negative_prompt=size.negative_prompt)
+    return LoomVideoPipeline(
+        dit, codec, mllm, size.scheduler, negative_prompt=size.negative_prompt, few_steps=few_steps
+    )

@@ -49,9 +49,10 @@ def sampling_tasks(
         checkpoint = Checkpoint(path)
         device = device_for(samples.gpus, "samples.gpus")
         model = with_folders(model_size(config.model), config.codec_folder, config.mllm_folder)
-        dit = build_recipe().build_model().to(device, dtype_on(device))
+        recipe = build_recipe()
+        dit = recipe.build_model().to(device, dtype_on(device))
         load_checkpoint_weights(dit, checkpoint, "ema" if "ema" in checkpoint.kinds else "master")
-        pipeline = pipeline_around(dit, model)
+        pipeline = pipeline_around(dit, model, recipe.few_steps)
         return evaluate_heldout(pipeline, heldout, tasks, _folder_of(folder, checkpoint.step), controls=False)
 
     def record(step: int, result: Any) -> None:

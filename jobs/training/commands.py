@@ -1,4 +1,4 @@
-"""``loomvideo pretrain`` and ``loomvideo finetune-edit``."""
+"""``loomvideo pretrain``, ``finetune-edit`` and ``distill``."""
 
 from typing import TYPE_CHECKING
 
@@ -7,7 +7,7 @@ import typer
 from loomvideo.jobs.command import config_command
 
 if TYPE_CHECKING:
-    from loomvideo.jobs.training.config import TrainingJobConfig
+    from loomvideo.jobs.training.config import DistillJobConfig, TrainingJobConfig
 
 
 def training_schema() -> type:
@@ -15,6 +15,13 @@ def training_schema() -> type:
     from loomvideo.jobs.training.config import TrainingJobConfig
 
     return TrainingJobConfig
+
+
+def distill_schema() -> type:
+    """The schema of distillations, imported late."""
+    from loomvideo.jobs.training.config import DistillJobConfig
+
+    return DistillJobConfig
 
 
 def register(app: typer.Typer) -> None:
@@ -33,3 +40,10 @@ def register(app: typer.Typer) -> None:
         from loomvideo.jobs.training.job import run_training
 
         run_training("finetune-edit", config, default_parent="pretrain")
+
+    @config_command(app, "distill", "distill", distill_schema)
+    def distill(config: "DistillJobConfig") -> None:
+        """Make a model of 1 to 8 steps without guidance from the newest (or named) finetune-edit run."""
+        from loomvideo.jobs.training.job import run_training
+
+        run_training("distill", config, default_parent="finetune-edit")

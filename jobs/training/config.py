@@ -1,10 +1,10 @@
-"""The configuration of ``loomvideo pretrain`` and ``loomvideo finetune-edit``."""
+"""The configuration of ``loomvideo pretrain``, ``finetune-edit`` and ``distill``."""
 
 from dataclasses import dataclass
 
 from loomvideo.model.config import LoRAConfig
 from loomvideo.model.sizes import model_size
-from loomvideo.pipelines.training.config import FeaturePoolConfig, ObjectiveConfig
+from loomvideo.pipelines.training.config import DistillConfig, FeaturePoolConfig, ObjectiveConfig
 from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.nodes.config import KernelConfig
@@ -92,3 +92,47 @@ class TrainingJobConfig:
             )
         self.objective.check()
         self.training.check()
+
+
+@dataclass
+class DistillJobConfig(TrainingJobConfig):
+    """One distillation: a training job whose start is the teacher."""
+
+    distill: DistillConfig = option(DistillConfig, "")
+
+    def check(self) -> None:
+        """Check values that types cannot.
+
+        Raises:
+            UserError: naming the key and the fix.
+        """
+        super().check()
+        self.distill.check()
+        refuse_validation(self.training, "a model of few steps has no loss at single noise levels")
+        if self.training.sequence_ranks > 1:
+            raise UserError("training.sequence_ranks: distillation gives every worker packs of its own; use 1")
+        if self.lora.unfreeze:
+            raise UserError("lora.unfreeze: adapters alone are distilled, as the teacher is the weights under them")
+        if self.distill.critic_warmup >= self.training.steps:
+            raise UserError(
+                f"distill.critic_warmup={self.distill.critic_warmup}: the student's first turn comes after it; "
+                f"training.steps={self.training.steps} counts the turns of both"
+            )
+
+
+def refuse_validation(training: TrainingConfig, why: str) -> None:
+    """Refuse validation where there is nothing to validate on.
+
+    Raises:
+        UserError: naming what to watch instead.
+    """
+    if training.validation.every_steps:
+        raise UserError(f"training.validation.every_steps: {why}; set 0 and watch samples.every_steps instead")
+
+
+JOB_SCHEMAS: dict[str, type[TrainingJobConfig]] = {"distill": DistillJobConfig}
+
+
+def job_schema(job: str) -> type[TrainingJobConfig]:
+    """The schema of a training job's configuration."""
+    return JOB_SCHEMAS.get(job, TrainingJobConfig)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loomvideo.jobs.training.config import TrainingJobConfig
+from loomvideo.jobs.training.methods import recipe_class
 from loomvideo.jobs.training.plan import Machine, machine_named, plan
 from loomvideo.jobs.weights.lookup import find_weights
 from loomvideo.model.sizes import ModelSize
@@ -148,7 +149,7 @@ def recipe_factory(
 ) -> Callable[[], LoomVideoRecipe]:
     """A picklable function that builds the run's recipe on a worker."""
     return partial(
-        LoomVideoRecipe,
+        recipe_class(config),
         config.model,
         config.objective,
         [dataset.shared()["null"] for dataset in datasets],

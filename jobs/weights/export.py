@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from loomvideo.jobs.training.config import TrainingJobConfig
+from loomvideo.jobs.training.config import TrainingJobConfig, job_schema
+from loomvideo.jobs.training.methods import recipe_class
 from loomvideo.jobs.weights.references import find_run, split_step
 from loomvideo.model.sizes import PIPELINE_FILE
 from loomvideo.model.weights import save_dit
@@ -43,7 +44,7 @@ def run_config(run: RunFolder) -> TrainingJobConfig:
     file = run.path / CONFIG_FILE
     if not file.is_file():
         raise UserError(f"{file}: not found; it says which model the run trains")
-    return load_config(TrainingJobConfig, preset_file=file)
+    return load_config(job_schema(run.job), preset_file=file)
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class RunCheckpoints:
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder) / CONFIG_FILE
             copy.write_bytes(storage.read_bytes(CONFIG_FILE))
-            return load_config(TrainingJobConfig, preset_file=copy)
+            return load_config(job_schema(self.run.job), preset_file=copy)
 
     def open(self) -> Checkpoint:
         """The named checkpoint, else the newest.
@@ -118,7 +119,7 @@ def open_checkpoint(run: RunFolder, step: int | None = None) -> Checkpoint:
 
 def run_recipe(config: TrainingJobConfig) -> LoomVideoRecipe:
     """The recipe of a run as far as its weights go, without its data."""
-    return LoomVideoRecipe(config.model, config.objective, [], lora=config.lora)
+    return recipe_class(config)(config.model, config.objective, [], lora=config.lora)
 
 
 def export_weights(
@@ -155,6 +156,7 @@ def export_weights(
         raise UserError(f"{output}: already holds weights or other files; name a new folder")
     state = checkpoint.weights(KINDS[kind], recipe.open_base(checkpoint.base, base))
     note = {"model": config.model, "step": checkpoint.step, "weights": kind, "run": f"{run.job}/{run.name}"}
+    note |= recipe.note()
     with staged_folder(output) as staged:
         save_dit(recipe.published(state), recipe.config, staged, dtype=dtype)
         (staged / PIPELINE_FILE).write_text(json.dumps(note, indent=2) + "\n")

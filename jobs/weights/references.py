@@ -14,7 +14,7 @@ from loomvideo.platform.errors import UserError
 from loomvideo.platform.runs import RunFolder
 
 STEP_FOLDER = re.compile(r"step-(\d+)")
-TRAINING_JOBS = ("finetune-edit", "pretrain")
+TRAINING_JOBS = ("finetune-edit", "pretrain", "distill", "prefer")
 REFERENCE_HELP = "a run: JOB/NAME, NAME or its folder"
 CHECKPOINT_HELP = f"{REFERENCE_HELP}; @STEP after it names one checkpoint"
 CHECKPOINT_KEY = (

@@ -76,6 +76,8 @@ class FileGenerator:
             "fingerprint": weights_fingerprint(source.weights),
             "model": source.size.name,
         }
+        if pipeline.few_steps is not None:
+            checkpoint["few_steps"] = pipeline.few_steps.to_dict()
         if source.lora:
             checkpoint["lora"] = adapters.fingerprints(source.lora)
         return cls(pipeline, settings, checkpoint)
@@ -162,7 +164,7 @@ class FileGenerator:
         """
         settings = self.settings
         shortcuts = settings.shortcuts if shortcuts is None else shortcuts
-        steps = shortcuts.steps or settings.steps
+        steps = self.pipeline.num_steps(shortcuts.steps or settings.steps)
         with self._memory_errors(prepared.request):
             return self.pipeline.sample(
                 prepared.conditions,

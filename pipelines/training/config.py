@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+from loomvideo.model.few_steps import FewSteps
 from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.training.config import OptimizerConfig
 
 
 @dataclass
@@ -32,3 +34,45 @@ class FeaturePoolConfig:
     actors: int = option(1, "frozen MLLMs")
     gpus: float = option(0.0, "GPUs of each; 0 computes on CPUs")
     cpus: int = option(1, "CPUs of each, also its compute threads on CPU")
+
+
+@dataclass
+class DistillConfig:
+    """Distribution matching distillation: a student of a few steps from a guided teacher."""
+
+    schedule: list[float] = option([1000.0, 750.0, 500.0, 250.0], "the student's timesteps, 1 to 8, from 1000 down")
+    shift: float = option(5.0, "moves the schedule towards noise as the sampler's flow_shift does; 1 leaves it")
+    scale: float = option(2.5, "the teacher's guidance scale of edits, folded in; 1 for none")
+    visual_scale: float = option(1.5, "the teacher's guidance scale of source and references; 1 for none")
+    generate_scale: float = option(5.0, "the teacher's guidance scale of generation without a source; 1 for none")
+    critic_steps: int = option(5, "turns of the critic for one of the student")
+    critic_warmup: int = option(100, "turns of the critic before the student's first")
+    min_level: float = option(0.02, "lowest level at which teacher and critic are compared, before the shift")
+    max_level: float = option(0.98, "highest level, before the shift")
+    critic: OptimizerConfig = option(OptimizerConfig, "")
+
+    def few_steps(self) -> FewSteps:
+        """What the student learns to do.
+
+        Raises:
+            UserError: for a schedule that cannot be sampled.
+        """
+        folded = {"scale": self.scale, "visual_scale": self.visual_scale, "generate_scale": self.generate_scale}
+        try:
+            return FewSteps.of(self.schedule, self.shift, folded)
+        except UserError as error:
+            raise UserError(f"distill.{error}") from error
+
+    def check(self) -> None:
+        """Refuse what cannot be trained.
+
+        Raises:
+            UserError: naming the key.
+        """
+        self.few_steps()
+        if not 0 <= self.min_level < self.max_level <= 1:
+            raise UserError(
+                f"distill.min_level={self.min_level} and max_level={self.max_level}: 0 <= min_level < max_level <= 1"
+            )
+        if self.critic_steps < 1 or self.critic_warmup < 0:
+            raise UserError("distill.critic_steps and critic_warmup: at least 1, and at least 0")

@@ -4,6 +4,7 @@ Everything random about a sample (clip window, posterior sample, guidance dropou
 (run seed, key, visit), so that world size, packing and resume cannot change it.
 """
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from loomvideo.model.codec.grid import LatentGrid
 from loomvideo.model.config import LoRAConfig
 from loomvideo.model.copy_start import start_as_copy
 from loomvideo.model.dit import LoomVideoDiT
+from loomvideo.model.few_steps import FewSteps
 from loomvideo.model.flops import pack_flops
 from loomvideo.model.flow import noised_and_target, sample_timestep
 from loomvideo.model.initial_weights import InitialWeights, open_base, weights_digest
@@ -111,7 +113,12 @@ class LoomVideoRecipe(BaseRecipe):
         kernels: Which kernels a rank loads before it builds the model; None keeps what is in use.
         lora: Adapters to train instead of the weights; None or rank 0 for none.
         features: Computes the states of samples whose features are streamed.
+
+    Attributes:
+        few_steps: What the model is being distilled to; None for an ordinary one.
     """
+
+    few_steps: FewSteps | None = None
 
     def __init__(
         self,
@@ -237,7 +244,7 @@ class LoomVideoRecipe(BaseRecipe):
         window = _window(row["num_windows"], random)
         # Without a source the MLLM is told the same for every window.
         entry = window if "source" in row["members"] else 0
-        needs_visual = self._variant(random.uniform("dropout")) == "visual"
+        needs_visual = self.reads_visual(random)
 
         def select(member: str, name: str) -> bool:
             if member == "refs":
@@ -248,6 +255,10 @@ class LoomVideoRecipe(BaseRecipe):
             return number == str(window)
 
         return dataset.read(row_number, select)
+
+    def reads_visual(self, random: SampleRandom) -> bool:
+        """Whether a visit reads what the MLLM says of pictures without the text."""
+        return self._variant(random.uniform("dropout")) == "visual"
 
     def load_example(
         self, dataset_index: int, row: Mapping[str, Any], sample: ShardSample, random: SampleRandom
@@ -265,22 +276,14 @@ class LoomVideoRecipe(BaseRecipe):
     def _example(
         self, dataset_index: int, sample: ShardSample, random: SampleRandom, dropped: float, level: float | None
     ) -> Example:
-        window = _window(sample.metadata["num_windows"], random)
-        target, source = sample.tensors["target"], sample.tensors.get("source")
-        clean = _posterior_sample(target, window, random, "target")
-        source_latents = None if source is None else _posterior_sample(source, window, random, "source")
-        references = sample.tensors.get("refs", {})
-        num_references = sum(name.startswith("mean.") for name in references)
-        reference_latents = [_posterior_sample(references, j, random, f"reference{j}") for j in range(num_references)]
+        clean, source_latents, reference_latents, window = self.latents_of(sample, random)
         variant = self._variant(dropped)
-        states = None if variant is None else self._states(sample, window, variant)
+        states = None if variant is None else self.states_of(sample, window, variant)
         if variant is None:
             source_latents, reference_latents = None, []
         if states is None:
             states = self.null_states[dataset_index].to(STATES_DTYPE)
-        _, frames, height, width = clean.shape
-        num_tokens = frames * (height // self.config.patch_size[1]) * (width // self.config.patch_size[2])
-        objective = self.objective
+        num_tokens, objective = self.num_video_tokens(clean.shape), self.objective
         t = level
         if t is None:
             generator = random.generator("timestep")
@@ -303,7 +306,23 @@ class LoomVideoRecipe(BaseRecipe):
             return None
         return "visual" if dropped < self.objective.drop_all + self.objective.drop_text else "full"
 
-    def _states(self, sample: ShardSample, window: int, variant: str) -> Tensor | None:
+    def latents_of(self, sample: ShardSample, random: SampleRandom) -> tuple[Tensor, Tensor | None, list[Tensor], int]:
+        """A visit's target, source and references, drawn from their posteriors, and the window they are of."""
+        window = _window(sample.metadata["num_windows"], random)
+        target, source = sample.tensors["target"], sample.tensors.get("source")
+        clean = _posterior_sample(target, window, random, "target")
+        source_latents = None if source is None else _posterior_sample(source, window, random, "source")
+        references = sample.tensors.get("refs", {})
+        num_references = sum(name.startswith("mean.") for name in references)
+        reference_latents = [_posterior_sample(references, j, random, f"reference{j}") for j in range(num_references)]
+        return clean, source_latents, reference_latents, window
+
+    def num_video_tokens(self, shape: Sequence[int]) -> int:
+        """Tokens of latents [channels, frames, height, width], by which timesteps are shifted."""
+        _, frames, height, width = shape
+        return frames * (height // self.config.patch_size[1]) * (width // self.config.patch_size[2])
+
+    def states_of(self, sample: ShardSample, window: int, variant: str) -> Tensor | None:
         """MLLM states of a window; None for ``visual`` where the sample shows the MLLM no pictures."""
         member, entry = sample.tensors["mllm"], sample.metadata["mllm_index"][window]
         if sample.metadata.get("features", "stored") == "stored":
@@ -358,9 +377,20 @@ class LoomVideoRecipe(BaseRecipe):
         """Write a LoomVideo weights folder."""
         weights.save_dit(self.published(state), self.config, folder)
 
+    def note(self) -> dict[str, Any]:
+        """What an exported folder's ``pipeline.json`` says beside the model's size."""
+        return {}
+
     def published(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """A state dict under the published names, adapters merged."""
         return state if self.lora is None else MergedWeights(state, self.lora)
+
+
+def frozen_start(recipe: LoomVideoRecipe) -> tuple[nn.Module, Mapping[str, Tensor]]:
+    """What a recipe starts from, without its adapters: the network and weights of a frozen role."""
+    plain = copy.copy(recipe)
+    plain.lora = None
+    return LoomVideoRecipe.start(plain)
 
 
 def _posterior_sample(tensors: Mapping[str, Tensor], index: int, random: SampleRandom, name: str) -> Tensor:
