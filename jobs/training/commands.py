@@ -1,4 +1,4 @@
-"""``loomvideo pretrain``, ``finetune-edit`` and ``distill``."""
+"""``loomvideo pretrain``, ``finetune-edit``, ``distill`` and ``prefer``."""
 
 from typing import TYPE_CHECKING
 
@@ -7,7 +7,7 @@ import typer
 from loomvideo.jobs.command import config_command
 
 if TYPE_CHECKING:
-    from loomvideo.jobs.training.config import DistillJobConfig, TrainingJobConfig
+    from loomvideo.jobs.training.config import DistillJobConfig, PreferJobConfig, TrainingJobConfig
 
 
 def training_schema() -> type:
@@ -22,6 +22,13 @@ def distill_schema() -> type:
     from loomvideo.jobs.training.config import DistillJobConfig
 
     return DistillJobConfig
+
+
+def prefer_schema() -> type:
+    """The schema of preference tunings, imported late."""
+    from loomvideo.jobs.training.config import PreferJobConfig
+
+    return PreferJobConfig
 
 
 def register(app: typer.Typer) -> None:
@@ -47,3 +54,12 @@ def register(app: typer.Typer) -> None:
         from loomvideo.jobs.training.job import run_training
 
         run_training("distill", config, default_parent="finetune-edit")
+
+    @config_command(app, "prefer", "prefer", prefer_schema)
+    def prefer(config: "PreferJobConfig") -> None:
+        """Tune the newest (or named) finetune-edit run by preferences: targets over sources, or scored results."""
+        from loomvideo.jobs.training.job import run_training
+        from loomvideo.jobs.training.rounds import train_in_rounds
+
+        by_rounds = config.prefer.method == "nft"
+        run_training("prefer", config, "finetune-edit", train_in_rounds if by_rounds else None)

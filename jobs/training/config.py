@@ -1,10 +1,11 @@
-"""The configuration of ``loomvideo pretrain``, ``finetune-edit`` and ``distill``."""
+"""The configuration of ``loomvideo pretrain``, ``finetune-edit``, ``distill`` and ``prefer``."""
 
 from dataclasses import dataclass
 
 from loomvideo.model.config import LoRAConfig
 from loomvideo.model.sizes import model_size
-from loomvideo.pipelines.training.config import DistillConfig, FeaturePoolConfig, ObjectiveConfig
+from loomvideo.pipelines.evaluation.rewards import Rewarder
+from loomvideo.pipelines.training.config import DistillConfig, FeaturePoolConfig, ObjectiveConfig, PreferConfig
 from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.nodes.config import KernelConfig
@@ -130,7 +131,37 @@ def refuse_validation(training: TrainingConfig, why: str) -> None:
         raise UserError(f"training.validation.every_steps: {why}; set 0 and watch samples.every_steps instead")
 
 
-JOB_SCHEMAS: dict[str, type[TrainingJobConfig]] = {"distill": DistillJobConfig}
+@dataclass
+class PreferJobConfig(TrainingJobConfig):
+    """One preference tuning: a training job whose start is also the reference."""
+
+    prefer: PreferConfig = option(PreferConfig, "")
+
+    def check(self) -> None:
+        """Check values that types cannot.
+
+        Raises:
+            UserError: naming the key and the fix.
+        """
+        super().check()
+        self.prefer.check()
+        rewards = self.prefer.rewards
+        if self.prefer.method == "nft":
+            Rewarder(rewards.weights, rewards.floors, rewards.server)
+            steps = self.prefer.nft.rounds * self.prefer.nft.steps_per_round
+            if self.training.steps != steps:
+                raise UserError(
+                    f"training.steps={self.training.steps}: rounds decide; set it to prefer.nft.rounds x "
+                    f"steps_per_round = {steps}"
+                )
+        refuse_validation(self.training, "a preference has no loss at single noise levels")
+        if self.training.sequence_ranks > 1:
+            raise UserError("training.sequence_ranks: preference tuning gives every worker packs of its own; use 1")
+        if self.lora.unfreeze:
+            raise UserError("lora.unfreeze: adapters alone are tuned, as the reference is the weights under them")
+
+
+JOB_SCHEMAS: dict[str, type[TrainingJobConfig]] = {"distill": DistillJobConfig, "prefer": PreferJobConfig}
 
 
 def job_schema(job: str) -> type[TrainingJobConfig]:

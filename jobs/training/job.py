@@ -1,7 +1,8 @@
-"""``loomvideo pretrain`` and ``loomvideo finetune-edit``: train, export, evaluate, record."""
+"""Training jobs from start to end: train, export, evaluate, record."""
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from loomvideo.model.pipeline import load_pipeline
 from loomvideo.model.sizes import ModelSize, model_size, with_folders
 from loomvideo.pipelines.evaluation.mlflow_report import NOTE
 from loomvideo.pipelines.training.feature_pool import feature_pool
+from loomvideo.pipelines.training.recipe import LoomVideoRecipe
 from loomvideo.platform.cluster.doctor import Diagnosis, examine_cluster, preflight
 from loomvideo.platform.cluster.metrics import ExportingTracker
 from loomvideo.platform.config import flatten, to_yaml
@@ -42,19 +44,51 @@ from loomvideo.platform.ray_session import in_cluster, ray_session
 from loomvideo.platform.runs import RunFolder
 from loomvideo.platform.shards.reader import ShardDataset
 from loomvideo.platform.tracking import Tracker
+from loomvideo.platform.training.beside import CheckpointTask
 from loomvideo.platform.training.driver import train
 from loomvideo.platform.training.progress import COMPUTES_FILE, WARNINGS_FILE
 
 logger = logging.getLogger(__name__)
 
 
-def run_training(job: str, config: TrainingJobConfig, default_parent: str | None = None) -> None:
+@dataclasses.dataclass(frozen=True)
+class TrainingRun:
+    """What a way of training is given.
+
+    Attributes:
+        config: The resolved configuration.
+        model: The model's size, its folders filled in.
+        datasets: The shards.
+        start: The weights to start from, if any.
+        folder: The run's folder.
+        tracker: Gets the metrics of training.
+        build_recipe: ``build_recipe(policy, number of rounds)`` gives the factory of the run's recipe.
+        tasks: What is done with checkpoints beside training.
+    """
+
+    config: TrainingJobConfig
+    model: ModelSize
+    datasets: list[ShardDataset]
+    start: str | None
+    folder: RunFolder
+    tracker: Any
+    build_recipe: Callable[..., Callable[[], LoomVideoRecipe]]
+    tasks: list[CheckpointTask]
+
+
+def run_training(
+    job: str,
+    config: TrainingJobConfig,
+    default_parent: str | None = None,
+    train_by: Callable[[TrainingRun], dict[str, Any]] | None = None,
+) -> None:
     """Run or continue one training job.
 
     Args:
-        job: ``pretrain`` or ``finetune-edit``.
+        job: ``pretrain``, ``finetune-edit``, ``distill`` or ``prefer``.
         config: The resolved configuration.
         default_parent: The job whose newest finished run is continued when the configuration names no start.
+        train_by: How it trains; None for one training on the shards.
 
     Raises:
         UserError: for a mistake in configuration or data.
@@ -78,7 +112,8 @@ def run_training(job: str, config: TrainingJobConfig, default_parent: str | None
         tracker.log_params(flatten(config))
         tracker.log_artifact(folder.path / "config.yaml")
         record_datasets(tracker, config.data.shards, datasets)
-        result = _train_and_evaluate(config, model, datasets, start.weights or None, folder, tracker)
+        weights, train_by = start.weights or None, train_by or _train_on_shards
+        result = _train_and_evaluate(config, model, datasets, weights, folder, tracker, train_by)
         tracker.log_artifact(folder.path / "result.json")
         record_model(tracker, folder, config.model, result, _lineage(config, datasets, start))
         status = "FINISHED"
@@ -111,6 +146,7 @@ def _train_and_evaluate(
     initial_weights: str | None,
     folder: RunFolder,
     tracker: Tracker,
+    train_by: Callable[[TrainingRun], dict[str, Any]],
 ) -> dict[str, Any]:
     with ray_session(num_cpus=_local_cpus(config)):
         if config.doctor and in_cluster():
@@ -123,17 +159,10 @@ def _train_and_evaluate(
         ):
             tracker.log_metrics(kernels_job.summary(nodes))
             tracker.log_artifact(folder.write_json("kernels.json", nodes))
-            build_recipe = recipe_factory(config, datasets, initial_weights, config.kernels, features)
-            say = partial(console.print, soft_wrap=True)
-            result = train(
-                config.training,
-                build_recipe,
-                config.data.shards,
-                folder,
-                exporting,
-                predict=predictor(config, model, datasets),
-                checkpoint_tasks=sampling_tasks(config, build_recipe, folder, tracker, tasks_of(config, datasets), say),
-            )
+            build = partial(recipe_factory, config, datasets, initial_weights, config.kernels, features)
+            build_recipe, say = build(), partial(console.print, soft_wrap=True)
+            tasks = sampling_tasks(config, build_recipe, folder, tracker, tasks_of(config, datasets), say)
+            result = train_by(TrainingRun(config, model, datasets, initial_weights, folder, exporting, build, tasks))
             # Again, with the nodes that joined on the way.
             tracker.log_artifact(folder.write_json("kernels.json", nodes))
             for name in (WARNINGS_FILE, COMPUTES_FILE):
@@ -157,6 +186,18 @@ def _train_and_evaluate(
             _show(heldout, folder)
     folder.write_json("result.json", result)
     return result
+
+
+def _train_on_shards(run: TrainingRun) -> dict[str, Any]:
+    return train(
+        run.config.training,
+        run.build_recipe(),
+        run.config.data.shards,
+        run.folder,
+        run.tracker,
+        predict=predictor(run.config, run.model, run.datasets),
+        checkpoint_tasks=run.tasks,
+    )
 
 
 def _check_cluster(config: TrainingJobConfig, folder: RunFolder, tracker: Tracker) -> None:

@@ -3,13 +3,24 @@
 from collections.abc import Callable
 from functools import partial
 
-from loomvideo.jobs.training.config import DistillJobConfig, TrainingJobConfig
+from loomvideo.jobs.training.config import DistillJobConfig, PreferJobConfig, TrainingJobConfig
 from loomvideo.pipelines.training.distillation import DistillationRecipe
+from loomvideo.pipelines.training.nft import NFTRecipe
 from loomvideo.pipelines.training.recipe import LoomVideoRecipe
+from loomvideo.pipelines.training.source_preference import SourcePreferenceRecipe
 
 
-def recipe_class(config: TrainingJobConfig) -> Callable[..., LoomVideoRecipe]:
-    """What takes the arguments of :class:`LoomVideoRecipe`; picklable."""
+def recipe_class(config: TrainingJobConfig, policy: str = "") -> Callable[..., LoomVideoRecipe]:
+    """What takes the arguments of :class:`LoomVideoRecipe`; picklable.
+
+    Args:
+        config: Of the job.
+        policy: The weights folder of a round's policy, for methods that have rounds.
+    """
     if isinstance(config, DistillJobConfig):
         return partial(DistillationRecipe, config.distill)
+    if isinstance(config, PreferJobConfig):
+        if config.prefer.method == "nft":
+            return partial(NFTRecipe, config.prefer.nft, policy)
+        return partial(SourcePreferenceRecipe, config.prefer.source)
     return LoomVideoRecipe

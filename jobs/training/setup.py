@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loomvideo.jobs.training.config import TrainingJobConfig
+from loomvideo.jobs.training.config import DistillJobConfig, PreferJobConfig, TrainingJobConfig
 from loomvideo.jobs.training.methods import recipe_class
 from loomvideo.jobs.training.plan import Machine, machine_named, plan
 from loomvideo.jobs.weights.lookup import find_weights
@@ -146,13 +146,26 @@ def recipe_factory(
     initial_weights: str | None = None,
     kernels: KernelConfig | None = None,
     features: StateSource | None = None,
+    policy: str = "",
+    num_rounds: int = 0,
 ) -> Callable[[], LoomVideoRecipe]:
-    """A picklable function that builds the run's recipe on a worker."""
+    """A picklable function that builds the run's recipe on a worker.
+
+    Args:
+        config: Of the job.
+        datasets: Its datasets of shards.
+        initial_weights: Where the model starts; None from scratch.
+        kernels: Which kernels a rank loads.
+        features: Computes states that are not stored.
+        policy: The weights folder of a round's policy.
+        num_rounds: Rounds that are read instead of the shards, whose conditioning they have.
+    """
+    null_states = [dataset.shared()["null"] for dataset in datasets]
     return partial(
-        recipe_class(config),
+        recipe_class(config, policy),
         config.model,
         config.objective,
-        [dataset.shared()["null"] for dataset in datasets],
+        null_states[:1] * num_rounds or null_states,
         initial_weights,
         config.training.seed,
         kernels,
@@ -176,6 +189,8 @@ def predictor(
     """
 
     def predict(ready: dict[str, Any]) -> dict[str, float]:
+        if isinstance(config, DistillJobConfig | PreferJobConfig):
+            return {}  # `loomvideo plan` knows their turns; a single step's time says little
         machine = machine_named(ready["device_name"])
         if machine is None:
             peak = peak_tflops(ready["device_name"], config.training.peak_tflops)

@@ -76,3 +76,79 @@ class DistillConfig:
             )
         if self.critic_steps < 1 or self.critic_warmup < 0:
             raise UserError("distill.critic_steps and critic_warmup: at least 1, and at least 0")
+
+
+@dataclass
+class SourcePreferenceConfig:
+    """Direct preference optimisation with the source as rejected sample."""
+
+    beta: float = option(50.0, "how sharply the margin of squared errors decides")
+    cap: float = option(0.1, "margin above which nothing is gained by being worse at the source")
+    anchor: float = option(50.0, "charge for a growing error of the target itself; 0 for none")
+
+    def check(self) -> None:
+        """Raise UserError for values that prefer nothing."""
+        if self.beta <= 0 or self.cap <= 0 or self.anchor < 0:
+            raise UserError("prefer.source: beta and cap above 0, anchor at least 0")
+
+
+@dataclass
+class RewardsConfig:
+    """What samples are scored by; see `docs/distillation.md` for the names."""
+
+    weights: dict[str, float] = option({"garment_colour": 1.0}, "weight of each reward, in its own unit")
+    floors: dict[str, float] = option({}, "least values of metrics, such as outside_psnr_db: 25; below it, the worst")
+    watched: list[str] = option(
+        ["outside_psnr_db", "sharpness", "edge_f1"], "metrics that are not rewards, reported to see a reward hacked"
+    )
+    server: str = option("", "URL that also scores samples: its rewards may be named in weights")
+    patience_s: float = option(600.0, "how long a server that fails is asked again before a sample counts as failed")
+
+
+@dataclass
+class NFTConfig:
+    """DiffusionNFT in rounds of generating, scoring and training."""
+
+    rounds: int = option(8, "rounds")
+    prompts: int = option(64, "samples of the shards that are asked in a round")
+    repeats: int = option(8, "results of each, compared with each other")
+    steps_per_round: int = option(40, "optimiser steps after each")
+    sampler_steps: int = option(20, "denoising steps of the results; a distilled model takes its own")
+    scale: float = option(1.0, "guidance scale of the results; 1 for none")
+    visual_scale: float = option(1.0, "guidance scale of source and references")
+    beta: float = option(1.0, "how far the two policies lie from the old one")
+    spread: float = option(1.0, "rewards are r = 1/2 + (reward - mean) / (2 spread std) of their prompt, within [0, 1]")
+    drift_weight: float = option(0.0, "charge for the distance from the weights of the start")
+    actors: int = option(1, "actors that generate and score")
+    gpus: float = option(0.0, "GPUs of each; 0 generates on CPUs")
+    cpus: int = option(1, "CPUs of each")
+
+    def check(self) -> None:
+        """Raise UserError for rounds without samples or comparisons."""
+        least = {"rounds": 1, "prompts": 1, "repeats": 2, "steps_per_round": 1, "sampler_steps": 1, "actors": 1}
+        for key, value in least.items():
+            if getattr(self, key) < value:
+                raise UserError(f"prefer.nft.{key}={getattr(self, key)}: must be at least {value}")
+        if self.beta <= 0 or self.spread <= 0 or self.drift_weight < 0:
+            raise UserError("prefer.nft: beta and spread above 0, drift_weight at least 0")
+
+
+@dataclass
+class PreferConfig:
+    """Preference tuning."""
+
+    method: str = option("source", "source: targets over sources, nothing generated; nft: rounds of scored results")
+    source: SourcePreferenceConfig = option(SourcePreferenceConfig, "")
+    nft: NFTConfig = option(NFTConfig, "")
+    rewards: RewardsConfig = option(RewardsConfig, "")
+
+    def check(self) -> None:
+        """Refuse what cannot be trained.
+
+        Raises:
+            UserError: naming the key.
+        """
+        if self.method not in ("source", "nft"):
+            raise UserError(f"prefer.method={self.method}: use source or nft")
+        self.source.check()
+        self.nft.check()

@@ -161,9 +161,9 @@ class DistillationRecipe(LoomVideoRecipe):
         null = self.null_states[dataset_index]
         branches = {}
         for branch in dict.fromkeys((FULL, *weights)):
-            states = null if branch == UNCONDITIONAL else self.states_of(sample, window, branch)
-            if states is None:
-                raise ValueError(f"has no MLLM states of its pictures alone, which the {branch} branch needs")
+            states = None if branch == UNCONDITIONAL else self.states_of(sample, window, branch)
+            # Where a sample shows the MLLM nothing, its visual prompt is the empty one.
+            states = null if states is None else states
             with_media = branch != UNCONDITIONAL
             branches[branch] = DiTSample(
                 latents=torch.zeros_like(clean),

@@ -132,6 +132,7 @@ class LoomVideoRecipe(BaseRecipe):
         features: StateSource | None = None,
     ):
         size = model_size(model)
+        self.model_name = model
         self.config = dataclasses.replace(size.dit, use_source_embedding=objective.use_source_embedding)
         self.grid = LatentGrid.of(size.codec, self.config.patch_size)
         self.objective = objective

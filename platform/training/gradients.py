@@ -16,6 +16,8 @@ from loomvideo.platform.training.roles import Roles
 PROBE_STEP = 10
 """Updates after which everything that is trained must have had a gradient: layers that start at zero let nothing
 through to those before them at first."""
+FIGURE = "figure"
+"""The tag of what a recipe reports beside its loss."""
 WATCHED_STEPS = 100
 """Steps from then on in which the inputs are followed until each kind was seen to matter."""
 
@@ -95,6 +97,10 @@ class GradientSteps:
             sums = output.per_sample_sum.float().cpu().tolist()
             numbers = output.per_sample_elements.float().cpu().tolist()
             result.bad_keys += [key for key, value in zip(keys, sums, strict=True) if not math.isfinite(value)]
+            for name, value in output.figures.items():
+                entry = self._tags.setdefault((FIGURE, name), [0.0, 0.0])
+                entry[0] += float(value)
+                entry[1] += sum(numbers)
             for value, number_of_elements, tags in zip(sums, numbers, output.tags, strict=False):
                 for tag in tags.items():
                     entry = self._tags.setdefault(tag, [0.0, 0.0])

@@ -10,6 +10,7 @@ from loomvideo.platform.console import bars, console
 from loomvideo.platform.runs import RunFolder
 from loomvideo.platform.training.checkpoint import checkpoints_of
 from loomvideo.platform.training.config import TrainingConfig
+from loomvideo.platform.training.gradients import FIGURE
 from loomvideo.platform.training.hardware import peak_tflops
 from loomvideo.platform.training.recipe import MODEL
 from loomvideo.platform.training.validation import paired_change
@@ -204,7 +205,7 @@ class TrainingProgress:
                 used_gib = metrics["memory/peak_gib"]
                 metrics["plan/achieved_over_predicted_memory"] = used_gib / self._planned["memory_gib"]
         for (name, value), (loss_sum, number) in self._tags.items():
-            metrics[f"loss_by_{name}/{value}"] = loss_sum / number
+            metrics[f"train/{value}" if name == FIGURE else f"loss_by_{name}/{value}"] = loss_sum / number
         self._tags = {}
         return metrics
 

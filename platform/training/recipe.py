@@ -88,12 +88,14 @@ class LossOutput:
         per_sample_sum: [S] the same, detached, by sample.
         per_sample_elements: [S] number of elements by sample.
         tags: One mapping a sample; the loop reports the mean loss by (name, value), e.g. ``{"task": "t2v"}``.
+        figures: 0-dim sums over the pack of other quantities; the loop reports them divided by the loss elements.
     """
 
     sum: torch.Tensor
     per_sample_sum: torch.Tensor
     per_sample_elements: torch.Tensor
     tags: Sequence[Mapping[str, str]] = field(default_factory=list)
+    figures: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Recipe(Protocol):

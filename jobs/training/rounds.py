@@ -1,0 +1,183 @@
+"""Training in rounds: actors generate with the weights of now and score, then the loop trains on what they made.
+
+The folder ``rounds/round-0003`` of a run holds everything of a round and is written when it is whole; a run that was
+interrupted goes on in the middle of the round that it was in, or of its training. Actors stay over the rounds and get
+new weights through Ray's object store, from one process that reads them once.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import ray
+import torch
+from torch import Tensor
+
+from loomvideo.jobs.training.config import PreferJobConfig
+from loomvideo.jobs.training.job import TrainingRun
+from loomvideo.jobs.weights.export import RunCheckpoints, export_weights, open_checkpoint
+from loomvideo.model.codec import build_codec
+from loomvideo.model.few_steps import stated_few_steps
+from loomvideo.model.fingerprints import weights_fingerprint
+from loomvideo.model.loading import dtype_on
+from loomvideo.model.sizes import ModelSize
+from loomvideo.model.weights import load_dit
+from loomvideo.model.weights import open_checkpoint as open_weights
+from loomvideo.pipelines.evaluation.rewards import Rewarder
+from loomvideo.pipelines.training.rollouts import (
+    ROUND_FILE,
+    Prompt,
+    RolloutMaker,
+    choose_prompts,
+    finish_round,
+    is_finished,
+    open_round_or_shards,
+)
+from loomvideo.platform.nodes.devices import device_for
+from loomvideo.platform.shards.reader import ShardDataset
+from loomvideo.platform.training.driver import train
+
+ROUNDS_FOLDER, POLICY_FOLDER = "rounds", "policy"
+
+
+class RolloutActor:
+    """Generates and scores on its own device.
+
+    Args:
+        config: Of the job.
+        model: The model's size.
+        urls: Of the shards.
+        build_recipe: Builds the recipe, whose samples it knows.
+        start: Weights to build the transformer from; a round's are loaded over them.
+    """
+
+    def __init__(self, config: PreferJobConfig, model: ModelSize, urls: Sequence[str], build_recipe: Any, start: str):
+        nft, rewards = config.prefer.nft, config.prefer.rewards
+        device = device_for(nft.gpus, "prefer.nft.gpus")
+        if device.type == "cpu":
+            torch.set_num_threads(nft.cpus)
+        recipe = build_recipe()
+        dit = load_dit(start, recipe.config, device, dtype_on(device)).eval()
+        self.maker = RolloutMaker(
+            recipe,
+            dit,
+            build_codec(model.codec, device, dtype_on(device)),
+            [ShardDataset.open(url) for url in urls],
+            nft,
+            Rewarder(rewards.weights, rewards.floors, rewards.server, rewards.patience_s),
+            model.scheduler,
+            stated_few_steps(start),
+            config.training.seed,
+        )
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Take the weights of a round."""
+        self.maker.load(weights)
+
+    def make(self, prompt: Prompt, number: int, folder: str) -> dict[str, Any]:
+        """Results of one prompt."""
+        return self.maker.make(prompt, number, Path(folder))
+
+
+def train_in_rounds(run: TrainingRun) -> dict[str, Any]:
+    """Generate, score, train; as often as configured.
+
+    Returns:
+        What the last round's training gave, and the mean reward of every round's policy.
+    """
+    config = cast(PreferJobConfig, run.config)
+    nft, result = config.prefer.nft, {}
+    actors = _Actors(run)
+    urls: list[str] = []
+    trained = max(RunCheckpoints.of(run.folder).folder.steps(), default=0)
+    for number in range(nft.rounds):
+        folder = run.folder.path / ROUNDS_FOLDER / f"round-{number:04d}"
+        policy = folder / POLICY_FOLDER if number else Path(run.start or "")
+        if not is_finished(folder):
+            _export_policy(run, number, policy)
+            _make_round(run, actors, number, policy, folder)
+        urls.append(str(folder))
+        if trained >= (number + 1) * nft.steps_per_round and number + 1 < nft.rounds:
+            continue
+        # Earlier rounds were made by other policies: they stay in the data of the run and are not drawn any more.
+        weights = {f"round-{before:04d}": float(before == number) for before in range(number + 1)}
+        training = dataclasses.replace(
+            config.training,
+            mixture=dataclasses.replace(config.training.mixture, datasets=weights, tasks={}),
+            split="train",
+        )
+        result = train(
+            training,
+            run.build_recipe(policy=str(policy), num_rounds=number + 1),
+            urls,
+            run.folder,
+            run.tracker,
+            open_dataset=open_round_or_shards,
+            last_step=(number + 1) * nft.steps_per_round,
+            checkpoint_tasks=run.tasks,
+        )
+        if result["stopped"]:
+            break
+    actors.close()
+    return result | {"reward_by_round": [_reward(Path(url)) for url in urls]}
+
+
+class _Actors:
+    """Started when a round has to be made; a run that only trains on needs none."""
+
+    def __init__(self, run: TrainingRun):
+        self.run, self.handles = run, []
+
+    def with_weights(self, policy: Path) -> list[Any]:
+        config = cast(PreferJobConfig, self.run.config)
+        nft = config.prefer.nft
+        if not self.handles:
+            remote = ray.remote(num_cpus=nft.cpus, num_gpus=nft.gpus, max_restarts=0)(RolloutActor)
+            arguments = config, self.run.model, config.data.shards, self.run.build_recipe(), self.run.start
+            self.handles = [remote.remote(*arguments) for _ in range(nft.actors)]
+        stored = open_weights(policy)
+        dtype = torch.bfloat16 if nft.gpus else torch.float32
+        weights = ray.put({name: tensor.to(dtype) for name, tensor in stored.tensors(list(stored.shapes))})
+        ray.get([actor.load.remote(weights) for actor in self.handles])
+        return self.handles
+
+    def close(self) -> None:
+        for actor in self.handles:
+            ray.kill(actor)
+
+
+def _export_policy(run: TrainingRun, number: int, folder: Path) -> None:
+    """Write the weights that make a round, the average at the end of the one before, unless they are there."""
+    if number and not (folder / "config.json").is_file():
+        config = cast(PreferJobConfig, run.config)
+        checkpoint = open_checkpoint(run.folder, number * config.prefer.nft.steps_per_round)
+        export_weights(run.build_recipe()(), config, run.folder, checkpoint, folder, replace=True)
+
+
+def _make_round(run: TrainingRun, actors: _Actors, number: int, policy: Path, folder: Path) -> None:
+    config = cast(PreferJobConfig, run.config)
+    nft, training = config.prefer.nft, config.training
+    prompts = choose_prompts(run.datasets, training.split, training.mixture.tasks, nft.prompts, training.seed, number)
+    handles = actors.with_weights(policy)
+    folder.mkdir(parents=True, exist_ok=True)
+    pool = ray.util.ActorPool(handles)
+    facts = list(pool.map(lambda actor, prompt: actor.make.remote(prompt, number, str(folder)), prompts))
+    lineage = {
+        "policy": str(policy),
+        "policy_fingerprint": weights_fingerprint(policy),
+        "config": dataclasses.asdict(config.prefer),
+    }
+    watched = config.prefer.rewards.watched
+    summary = finish_round(folder, number, facts, run.datasets, config.data.shards, lineage, watched)
+    step = number * nft.steps_per_round
+    figures = {"reward": summary["reward"], "used": summary["used"], "floored": summary["floored"]}
+    figures |= {f"rewards/{name}": value for name, value in summary["rewards"].items()}
+    figures |= {f"watched/{name}": value for name, value in summary["watched"].items()}
+    figures["failed"] = sum(summary["failures"].values())
+    run.tracker.log_metrics({f"round/{k}": float(v) for k, v in figures.items() if v is not None}, step)
+
+
+def _reward(folder: Path) -> float | None:
+    return json.loads((folder / ROUND_FILE).read_text())["reward"]

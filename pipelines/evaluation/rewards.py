@@ -1,0 +1,204 @@
+"""Rewards of generated samples: metrics of the evaluation room, each in one direction and a unit of its own.
+
+A reward that cannot be computed is a failure with a reason and never a number: a server that is down must not teach a
+model that its samples are worth nothing.
+"""
+
+import base64
+import io
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import requests
+from PIL import Image
+
+from loomvideo.pipelines.evaluation import metrics
+from loomvideo.pipelines.evaluation.inputs import LoadedItem
+from loomvideo.pipelines.evaluation.measures import comparable, measure
+from loomvideo.platform.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SERVER_TIMEOUT_S = 60.0
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 30.0
+
+
+class RewardError(Exception):
+    """A sample that got no reward; the message says why."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a sample is worth.
+
+    Attributes:
+        metrics: Everything measured, in the metrics' own units.
+        rewards: The weighted rewards' values, higher is better.
+        total: Their weighted sum; None where one of them failed.
+        floored: The metrics that were below their floors.
+        failure: Why there is no total; empty where there is one.
+    """
+
+    metrics: dict[str, float]
+    rewards: dict[str, float] = field(default_factory=dict)
+    total: float | None = None
+    floored: tuple[str, ...] = ()
+    failure: str = ""
+
+
+def _garment_colour(values: Mapping[str, float], video: np.ndarray, inputs: LoadedItem) -> float:
+    return -_measured(values, "garment_delta_e") / 10
+
+
+def _locality(values: Mapping[str, float], video: np.ndarray, inputs: LoadedItem) -> float:
+    return _measured(values, "edit_locality")
+
+
+def _outside(values: Mapping[str, float], video: np.ndarray, inputs: LoadedItem) -> float:
+    return _measured(values, "outside_psnr_db") / 10
+
+
+def _sharpness(values: Mapping[str, float], video: np.ndarray, inputs: LoadedItem) -> float:
+    if inputs.target is None:
+        raise RewardError("sharpness: needs a target to compare with")
+    # As sharp as the target, not sharper: noise is sharp.
+    return -abs(math.log((_measured(values, "sharpness") + 1) / (metrics.sharpness(inputs.target) + 1)))
+
+
+def _fidelity(values: Mapping[str, float], video: np.ndarray, inputs: LoadedItem) -> float:
+    return _measured(values, "edit_psnr_db") / 10
+
+
+REWARDS: dict[str, Callable[[Mapping[str, float], np.ndarray, LoadedItem], float]] = {
+    "garment_colour": _garment_colour,
+    "locality": _locality,
+    "outside": _outside,
+    "sharpness": _sharpness,
+    "fidelity": _fidelity,
+}
+"""CIEDE2000 of the edited region's colour / 10, negative; share of the change inside the region; PSNR outside it in
+10 dB; logarithm of the sharpness over the target's, negative; PSNR against the target in 10 dB."""
+
+
+def _measured(values: Mapping[str, float], name: str) -> float:
+    value = values.get(name)
+    if value is None or not math.isfinite(value):
+        raise RewardError(f"{name}: not defined for this sample")
+    return value
+
+
+class Rewarder:
+    """Scores samples.
+
+    Args:
+        weights: Of each reward, by name; those that are not of :data:`REWARDS` come from the server.
+        floors: Least values of metrics; a sample below one is worth less than any above.
+        server: URL that gets ``{"key", "text", "result", "source", "target"}`` with frames as base64 PNGs and answers
+            ``{"rewards": {name: number}}``.
+        patience_s: How long a server that fails is asked again.
+
+    Raises:
+        UserError: for a reward that nobody gives.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, float], floors: Mapping[str, float], server: str = "", patience_s: float = 600.0
+    ):
+        self.weights, self.floors, self.server, self.patience_s = dict(weights), dict(floors), server, patience_s
+        self._asked = [name for name in self.weights if name not in REWARDS]
+        if self._asked and not server:
+            raise UserError(
+                f"prefer.rewards.weights: {self._asked[0]} is none of {', '.join(REWARDS)}; name the server that gives "
+                "it in prefer.rewards.server"
+            )
+        if not self.weights:
+            raise UserError("prefer.rewards.weights: give at least one reward, such as {garment_colour: 1.0}")
+
+    def score(self, video: np.ndarray, inputs: LoadedItem) -> Score:
+        """Measure one result uint8 [frames, height, width, 3]; failures are part of the answer."""
+        if not comparable(video, inputs):
+            return Score({}, failure="a result of another size or length")
+        values = {name: value for name, value in measure(video, inputs).items() if math.isfinite(value)}
+        try:
+            given = self._ask(video, inputs) if self._asked else {}
+            rewards = {
+                name: given[name] if name in self._asked else REWARDS[name](values, video, inputs)
+                for name in self.weights
+            }
+            floored = tuple(name for name, least in self.floors.items() if _measured(values, name) < least)
+        except RewardError as error:
+            return Score(values, failure=str(error))
+        total = sum(self.weights[name] * value for name, value in rewards.items())
+        return Score(values, rewards, total, floored)
+
+    def _ask(self, video: np.ndarray, inputs: LoadedItem) -> dict[str, float]:
+        """The server's rewards; it is asked again until it answers or patience ends."""
+        body = {
+            "key": inputs.item.key,
+            "text": inputs.item.text,
+            "result": _pictures(video),
+            "source": None if inputs.source is None else _pictures(inputs.source),
+            "target": None if inputs.target is None else _pictures(inputs.target),
+        }
+        pause_s, until = FIRST_PAUSE_S, time.monotonic() + self.patience_s
+        while True:
+            try:
+                return self._answer(body)
+            except (requests.RequestException, ValueError) as error:
+                if time.monotonic() + pause_s > until:
+                    raise RewardError(f"{self.server}: {type(error).__name__}: {error}"[:300]) from error
+                logger.warning("%s: no reward (%s); asking again", self.server, type(error).__name__)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    def _answer(self, body: dict[str, Any]) -> dict[str, float]:
+        reply = requests.post(self.server, json=body, timeout=SERVER_TIMEOUT_S)
+        reply.raise_for_status()
+        rewards = reply.json()["rewards"]
+        missing = [name for name in self._asked if not isinstance(rewards.get(name), int | float)]
+        if missing or not all(math.isfinite(rewards[name]) for name in self._asked):
+            raise ValueError(f"the answer has no number for {', '.join(missing) or 'a reward'}")
+        return {name: float(rewards[name]) for name in self._asked}
+
+
+def _pictures(video: np.ndarray) -> list[str]:
+    encoded = []
+    for frame in video:
+        buffer = io.BytesIO()
+        Image.fromarray(frame).save(buffer, "PNG")
+        encoded.append(base64.b64encode(buffer.getvalue()).decode())
+    return encoded
+
+
+def group_rewards(scores: Sequence[Score], spread: float) -> list[float | None]:
+    """Rewards r in [0, 1] of the results of one prompt: 1/2 for its mean; None for what cannot be compared.
+
+    A sample below a floor gets 0, the least there is, and does not move the others' mean. A sample that failed gets
+    None: it is left out, as are all when fewer than two can be compared.
+
+    Args:
+        scores: Of one prompt.
+        spread: Standard deviations of the group from the middle to either end, times two.
+    """
+    totals = [score.total for score in scores if score.total is not None and not score.floored]
+    scored = sum(score.total is not None for score in scores)
+    if scored < 2:
+        return [None] * len(scores)
+    mean = float(np.mean(totals)) if totals else 0.0
+    deviation = float(np.std(totals)) if totals else 0.0
+    rewards: list[float | None] = []
+    for score in scores:
+        if score.total is None:
+            rewards.append(None)
+        elif score.floored:
+            rewards.append(0.0)
+        else:
+            distance = (score.total - mean) / (2 * spread * deviation) if deviation > 1e-9 else 0.0
+            rewards.append(float(np.clip(0.5 + distance, 0.0, 1.0)))
+    return rewards
