@@ -15,7 +15,7 @@ SUITES ?= sample
 CHECKPOINT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev lock check-lock FORCE lint format check test test-pages test-fast fuzz sample-data shards pretrain finetune-edit evaluate serve demo readme-strip codec mlflow bench clean render submit validate doctor mlflow-server rehearse rehearse-fresh drill drill-training image kernels bench-data bench-kernels bench-generation bench-training bench-gpu
+.PHONY: help setup setup-dev lock check-lock FORCE lint format check test test-pages test-fast fuzz sample-data shards pretrain finetune-edit distill prefer evaluate serve demo readme-strip codec mlflow bench clean render submit validate doctor mlflow-server rehearse rehearse-fresh drill drill-training image kernels bench-data bench-kernels bench-generation bench-training bench-gpu
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -89,6 +89,12 @@ pretrain: shards ## train on all tasks: PRESET= RUN= ARGS="section.key=value …
 
 finetune-edit: shards ## continue the newest (or ARGS="from_run=…") pretrain run on the editing tasks
 	$(BIN)/loomvideo finetune-edit preset=$(PRESET) data.shards=[$(SHARDS)] evaluation.samples=$(DATA)/samples.jsonl $(if $(RUN),run=$(RUN)) $(ARGS)
+
+distill: shards ## make a model of few steps from the newest (or ARGS="from_run=…") finetune-edit run
+	$(BIN)/loomvideo distill preset=$(PRESET) data.shards=[$(SHARDS)] evaluation.samples=$(DATA)/samples.jsonl $(if $(RUN),run=$(RUN)) $(ARGS)
+
+prefer: shards ## tune the newest (or ARGS="from_run=…") finetune-edit run by preferences: ARGS="prefer.method=nft"
+	$(BIN)/loomvideo prefer preset=$(PRESET) data.shards=[$(SHARDS)] evaluation.samples=$(DATA)/samples.jsonl $(if $(RUN),run=$(RUN)) $(ARGS)
 
 evaluate: sample-data ## measure a checkpoint: CHECKPOINT= (newest run) SUITES=sample,fashion RUN= ARGS="judge.kind=…"
 	$(BIN)/loomvideo evaluate preset=$(PRESET) 'suites=[$(SUITES)]' $(if $(CHECKPOINT),checkpoint=$(CHECKPOINT)) data.sample=$(DATA) data.fashion=$(DATA) $(if $(RUN),run=$(RUN)) $(ARGS)

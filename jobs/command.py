@@ -1,6 +1,6 @@
 """Commands run from a typed configuration: ``preset=…``, ``section.key=value``, ``--dry-run``, documented keys."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,6 +52,7 @@ def config_command(
     job: str,
     schema: Callable[[], type],
     preview: Callable[[Any], None] | None = None,
+    words: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
     """Register ``run(config)`` as a command; its docstring is the help.
 
@@ -61,6 +62,7 @@ def config_command(
         job: The name in ``jobs/configs/<job>.<preset>.yaml``; a job without such files has no presets.
         schema: Returns the configuration dataclass; called late, so that ``--help`` of other commands stays fast.
         preview: What ``--dry-run`` does after it has printed the configuration.
+        words: Words that stand for a ``key=value``.
     """
 
     class DocumentedCommand(TyperCommand):
@@ -83,7 +85,7 @@ def config_command(
                 bool, typer.Option("--dry-run", help="print the resolved configuration and stop")
             ] = False,
         ) -> None:
-            config = job_config(schema(), job, overrides or [])
+            config = job_config(schema(), job, [(words or {}).get(text, text) for text in overrides or []])
             if dry_run:
                 print(to_yaml(config), end="")
                 if preview is not None:

@@ -25,7 +25,7 @@ app = typer.Typer()
 jobs_app = typer.Typer(no_args_is_help=True, help="List, follow and stop jobs of a cluster.")
 app.add_typer(jobs_app, name="jobs")
 PROFILES = Path("infra/profiles")
-RAY_JOBS = ("data", "pretrain", "finetune-edit", "evaluate")
+RAY_JOBS = ("data", "pretrain", "finetune-edit", "distill", "prefer", "evaluate")
 
 Cluster = Annotated[str, typer.Option("--cluster", help="profile: a name in infra/profiles or a path to a .yaml file")]
 Changes = Annotated[list[str] | None, typer.Option("--set", help="change a profile's key: section.key=value")]

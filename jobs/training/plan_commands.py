@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -11,11 +12,16 @@ from loomvideo.platform.config import option
 from loomvideo.platform.console import console, table
 from loomvideo.platform.errors import UserError
 
+if TYPE_CHECKING:
+    from loomvideo.jobs.training.plan import StepEstimate
+    from loomvideo.model.config import DiTConfig
+
 
 @dataclass
 class PlanConfig:
     """A model, a pack and a cluster."""
 
+    method: str = option("train", "train, distill or prefer; `loomvideo plan distill` is short for method=distill")
     model: str = option("5b", "model size: tiny, small or 5b")
     machine: str = option("h100", "h100, h200 or a100")
     ranks: list[int] = option([8, 64], "GPUs")
@@ -31,6 +37,16 @@ class PlanConfig:
         0.0,
         "bandwidth of a GPU between nodes as loomvideo doctor measured it, GB/s; 0: what the machine's type reaches",
     )
+    lora_rank: int = option(0, "of distill and prefer: rank of the adapters; 0 trains all weights")
+    branches: int = option(3, "of distill and prefer: guidance branches of the teacher or the sampler")
+    student_steps: int = option(4, "of distill: steps of the student's schedule")
+    critic_steps: int = option(5, "of distill: turns of the critic for one of the student")
+    critic_warmup: int = option(100, "of distill: turns of the critic before")
+    rounds: int = option(8, "of prefer: rounds of generating, scoring and training")
+    steps_per_round: int = option(20, "of prefer: optimiser steps after each round")
+    results: int = option(512, "of prefer: results of a round, all prompts together")
+    sampler_steps: int = option(20, "of prefer: denoising steps of a result")
+    generators: int = option(8, "of prefer: GPUs that generate, beside the ranks")
     hourly_price: float = option(0.0, "price of a GPU hour, for the cost of the run; 0 leaves it out")
     watts: float = option(0.0, "power of a GPU with its share of node and cooling, for the energy of the run; 0: none")
     carbon_g_per_kwh: float = option(0.0, "grams of CO2 a kWh of the grid, for the carbon of the run; needs watts")
@@ -39,9 +55,11 @@ class PlanConfig:
 def register(app: typer.Typer) -> None:
     """Add the command."""
 
-    @config_command(app, "plan", "plan", lambda: PlanConfig)
+    words = {"distill": "method=distill", "prefer": "method=prefer", "train": "method=train"}
+
+    @config_command(app, "plan", "plan", lambda: PlanConfig, words=words)
     def plan_command(config: PlanConfig) -> None:
-        """Estimate memory, FLOPs, communication, step time and duration of a training run."""
+        """Estimate memory, FLOPs, communication, step time and duration of training, `distill` or `prefer`."""
         print_plan(config)
 
 
@@ -59,6 +77,8 @@ def print_plan(config: PlanConfig) -> None:
         raise UserError(f"machine={config.machine}: use one of {', '.join(MACHINES)}")
     if len(config.lengths) != len(config.mllm_lengths):
         raise UserError("lengths and mllm_lengths: give one number for every sample of the pack")
+    if config.method not in ("train", "distill", "prefer"):
+        raise UserError(f"method={config.method}: use train, distill or prefer")
     if config.carbon_g_per_kwh and not config.watts:
         raise UserError("carbon_g_per_kwh: needs the power of a GPU; set watts=1000, for example")
     machine, size = MACHINES[config.machine], model_size(config.model)
@@ -82,6 +102,9 @@ def print_plan(config: PlanConfig) -> None:
         )
         for ranks in config.ranks
     ]
+    if config.method != "train":
+        _print_method(config, dit, plans, machine.memory_gib)
+        return
     estimates = table("estimate, a GPU and step", *(f"{ranks} {config.machine}" for ranks in config.ranks))
     gib, tera = 2**30, 1e12
     rows = {
@@ -126,3 +149,32 @@ def print_plan(config: PlanConfig) -> None:
     )
     if any(p.memory_bytes > 0.92 * machine.memory_gib * gib for p in plans):
         out.print("memory is short: shorter packs, more GPUs, recompute=full or zero.offload_optimizer=true")
+
+
+def _print_method(config: PlanConfig, dit: "DiTConfig", plans: "list[StepEstimate]", memory_gib: float) -> None:
+    from loomvideo.jobs.training.plan_methods import adapter_parameters, plan_distill, plan_prefer
+
+    adapters = 0
+    if config.lora_rank:
+        adapters = adapter_parameters(dit.inner_dim, dit.ffn_dim, dit.num_layers, config.lora_rank)
+    if config.method == "distill":
+        turns = config.critic_steps, config.critic_warmup, config.student_steps
+        methods = [plan_distill(base, config.steps, *turns, config.branches, adapters) for base in plans]
+    else:
+        rounds = config.rounds, config.steps_per_round, config.results, config.sampler_steps
+        methods = [
+            plan_prefer(base, len(config.lengths), *rounds, config.branches, config.generators, adapters)
+            for base in plans
+        ]
+    estimates = table(f"estimate of {config.method}", *(f"{ranks} {config.machine}" for ranks in config.ranks))
+    for name in methods[0].rows:
+        estimates.add_row(name, *(method.rows[name] for method in methods))
+    out = console()
+    out.print(estimates)
+    trained = f"adapters of rank {config.lora_rank}, {adapters / 1e6:.0f} M" if adapters else "all weights trained"
+    out.print(
+        f"{plans[0].num_parameters / 1e9:.2f} G parameters, {trained}; the pack has {sum(config.lengths):,} tokens; "
+        f"nothing here is measured (efficiency={config.efficiency})"
+    )
+    if any(method.memory_bytes > 0.92 * memory_gib * 2**30 for method in methods):
+        out.print("memory is short: shorter packs, more GPUs, recompute=full or lora_rank")

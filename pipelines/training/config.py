@@ -1,11 +1,14 @@
 """Configuration of what is learned from a sample, and of the actors that compute its MLLM states."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from loomvideo.model.few_steps import FewSteps
 from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.training.config import OptimizerConfig
+
+if TYPE_CHECKING:
+    from loomvideo.model.few_steps import FewSteps
 
 
 @dataclass
@@ -51,12 +54,14 @@ class DistillConfig:
     max_level: float = option(0.98, "highest level, before the shift")
     critic: OptimizerConfig = option(OptimizerConfig, "")
 
-    def few_steps(self) -> FewSteps:
+    def few_steps(self) -> "FewSteps":
         """What the student learns to do.
 
         Raises:
             UserError: for a schedule that cannot be sampled.
         """
+        from loomvideo.model.few_steps import FewSteps  # knows torch, which the command line does without
+
         folded = {"scale": self.scale, "visual_scale": self.visual_scale, "generate_scale": self.generate_scale}
         try:
             return FewSteps.of(self.schedule, self.shift, folded)

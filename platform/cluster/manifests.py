@@ -19,7 +19,7 @@ from loomvideo.platform.errors import UserError
 
 API_VERSION = "ray.io/v1"
 # The other commands are told where to write by their own arguments.
-NAMED_JOBS = ("data", "pretrain", "finetune-edit", "evaluate")
+NAMED_JOBS = ("data", "pretrain", "finetune-edit", "distill", "prefer", "evaluate")
 # Jobs whose command is not their name.
 COMMANDS = {
     "data": ["data", "prepare"],

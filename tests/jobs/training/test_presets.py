@@ -3,14 +3,15 @@ import itertools
 import pytest
 
 from loomvideo.jobs.command import job_config, preset_file, preset_names
-from loomvideo.jobs.training.config import TrainingJobConfig
+from loomvideo.jobs.training.config import TrainingJobConfig, job_schema
 
-PRESETS = [(job, name) for job in ("pretrain", "finetune-edit") for name in preset_names(job)]
+JOBS = ("pretrain", "finetune-edit", "distill", "prefer")
+PRESETS = [(job, name) for job in JOBS for name in preset_names(job)]
 
 
 @pytest.mark.parametrize(("job", "name"), PRESETS)
 def test_presets_load_and_pass_their_checks(job, name):
-    config = job_config(TrainingJobConfig, job, [f"preset={name}", "data.shards=[shards]"])
+    config = job_config(job_schema(job), job, [f"preset={name}", "data.shards=[shards]"])
     config.check()
     assert config.model == name.split("-")[0]
 
