@@ -41,8 +41,8 @@ def check_machine(venv: Path, accelerator: str) -> None:
         wanted = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
         raise SetupError(f"Python {wanted} is needed, this is {found}; name one: make setup PYTHON=/path/to/python3.11")
     try:
-        from ensurepip import bootstrap  # noqa: F401
         import venv as module  # noqa: F401
+        from ensurepip import bootstrap  # noqa: F401
     except ImportError:
         package = "python{}.{}-venv".format(*sys.version_info)
         raise SetupError(f"Python {found} has no venv module; on Debian or Ubuntu: apt-get install {package}") from None
