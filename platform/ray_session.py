@@ -22,7 +22,9 @@ logger = logging.getLogger(__name__)
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
+# The raylet gives its agents 15 s, fixed in its code: on a machine that is overloaded for a while only more tries help.
 START_ATTEMPTS = 3
+MOST_START_ATTEMPTS = 8
 _START_LIMITS = {"RAY_gcs_server_port_wait_time_s": RAY_START, "RAY_worker_register_timeout_seconds": RAY_WORKER_START}
 # Sockets lie in session_DATE_PID/sockets below it, and Linux names no socket with more than 107 bytes.
 MAX_SESSION_PATH = 40
@@ -93,7 +95,8 @@ def start_local(num_cpus: int, **options: Any) -> None:
         os.environ.setdefault(name, str(round(limit.here())))
     if folder := _temporary_folder():
         options["_temp_dir"] = folder
-    for attempt in range(1, START_ATTEMPTS + 1):
+    attempts = min(max(START_ATTEMPTS, round(2 * slowness())), MOST_START_ATTEMPTS)
+    for attempt in range(1, attempts + 1):
         try:
             # Without an address Ray would join whatever other cluster this machine runs.
             with _nodes_may_be_late():
@@ -106,10 +109,12 @@ def start_local(num_cpus: int, **options: Any) -> None:
         except Exception as error:  # Ray raises bare exceptions for a node that is late
             ray.shutdown()
             late = isinstance(error, TimeoutError) or "timed out" in str(error).lower()
-            if late and attempt < START_ATTEMPTS:
-                logger.warning("Ray did not start in time on this machine; trying again (%d)", attempt + 1)
+            if late and attempt < attempts:
+                logger.warning(
+                    "Ray did not start in time on this machine; trying again (%d of %d)", attempt + 1, attempts
+                )
                 continue
-            reason = f"did not start in {START_ATTEMPTS} attempts" if late else "does not start"
+            reason = f"did not start in {attempts} attempts" if late else "does not start"
             raise UserError(
                 f"Ray {reason}: {_first_line(error)} (this machine runs {slowness():.0f} times slower than an ordinary "
                 "one now, loomvideo doctor tells more)"

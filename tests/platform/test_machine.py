@@ -140,6 +140,7 @@ def fake_init(monkeypatch):
     monkeypatch.setattr(ray_session.ray, "is_initialized", lambda: False)
     for name in ("RAY_ADDRESS", "RAY_JOB_ID", "RAY_JOB_CONFIG_JSON_ENV_VAR", "TMPDIR", "RAY_TMPDIR"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(ray_session, "slowness", lambda: 1.0)
     for name in ray_session._START_LIMITS:
         monkeypatch.setenv(name, "60")
         monkeypatch.delenv(name)
@@ -174,6 +175,19 @@ def test_a_start_that_fails_is_one_line(fake_init, error, attempts, message):
         pass
     assert len(calls) == attempts
     assert "\n" not in str(caught.value)
+
+
+def test_a_slow_machine_gets_more_attempts(fake_init, monkeypatch):
+    calls, answers = fake_init
+    monkeypatch.setattr(ray_session, "slowness", lambda: 2.5)
+    answers += [TimeoutError("late")] * 4
+    with ray_session.ray_session():
+        pass
+    assert len(calls) == 5
+    monkeypatch.setattr(ray_session, "slowness", lambda: 30.0)
+    answers += [TimeoutError("late")] * 8
+    with pytest.raises(UserError, match="did not start in 8 attempts"), ray_session.ray_session():
+        pass
 
 
 @pytest.mark.parametrize(
