@@ -22,6 +22,7 @@ from loomvideo.model.quantize import check_bits, quantize_linears
 from loomvideo.model.sizes import PIPELINE_FILE, ModelSize, model_size, stated_size, with_folders
 from loomvideo.model.weights import load_dit, open_checkpoint
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.nodes.devices import check_device, device_of
 
 AUTO = "auto"
 
@@ -38,7 +39,7 @@ class ModelSource:
         kernels: Back end of the fused operations; empty leaves the one in use.
         compile: Compile the transformer's blocks.
         drop_exact: Turn the blocks' products to 8-bit floats for good, so that the exact weights free their memory.
-        device: Where everything runs; empty takes CUDA where there is one.
+        device: Where everything runs; empty takes what :func:`loomvideo.platform.nodes.devices.device_of` does.
         memory: One of :data:`loomvideo.model.parts.MODES`, or ``auto`` for the fastest that fits.
         mllm_bits: Bits of the weights of the MLLM's decoder layers: 16, 8 or 4.
         dit_bits: Bits of the weights of the transformer's blocks: 16, 8 or 4.
@@ -150,6 +151,7 @@ def load_parts(source: ModelSource, dtype: torch.dtype | None = None) -> Residen
     source.check()
     source = dataclasses.replace(source, memory="resident") if source.memory == AUTO else source
     size, device = source.size, device_of(source.device)
+    check_device(device)
     dtype = dtype or dtype_on(device)
     loaders = {
         "dit": lambda: load_transformer(source, size, device, dtype),
@@ -197,11 +199,6 @@ def _settle(module: nn.Module, blocks: nn.ModuleList, bits: int, stream: bool, d
         BlockStream(blocks, device)
     else:
         module.to(device)
-
-
-def device_of(name: str = "") -> torch.device:
-    """The device of a name; empty is CUDA where there is one."""
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def dtype_on(device: torch.device) -> torch.dtype:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from loomvideo.jobs.generation.config import GenerateConfig
 from loomvideo.jobs.weights.model_choice import model_source
-from loomvideo.model.loading import ModelSource, available_bytes, device_of, fitted, source_peaks
+from loomvideo.model.loading import ModelSource, available_bytes, fitted, source_peaks
 from loomvideo.model.peaks import GIB, Work
 from loomvideo.pipelines.generation.generator import FileGenerator
 from loomvideo.pipelines.generation.memory import largest_work
@@ -13,6 +13,7 @@ from loomvideo.pipelines.generation.requests import Request, read_requests
 from loomvideo.pipelines.generation.shortcut_error import ShortcutError, measure_shortcuts, num_runs
 from loomvideo.platform.console import bars, console, table
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.nodes.devices import device_of
 
 
 def run(config: GenerateConfig) -> None:

@@ -9,12 +9,11 @@ from fixtures.datasets import make_sample, write_dataset
 from fixtures.dit_samples import random_model
 from helpers.plain_loop import plain_training
 from helpers.ranks import Scenario, run_ranks, steps_of, train_scenarios
+from helpers.small_dit import DIT, SmallRecipe
 
 from loomvideo.model.config import LoRAConfig
-from loomvideo.model.sizes import model_size
 from loomvideo.model.weights import save_dit
 from loomvideo.pipelines.training.config import ObjectiveConfig
-from loomvideo.pipelines.training.recipe import LoomVideoRecipe
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.reader import ShardDataset
 from loomvideo.platform.training.beside import load_checkpoint_weights
@@ -26,7 +25,6 @@ from loomvideo.platform.training.validation import Validator
 # Twenty trainings of the real transformer share two processes.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-DIT = model_size("tiny").dit
 NUM_STEPS, STOP_STEP = 4, 2
 LORA = LoRAConfig(rank=2, alpha=4.0, dora=True, targets=["blocks.*"], unfreeze=["proj_out.*"])
 
@@ -104,7 +102,7 @@ def runs(tmp_path_factory):
     dataset = write_dataset(root / "data", samples)
     save_dit(random_model(DIT), DIT, root / "weights")
     null = [torch.zeros(DIT.num_layers, 3, DIT.mllm_dim)]
-    full = functools.partial(LoomVideoRecipe, "tiny", ObjectiveConfig(), null, str(root / "weights"), 5)
+    full = functools.partial(SmallRecipe, ObjectiveConfig(), null, str(root / "weights"), 5)
     adapted = functools.partial(full, lora=LORA)
     # A sample that is drawn first in step 3, when there is a checkpoint to return to.
     planner = planner_of(full(), [dataset], config(), 3)
@@ -125,9 +123,8 @@ def runs(tmp_path_factory):
             f"{name}_resumed", configs[name], recipes[name], copy_from=str(root / name), from_step=STOP_STEP
         )
 
-    # DeepSpeed makes groups for hpZ once a process, and then uses them for every engine.
-    outcomes = {"hpz": run_ranks(train_scenarios, 2, [scenario("hpz", HPZ)])}
-    outcomes["hpz_resumed"] = run_ranks(train_scenarios, 2, [resumed("hpz")])
+    # DeepSpeed makes groups for hpZ once a process, and then uses them for every engine: hpZ has processes of its own.
+    with_hpz = run_ranks(train_scenarios, 2, [scenario("hpz", HPZ), resumed("hpz")])
     scenarios = {name: scenario(name, configs[name], recipes[name]) for name in configs if name != "hpz"}
     scenarios |= {f"{name}_resumed": resumed(name) for name in ("offload", "adapted")}
     scenarios["still"] = scenario("still", STILL)
@@ -137,7 +134,7 @@ def runs(tmp_path_factory):
         scenarios[name] = scenario(name, bad, data="nan")
     together = run_ranks(train_scenarios, 2, list(scenarios.values()))
     by_name = {name: [rank[number] for rank in together] for number, name in enumerate(scenarios)}
-    by_name |= {name: [rank[0] for rank in ranks] for name, ranks in outcomes.items()}
+    by_name |= {name: [rank[number] for rank in with_hpz] for number, name in enumerate(("hpz", "hpz_resumed"))}
     return Runs(root, str(root / "data"), recipes, by_name), configs
 
 
