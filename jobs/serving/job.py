@@ -3,7 +3,9 @@
 import functools
 import ipaddress
 import os
+import signal
 import threading
+from pathlib import Path
 
 from ray import serve
 
@@ -12,19 +14,21 @@ from loomvideo.jobs.serving.config import ServeConfig
 from loomvideo.jobs.weights.model_choice import model_source
 from loomvideo.model.loading import ModelSource
 from loomvideo.pipelines.serving.app import PageConfig
-from loomvideo.pipelines.serving.deployment import APPLICATION, build_application
+from loomvideo.pipelines.serving.deployment import APPLICATION, build_application, drain
 from loomvideo.pipelines.serving.examples import read_examples
 from loomvideo.pipelines.serving.guards import LOOPBACK_NAMES
 from loomvideo.pipelines.serving.model_generator import PageGenerator
+from loomvideo.pipelines.serving.store import MEMORY
+from loomvideo.pipelines.serving.users import Users
 from loomvideo.platform.console import console
 from loomvideo.platform.ray_session import ray_session
 from loomvideo.platform.time_limits import SERVE_PROXY
 
-TOKEN_VARIABLE = "LOOMVIDEO_SERVE_TOKEN"
+TOKEN_VARIABLE, STORE_VARIABLE = "LOOMVIDEO_SERVE_TOKEN", "LOOMVIDEO_SERVE_STORE"
 
 
 def run(config: ServeConfig) -> None:
-    """Serve until SIGINT or SIGTERM.
+    """Serve until SIGINT, which stops at once, or SIGTERM, which lets running generations end.
 
     Raises:
         UserError: if there is no such checkpoint, or its size is unknown.
@@ -34,14 +38,18 @@ def run(config: ServeConfig) -> None:
     token = _token(config)
     # A busy machine takes longer than Serve's 5 s to start its proxy.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", str(round(SERVE_PROXY.here())))
-    if not token and not _is_local(config.host):
+    if not token and not config.users and not _is_local(config.host):
         out.print(f"warning: everyone who reaches {config.host} can use this; set {TOKEN_VARIABLE}", style="yellow")
+    told_to_stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: told_to_stop.set())
     with ray_session():
         try:
             serve.start(http_options={"host": config.host, "port": config.port})
             serve.run(application, name=APPLICATION, route_prefix="/")
             out.print(f"serving {source.weights} on http://{config.host}:{config.port}; Ctrl-C stops it")
-            threading.Event().wait()
+            told_to_stop.wait()
+            out.print(f"stopping: running generations have {config.drain_s:g} s to end")
+            out.print(f"{drain(config.drain_s)} generations are left for the next start")
         except KeyboardInterrupt:
             out.print("stopping")
         finally:
@@ -73,11 +81,27 @@ def _application(config: ServeConfig, on_host: bool = True) -> tuple[ModelSource
     if negative:
         defaults["negative_prompt"] = negative
     hosts = tuple(config.hosts) or (LOOPBACK_NAMES if on_host and _is_local(config.host) else ())
-    examples = read_examples(config.examples) if config.examples else ()
-    grid = source.size.grid
-    page = PageConfig(_token(config), config.title, config.uploads, config.requests, defaults, hosts, grid, examples)
+    page = PageConfig(
+        token=_token(config),
+        users=config.users,
+        store=_store(config),
+        title=config.title,
+        uploads=config.uploads,
+        requests=config.requests,
+        defaults=defaults,
+        hosts=hosts,
+        grid=source.size.grid,
+        examples=read_examples(config.examples) if config.examples else (),
+    )
+    Users.read(page.token, page.users)  # a mistake in the file is said here, not in a replica's log
     load = functools.partial(PageGenerator.load, source, config.generation, config.requests)
     return source, build_application(load, page, config.replicas)
+
+
+def _store(config: ServeConfig) -> str:
+    """Where jobs are, from any working directory."""
+    place = config.store or os.environ.get(STORE_VARIABLE) or str(Path(config.runs) / "serve" / "jobs.sqlite")
+    return place if place == MEMORY or "://" in place else str(Path(place).absolute())
 
 
 def _token(config: ServeConfig) -> str:

@@ -5,13 +5,13 @@ Every error is JSON ``{"error": "one line"}``. Files are sent as raw bodies and 
 
 import asyncio
 import contextlib
-import hmac
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi import Depends, FastAPI, Header, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -20,11 +20,16 @@ from loomvideo.model.codec import LatentGrid
 from loomvideo.model.tasks import REQUESTED, requested_task
 from loomvideo.pipelines.serving.examples import PageExample
 from loomvideo.pipelines.serving.guards import check_host, check_origin
-from loomvideo.pipelines.serving.jobs import Backend, GenerationRequest, Job, JobQueue, RequestLimits
+from loomvideo.pipelines.serving.jobs import Backend, Job, JobQueue, QuotaReachedError
+from loomvideo.pipelines.serving.requests import GenerationRequest, RequestLimits
 from loomvideo.pipelines.serving.schemas import Health, JobBody, JobState, UploadState, problems, raw_body
-from loomvideo.pipelines.serving.uploads import UploadLimits, UploadReader, UploadStore
+from loomvideo.pipelines.serving.store import MEMORY, ServiceStore
+from loomvideo.pipelines.serving.uploads import Upload, UploadLimits, UploadReader
+from loomvideo.pipelines.serving.users import User, Users
 from loomvideo.platform.errors import UserError
 
+TAKEOVER_S = 60.0
+"""How long the server before may take to let go of the store."""
 # No script, style or picture from elsewhere; results are shown from blobs.
 CONTENT_POLICY = (
     "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
@@ -40,9 +45,11 @@ SECURITY_HEADERS = {
 
 @dataclass
 class PageConfig:
-    """What the page offers and accepts."""
+    """What the page offers and accepts; :class:`Users` says what ``token`` and ``users`` are."""
 
     token: str = ""
+    users: str = ""
+    store: str = MEMORY
     title: str = "LoomVideo"
     uploads: UploadLimits = field(default_factory=UploadLimits)
     requests: RequestLimits = field(default_factory=RequestLimits)
@@ -95,24 +102,31 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await asyncio.to_thread(store.take, TAKEOVER_S)
+        queue.resume()
         yield
+        await queue.drain(0)
         reader.close()
+        store.close()
 
     app = FastAPI(title=config.title, docs_url=None, redoc_url=None, lifespan=lifespan)
     queue: JobQueue
     metrics = Metrics(lambda: queue)
-    queue = JobQueue(backend, config.requests, on_finished=metrics.count, grid=config.grid)
-    uploads = UploadStore(config.uploads)
+    users, store = Users.read(config.token, config.users), ServiceStore(config.store)
+    queue = app.state.queue = JobQueue(backend, config.requests, store, on_finished=metrics.count, grid=config.grid)
     reader = UploadReader(config.uploads)
 
-    def authorised(request: Request) -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if config.token and not hmac.compare_digest(given.encode(), config.token.encode()):
+    def authorised(request: Request) -> User:
+        user = users.find(request.headers.get("authorization", "").removeprefix("Bearer "))
+        if user is None:
             raise HTTPException(401, "a token is needed: ask whoever runs this server")
+        return user
 
-    def known(job_id: str) -> Job:
+    Asking = Annotated[User, Depends(authorised)]  # noqa: N806 - a type
+
+    def known(job_id: str, user: Asking) -> Job:
         job = queue.get(job_id)
-        if job is None:
+        if job is None or job.owner != user.name:
             raise HTTPException(404, "no such generation, or it is forgotten")
         return job
 
@@ -122,12 +136,17 @@ def create_app(
     @app.exception_handler(StarletteHTTPException)
     async def _http_error(request: Request, error: StarletteHTTPException) -> JSONResponse:
         metrics.rejected.labels(error.status_code).inc()
-        return JSONResponse({"error": error.detail}, error.status_code)
+        return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
 
     @app.exception_handler(UserError)
     async def _user_error(request: Request, error: UserError) -> JSONResponse:
         metrics.rejected.labels(422).inc()
         return JSONResponse({"error": str(error)}, 422)
+
+    @app.exception_handler(RequestValidationError)
+    async def _malformed(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        return await _http_error(request, HTTPException(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}"))
 
     @app.middleware("http")
     async def _headers(request: Request, call_next: Callable) -> Response:
@@ -148,9 +167,9 @@ def create_app(
     @app.get("/health", response_model=Health, responses={503: {"model": Health}})
     async def health(response: Response) -> Health:
         alive = None if live_generators is None else await live_generators()
-        if alive == 0:
+        state = "stopping" if queue.draining else "no generator" if alive == 0 else "ok"
+        if state != "ok":
             response.status_code = 503
-        state = "no generator" if alive == 0 else "ok"
         return Health(status=state, generators=alive, waiting=queue.num_waiting, running=queue.num_running)
 
     @app.get("/metrics")
@@ -194,7 +213,7 @@ def create_app(
         responses=problems(413),
         openapi_extra=raw_body("application/octet-stream", schema={"type": "string", "format": "binary"}),
     )
-    async def upload(request: Request) -> dict:
+    async def upload(request: Request, user: Asking) -> dict:
         content = await _body(request, config.uploads.max_bytes)
         try:
             checked = await asyncio.to_thread(reader.check, content)
@@ -202,7 +221,7 @@ def create_app(
             metrics.uploads.labels("refused").inc()
             raise
         metrics.uploads.labels("accepted").inc()
-        uploads.add(checked)
+        await asyncio.to_thread(store.add_upload, checked, config.uploads, user.name)
         return checked.describe()
 
     @app.post(
@@ -210,20 +229,27 @@ def create_app(
         dependencies=guarded,
         status_code=202,
         response_model=JobState,
-        responses=problems(413, 429),
+        responses=problems(413, 429, 503),
         openapi_extra=raw_body("application/json", schema=JobBody.model_json_schema()),
     )
-    async def submit(request: Request) -> dict:
+    async def submit(
+        request: Request, user: Asking, idempotency_key: Annotated[str | None, Header(max_length=100)] = None
+    ) -> dict:
+        if queue.draining:
+            raise HTTPException(503, "the server is stopping: try again in a minute", {"Retry-After": "60"})
         body = _parse(await _body(request, 1 << 20))
         values = body.model_dump()
-        values["source"] = uploads.get(body.source) if body.source else None
-        values["references"] = [
-            uploads.get(upload_id) for upload_id in body.references[: config.requests.max_references + 1]
-        ]
+        named = [body.source, *body.references[: config.requests.max_references + 1]]
+        source, *references = await asyncio.to_thread(_uploads, store, named, config.uploads, user.name)
+        values |= {"source": source, "references": references}
+        quotas = user.quotas(config.requests.max_active_per_user, config.requests.max_per_day_per_user)
         try:
-            job = queue.submit(GenerationRequest(**values))
+            job = queue.submit(GenerationRequest(**values), user.name, quotas, idempotency_key)
         except asyncio.QueueFull as error:
-            raise HTTPException(429, "too many generations are waiting: try again in a few minutes") from error
+            message = "too many generations are waiting: try again in a few minutes"
+            raise HTTPException(429, message, {"Retry-After": "60"}) from error
+        except QuotaReachedError as error:
+            raise HTTPException(429, str(error), {"Retry-After": str(error.retry_after_s)}) from error
         return _describe(job, queue)
 
     @app.get("/api/jobs/{job_id}", dependencies=guarded, response_model=JobState, responses=problems(404))
@@ -232,15 +258,17 @@ def create_app(
 
     @app.get("/api/jobs/{job_id}/result", dependencies=guarded, responses=problems(404, 409))
     async def result(job: KnownJob) -> Response:
-        if job.result is None:
+        made = await asyncio.to_thread(store.result, job.id)
+        if made is None:
             raise HTTPException(409, f"the generation is {job.status}")
-        return Response(job.result.content, media_type=job.result.media_type)
+        return Response(made.content, media_type=made.media_type)
 
     @app.get("/api/jobs/{job_id}/source", dependencies=guarded, responses=problems(404))
     async def source(job: KnownJob) -> Response:
-        if job.request.source is None:
+        original = await asyncio.to_thread(store.source, job.id)
+        if original is None:
             raise HTTPException(404, "the generation had no source")
-        return Response(job.request.source.content, media_type=job.request.source.media_type)
+        return Response(original.content, media_type=original.media_type)
 
     @app.delete("/api/jobs/{job_id}", dependencies=guarded, status_code=204, responses=problems(404))
     async def cancel(job: KnownJob) -> Response:
@@ -248,6 +276,10 @@ def create_app(
         return Response(status_code=204)
 
     return app
+
+
+def _uploads(store: ServiceStore, ids: Sequence[str | None], limits: UploadLimits, owner: str) -> list[Upload | None]:
+    return [store.upload(upload_id, limits, owner) if upload_id else None for upload_id in ids]
 
 
 async def _body(request: Request, most: int) -> bytes:
@@ -290,5 +322,5 @@ def _describe(job: Job, queue: JobQueue) -> dict:
         "finished_s": job.finished_s,
         "source": request.source.describe() if request.source else None,
         "references": [reference.describe() for reference in request.references],
-        "media_type": job.result.media_type if job.result else None,
+        "media_type": job.media_type,
     }

@@ -6,18 +6,20 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from loomvideo.pipelines.serving.app import PageConfig, create_app
-from loomvideo.pipelines.serving.jobs import GenerationRequest, Progress, Result
+from loomvideo.pipelines.serving.jobs import Progress, Result
+from loomvideo.pipelines.serving.requests import GenerationRequest
 from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.time_limits import SERVE_STOP
 
 APPLICATION = "loomvideo"
-GENERATOR = "Generator"
+GENERATOR, PAGE = "Generator", "Page"
 
 
 class RequestGenerator(Protocol):
@@ -94,13 +96,43 @@ def build_application(
         graceful_shutdown_timeout_s=SERVE_STOP.here(),
     )(GeneratorReplica)
 
-    @serve.deployment(name="Page", num_replicas=1, max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})
-    @serve.ingress(lambda: create_app(generate_on_a_replica, page, ready_generators))
+    @serve.deployment(name=PAGE, num_replicas=1, max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})
+    @serve.ingress(lambda: page_app(page))
     class Page:
         def __init__(self, generator: serve.handle.DeploymentHandle):
             self.generator = generator
 
+        async def drain(self, seconds: float) -> int:
+            return await drain_here(seconds)
+
     return Page.bind(generator.bind(load))
+
+
+_APPS: list[FastAPI] = []
+"""The page's interface in the process of its replica."""
+
+
+def page_app(page: PageConfig) -> FastAPI:
+    """The page's interface in this process."""
+    _APPS.append(create_app(generate_on_a_replica, page, ready_generators))
+    return _APPS[-1]
+
+
+async def drain_here(seconds: float) -> int:
+    """Drain the interface of this process; see :meth:`JobQueue.drain`."""
+    return sum([await app.state.queue.drain(seconds) for app in _APPS])
+
+
+def drain(seconds: float) -> int:
+    """Take no more requests and let the running ones end.
+
+    Args:
+        seconds: How long they may take.
+
+    Returns:
+        How many stay in the store for the next server.
+    """
+    return serve.get_deployment_handle(PAGE, APPLICATION).drain.remote(seconds).result(timeout_s=seconds + 30)
 
 
 async def ready_generators() -> int:

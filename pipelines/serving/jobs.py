@@ -1,57 +1,25 @@
-"""Generations that people asked for: validated, queued, followed step by step, kept for a while."""
+"""Generations that people asked for: queued, followed step by step, and kept so that a restart loses none."""
 
 import asyncio
+import contextlib
 import logging
-import re
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from loomvideo.model.codec import LatentGrid
-from loomvideo.model.tasks import requested_task
-from loomvideo.pipelines.serving.uploads import Upload
-from loomvideo.platform.config import option
+from loomvideo.pipelines.serving.requests import GenerationRequest, RequestLimits, check_request
 from loomvideo.platform.errors import UserError
+
+if TYPE_CHECKING:
+    from loomvideo.pipelines.serving.store import ServiceStore
 
 logger = logging.getLogger(__name__)
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
-MENTION = re.compile(r"@image\s*(\d+)", re.IGNORECASE)
-
-
-@dataclass
-class RequestLimits:
-    """What one request may ask for, and how many may wait."""
-
-    max_prompt_characters: int = option(2000, "characters of a prompt at most")
-    max_references: int = option(6, "reference pictures at most")
-    max_steps: int = option(100, "denoising steps at most")
-    max_frames: int = option(121, "frames at most")
-    max_side: int = option(1472, "pixels of a side at most")
-    max_pixels: int = option(960 * 960, "pixels of a frame at most")
-    max_waiting: int = option(32, "requests that may wait")
-    kept_results: int = option(200, "finished generations kept in memory")
-    kept_bytes: int = option(2**30, "bytes of finished generations kept in memory, sources counted")
-    kept_s: float = option(3600.0, "seconds that a finished generation is kept")
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """One generation; unset numbers are the checkpoint's and the task's defaults."""
-
-    task: str
-    prompt: str
-    negative_prompt: str | None = None
-    source: Upload | None = None
-    references: list[Upload] = field(default_factory=list)
-    seed: int = 0
-    steps: int | None = None
-    guidance_scale: float | None = None
-    num_frames: int | None = None
-    width: int | None = None
-    height: int | None = None
+UNFINISHED = ("queued", "running")
 
 
 @dataclass(frozen=True)
@@ -78,55 +46,16 @@ class Backend(Protocol):
         ...
 
 
-def check_request(request: GenerationRequest, limits: RequestLimits, grid: LatentGrid | None = None) -> None:
-    """Refuse what cannot be generated.
+class QuotaReachedError(UserError):
+    """A person has asked for all that they may for now.
 
-    Args:
-        request: What is asked for.
-        limits: What may be.
-        grid: Which sizes the model can make; None leaves that to the generator.
-
-    Raises:
-        UserError: one line that says what to change.
+    Attributes:
+        retry_after_s: When it is worth trying again.
     """
-    task = requested_task(request.task, request.source.info.kind if request.source else None)
-    if not request.prompt.strip():
-        raise UserError("the prompt is empty: say what to make or change")
-    for name, text in (("prompt", request.prompt), ("negative prompt", request.negative_prompt or "")):
-        if len(text) > limits.max_prompt_characters:
-            raise UserError(f"the {name} has {len(text)} characters: at most {limits.max_prompt_characters}")
-    if task.needs_source != (request.source is not None):
-        needs = "editing needs a source video or picture"
-        raise UserError(needs if task.needs_source else "this task takes no source")
-    if task.needs_references and not request.references:
-        raise UserError("this task needs at least one reference picture")
-    if not task.needs_references and request.references:
-        raise UserError("this task takes no reference pictures")
-    if len(request.references) > limits.max_references:
-        raise UserError(f"{len(request.references)} reference pictures: at most {limits.max_references}")
-    if any(reference.info.kind != "image" for reference in request.references):
-        raise UserError("a reference is a video: references are pictures")
-    for number in map(int, MENTION.findall(request.prompt)):
-        if not 1 <= number <= len(request.references):
-            raise UserError(f"the prompt mentions @Image {number}, but there are {len(request.references)} references")
-    for name, value, most in (
-        ("steps", request.steps, limits.max_steps),
-        ("frames", request.num_frames, limits.max_frames),
-    ):
-        if value is not None and not 1 <= value <= most:
-            raise UserError(f"{name}={value}: choose 1 to {most}")
-    width, height = request.width, request.height
-    if (width is None) != (height is None):
-        raise UserError("width and height: give both, or neither")
-    if width is None or height is None:
-        return
-    for name, side in (("width", width), ("height", height)):
-        if not 1 <= side <= limits.max_side:
-            raise UserError(f"{name}={side}: choose 1 to {limits.max_side}")
-    if width * height > limits.max_pixels:
-        raise UserError(f"{width}x{height}: {width * height} pixels, at most {limits.max_pixels}")
-    if grid is not None:
-        grid.check_size("size", width, height)
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 @dataclass
@@ -135,11 +64,17 @@ class Job:
 
     id: str
     request: GenerationRequest
+    owner: str = ""
+    asked_as: str | None = None
+    """What its owner calls it: asking again under that name gives the same job."""
     status: Status = "queued"
     step: int = 0
     steps: int = 0
     error: str = ""
-    result: Result | None = None
+    media_type: str | None = None
+    """Of the result, once there is one."""
+    attempts: int = 0
+    """How often a generator began it."""
     created_s: float = field(default_factory=time.time)
     started_s: float | None = None
     finished_s: float | None = None
@@ -147,112 +82,191 @@ class Job:
     @property
     def finished(self) -> bool:
         """Whether nothing more will happen."""
-        return self.status in ("done", "failed", "cancelled")
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of its files."""
-        files = [self.request.source, *self.request.references, self.result]
-        return sum(len(file.content) for file in files if file is not None)
+        return self.status not in UNFINISHED
 
 
 class JobQueue:
     """Hands every request to the backend at once and follows it; the backend's own queue decides the order.
 
-    Used from one event loop.
+    A job is in the store before its sender hears of it, and leaves it unfinished only when the server stops: the next
+    one begins it again. Used from one event loop.
 
     Args:
         backend: Generates; may take as many requests at a time as it likes.
         limits: On requests and on the queue.
+        store: Keeps jobs, their files and results.
         on_finished: Called with every job that ended, for metrics.
         grid: Which sizes the model can make; None leaves that to the generator.
     """
 
     def __init__(
-        self, backend: Backend, limits: RequestLimits, on_finished=lambda job: None, grid: LatentGrid | None = None
-    ):
+        self,
+        backend: Backend,
+        limits: RequestLimits,
+        store: "ServiceStore",
+        on_finished: Callable[[Job], None] = lambda job: None,
+        grid: LatentGrid | None = None,
+    ) -> None:
         self._backend = backend
-        self.limits = limits
+        self.limits, self.store = limits, store
         self._on_finished, self._grid = on_finished, grid
-        self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._active: OrderedDict[str, Job] = OrderedDict()
         self._tasks: dict[str, asyncio.Task] = {}
+        self.draining = False
 
-    def submit(self, request: GenerationRequest) -> Job:
+    def resume(self) -> int:
+        """Begin again what a server left unfinished, oldest first; returns how many."""
+        jobs = self.store.unfinished()
+        for job in jobs:
+            if job.attempts < self.limits.max_attempts:
+                job.status, job.started_s = "queued", None
+                self._begin(job)
+            else:
+                message = f"the server stopped {job.attempts} times while it ran"
+                self.store.finish(job, "failed", message)
+        return len(jobs)
+
+    def submit(
+        self,
+        request: GenerationRequest,
+        owner: str = "",
+        quotas: tuple[int, int] | None = None,
+        asked_as: str | None = None,
+    ) -> Job:
         """Queue a request.
+
+        Args:
+            request: What to generate.
+            owner: Who asks.
+            asked_as: What they call it; a second request of that name is the first one.
+            quotas: Requests of theirs that may wait or run, and in 24 hours; None takes the limits' own, 0 is none.
 
         Raises:
             UserError: if it cannot be generated.
+            QuotaReachedError: if its owner has too many.
             asyncio.QueueFull: if too many wait.
         """
+        known = self.store.asked_as(owner, asked_as) if asked_as else None
+        if known is not None and (before := self.get(known)) is not None:
+            return before
         check_request(request, self.limits, self._grid)
         if self.num_waiting >= self.limits.max_waiting:
             raise asyncio.QueueFull
-        self._forget_old()
-        job = Job(secrets.token_urlsafe(12), request)
-        self._jobs[job.id] = job
-        self._tasks[job.id] = asyncio.get_running_loop().create_task(self._follow(job))
+        self._check_quotas(owner, quotas or (self.limits.max_active_per_user, self.limits.max_per_day_per_user))
+        self.store.forget(self.limits)
+        job = Job(secrets.token_urlsafe(12), request, owner, asked_as)
+        self.store.add_job(job)
+        self._begin(job)
         return job
 
     def get(self, job_id: str) -> Job | None:
         """A job by its id, None when unknown or forgotten."""
-        return self._jobs.get(job_id)
+        return self._active.get(job_id) or self.store.job(job_id)
 
     def cancel(self, job_id: str) -> None:
         """Stop a job and forget it, with its result."""
+        self._active.pop(job_id, None)
+        self.store.delete(job_id)
         task = self._tasks.pop(job_id, None)
         if task is not None:
             task.cancel()
-        self._jobs.pop(job_id, None)
+
+    async def drain(self, seconds: float) -> int:
+        """Take no more requests and let the running ones end; the others stay in the store for the next server.
+
+        Args:
+            seconds: How long the running ones may take.
+
+        Returns:
+            How many jobs are left.
+        """
+        self.draining = True
+        for job in list(self._active.values()):
+            if job.status == "queued" and job.id in self._tasks:
+                self._tasks[job.id].cancel()
+        running = [self._tasks[job.id] for job in self._active.values() if job.status == "running"]
+        if running:
+            _, late = await asyncio.wait(running, timeout=seconds)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        for job in self._active.values():
+            if job.status == "running":
+                self.store.put_back(job.id, job.attempts - 1)
+        return len(self._active)
 
     def position(self, job: Job) -> int:
         """How many queued jobs are before this one."""
-        return sum(other.status == "queued" and other.created_s < job.created_s for other in self._jobs.values())
+        return sum(other.status == "queued" and other.created_s < job.created_s for other in self._active.values())
 
     @property
     def num_waiting(self) -> int:
         """Jobs that have not started."""
-        return sum(job.status == "queued" for job in self._jobs.values())
+        return sum(job.status == "queued" for job in self._active.values())
 
     @property
     def num_running(self) -> int:
         """Jobs that a replica works on."""
-        return sum(job.status == "running" for job in self._jobs.values())
+        return sum(job.status == "running" for job in self._active.values())
+
+    def _check_quotas(self, owner: str, quotas: tuple[int, int]) -> None:
+        most_active, most_a_day = quotas
+        active = sum(job.owner == owner for job in self._active.values())
+        if most_active and active >= most_active:
+            raise QuotaReachedError(f"you have {active} requests waiting or running: at most {most_active}", 30)
+        made = self.store.asked_since(owner, time.time() - 86_400) if most_a_day else 0
+        if most_a_day and made >= most_a_day:
+            raise QuotaReachedError(f"you have made {made} requests in 24 hours: at most {most_a_day}", 3600)
+
+    def _begin(self, job: Job) -> None:
+        self._active[job.id] = job
+        self._tasks[job.id] = asyncio.get_running_loop().create_task(self._follow(job))
 
     async def _follow(self, job: Job) -> None:
+        """Run a job to its end; cancelled because the server stops, it stays in the store as it is."""
+        result: Result | None = None
+        left = None if job.request.deadline_s is None else job.created_s + job.request.deadline_s - time.time()
         try:
-            async for event in self._backend(job.request):
-                if job.status == "queued":
-                    job.status, job.started_s = "running", time.time()
-                if isinstance(event, Progress):
-                    job.step, job.steps = event.step, event.steps
-                else:
-                    job.result = event
-            job.status, job.error = ("done", "") if job.result else ("failed", "the generator gave no result")
-        except asyncio.CancelledError:
-            job.status = "cancelled"
-            raise
-        except UserError as error:
-            job.status, job.error = "failed", str(error)
-        except Exception as error:
+            async with asyncio.timeout(left) as deadline:
+                # The generator's end (which stops a replica) belongs to this task, not to the garbage collector.
+                async with contextlib.aclosing(self._backend(job.request)) as events:
+                    async for event in events:
+                        if job.status == "queued":
+                            self._started(job)
+                            most = self.limits.max_run_s if left is None else min(left, self.limits.max_run_s)
+                            deadline.reschedule(asyncio.get_running_loop().time() + most)
+                        if isinstance(event, Progress):
+                            job.step, job.steps = event.step, event.steps
+                        else:
+                            result = event
+            status, error = ("done", "") if result else ("failed", "the generator gave no result")
+        except UserError as problem:
+            status, error = "failed", str(problem)
+        except TimeoutError as problem:
+            status, error = "failed", _late(job, self.limits) if deadline.expired() else one_line(problem)
+        except Exception as problem:
             logger.exception("generation %s failed", job.id)
-            job.status, job.error = "failed", _one_line(error)
+            status, error = "failed", one_line(problem)
         finally:
-            job.finished_s = time.time()
             self._tasks.pop(job.id, None)
+        if self.store.finish(job, status, error, result if status == "done" else None):
+            job.status, job.error, job.finished_s = status, error, time.time()
+            job.media_type = result.media_type if result and status == "done" else None
             self._on_finished(job)
+        self._active.pop(job.id, None)
 
-    def _forget_old(self) -> None:
-        oldest, limits = time.time() - self.limits.kept_s, self.limits
-        finished = [job for job in self._jobs.values() if job.finished]
-        kept_bytes = sum(job.num_bytes for job in finished)
-        for index, job in enumerate(finished):
-            surplus = len(finished) - index > limits.kept_results or kept_bytes > limits.kept_bytes
-            if surplus or job.finished_s < oldest:
-                kept_bytes -= job.num_bytes
-                del self._jobs[job.id]
+    def _started(self, job: Job) -> None:
+        job.status, job.started_s, job.attempts = "running", time.time(), job.attempts + 1
+        self.store.start(job.id, job.attempts, job.started_s)
 
 
-def _one_line(error: Exception) -> str:
+def _late(job: Job, limits: RequestLimits) -> str:
+    if job.request.deadline_s is not None and time.time() - job.created_s >= job.request.deadline_s:
+        return f"not done within the {job.request.deadline_s:g} s that were asked for"
+    return f"the generation took longer than {limits.max_run_s:g} s: choose a smaller size, fewer frames or steps"
+
+
+def one_line(error: Exception) -> str:
     """What the page says of an error; details go to the log only."""
     cause = getattr(error, "cause", None) or error
     if isinstance(cause, UserError):

@@ -12,7 +12,8 @@ from loomvideo.pipelines.generation.generator import FileGenerator
 from loomvideo.pipelines.generation.memory import largest_work
 from loomvideo.pipelines.generation.requests import Request
 from loomvideo.pipelines.generation.settings import Settings
-from loomvideo.pipelines.serving.jobs import MENTION, GenerationRequest, RequestLimits, Result
+from loomvideo.pipelines.serving.jobs import Result
+from loomvideo.pipelines.serving.requests import MENTION, GenerationRequest, RequestLimits
 from loomvideo.pipelines.serving.uploads import Upload
 from loomvideo.platform.errors import UserError
 

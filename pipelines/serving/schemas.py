@@ -21,6 +21,8 @@ class JobBody(BaseModel):
     num_frames: int | None = None
     width: int | None = None
     height: int | None = None
+    deadline_s: float | None = Field(None, gt=0, le=86_400)
+    """Seconds from now after which the result is of no use."""
 
 
 class UploadState(BaseModel):
@@ -57,7 +59,7 @@ class JobState(BaseModel):
 class Health(BaseModel):
     """Whether requests are served."""
 
-    status: Literal["ok", "no generator"]
+    status: Literal["ok", "no generator", "stopping"]
     generators: int | None
     waiting: int
     running: int

@@ -1,13 +1,11 @@
-"""What people upload: checked by content, decoded in a child process, kept in memory for a while under our own id."""
+"""What people upload: checked by content, decoded in a child process, kept for a while under our own id."""
 
 import contextlib
 import secrets
 import tempfile
 import threading
-import time
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,19 +26,19 @@ class UploadLimits:
     max_duration_s: float = option(20.0, "seconds of a video at most")
     max_frames: int = option(1200, "frames of a video at most")
     decode_timeout_s: float = option(30.0, "seconds that decoding may take")
-    kept_bytes: int = option(2**30, "bytes of uploads kept in memory")
+    kept_bytes: int = option(2**30, "bytes of uploads kept")
     kept_s: float = option(3600.0, "seconds that an upload is kept")
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A checked picture or video."""
+    """A checked picture or video; ``content`` is empty where only its description was read."""
 
     id: str
     content: bytes
     media_type: str
     info: MediaInfo
-    created_s: float = field(default_factory=time.monotonic)
+    num_bytes: int
 
     def describe(self) -> dict:
         """What the page shows of it."""
@@ -97,7 +95,7 @@ class UploadReader:
             _check_info(info, self.limits)
             if not list(self._decoder.read(path, [0])):
                 raise UserError("the video has no frames")
-        return Upload(secrets.token_urlsafe(12), content, kind, info)
+        return Upload(secrets.token_urlsafe(12), content, kind, info, len(content))
 
     def frames(self, upload: Upload, indices: Sequence[int]) -> np.ndarray:
         """Frames at ascending indices, uint8 ``[frames, height, width, 3]``.
@@ -121,40 +119,6 @@ class UploadReader:
                 yield str(path)
             except DecodeError as error:
                 raise UserError(_readable(error, str(path))) from error
-
-
-class UploadStore:
-    """The uploads of the last hour or so, oldest forgotten first when memory runs short; not thread-safe."""
-
-    def __init__(self, limits: UploadLimits):
-        self.limits = limits
-        self._uploads: OrderedDict[str, Upload] = OrderedDict()
-
-    def add(self, upload: Upload) -> None:
-        """Keep an upload."""
-        self._uploads[upload.id] = upload
-        self._forget_old()
-
-    def get(self, upload_id: str) -> Upload:
-        """An upload by its id.
-
-        Raises:
-            UserError: if it was never there or is forgotten.
-        """
-        self._forget_old()
-        if upload_id not in self._uploads:
-            raise UserError("that upload is gone: upload the file again")
-        return self._uploads[upload_id]
-
-    def _forget_old(self) -> None:
-        oldest = time.monotonic() - self.limits.kept_s
-        kept = sum(len(upload.content) for upload in self._uploads.values())
-        while self._uploads:
-            first = next(iter(self._uploads.values()))
-            if first.created_s >= oldest and (kept <= self.limits.kept_bytes or len(self._uploads) == 1):
-                return
-            kept -= len(first.content)
-            del self._uploads[first.id]
 
 
 def _check_info(info: MediaInfo, limits: UploadLimits) -> None:

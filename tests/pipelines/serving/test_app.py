@@ -21,8 +21,10 @@ from starlette.testclient import TestClient
 from loomvideo.model.codec import LatentGrid
 from loomvideo.pipelines.media.video_writer import write_video
 from loomvideo.pipelines.serving.app import PageConfig, create_app
-from loomvideo.pipelines.serving.jobs import GenerationRequest, Progress, RequestLimits, Result
-from loomvideo.pipelines.serving.uploads import UploadLimits, UploadReader, UploadStore
+from loomvideo.pipelines.serving.jobs import Progress, Result
+from loomvideo.pipelines.serving.requests import GenerationRequest, RequestLimits
+from loomvideo.pipelines.serving.store import ServiceStore
+from loomvideo.pipelines.serving.uploads import UploadLimits, UploadReader
 from loomvideo.platform.errors import UserError
 
 RANDOM = np.random.default_rng(0)
@@ -267,17 +269,18 @@ def test_no_temporary_files_stay(client, mp4, reader):
 
 
 def test_store_forgets_the_oldest(reader):
-    limits = UploadLimits(kept_bytes=2 * len(png()) + 100)
-    store = UploadStore(limits)
+    limits, store = UploadLimits(kept_bytes=2 * len(png()) + 100), ServiceStore()
     kept = [reader.check(png()) for _ in range(3)]
     for one in kept:
-        store.add(one)
-    assert store.get(kept[2].id) is kept[2]
+        store.add_upload(one, limits)
+    assert store.upload(kept[2].id, limits) == kept[2]
     with pytest.raises(UserError, match="upload the file again"):
-        store.get(kept[0].id)
+        store.upload(kept[0].id, limits)
+    with pytest.raises(UserError, match="gone"):
+        store.upload(kept[2].id, limits, "somebody else")
     limits.kept_s = 0
     with pytest.raises(UserError, match="gone"):
-        store.get(kept[2].id)
+        store.upload(kept[2].id, limits)
 
 
 def test_queue_positions_cancel_and_limit():

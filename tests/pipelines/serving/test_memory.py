@@ -7,8 +7,8 @@ import pytest
 from loomvideo.model.loading import ModelSource
 from loomvideo.pipelines.generation.settings import Settings
 from loomvideo.pipelines.serving import model_generator
-from loomvideo.pipelines.serving.jobs import RequestLimits
 from loomvideo.pipelines.serving.model_generator import PageGenerator
+from loomvideo.pipelines.serving.requests import RequestLimits
 
 
 @pytest.mark.parametrize(("gib", "mode"), [(80, "resident"), (24, "sequential"), (10, "offload")])

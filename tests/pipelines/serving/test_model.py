@@ -16,8 +16,8 @@ from loomvideo.model.sizes import model_size
 from loomvideo.pipelines.generation.generator import FileGenerator
 from loomvideo.pipelines.generation.settings import Settings
 from loomvideo.pipelines.media.video_writer import write_video
-from loomvideo.pipelines.serving.jobs import GenerationRequest
 from loomvideo.pipelines.serving.model_generator import PageGenerator
+from loomvideo.pipelines.serving.requests import GenerationRequest
 from loomvideo.pipelines.serving.uploads import Upload, UploadLimits, UploadReader
 from loomvideo.platform.errors import UserError
 

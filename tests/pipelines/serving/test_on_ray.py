@@ -86,3 +86,13 @@ def test_one_at_a_time_and_cancel(client):
     result = client.get(f"/api/jobs/{waiting['id']}/result").content.decode()
     # The cancelled generation stopped at a step: it is not among the finished ones.
     assert result == "second 2"
+
+
+def test_told_to_stop_it_lets_the_running_end(client):
+    """Last: the page takes no more afterwards."""
+    from loomvideo.pipelines.serving.deployment import drain
+
+    running = follow(client, "a coat", until=("running",))[-1]
+    assert drain(30.0) == 0
+    assert client.get(f"/api/jobs/{running['id']}").json()["status"] == "done"
+    assert client.post("/api/jobs", json={"task": "t2i", "prompt": "x"}).status_code == 503

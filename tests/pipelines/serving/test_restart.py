@@ -1,0 +1,228 @@
+"""What a server was asked for outlives it: jobs, files, quotas; none is lost and none ends twice."""
+
+import asyncio
+import io
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from loomvideo.pipelines.serving.app import PageConfig, create_app
+from loomvideo.pipelines.serving.client import Client
+from loomvideo.pipelines.serving.jobs import Progress, Result
+from loomvideo.pipelines.serving.requests import RequestLimits
+from loomvideo.pipelines.serving.store import ServiceStore
+from loomvideo.pipelines.serving.users import Users
+from loomvideo.platform.errors import UserError
+
+SERVER = Path(__file__).parents[2] / "helpers" / "slow_server.py"
+
+
+async def never(request):
+    yield Progress(1, 9)
+    await asyncio.sleep(3600)
+    yield Result(b"", "image/png")
+
+
+async def at_once(request):
+    yield Progress(1, 1)
+    source = b"" if request.source is None else request.source.content
+    yield Result(request.prompt.encode() + source[:4], "image/png")
+
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def submit(client, prompt, **body):
+    headers = {"authorization": f"Bearer {body.pop('token')}"} if "token" in body else {}
+    return client.post("/api/jobs", json={"task": "t2i", "prompt": prompt, **body}, headers=headers)
+
+
+def wait(client, job_id, *states):
+    end = time.monotonic() + 20
+    while (job := client.get(f"/api/jobs/{job_id}").json())["status"] not in states:
+        assert time.monotonic() < end, job
+        time.sleep(0.02)
+    return job
+
+
+def test_the_next_server_goes_on_with_what_is_unfinished(tmp_path):
+    config = PageConfig(store=str(tmp_path / "new folder" / "jobs.sqlite"))
+    with TestClient(create_app(never, config)) as client:
+        upload = client.post("/api/uploads", content=png()).json()["id"]
+        running = submit(client, "one", task="edit", source=upload).json()["id"]
+        wait(client, running, "running")
+        waiting = submit(client, "two").json()["id"]
+        unused = client.post("/api/uploads", content=png()).json()["id"]
+    with TestClient(create_app(at_once, config)) as client:
+        assert wait(client, running, "done")["source"]["width"] == 64
+        assert client.get(f"/api/jobs/{running}/result").content == b"one\x89PNG"
+        assert client.get(f"/api/jobs/{running}/source").content == png()
+        assert wait(client, waiting, "done")["step"] == 1
+        assert submit(client, "three", task="edit", source=unused).status_code == 202
+    with TestClient(create_app(never, config)) as client:  # finished: not begun again
+        assert wait(client, running, "done")["prompt"] == "one"
+
+
+def test_a_job_that_stops_the_server_is_given_up(tmp_path):
+    config = PageConfig(store=str(tmp_path / "jobs.sqlite"), requests=RequestLimits(max_attempts=2))
+    with TestClient(create_app(never, config)) as client:
+        job = submit(client, "x").json()["id"]
+        wait(client, job, "running")
+    store = ServiceStore(config.store)
+    store.start(job, attempts=2, started_s=time.time())  # as a server leaves it that was killed
+    store.close()
+    with TestClient(create_app(at_once, config)) as client:
+        assert wait(client, job, "failed")["error"] == "the server stopped 2 times while it ran"
+
+
+def test_draining_lets_the_running_end_and_keeps_the_waiting(tmp_path):
+    config = PageConfig(store=str(tmp_path / "jobs.sqlite"))
+    gate = asyncio.Event()
+
+    async def first_alone(request):
+        if request.prompt == "later":
+            await asyncio.sleep(3600)
+        yield Progress(1, 2)
+        await gate.wait()
+        yield Result(b"made", "image/png")
+
+    app = create_app(first_alone, config)
+    with TestClient(app) as client:
+        running, later = (submit(client, prompt).json()["id"] for prompt in ("now", "later"))
+        wait(client, running, "running")
+        draining = client.portal.start_task_soon(app.state.queue.drain, 20.0)
+        while not app.state.queue.draining:
+            time.sleep(0.01)
+        refused = submit(client, "new")
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "60")
+        assert client.get("/health").json()["status"] == "stopping"
+        client.portal.call(gate.set)
+        assert draining.result() == 1
+        assert wait(client, running, "done")
+    with TestClient(create_app(at_once, config)) as client:
+        wait(client, later, "done")
+
+
+def test_asking_twice_under_one_name_makes_one(tmp_path):
+    config = PageConfig(store=str(tmp_path / "jobs.sqlite"))
+    body, headers = {"task": "t2i", "prompt": "x"}, {"idempotency-key": "mine"}
+    with TestClient(create_app(at_once, config)) as client:
+        first = client.post("/api/jobs", json=body, headers=headers).json()["id"]
+        wait(client, first, "done")
+        assert client.post("/api/jobs", json=body, headers=headers).json()["id"] == first
+        assert client.post("/api/jobs", json=body).json()["id"] != first
+        refused = client.post("/api/jobs", json=body, headers={"idempotency-key": "x" * 101})
+        assert (refused.status_code, "idempotency-key" in refused.json()["error"]) == (422, True)
+
+
+def test_two_servers_do_not_share_a_store(tmp_path):
+    first, second = (ServiceStore(str(tmp_path / "jobs.sqlite")) for _ in range(2))
+    first.take()
+    with pytest.raises(UserError, match="another server uses it"):
+        second.take()
+    first.close()
+    second.take()
+    second.close()
+    with pytest.raises(UserError, match=r"store=nosuch://x: cannot be opened"):
+        ServiceStore("nosuch://x")
+
+
+def test_deadlines_end_what_nobody_waits_for(tmp_path):
+    config = PageConfig(requests=RequestLimits(max_run_s=0.1))
+    with TestClient(create_app(never, config)) as client:
+        late = wait(client, submit(client, "x").json()["id"], "failed")
+        assert late["error"].startswith("the generation took longer than 0.1 s")
+    with TestClient(create_app(never, PageConfig())) as client:
+        late = wait(client, submit(client, "x", deadline_s=0.1).json()["id"], "failed")
+        assert late["error"] == "not done within the 0.1 s that were asked for"
+
+
+def test_people_have_their_own_jobs_and_quotas(tmp_path):
+    people = tmp_path / "people.yaml"
+    people.write_text(
+        "ann: {token: an-example-of-a-token, max_active: 1}\n"
+        "bob: {token_sha256: '" + "0" * 63 + "1', max_per_day: 2}\n"
+        "cat: {token: another-long-token-here, max_per_day: 2}\n"
+    )
+    config = PageConfig(users=str(people), store=str(tmp_path / "jobs.sqlite"))
+    ann, cat = "an-example-of-a-token", "another-long-token-here"
+    with TestClient(create_app(never, config)) as client:
+        assert client.get("/api/options").status_code == 401
+        job = submit(client, "x", token=ann).json()["id"]
+        second = submit(client, "x", token=ann)
+        assert (second.status_code, second.headers["retry-after"]) == (429, "30")
+        assert "1 requests waiting or running: at most 1" in second.json()["error"]
+        for token, status in ((ann, 200), (cat, 404)):
+            answer = client.get(f"/api/jobs/{job}", headers={"authorization": f"Bearer {token}"})
+            assert answer.status_code == status
+        assert submit(client, "x", token=cat).status_code == 202
+    with TestClient(create_app(never, config)) as client:  # the day's count outlives the server
+        assert submit(client, "x", token=cat).status_code == 202
+        assert "2 requests in 24 hours: at most 2" in submit(client, "x", token=cat).json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a", "expected a line NAME"),
+        ("ann: {}", "ann: give one of token and token_sha256"),
+        ("ann: {token: short}", "shorter than 16 characters"),
+        ("ann: {token: an-example-of-a-token, colour: red}", "ann: expected token"),
+        ("ann: {token: an-example-of-a-token, max_active: many}", "max_active='many'"),
+        ("{ann: {token: an-example-of-a-token}, bob: {token: an-example-of-a-token}}", "token is ann's too"),
+    ],
+)
+def test_mistakes_in_the_file_of_people_are_named(tmp_path, text, message):
+    (tmp_path / "people.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"users=.*people\.yaml") as refused:
+        Users.read(file=str(tmp_path / "people.yaml"))
+    assert message in str(refused.value)
+
+
+@pytest.mark.slow
+def test_a_hundred_clients_and_a_kill(tmp_path):
+    """Every client gets its own picture although the server is killed in the middle; none is recorded twice."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path / "made.txt"
+    command = [sys.executable, str(SERVER), str(port), str(tmp_path / "jobs.sqlite"), str(log)]
+    url = f"http://127.0.0.1:{port}"
+
+    def ask(number):
+        return Client(url, patience_s=240).generate(f"picture {number}", task="t2i").content
+
+    server = subprocess.Popen(command)
+    try:
+        with ThreadPoolExecutor(100) as clients:
+            asked = [clients.submit(ask, number) for number in range(100)]
+            end = time.monotonic() + 240
+            while not (log.is_file() and len(log.read_text().splitlines()) >= 20):
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            server.kill()
+            server.wait()
+            server = subprocess.Popen(command)
+            answers = [future.result(timeout=300) for future in asked]
+    finally:
+        server.kill()
+        server.wait()
+    assert answers == [f"picture {number}".encode() for number in range(100)]
+    store = ServiceStore(str(tmp_path / "jobs.sqlite"))
+    assert store.unfinished() == []
+    made = Counter(log.read_text().splitlines())
+    # What ran when the server was killed is made again; nothing whose result was recorded is.
+    assert sum(made.values()) - len(made) <= 4
+    store.close()
