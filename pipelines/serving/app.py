@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, Header, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
@@ -136,7 +137,10 @@ def create_app(
     @app.exception_handler(StarletteHTTPException)
     async def _http_error(request: Request, error: StarletteHTTPException) -> JSONResponse:
         metrics.rejected.labels(error.status_code).inc()
-        return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
+        headers = dict(error.headers or {})
+        if error.status_code == 405:  # each method is a route of its own, which knows no other
+            headers["Allow"] = ", ".join(sorted(_methods(app, request.url.path)))
+        return JSONResponse({"error": error.detail}, error.status_code, headers=headers)
 
     @app.exception_handler(UserError)
     async def _user_error(request: Request, error: UserError) -> JSONResponse:
@@ -172,7 +176,7 @@ def create_app(
             response.status_code = 503
         return Health(status=state, generators=alive, waiting=queue.num_waiting, running=queue.num_running)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {CONTENT_TYPE_LATEST: {}}}})
     async def show_metrics() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
@@ -276,6 +280,11 @@ def create_app(
         return Response(status_code=204)
 
     return app
+
+
+def _methods(app: FastAPI, path: str) -> set[str]:
+    routes = [route for route in app.routes if isinstance(route, APIRoute)]
+    return {method for route in routes if route.path_regex.match(path) for method in route.methods}
 
 
 def _uploads(store: ServiceStore, ids: Sequence[str | None], limits: UploadLimits, owner: str) -> list[Upload | None]:

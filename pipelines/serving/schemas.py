@@ -4,14 +4,17 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from loomvideo.model.tasks import EDIT, TASKS
+
 
 class JobBody(BaseModel):
     """A request as the page sends it; ``source`` and ``references`` are ids of uploads."""
 
     model_config = ConfigDict(extra="forbid")
 
-    task: str
-    prompt: str
+    # The document says what is accepted; the refusals' own words come from checks that know the limits.
+    task: str = Field(json_schema_extra={"enum": [EDIT, *TASKS]})
+    prompt: str = Field(json_schema_extra={"minLength": 1})
     negative_prompt: str | None = None
     source: str | None = None
     references: list[str] = []

@@ -17,7 +17,6 @@ from sqlalchemy import (
     LargeBinary,
     MetaData,
     String,
-    Table,
     UniqueConstraint,
     func,
     insert,
@@ -40,7 +39,7 @@ MEMORY = "memory"
 LOCK_KEY = 0x10_0A_71DE0
 """Names the lock of one server in a Postgres database."""
 _TABLES = MetaData()
-_UPLOADS = Table(
+_UPLOADS = sqlalchemy.Table(
     "uploads",
     _TABLES,
     Column("id", String, primary_key=True),
@@ -51,7 +50,7 @@ _UPLOADS = Table(
     Column("num_bytes", Integer, nullable=False),
     Column("content", LargeBinary, nullable=False),
 )
-_JOBS = Table(
+_JOBS = sqlalchemy.Table(
     "jobs",
     _TABLES,
     Column("id", String, primary_key=True),
@@ -70,21 +69,26 @@ _JOBS = Table(
     Column("num_bytes", Integer, nullable=False),
     UniqueConstraint("owner", "asked_as"),
 )
-_RESULTS = Table(
+_RESULTS = sqlalchemy.Table(
     "results",
     _TABLES,
     Column("job", String, primary_key=True),
     Column("content", LargeBinary, nullable=False),
 )
-_MEDIA = Table(
+_MEDIA = sqlalchemy.Table(
     "job_media",
     _TABLES,
     Column("job", String, primary_key=True),
     Column("number", Integer, primary_key=True),  # 0 is the source
     Column("upload", String, nullable=False, index=True),
 )
-_ASKED = Table("asked", _TABLES, Column("job", String, primary_key=True), Column("owner", String, index=True),
-               Column("created_s", Float, index=True))  # fmt: skip
+_ASKED = sqlalchemy.Table(
+    "asked",
+    _TABLES,
+    Column("job", String, primary_key=True),
+    Column("owner", String, index=True),
+    Column("created_s", Float, index=True),
+)
 
 
 class ServiceStore:

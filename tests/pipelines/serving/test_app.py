@@ -216,6 +216,10 @@ def test_openapi_says_bodies_answers_and_errors(client):
     for status in ("401", "403", "413", "415", "421", "422", "429"):
         assert job["responses"][status]["content"]["application/json"]["schema"]["$ref"].endswith("/Problem")
     assert "application/octet-stream" in paths["/api/uploads"]["post"]["requestBody"]["content"]
+    assert "edit" in job["requestBody"]["content"]["application/json"]["schema"]["properties"]["task"]["enum"]
+    assert client.options("/api/jobs/x").headers["allow"] == "DELETE, GET"
+    documented = paths["/metrics"]["get"]["responses"]["200"]["content"]
+    assert client.get("/metrics").headers["content-type"] in documented
 
 
 def test_refused_uploads(client, mp4, tmp_path):
