@@ -214,7 +214,7 @@ def test_openapi_says_bodies_answers_and_errors(client):
     assert "prompt" in job["requestBody"]["content"]["application/json"]["schema"]["properties"]
     assert job["responses"]["202"]["content"]["application/json"]["schema"]["$ref"].endswith("/JobState")
     for status in ("401", "403", "413", "415", "421", "422", "429"):
-        assert job["responses"][status]["content"]["application/json"]["schema"]["$ref"].endswith("/Problem")
+        assert job["responses"][status]["content"]["application/json"]["schema"]["$ref"].endswith("/Refusal")
     assert "application/octet-stream" in paths["/api/uploads"]["post"]["requestBody"]["content"]
     assert "edit" in job["requestBody"]["content"]["application/json"]["schema"]["properties"]["task"]["enum"]
     assert client.options("/api/jobs/x").headers["allow"] == "DELETE, GET"
