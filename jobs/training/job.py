@@ -160,7 +160,7 @@ def _train_and_evaluate(
             tracker.log_metrics(kernels_job.summary(nodes))
             tracker.log_artifact(folder.write_json("kernels.json", nodes))
             build = partial(recipe_factory, config, datasets, initial_weights, config.kernels, features)
-            build_recipe, say = build(), partial(console.print, soft_wrap=True)
+            build_recipe, say = build(), partial(console().print, soft_wrap=True)
             tasks = sampling_tasks(config, build_recipe, folder, tracker, tasks_of(config, datasets), say)
             result = train_by(TrainingRun(config, model, datasets, initial_weights, folder, exporting, build, tasks))
             # Again, with the nodes that joined on the way.
@@ -238,9 +238,9 @@ def _record(heldout: HeldoutResult, folder: RunFolder, tracker: Tracker, step: i
 def _show(heldout: HeldoutResult, folder: RunFolder) -> None:
     """The figures in words, and last of all what to look at."""
     for line in heldout.summary:
-        console.print(f"  {line}", soft_wrap=True)
+        console().print(f"  {line}", soft_wrap=True)
     name = STRIP if STRIP in heldout.files else ""
-    console.print(f"to look at: {folder.path / 'heldout' / name}", soft_wrap=True)
+    console().print(f"to look at: {folder.path / 'heldout' / name}", soft_wrap=True)
 
 
 def _evaluation_cpus(config: TrainingJobConfig) -> int:
