@@ -134,6 +134,10 @@ class EvaluateConfig:
     )
     step: int = option(0, "training step of a probe; its metrics are logged at it")
     max_films: int = option(100, "samples a suite whose films are uploaded to MLflow; 0 for all")
+    scorers: dict[str, str] = option(
+        {}, "suite to the command of its outside scorer, with {results}, {output}, {data} and {dimensions}"
+    )
+    scorer_gpus: float = option(0.0, "GPUs of an outside scorer")
     external: dict[str, str] = option({}, "suite to the result file of its outside scorer (external.vbench=…)")
     tracking_uri: str = option("", "MLflow; empty takes MLFLOW_TRACKING_URI, else a sqlite store in the runs folder")
     inputs: InputsConfig = option(InputsConfig, "")
@@ -156,4 +160,8 @@ class EvaluateConfig:
             raise UserError(f"learned_actors={self.learned_actors}: at least 1")
         if self.samples_per_prompt < 0:
             raise UserError(f"samples_per_prompt={self.samples_per_prompt}: at least 0")
+        for suite, command in self.scorers.items():
+            for needed in ("{results}", "{output}"):
+                if needed not in command:
+                    raise UserError(f"scorers.{suite}: the command names no {needed}, where the scorer reads or writes")
         self.judge.check()

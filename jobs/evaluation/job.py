@@ -54,6 +54,7 @@ from loomvideo.pipelines.evaluation.suites.external import export_results, impor
 from loomvideo.pipelines.evaluation.suites.items import SuiteManifest
 from loomvideo.pipelines.evaluation.suites.registry import CHECKLIST, Suite
 from loomvideo.pipelines.evaluation.suites.registry import suite as find_suite
+from loomvideo.pipelines.evaluation.suites.runners import run_scorer
 from loomvideo.pipelines.evaluation.table import headline_metrics, ranking_metrics
 from loomvideo.platform.config import flatten, to_yaml
 from loomvideo.platform.console import bars, console, table
@@ -183,12 +184,8 @@ def _finish_suite(
     judged = config.judge.kind != "none" and suite.judged
     store = Store(store_folder(config))
     result = aggregate_suite(suite.name, rows, config.judge.mode, judged, store)
-    num_files = 0
     if suite.scorer:
-        num_files = export_results(suite.scorer, rows, store, suite_folder(folder.path, suite.name) / "for-scorer")
-    if suite.name in config.external:
-        scores = import_scores(suite.scorer, Path(config.external[suite.name]), num_files)
-        result = dataclasses.replace(result, official=scores)
+        result = dataclasses.replace(result, official=_outside_scores(config, suite, manifest, rows, folder, store))
     header = _header(config, manifest, suite, judged)
     place = save_suite(folder.path, result, rows, header)
     review.publish_media(store, rows, place)
@@ -218,6 +215,23 @@ def _finish_suite(
     mlflow_report.log_metrics(client, parent.run_id, values, config.step, model_id, source)
     _print_suite(result)
     return result
+
+
+def _outside_scores(
+    config: EvaluateConfig, suite: Suite, manifest: SuiteManifest, rows: list[Row], folder: RunFolder, store: Store
+) -> dict[str, float]:
+    """Write the results for the suite's scorer, run it where its command is given, and read its verdicts."""
+    place = suite_folder(folder.path, suite.name)
+    results = place / "for-scorer"
+    num_files = export_results(suite.scorer, rows, store, results)
+    file = config.external.get(suite.name, "")
+    if suite.name in config.scorers and num_files:
+        dimensions = list(dict.fromkeys(d for i in manifest.items for d in i.extra.get("dimensions", ())))
+        command = config.scorers[suite.name]
+        file = run_scorer(
+            suite.scorer, command, results, place / "scored", manifest.root, dimensions, config.scorer_gpus
+        )
+    return import_scores(suite.scorer, Path(file), num_files) if file else {}
 
 
 def _draw_charts(result: SuiteResult, place: Path) -> None:

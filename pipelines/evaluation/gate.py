@@ -125,7 +125,7 @@ def decide_gate(rule: GateRule, a: Mapping[str, SavedSuite], b: Mapping[str, Sav
     only = len(left.values()) + len(right.values()) - 2 * len(left.values().keys() & right.values().keys())
     if only:
         reasons.append(f"{rule.suite}: {only} samples are in one run alone; evaluate both on the same samples")
-    estimate = bootstrap_mean(gains, units, confidence=1 - 2 * rule.p)
+    estimate = bootstrap_mean(gains, units, confidence=1 - 2 * rule.p, method="t")
     _, means = cluster_means(gains, units)
     spread = float(means.std(ddof=1)) if len(means) > 1 else float("nan")
     room = -threshold if threshold < 0 else max(threshold, 1e-9)
@@ -212,7 +212,7 @@ def _vetoes(rule: GateRule, gains: np.ndarray, units: np.ndarray, categories: np
     reasons = []
     for group in groups:
         chosen = categories == group
-        estimate = bootstrap_mean(gains[chosen], units[chosen], confidence=1 - 2 * rule.p / len(groups))
+        estimate = bootstrap_mean(gains[chosen], units[chosen], confidence=1 - 2 * rule.p / len(groups), method="t")
         if enough_clusters(estimate.num_clusters, 2 * rule.p / len(groups)) and estimate.high < -rule.max_regress:
             name = f"{rule.suite}/{rule.metric}/{group}"
             reasons.append(f"{name}: lost {-estimate.value:.3f}, shown to be more than {rule.max_regress:g}")

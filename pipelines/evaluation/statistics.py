@@ -6,6 +6,7 @@ sign-flipped and counted everywhere. Scores are float arrays with NaN for a samp
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from scipy import stats
@@ -47,6 +48,7 @@ def bootstrap_mean(
     confidence: float = 0.95,
     resamples: int = DEFAULT_RESAMPLES,
     seed: int = 0,
+    method: Literal["bootstrap", "t"] = "bootstrap",
 ) -> Estimate:
     """Cluster bootstrap of the micro mean, or of the macro mean when ``categories`` is given.
 
@@ -61,6 +63,8 @@ def bootstrap_mean(
         confidence: Coverage aimed at.
         resamples: Bootstrap draws.
         seed: Seed of the draws.
+        method: ``t`` takes the t interval for any number of clusters; one of its ends alone then errs as often as it
+            says, where percentiles of a dozen clusters err half as often again.
     """
     valid = ~np.isnan(scores)
     names = np.asarray(clusters)[valid]
@@ -76,7 +80,7 @@ def bootstrap_mean(
     value = float((sums.sum(0) / counts.sum(0)).mean())
     if num_clusters == 1:
         return Estimate(value, float("nan"), float("nan"), len(kept), 1)
-    if num_clusters < _BOOTSTRAP_CLUSTERS:
+    if num_clusters < _BOOTSTRAP_CLUSTERS or method == "t":
         # Percentiles of so few clusters cannot reach beyond the data: Student's t on the linearised ratio instead.
         influence = ((sums - counts * (sums.sum(0) / counts.sum(0))) / counts.sum(0)).mean(1)
         error = np.sqrt(num_clusters / (num_clusters - 1) * np.sum(influence**2))

@@ -18,7 +18,7 @@ from loomvideo.pipelines.evaluation.suites.geneval import TAGS, summarise
 from loomvideo.pipelines.evaluation.suites.vbench import loomvideo_average, official_totals, read_results
 from loomvideo.platform.errors import UserError
 
-MANIFEST_FILE = "files.json"
+MANIFEST_ENDING = "-files.json"
 MAX_NAME_BYTES = 255
 
 
@@ -26,7 +26,8 @@ def export_results(scorer: str, rows: Sequence[Row], store: Store, folder: Path)
     """Write results as the outside scorer expects them; returns how many.
 
     GenEval: ``00000/metadata.jsonl`` and ``00000/samples/0000.png``. VBench: ``{prompt}-0.mp4``, the whole prompt,
-    since its tool finds a video by it. ``files.json`` says which sample each file is, and which samples have none.
+    since its tool finds a video by it. ``FOLDER-files.json`` says which sample each file is, and which samples have
+    none; it lies beside the folder, since VBench may take the ending of any file in it for that of the videos.
 
     Raises:
         UserError: if a prompt is too long for a file name.
@@ -63,8 +64,13 @@ def export_results(scorer: str, rows: Sequence[Row], store: Store, folder: Path)
         files[name] = known
     folder.mkdir(parents=True, exist_ok=True)
     content = {"files": files, "missing": missing}
-    (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    manifest_file(folder).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
     return len(files)
+
+
+def manifest_file(folder: Path) -> Path:
+    """Where the list of a folder's files is."""
+    return folder.with_name(folder.name + MANIFEST_ENDING)
 
 
 def _write_picture(path: Path, store: Store, row: Row) -> None:

@@ -1,13 +1,18 @@
 """What outside scorers are given: whole prompts, k samples, every file accounted for."""
 
+import contextlib
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from loomvideo.jobs.evaluation.config import EvaluateConfig
 from loomvideo.pipelines.evaluation.stages import FILM, MODEL, VIDEO
 from loomvideo.pipelines.evaluation.store import Store, write_lossless
-from loomvideo.pipelines.evaluation.suites.external import MANIFEST_FILE, export_results, import_scores
+from loomvideo.pipelines.evaluation.suites import runners
+from loomvideo.pipelines.evaluation.suites.external import export_results, import_scores, manifest_file
 from loomvideo.pipelines.evaluation.suites.items import EvalItem, SuiteManifest
 from loomvideo.pipelines.evaluation.suites.registry import suite
 from loomvideo.platform.errors import UserError
@@ -52,9 +57,9 @@ def test_long_prompts_that_begin_alike_keep_their_names_and_k_samples_each(tmp_p
     out.mkdir()
     (out / "of an earlier run-0.mp4").write_bytes(b"")
     assert export_results("vbench", rows, Store(tmp_path / "store"), out) == 9
-    names = {path.name for path in out.glob("*.mp4")}
+    names = {path.name for path in out.iterdir()}
     assert names == {f"{p}-{k}.mp4" for p in prompts for k in range(5)} - {f"{prompts[0]}-3.mp4"}
-    listed = json.loads((out / MANIFEST_FILE).read_text())
+    listed = json.loads(manifest_file(out).read_text())
     assert set(listed["files"]) == names
     assert [m["failure"] for m in listed["missing"]] == ["generation failed"]
     assert suite("vbench_full").samples_of(vbench(tmp_path, ["x"], "temporal_flickering").items[0]) == 25
@@ -63,7 +68,7 @@ def test_long_prompts_that_begin_alike_keep_their_names_and_k_samples_each(tmp_p
 def test_two_rows_of_one_prompt_share_a_file_and_names_that_no_disk_takes_are_refused(tmp_path):
     store = Store(tmp_path / "store")
     assert export_results("vbench", rows_of(vbench(tmp_path, ["a cat", "a cat"]), store), store, tmp_path / "out") == 1
-    listed = json.loads((tmp_path / "out" / MANIFEST_FILE).read_text())["files"]
+    listed = json.loads(manifest_file(tmp_path / "out").read_text())["files"]
     assert (listed["a cat-0.mp4"]["key"], listed["a cat-0.mp4"]["also"]) == ("0000", ["0001"])
     with pytest.raises(UserError, match="0000: its prompt is too long for a file name"):
         export_results("vbench", rows_of(vbench(tmp_path, ["x" * 260]), store), store, tmp_path / "out")
@@ -82,3 +87,39 @@ def test_geneval_has_four_pictures_a_prompt_and_as_many_verdicts(tmp_path):
     with pytest.raises(UserError, match="3 verdicts, but 4 pictures were written"):
         import_scores("geneval", verdicts, 4)
     assert import_scores("geneval", verdicts, 3)["overall"] == 1
+
+
+SCORER = """import json, os, sys
+assert "VIRTUAL_ENV" not in os.environ
+folder, output, *dimensions = sys.argv[1:]
+if os.environ.get("BREAK"):
+    sys.exit("no such weights")
+scores = {d: [len(os.listdir(folder)) / 10, []] for d in dimensions}
+with open(os.path.join(output, f"run{len(os.listdir(output))}_eval_results.json"), "w") as out:
+    json.dump(scores, out)
+"""
+
+
+def test_a_scorer_runs_in_its_own_environment_and_once(tmp_path, monkeypatch):
+    # The task's own function, in this process: a session of Ray proves nothing more here.
+    monkeypatch.setattr(runners, "ray_session", contextlib.nullcontext)
+    monkeypatch.setattr(
+        runners.ray, "remote", lambda run: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=run))
+    )
+    monkeypatch.setattr(runners.ray, "get", lambda value: value)
+    monkeypatch.setenv("VIRTUAL_ENV", "/ours")
+    (tmp_path / "score.py").write_text(SCORER)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "a-0.mp4").write_bytes(b"x")
+    command = f"{sys.executable} {tmp_path}/score.py {{results}} {{output}} {{dimensions}}"
+    asked = ("vbench", command, tmp_path / "results", tmp_path / "out", tmp_path, ["color", "scene"])
+    file = runners.run_scorer(*asked)
+    assert import_scores("vbench", file) == {"color": 0.1, "scene": 0.1}
+    assert runners.run_scorer(*asked) == file
+    assert len(list((tmp_path / "out").glob("*_eval_results.json"))) == 1
+    (tmp_path / "results" / "b-0.mp4").write_bytes(b"y")
+    monkeypatch.setenv("BREAK", "1")
+    with pytest.raises(UserError, match=r"ended with 1; its log .*\n.*no such weights"):
+        runners.run_scorer(*asked)
+    with pytest.raises(UserError, match=r"scorers\.vbench: the command names no \{output\}"):
+        EvaluateConfig(scorers={"vbench": "python x.py {results}"}).check()
