@@ -3,7 +3,9 @@
 import contextlib
 import logging
 import os
+import shlex
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +97,10 @@ def start_local(num_cpus: int, **options: Any) -> None:
         os.environ.setdefault(name, str(round(limit.here())))
     if folder := _temporary_folder():
         options["_temp_dir"] = folder
+    quoted = shlex.quote(sys.executable)
+    if quoted != sys.executable:
+        # Ray starts workers by a shell and hands it this path as it is.
+        options["runtime_env"] = {"py_executable": quoted, **options.get("runtime_env", {})}
     attempts = min(max(START_ATTEMPTS, round(2 * slowness())), MOST_START_ATTEMPTS)
     for attempt in range(1, attempts + 1):
         try:

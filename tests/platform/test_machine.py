@@ -177,6 +177,19 @@ def test_a_start_that_fails_is_one_line(fake_init, error, attempts, message):
     assert "\n" not in str(caught.value)
 
 
+def test_workers_start_from_an_environment_whose_path_has_spaces(fake_init, monkeypatch):
+    """Else the shell that Ray starts them by looks for its first word, and the job waits for ever."""
+    calls, _ = fake_init
+    with ray_session.ray_session(env_vars={"A": "b"}):
+        pass
+    monkeypatch.setattr(ray_session.sys, "executable", "/my clone/.venv/bin/python")
+    with ray_session.ray_session(env_vars={"A": "b"}):
+        pass
+    plain, spaced = (call["runtime_env"] for call in calls)
+    assert plain == {"env_vars": {"A": "b"}}
+    assert spaced == {"env_vars": {"A": "b"}, "py_executable": "'/my clone/.venv/bin/python'"}
+
+
 def test_a_slow_machine_gets_more_attempts(fake_init, monkeypatch):
     calls, answers = fake_init
     monkeypatch.setattr(ray_session, "slowness", lambda: 2.5)
