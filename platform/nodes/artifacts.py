@@ -26,6 +26,7 @@ from pathlib import Path
 import fsspec
 
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.folders import give_name
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +235,7 @@ class ArtifactStore:
 
     def _install(self, folder: Path, name: str) -> Path:
         path = self.cache_dir / name
-        folder.rename(path)
+        give_name(folder, path, MANIFEST)
         return path
 
     @contextlib.contextmanager
