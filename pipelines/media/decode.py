@@ -28,6 +28,8 @@ _NO_MEDIA = (
     (b"<?xml", "XML (an SVG drawing or a store's error); render it to PNG, or download it again"),
     (b"{", "JSON; its download failed"),
     (b"#extm3u", "a playlist; download what it names"),
+    # FFmpeg would open whatever files such a list names.
+    (b"ffconcat", "a list of files for FFmpeg; name the files"),
 )
 
 
@@ -54,14 +56,24 @@ def open_media(path: str, backend: Backend = "auto", folder_fps: float = DEFAULT
         return FrameFolder(file, folder_fps)
     if not file.exists():
         raise DecodeError("missing_file", f"{path}: no such file")
-    if file.stat().st_size == 0:
+    before = file.stat()
+    if before.st_size == 0:
         raise DecodeError("empty_file", f"{path}: the file is empty")
     with file.open("rb") as opened:
         head = opened.read(64)
     _refuse_other_kinds(path, head)
-    if is_picture(head):
-        return Picture(file)
-    return open_video(path, backend)
+    try:
+        media = Picture(file) if is_picture(head) else open_video(path, backend)
+    except DecodeError:
+        _refuse_growing(file, before.st_size)
+        raise
+    _refuse_growing(file, before.st_size)
+    return media
+
+
+def _refuse_growing(file: Path, num_bytes: int) -> None:
+    if file.stat().st_size != num_bytes:
+        raise DecodeError("growing", f"{file}: is still written; try again when it is whole")
 
 
 def on_disk(path: str) -> str:

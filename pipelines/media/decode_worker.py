@@ -12,6 +12,8 @@ import threading
 from typing import BinaryIO, Protocol
 
 from loomvideo.pipelines.media.decode import DecodeError, OpenMedia, open_media
+from loomvideo.pipelines.media.fragments import split_fragment
+from loomvideo.pipelines.media.media_info import READER_ERRORS, first_line
 
 _OPEN_FILES = 4
 
@@ -71,11 +73,12 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     while True:
         action, location, options = pending.get()
         try:
-            if location not in opened:
+            version = (location, _version(location[0]))
+            if version not in opened:
                 while len(opened) >= _OPEN_FILES:
                     opened.pop(next(iter(opened)))
-                opened[location] = open_media(*location)
-            media = opened[location]
+                opened[version] = open_media(*location)
+            media = opened[version]
             if action == "probe":
                 send(answers, media.info)
                 continue
@@ -85,8 +88,17 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
             send(answers, None)
         except DecodeError as error:
             send(answers, error)
-        except Exception as error:
-            send(answers, DecodeError("decoder_error", f"{location[0]}: {type(error).__name__}: {error}"))
+        except READER_ERRORS as error:
+            send(answers, DecodeError("decoder_error", f"{location[0]}: {type(error).__name__}: {first_line(error)}"))
+
+
+def _version(path: str) -> tuple[int, int] | None:
+    """Size and time of a file, so that one written anew is opened anew."""
+    try:
+        found = os.stat(split_fragment(path)[0])
+    except (OSError, ValueError):
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 def main() -> None:

@@ -1,5 +1,7 @@
 """What decoders share: a file's description, why one cannot be used, and the interface of an open file."""
 
+import struct
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -10,6 +12,11 @@ Backend = Literal["auto", "decord", "pyav"]
 CHUNK_FRAMES = 16
 MAX_PIXELS = 8192 * 8192
 DEFAULT_FOLDER_FPS = 24.0
+# What Pillow's plugins, NumPy and FFmpeg's bindings raise for files that are damaged in ways they did not think of.
+READER_ERRORS = (
+    ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError, SyntaxError, TypeError,
+    ValueError, struct.error, zlib.error,
+)  # fmt: skip
 
 
 class DecodeError(Exception):

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from loomvideo.pipelines.media.media_info import MAX_PIXELS, DecodeError, MediaInfo, check_size, first_line
+from loomvideo.pipelines.media.media_info import (
+    MAX_PIXELS,
+    READER_ERRORS,
+    DecodeError,
+    MediaInfo,
+    check_size,
+    first_line,
+)
 
 # Browsers show frames that ask for less than 20 ms, or for none, for 100 ms.
 _SHORTEST_MS, _USUAL_MS = 20, 100
@@ -51,7 +58,7 @@ class Picture:
             raise
         except Image.DecompressionBombError as error:
             raise DecodeError("too_large", f"{path}: {error}") from error
-        except Exception as error:  # Pillow's plugins raise nearly anything on damaged files
+        except READER_ERRORS as error:
             raise DecodeError("unreadable", f"{path}: {first_line(error)}") from error
         width, height = first.size
         if num_frames == 1:
@@ -73,7 +80,7 @@ class Picture:
             try:
                 self._image.seek(number)
                 yield _rgb(self._image)[None]
-            except Exception as error:
+            except READER_ERRORS as error:
                 raise DecodeError("corrupt_frame", f"{self.path}: {first_line(error)}") from error
 
 

@@ -9,7 +9,7 @@ from loomvideo.pipelines.sources.samples import Sample
 # `judge_error` is what earlier releases wrote for `assess_error`.
 RETRIABLE = (
     "missing_file", "timeout", "download_failed", "decoder_crash", "encode_error", "assess_error", "judge_error",
-    "repeated_crash", "unreachable", "server_error", "rate_limited", "empty", "invalid_answer", "mixed_up",
+    "growing", "repeated_crash", "unreachable", "server_error", "rate_limited", "empty", "invalid_answer", "mixed_up",
 )  # fmt: skip
 
 

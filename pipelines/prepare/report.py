@@ -14,6 +14,7 @@ import torch
 
 from loomvideo.model.codec import Codec, build_codec
 from loomvideo.model.sizes import model_size
+from loomvideo.pipelines.prepare.reasons import MEANINGS
 from loomvideo.platform.shards.index import SCORE_PREFIX
 from loomvideo.platform.shards.manifest import QUARANTINE_FILE
 from loomvideo.platform.shards.reader import ShardDataset
@@ -111,7 +112,9 @@ def _losses(dataset: ShardDataset) -> str:
             f"{row['key']}: {(row['message'] or '').strip().splitlines()[-1][:160] if row['message'] else ''}"
             for row in examples[:_EXAMPLES_PER_REASON]
         )
-        table.append({"outcome": outcome, "stage": stage, "reason": reason, "samples": count, "examples": shown})
+        meaning = MEANINGS.get(reason, "")
+        row = {"outcome": outcome, "stage": stage, "reason": reason, "meaning": meaning, "samples": count}
+        table.append(row | {"examples": shown})
     return _table(table)
 
 

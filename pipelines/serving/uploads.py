@@ -47,23 +47,40 @@ class Upload:
         return {"id": self.id, **shape, "frames": info.num_frames, "fps": round(info.fps, 3)}
 
 
+_STARTS = (
+    (0, b"\x89PNG\r\n\x1a\n", "image/png"),
+    (0, b"\xff\xd8\xff", "image/jpeg"),
+    (0, b"GIF8", "image/gif"),
+    (0, b"II*\0", "image/tiff"),
+    (0, b"MM\0*", "image/tiff"),
+    (8, b"WEBP", "image/webp"),
+    (8, b"AVI ", "video/x-msvideo"),
+    (0, b"\x1a\x45\xdf\xa3", "video/webm"),
+    (0, b"\0\0\x01\xba", "video/mpeg"),
+    *((4, atom, "video/quicktime") for atom in (b"moov", b"mdat", b"wide", b"free", b"skip")),
+    *((8, brand, "image/avif") for brand in (b"avif", b"avis")),
+    *((8, brand, "image/heic") for brand in (b"heic", b"heix", b"mif1")),
+)
+_SOUND = b"M4A "
+
+
 def media_type(content: bytes) -> str:
     """The type of a picture or video by its first bytes, whatever its name said.
 
     Raises:
         UserError: naming the accepted types.
     """
-    if content.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "image/png"
-    if content.startswith(b"\xff\xd8\xff"):
-        return "image/jpeg"
-    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
-        return "image/webp"
-    if content[4:8] == b"ftyp" and content[8:12] not in (b"avif", b"avis", b"heic", b"heix", b"mif1", b"M4A "):
-        return "video/mp4"
-    if content.startswith(b"\x1a\x45\xdf\xa3"):
-        return "video/webm"
-    raise UserError("unknown file type: upload a PNG, JPEG or WebP picture, or an MP4, MOV, WebM or MKV video")
+    found = next((kind for at, mark, kind in _STARTS if content[at : at + len(mark)] == mark), "")
+    if not found and content[4:8] == b"ftyp" and content[8:12] != _SOUND:
+        found = "video/mp4"
+    if not found and content[:1] == content[188:189] == b"G":
+        found = "video/mp2t"
+    if not found:
+        raise UserError(
+            "unknown file type: upload a PNG, JPEG, WebP, GIF, TIFF or AVIF picture, or an MP4, MOV, WebM, MKV, AVI or "
+            "MPEG video"
+        )
+    return found
 
 
 class UploadReader:

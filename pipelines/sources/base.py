@@ -84,18 +84,24 @@ class Root:
         folder, _, name = path.rpartition("/")
         return self._listing(folder).get(name) == "directory"
 
-    def open(self, path: str, mode: str = "rt") -> IO:
+    def open(self, path: str, mode: str = "rt", newline: str = "\n") -> IO:
         """Open a file below, unpacked when its name says that it is packed (.gz, .bz2, .xz).
 
-        Text is UTF-8 or UTF-16 by its byte order mark, or in the folder's encoding; lines end at ``\\n`` alone. Bytes
-        that do not decode are kept as lone surrogates, which the checks of fields find and name.
+        Text is UTF-8 or UTF-16 by its byte order mark, or in the folder's encoding; lines end at ``\\n`` alone, with
+        ``newline=""`` also at ``\\r``. Bytes that do not decode are kept as lone surrogates, which the checks of fields
+        find and name.
         """
         if "b" in mode:
             return self.fs.open(f"{self.base}/{path}", mode, compression="infer")
         with self.fs.open(f"{self.base}/{path}", "rb", compression="infer") as opened:
             encoding = _encoding(opened.read(4)) if not self.encoding else self.encoding
         return self.fs.open(
-            f"{self.base}/{path}", mode, encoding=encoding, errors="surrogateescape", newline="\n", compression="infer"
+            f"{self.base}/{path}",
+            mode,
+            encoding=encoding,
+            errors="surrogateescape",
+            newline=newline,
+            compression="infer",
         )
 
     def json(self, path: str) -> Any:

@@ -27,7 +27,7 @@ DELIMITERS = ",;\t|"
 Row = dict[str, Any]
 Entry = tuple[str, Row] | Rejected
 # What pyarrow, and the packers' libraries, raise for a damaged file.
-_DAMAGE = (pa.ArrowException, EOFError, OSError, ValueError, OverflowError, lzma.LZMAError, zlib.error)
+_DAMAGE = (csv.Error, pa.ArrowException, EOFError, OSError, ValueError, OverflowError, lzma.LZMAError, zlib.error)
 
 
 def plain_name(file: str) -> str:
@@ -90,7 +90,7 @@ def outcomes(place: Place, file: str, dataset: str, make: Callable[..., Any], *a
 def header(root: Root, file: str) -> tuple[list[str], str]:
     """Column names of a CSV file, stripped and made unique, and the delimiter; no names for an empty file."""
     usual = "\t" if plain_name(file).endswith(".tsv") else ","
-    with root.open(file) as opened:
+    with root.open(file, newline="") as opened:  # spreadsheets on a Mac end lines with \r
         line = next((line for line in opened if line.strip()), "")
         if _names_delimiter(line):
             return _names(next(opened, ""), line.strip()[-1]), line.strip()[-1]
@@ -104,7 +104,10 @@ def _names_delimiter(line: str) -> bool:
 
 
 def _names(line: str, delimiter: str) -> list[str]:
-    return _unique([name.strip() for name in next(csv.reader([line], delimiter=delimiter), [])])
+    try:
+        return _unique([name.strip() for name in next(csv.reader([line], delimiter=delimiter), [])])
+    except csv.Error:  # binary under a table's name
+        return []
 
 
 def _unique(names: list[str]) -> list[str]:
@@ -121,7 +124,7 @@ def _csv_rows(root: Root, file: str, name: str, dataset: str) -> Iterator[Entry]
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     _, delimiter = header(root, file)
     names: list[str] = []
-    with root.open(file) as opened:
+    with root.open(file, newline="") as opened:
         reader = csv.reader(opened, delimiter=delimiter)
         while True:
             try:

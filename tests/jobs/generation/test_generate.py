@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures import media
+from fixtures.mixed_folder import everything, reasons_of_files
 from PIL import Image
 
 from loomvideo.jobs.generation.actors import GeneratorActor
@@ -205,6 +206,21 @@ def test_huge_pictures_are_refused(folder, generator):
     Image.new("RGB", (7680, 4320)).save(folder / "8k.png")
     with pytest.raises(UserError, match="7680x4320 pixels, sides of at most"):
         generator.generate(request(folder, "edit", "8k-out.png", "8k.png"))
+
+
+@pytest.mark.slow
+def test_everything_people_bring_is_a_source_or_one_line(folder, generator):
+    mixed = folder / "mixed"
+    mixed.mkdir()
+    wanted = reasons_of_files(everything(mixed))
+    for path in sorted(mixed.iterdir()):
+        said = ""
+        try:
+            generator.prepare(request(folder, "edit", f"{path.name}.mp4", f"mixed/{path.name}"))
+        except UserError as error:
+            said = str(error)
+        assert bool(said) == bool(wanted.get(path.name)), (path.name, said)
+        assert not said or (path.name in said and "\n" not in said), said
 
 
 def test_a_batch_keeps_what_is_done_and_names_what_failed(folder):

@@ -125,6 +125,7 @@ def test_odd_pictures(tmp_path):
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not_media"),
         (b"<?xml version='1.0'?><Error><Code>NoSuchKey</Code></Error>", "not_media"),
         (b"#EXTM3U\n", "not_media"),
+        (b"ffconcat version 1.0\nfile /etc/passwd\n", "not_media"),
         (b"\0\0\0\x18ftypheic" + bytes(100), "unsupported"),
         (b"just words, and more words", "unreadable"),
         (bytes(5000), "unreadable"),

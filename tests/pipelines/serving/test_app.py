@@ -225,7 +225,8 @@ def test_openapi_says_bodies_answers_and_errors(client):
 def test_refused_uploads(client, mp4, tmp_path):
     cases = [
         (b"", "empty"),
-        (b"GIF89a", "unknown file type"),
+        (b"GIF89a", "cannot be read"),
+        (b"ffconcat version 1.0\nfile /etc/passwd", "unknown file type"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "unknown file type"),
         (wav(), "unknown file type"),
         (media.write_video(tmp_path / "sound.mp4", None, audio_only=True).read_bytes(), "no video stream"),

@@ -207,6 +207,7 @@ def excel_csv(delimiter, encoding, head=""):
         excel_csv(";", "utf-8", "sep=;\r\n"),
         excel_csv("|", "utf-8", "\r\n;\r\n".replace(";", "")),
         excel_csv(";", "utf-8").replace(b"Video", b" Video "),
+        excel_csv(",", "utf-8").replace(b"\r\n", b"\r"),
     ],
 )
 def test_tables_as_spreadsheets_write_them(tmp_path, content):
@@ -234,6 +235,13 @@ def test_cells_that_stand_for_nothing_and_rows_of_another_length(tmp_path):
         "no_text", "invalid_field", "ok", "invalid_field", "missing_field",
     ]  # fmt: skip
     assert outcomes[2].extra == {"fps": 30000 / 1001}
+
+
+@pytest.mark.parametrize("content", [b"\r\0", b'"\r\0"x\r', b"\0" * 100, b"a\rb\r\n\r"])
+def test_binary_under_a_tables_name_ends_nothing(tmp_path, content):
+    (tmp_path / "t.csv").write_bytes(content)
+    (tmp_path / "z.csv").write_text("video,caption\na.mp4,a dress\n")
+    assert read(tmp_path, "table")[-1].caption == "a dress"
 
 
 def test_columns_that_are_there_twice_keep_both(tmp_path):

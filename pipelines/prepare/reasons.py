@@ -1,0 +1,43 @@
+"""What the reason codes mean to the person whose rows or files they name, and what to do."""
+
+MEANINGS = {
+    # Rows and tables.
+    "invalid_json": "the line or file is no JSON object",
+    "unreadable_table": "the table is damaged, empty or not a table of samples; the others were read",
+    "not_utf8": "text in another encoding: name it, source_options.encoding=cp1252",
+    "missing_field": "a column that every sample needs is empty",
+    "invalid_field": "a value of the wrong kind, such as a number where a text is meant",
+    "invalid_text": "a text with a character or special token that no model reads: remove it",
+    "invalid_sample": "fields that do not fit together, such as an edit without a source",
+    "missing_media": "a row without picture or video",
+    "unpaired": "a file without its other half",
+    "no_text": "no caption or instruction: write one, or let captions.backend write it",
+    "repeated_line": "the same sample again; one was kept",
+    "repeated_key": "another sample with the same key: give it its own",
+    "tombstone": "removed on request",
+    # Files.
+    "missing_file": "no such file: check the path and the folder that it starts from",
+    "download_failed": "the store did not give the file; run again",
+    "empty_file": "0 bytes: copy it again",
+    "growing": "the file was still being written; run again",
+    "not_media": "a web page, pointer or drawing under a media name: get the real file",
+    "unsupported": "a format whose reader is not installed; the message names it",
+    "unreadable": "no decoder can open it: make it again",
+    "truncated": "the end is missing: copy it again",
+    "corrupt_frame": "a frame does not decode: make it again",
+    "no_video_stream": "sound or cover art alone",
+    "no_frames": "a video without a frame, or a folder without pictures",
+    "mixed_sizes": "a folder whose pictures have different sizes",
+    "too_small": "fewer pixels than a sample needs",
+    "too_large": "more pixels than a decoder is given",
+    "too_short": "fewer frames than clips.num_frames asks for",
+    "too_long": "longer than the stages allow",
+    "hdr": "high dynamic range: convert it to BT.709",
+    "outside_file": "the row names a part that the file does not have",
+    "timeout": "decoding took too long: see workers.decode_timeout_s",
+    "decoder_crash": "a decoder died on it: make it again",
+    "decoder_error": "a decoder failed on it: make it again",
+    "encode_error": "the encoder failed on it; the message is its error",
+    "repeated_crash": "a worker died on it twice",
+}
+"""Codes of reading and decoding; what curation drops is in docs/sources.md, by stage."""
