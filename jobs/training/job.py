@@ -12,7 +12,7 @@ import torch
 
 from loomvideo.jobs.kernels import build as kernels_job
 from loomvideo.jobs.training.checkpoint_samples import sampling_tasks
-from loomvideo.jobs.training.config import TrainingJobConfig
+from loomvideo.jobs.training.config import PreferJobConfig, TrainingJobConfig
 from loomvideo.jobs.training.heldout import STRIP, HeldoutResult, evaluate_heldout
 from loomvideo.jobs.training.records import record_datasets, record_model
 from loomvideo.jobs.training.setup import (
@@ -259,4 +259,6 @@ def _local_cpus(config: TrainingJobConfig) -> int:
         wanted += training.validation.cpus
     if config.samples.every_steps:
         wanted += config.samples.cpus
+    if isinstance(config, PreferJobConfig) and config.prefer.method == "nft":
+        wanted += config.prefer.nft.actors * config.prefer.nft.cpus
     return max(usable_cpus(), wanted + config.features.actors * config.features.cpus)
