@@ -26,7 +26,7 @@ from loomvideo.model.loading import ModelSource, load_parts
 from loomvideo.model.media_inputs import Clip, Picture, as_clip, as_picture, fit_clip, fit_picture
 from loomvideo.model.parallel import Ranks
 from loomvideo.model.parts import ResidentParts, SequentialParts
-from loomvideo.model.sampler import Branch, OnStep, SchedulerConfig, SolverChoice, sample
+from loomvideo.model.sampler import Anchor, Branch, OnStep, SchedulerConfig, SolverChoice, sample
 from loomvideo.model.shortcuts import Shortcuts
 from loomvideo.model.sizes import ModelSize
 from loomvideo.model.tasks import wording
@@ -277,6 +277,7 @@ class LoomVideoPipeline:
         on_step: OnStep | None = None,
         shortcuts: Shortcuts | None = None,
         noise: Tensor | None = None,
+        anchor: Anchor | None = None,
     ) -> Tensor:
         """Denoise encoded conditions.
 
@@ -290,6 +291,7 @@ class LoomVideoPipeline:
             on_step: Called after each step with its index and the latents; see :func:`loomvideo.model.sampler.sample`.
             shortcuts: Approximations; None for none.
             noise: Start from this noise, fp32 of the conditions' ``latent_shape``, in place of the seed's.
+            anchor: What the first frames are drawn to; None for nothing.
 
         Returns:
             Latents, fp32 [channels, frames, height, width].
@@ -316,6 +318,7 @@ class LoomVideoPipeline:
                 on_step=on_step,
                 shortcuts=shortcuts,
                 ranks=self.ranks,
+                anchor=anchor,
             )
 
     def num_steps(self, steps: int) -> int:
@@ -429,6 +432,12 @@ class LoomVideoPipeline:
         if self._float8 is None:
             self._float8 = float8_blocks(dit)
         return self._float8
+
+    @torch.inference_mode()
+    def latents(self, frames: np.ndarray) -> Tensor:
+        """Frames uint8 [frames, height, width, 3] as the codec encodes them: [channels, frames, height, width]."""
+        with self.parts.use("codec") as codec:
+            return self._latents(codec, frames)
 
     def _latents(self, codec: Codec, frames: np.ndarray) -> Tensor:
         video = torch.from_numpy(frames).to(self.parts.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1

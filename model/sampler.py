@@ -61,6 +61,7 @@ class Solver(Protocol):
     """What integrates velocities along the flow: a scheduler of diffusers, set to a number of steps."""
 
     timesteps: Tensor
+    sigmas: Tensor
 
     def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool) -> tuple[Tensor, ...]:
         """The latents after a step, first of a tuple."""
@@ -94,6 +95,36 @@ class Branch:
     """Source latents [channels, frames, height, width]; None counts as zeros."""
     references: Sequence[Tensor] = field(default_factory=tuple)
     """Reference latents [channels, 1, height, width]."""
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Latents that some frames are drawn to.
+
+    The velocity of a frame is mixed with the one that leads straight to the target, ``(z - target) / t``: where the
+    target has all the weight, every solver ends on it.
+
+    Attributes:
+        latents: Targets of the first frames [channels, frames, height, width].
+        weights: Of each of these frames, in [0, 1].
+    """
+
+    latents: Tensor
+    weights: Tensor
+
+    @classmethod
+    def fading(cls, latents: Tensor) -> "Anchor":
+        """Full weight for the first frame, less with each further one."""
+        count = latents.shape[1]
+        return cls(latents, 1 - torch.arange(count, dtype=torch.float32) / count)
+
+    def mix(self, velocity: Tensor, latents: Tensor, level: float) -> Tensor:
+        """The velocity at a noise level in (0, 1], drawn to the targets."""
+        count = self.latents.shape[1]
+        first = velocity[:, :count]
+        straight = (latents[:, :count] - self.latents.to(latents)) / level
+        weights = self.weights.to(velocity)[None, :, None, None]
+        return torch.cat([first + weights * (straight - first), velocity[:, count:]], dim=1)
 
 
 @dataclass
@@ -267,6 +298,7 @@ def sample(
     on_step: OnStep | None = None,
     shortcuts: Shortcuts | None = None,
     ranks: Ranks | None = None,
+    anchor: Anchor | None = None,
 ) -> Tensor:
     """Denoise one video.
 
@@ -283,6 +315,7 @@ def sample(
         shortcuts: Approximations; None for none. ``fp8`` is the model's own matter
             (:func:`loomvideo.model.float8.float8_blocks`).
         ranks: Ranks that share this generation, each calling this with the same noise; None for this one alone.
+        anchor: What the first frames are drawn to; None for nothing.
 
     Returns:
         Latents, fp32, like ``initial_noise``, on the model's device; with ``ranks`` the same on each.
@@ -299,7 +332,10 @@ def sample(
     guided = GuidedVelocity(denoiser, guidance, timesteps, shortcuts)
     latents = initial_noise.to(denoiser.device, torch.float32)
     for step, timestep in enumerate(solver.timesteps):
-        latents = solver.step(guided(latents, step), timestep, latents, return_dict=False)[0]
+        velocity = guided(latents, step)
+        if anchor is not None:
+            velocity = anchor.mix(velocity, latents, float(solver.sigmas[step]))
+        latents = solver.step(velocity, timestep, latents, return_dict=False)[0]
         if on_step is not None:
             try:
                 replaced = on_step(step, latents)

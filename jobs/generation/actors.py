@@ -50,6 +50,9 @@ class GeneratorActor:
     def generate(self, request: Request) -> Outcome:
         """Make one file, together with the other ranks; the first one writes it."""
         try:
+            if self.config.whole:
+                self.generator.generate(request)
+                return "done", ""
             prepared = self.generator.prepare(request)
             latents = self.generator.sample(prepared)
             if self.rank == 0:

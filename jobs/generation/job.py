@@ -30,6 +30,8 @@ def run(config: GenerateConfig) -> None:
             raise UserError(f"{key}={getattr(config, key)}: must be at least 1")
     if config.ranks % config.sequence_ranks:
         raise UserError(f"sequence_ranks={config.sequence_ranks}: must divide ranks={config.ranks}")
+    if config.whole and config.ranks > 1:
+        raise UserError(f"ranks={config.ranks}: whole=true edits on one process; set ranks=1")
     source = model_source(config)
     source.size.grid.check_frames("num_frames", config.num_frames)
     if config.batch or config.ranks > 1:
@@ -63,10 +65,16 @@ def single_request(config: GenerateConfig) -> Request:
 
 
 def _run_here(config: GenerateConfig, request: Request) -> None:
-    measures = config.measure_error and bool(config.shortcuts.alone())
+    measures = config.measure_error and bool(config.shortcuts.alone()) and not config.whole
     generator = FileGenerator.load(model_source(config, drop_exact=not measures), config, [request])
     rows: list[ShortcutError] = []
     try:
+        if config.whole:
+            with bars() as bar:
+                task = bar.add_task("denoising", total=None)
+                path = generator.generate(request, lambda step, total: bar.update(task, completed=step, total=total))
+            print(path)
+            return
         prepared = generator.prepare(request)
         with bars() as bar:
             task = bar.add_task("denoising", total=config.shortcuts.steps or config.steps)

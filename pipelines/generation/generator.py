@@ -18,6 +18,7 @@ from loomvideo.model.loading import ModelSource, fitted
 from loomvideo.model.pipeline import Conditions, LoomVideoPipeline, load_pipeline
 from loomvideo.model.shortcuts import Shortcuts
 from loomvideo.model.tasks import Task, requested_task
+from loomvideo.pipelines.generation.film import edit_whole
 from loomvideo.pipelines.generation.memory import largest_work
 from loomvideo.pipelines.generation.requests import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Request
 from loomvideo.pipelines.generation.results import content_hash, digest, sidecar_path, write_result
@@ -111,6 +112,8 @@ class FileGenerator:
         Raises:
             UserError: for a file that cannot be used, a size that cannot be made, or too little memory.
         """
+        if self.settings.whole:
+            return edit_whole(self, request, on_step)
         prepared = self.prepare(request)
         return self.write(prepared, self.sample(prepared, on_step=on_step))
 
@@ -126,15 +129,15 @@ class FileGenerator:
         self.pipeline.grid.check_frames("num_frames", settings.num_frames)
         if max(settings.size()) > MAX_SIDE:
             raise UserError(f"width={settings.width} height={settings.height}: sides of at most {MAX_SIDE} are made")
-        source_info = self._probe("source", request.source) if request.source else None
+        source_info = self.probe("source", request.source) if request.source else None
         task = requested_task(request.task, source_info.kind if source_info else None)
         accepted = IMAGE_SUFFIXES if task.is_image else VIDEO_SUFFIXES
         if Path(request.out).suffix.lower() not in accepted:
             made = "a picture" if task.is_image else "a video"
             raise UserError(f"out={request.out}: {task.name} makes {made}, name a {' or '.join(accepted)} file")
-        with self._memory_errors(request):
+        with self.memory_errors(request):
             source = self._clip(request.source, source_info, task) if source_info else None
-            references = [self._picture(path) for path in request.refs]
+            references = [self.picture(path) for path in request.refs]
             conditions = self.pipeline.encode(
                 task.name,
                 request.prompt,
@@ -165,7 +168,7 @@ class FileGenerator:
         settings = self.settings
         shortcuts = settings.shortcuts if shortcuts is None else shortcuts
         steps = self.pipeline.num_steps(shortcuts.steps or settings.steps)
-        with self._memory_errors(prepared.request):
+        with self.memory_errors(prepared.request):
             return self.pipeline.sample(
                 prepared.conditions,
                 settings.steps,
@@ -191,14 +194,20 @@ class FileGenerator:
             "num_frames": grid.frames(frames),
             "size": list(grid.size(height, width)),
         }
-        with self._memory_errors(prepared.request):
+        with self.memory_errors(prepared.request):
             write_result(path, self.pipeline.decode_stream(latents), facts)
         return path
 
-    def _memory_errors(self, request: Request) -> contextlib.AbstractContextManager[None]:
+    def memory_errors(self, request: Request) -> contextlib.AbstractContextManager[None]:
+        """Says in one line that memory ran out for a request."""
         return _memory_errors(f"out={request.out}: out of memory; lower width, height, buckets or num_frames")
 
-    def _probe(self, key: str, path: str) -> MediaInfo:
+    def probe(self, key: str, path: str) -> MediaInfo:
+        """What a file holds.
+
+        Raises:
+            UserError: naming key and file, if it cannot be used.
+        """
         try:
             info = self.decoder.probe(path, TARGET_FPS)
         except DecodeError as error:
@@ -219,13 +228,15 @@ class FileGenerator:
             raise UserError("width and height: set both, or neither to keep the source's shape")
         if settings.width:
             window = dataclasses.replace(window, size=(settings.width, settings.height))
-        return window.fit(self._read("source", path, window.indices)).numpy()
+        return window.fit(self.read("source", path, window.indices)).numpy()
 
-    def _picture(self, path: str) -> np.ndarray:
-        window = picture_window(self._probe("refs", path), self.settings.buckets)
-        return window.fit(self._read("refs", path, window.indices)).numpy()[0]
+    def picture(self, path: str) -> np.ndarray:
+        """A reference, brought to its bucket: uint8 [height, width, 3]."""
+        window = picture_window(self.probe("refs", path), self.settings.buckets)
+        return window.fit(self.read("refs", path, window.indices)).numpy()[0]
 
-    def _read(self, key: str, path: str, indices: Sequence[int]) -> torch.Tensor:
+    def read(self, key: str, path: str, indices: Sequence[int]) -> torch.Tensor:
+        """Frames of a file, uint8 [frames, height, width, 3]."""
         try:
             return torch.from_numpy(np.concatenate(list(self.decoder.read(path, indices, TARGET_FPS))))
         except DecodeError as error:

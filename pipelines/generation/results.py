@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from loomvideo.model.clips import TARGET_FPS
 from loomvideo.pipelines.generation.requests import VIDEO_SUFFIXES
+from loomvideo.pipelines.media.sound import ColourTags
 from loomvideo.pipelines.media.video_writer import write_while_made
 from loomvideo.platform.errors import UserError
 
@@ -19,20 +20,32 @@ IMAGE_DESCRIPTION = 0x010E
 """The EXIF tag that holds a WebP's facts."""
 
 
-def write_result(path: Path, pieces: Iterable[np.ndarray], facts: dict[str, Any]) -> None:
+def write_result(
+    path: Path,
+    pieces: Iterable[np.ndarray],
+    facts: dict[str, Any],
+    fps: float = TARGET_FPS,
+    colours: ColourTags | None = None,
+    finish: Callable[[Path], None] = lambda path: None,
+) -> None:
     """Write frames as mp4, png or webp with the facts embedded, and as JSON beside it.
 
     Args:
         path: The file; its folder is made.
         pieces: Frames uint8 [frames, height, width, 3] in pieces; a video is encoded while the next one is made.
         facts: Plain values, ``prompt`` among them.
+        fps: Of a video.
+        colours: What its colours mean; None states nothing.
+        finish: Called with the file before its facts are written beside it, which make it count as done.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(facts, sort_keys=True, ensure_ascii=False)
     if path.suffix.lower() in VIDEO_SUFFIXES:
-        write_while_made(path, pieces, fps=TARGET_FPS, metadata={"comment": text, "title": facts["prompt"]})
+        metadata = {"comment": text, "title": facts["prompt"]}
+        write_while_made(path, pieces, fps=fps, metadata=metadata, colours=colours)
     else:
         _write_picture(path, next(iter(pieces))[0], text)
+    finish(path)
     sidecar = sidecar_path(str(path))
     partial = sidecar.with_name(f".{sidecar.name}.tmp")
     partial.write_text(json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

@@ -18,6 +18,10 @@ class Settings:
     height: int = option(0, "height")
     default_size: list[int] = option([832, 480], "width and height where neither a source nor width and height say")
     num_frames: int = option(97, "frames of a video, at most the source's; 4k+1 with a codec of temporal stride 4")
+    whole: bool = option(
+        False, "edit the whole of a video, in windows of num_frames, at its own frame rate and size, its sound kept"
+    )
+    overlap: int = option(17, "whole: frames that neighbouring windows share, of the same form as num_frames")
     steps: int = option(50, "denoising steps")
     scale: float | None = option(None, "guidance scale; null takes the task's (2.5 for edits, 5 otherwise)")
     visual_scale: float | None = option(None, "guidance scale of media; null takes 1.5")

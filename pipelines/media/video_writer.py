@@ -10,6 +10,8 @@ from pathlib import Path
 import av
 import numpy as np
 
+from loomvideo.pipelines.media.sound import ColourTags
+
 PIECES_AHEAD = 2
 
 
@@ -38,6 +40,7 @@ def write_video_stream(
     fps: float = 24.0,
     crf: int = 16,
     metadata: Mapping[str, str] | None = None,
+    colours: ColourTags | None = None,
 ) -> None:
     """Write an mp4 (H.264, yuv420p, faststart) through a temporary name.
 
@@ -51,6 +54,7 @@ def write_video_stream(
         fps: Frames a second.
         crf: x264 constant rate factor.
         metadata: Tags of the container, such as ``{"comment": …}``.
+        colours: What red, green and blue mean; None states nothing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.tmp.mp4")
@@ -62,6 +66,9 @@ def write_video_stream(
             stream.pix_fmt = "yuv420p"
             stream.codec_context.color_range = 1
             stream.codec_context.colorspace = 1
+            if colours is not None:
+                stream.codec_context.color_primaries = colours.primaries
+                stream.codec_context.color_trc = colours.transfer
             reformatter = av.video.reformatter.VideoReformatter()
             for piece in pieces:
                 _, height, width, _ = piece.shape

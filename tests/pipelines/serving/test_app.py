@@ -357,6 +357,21 @@ def served(app):
         thread.join()
 
 
+def check_completion(page):
+    """Typing @ offers the references; keys choose one; Ctrl+Enter sends."""
+    press = "document.querySelector('#prompt').dispatchEvent(new KeyboardEvent('keydown', {key: '%s'}))"
+    page.evaluate(
+        "(box => { box.value = 'wear @im'; box.setSelectionRange(8, 8); box.dispatchEvent(new Event('input')) })"
+        "(document.querySelector('#prompt'))"
+    )
+    assert page.evaluate("document.querySelectorAll('#mentions li').length") == 2
+    page.evaluate(press % "ArrowDown")
+    page.evaluate(press % "Enter")
+    assert page.evaluate("document.querySelector('#prompt').value") == "wear @Image 2 "
+    assert page.evaluate("document.querySelector('#mentions').hidden")
+    page.evaluate("document.querySelector('#prompt').value = 'Dress her in @Image 2'")
+
+
 @requires_browser
 @pytest.mark.slow
 def test_page_in_a_browser(tmp_path, mp4):
@@ -386,6 +401,12 @@ def test_page_in_a_browser(tmp_path, mp4):
         page.wait_for("document.querySelector('#player img').naturalHeight === 8")
         page.wait_for("document.querySelector('#player video').videoWidth === 96")
         assert "done" in page.evaluate("document.querySelector('#history').innerText")
+
+        page.evaluate("document.querySelector('#view').click()")
+        page.wait_for("document.querySelectorAll('.compare > *').length === 2")
+        page.evaluate("(s => { s.value = 20; s.dispatchEvent(new Event('input')) })(document.querySelector('#split'))")
+        assert page.evaluate("document.querySelector('.compare').style.getPropertyValue('--at')") == "20%"
+        check_completion(page)
 
         page.choose_files("#source-file", large)
         page.wait_for("document.querySelector('#error').textContent.includes('4200x16 pixels are too many')")
