@@ -78,9 +78,9 @@ class Tracker:
     ):
         self.folder = folder
         self.uri = uri or default_tracking_uri(folder.root)
-        self._client = MlflowClient(tracking_uri=_patient(self.uri))
         try:
             with _alone(self.uri):
+                self._client = MlflowClient(tracking_uri=_patient(self.uri))
                 self.experiment_id = self._open_experiment(experiment or f"loomvideo/{folder.job}")
             self.run_id = self._open_run(tags or {}, parent_run_id)
         except (MlflowException, OSError) as error:

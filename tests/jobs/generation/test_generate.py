@@ -216,7 +216,8 @@ def test_everything_people_bring_is_a_source_or_one_line(folder, generator):
     for path in sorted(mixed.iterdir()):
         said = ""
         try:
-            generator.prepare(request(folder, "edit", f"{path.name}.mp4", f"mixed/{path.name}"))
+            suffix = "png" if path.suffix in (".png", ".jpg", ".webp", ".heic") else "mp4"
+            generator.prepare(request(folder, "edit", f"{path.name}.{suffix}", f"mixed/{path.name}"))
         except UserError as error:
             said = str(error)
         assert bool(said) == bool(wanted.get(path.name)), (path.name, said)
