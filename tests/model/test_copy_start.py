@@ -10,6 +10,7 @@ from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.flow import noised_and_target
 from loomvideo.model.packing import DiTSample, pack
 from loomvideo.model.sizes import model_size
+from loomvideo.platform.errors import UserError
 
 SMALL = dataclasses.replace(
     model_size("tiny").dit,
@@ -62,3 +63,9 @@ def test_every_weight_gets_a_gradient_soon():
         model(batch).square().sum().backward()
         optimizer.step()
     assert [name for name, p in model.named_parameters() if not p.grad.any()] == []
+
+
+def test_a_model_without_room_for_a_source_is_refused():
+    narrow = dataclasses.replace(SMALL, in_channels=16, out_channels=16)
+    with pytest.raises(UserError, match="no room for two patches of 64"):
+        start_as_copy(LoomVideoDiT(narrow))
