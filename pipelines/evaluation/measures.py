@@ -124,9 +124,9 @@ def _against_target(video: np.ndarray, inputs: LoadedItem) -> dict[str, float]:
         values["gain_psnr_db"] = values["edit_psnr_db"] - values["copy_psnr_db"]
         changed = editing.change_mask(target, inputs.source)
         values["asked_area"] = float(changed.mean())
-        values["block_edge_ratio"] = max(
-            metrics.block_edge_ratio(video, target, period) for period in inputs.block_periods
-        )
+        periods = [period for period in inputs.block_periods if period < max(target.shape[1:3])]
+        if periods:
+            values["block_edge_ratio"] = max(metrics.block_edge_ratio(video, target, period) for period in periods)
         region = edit_region(inputs)
         if inputs.item.extra.get("garment") and region is not None and region.any():
             values["garment_delta_e"] = editing.garment_delta_e(video, region, target, region)

@@ -21,10 +21,10 @@ from loomvideo.pipelines.evaluation import metrics
 from loomvideo.pipelines.evaluation.inputs import LoadedItem
 from loomvideo.pipelines.evaluation.measures import comparable, measure
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.time_limits import REWARD_ANSWER
 
 logger = logging.getLogger(__name__)
 
-SERVER_TIMEOUT_S = 60.0
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
 
@@ -158,7 +158,7 @@ class Rewarder:
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     def _answer(self, body: dict[str, Any]) -> dict[str, float]:
-        reply = requests.post(self.server, json=body, timeout=SERVER_TIMEOUT_S)
+        reply = requests.post(self.server, json=body, timeout=REWARD_ANSWER.here())
         reply.raise_for_status()
         rewards = reply.json()["rewards"]
         missing = [name for name in self._asked if not isinstance(rewards.get(name), int | float)]

@@ -10,9 +10,9 @@ from typing import Any
 import requests
 
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.time_limits import PAGE_ANSWER
 
 POLL_S = 0.5
-REQUEST_TIMEOUT_S = 60.0
 _BUSY = (429, 502, 503, 504)
 _AWAY = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 
@@ -107,7 +107,7 @@ class Client:
         end, pause = time.monotonic() + self._patience_s, 0.2
         while True:
             try:
-                answer = self._session.request(method, self._url + path, timeout=REQUEST_TIMEOUT_S, **options)
+                answer = self._session.request(method, self._url + path, timeout=PAGE_ANSWER.here(), **options)
             except _AWAY as error:
                 if time.monotonic() + pause > end:
                     raise ServiceError(f"{self._url}: does not answer ({type(error).__name__})") from error

@@ -43,7 +43,12 @@ def fixed_limits(tree):
 
 
 # What somebody may set, and the default says how long: documented keys and arguments of clients of model servers.
-SETTABLE = {("pipelines/vlm/clients.py", "timeout_s"), ("platform/nodes/artifacts.py", "lock_timeout_s")}
+SETTABLE = {
+    ("pipelines/evaluation/rewards.py", "patience_s"),
+    ("pipelines/serving/client.py", "patience_s"),
+    ("pipelines/vlm/clients.py", "timeout_s"),
+    ("platform/nodes/artifacts.py", "lock_timeout_s"),
+}
 
 
 def test_every_fixed_limit_is_in_one_place():

@@ -17,6 +17,7 @@ from loomvideo.pipelines.evaluation.judges.rubrics import SEEN_WORDS
 from loomvideo.pipelines.evaluation.judges.session import JudgeSession
 from loomvideo.pipelines.evaluation.stages import VIDEO, Row, read_inputs
 from loomvideo.pipelines.evaluation.store import Store, read_lossless
+from loomvideo.pipelines.evaluation.suites.parsers import strict_json
 from loomvideo.pipelines.vlm.requests import FrameSampling, VLMRequest, encode_media, labelled
 
 AXIS = "preference"
@@ -76,7 +77,7 @@ def judge_pairs(
         for key in runs[a]
         if key in runs[b] and not runs[a][key]["failure"] and not runs[b][key]["failure"]
     ]
-    strict = replace(session, parser="strict")
+    strict = replace(session, parser=strict_json)
 
     def one(pair: tuple[str, str, str]) -> tuple[Match | None, tuple[float, float] | None, str, float]:
         a, b, key = pair

@@ -1,5 +1,6 @@
 """The frozen MLLM: alignment, batching, shared pictures, the tiny model's features, and folders."""
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -39,14 +40,14 @@ def edit_prompts(mllm):
 
 
 def test_states_are_the_librarys_hidden_states(mllm, edit_prompts):
+    library = copy.deepcopy(mllm.model)
+    library.language_model.norm = torch.nn.Identity()
     full = edit_prompts[0]
     types = torch.zeros_like(full.input_ids, dtype=torch.int32)
     types[full.input_ids == mllm.model.config.image_token_id] = 1
     types[full.input_ids == mllm.model.config.video_token_id] = 2
     media = {name: value for name, value in full.tensors().items() if name != "input_ids"}
-    output = mllm.model(
-        input_ids=full.input_ids[None], mm_token_type_ids=types[None], output_hidden_states=True, **media
-    )
+    output = library(input_ids=full.input_ids[None], mm_token_type_ids=types[None], output_hidden_states=True, **media)
     # The library lists the embeddings first and, as its norm is removed here, the last layer unchanged.
     expected = torch.stack(output.hidden_states[-mllm.num_states :])[:, 0]
     (ours,) = mllm.encode([full])
