@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
 import ray
 
 from loomvideo.platform.errors import UserError
@@ -129,15 +130,21 @@ def start_local(num_cpus: int, **options: Any) -> None:
 
 @contextlib.contextmanager
 def _nodes_may_be_late() -> Iterator[None]:
-    """Ray gives a node 30 s to register, and no setting changes that: its look-up is made to wait instead."""
+    """Ray gives a node 30 s to register, and no setting changes that: its look-up is made to wait instead.
+
+    Not for one that ended: the raylet leaves when its agents were not there in the 15 s that it gives them.
+    """
     services = ray._private.services
     look_up, ends = services.get_node, time.monotonic() + RAY_START.here()
+    earlier = _ended_raylets()
 
     def patient_look_up(*arguments: Any) -> Any:
         while True:
             try:
                 return look_up(*arguments)
-            except RuntimeError:  # it is not registered yet
+            except RuntimeError as error:  # it is not registered yet
+                if _ended_raylets() - earlier:
+                    raise TimeoutError("the raylet timed out waiting for its agents") from error
                 if time.monotonic() > ends:
                     raise
                 time.sleep(0.1)
@@ -147,6 +154,16 @@ def _nodes_may_be_late() -> Iterator[None]:
         yield
     finally:
         services.get_node = look_up
+
+
+def _ended_raylets() -> set[int]:
+    """Processes of raylets that this process started and that are over."""
+    ended = set()
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.name() == "raylet" and child.status() == psutil.STATUS_ZOMBIE:
+                ended.add(child.pid)
+    return ended
 
 
 def _temporary_folder() -> str | None:

@@ -157,6 +157,32 @@ def test_a_start_that_timed_out_is_tried_again_with_limits_for_this_machine(fake
     assert {os.environ[name] for name in ray_session._START_LIMITS} == {"1200"}
 
 
+def test_a_raylet_that_ended_is_not_waited_for(fake_init, monkeypatch, tmp_path):
+    """It gives its agents 15 s and leaves, on an overloaded machine: what helps is the next attempt, at once."""
+    calls, _ = fake_init
+    raylet = tmp_path / "raylet"
+    raylet.write_text("#!/bin/sh\n")
+    raylet.chmod(0o755)
+    children = []
+
+    def no_node(*arguments):
+        raise RuntimeError("no such node yet")
+
+    def init(**options):
+        calls.append(options)
+        if len(calls) < 3:
+            children.append(subprocess.Popen([raylet]))
+            ray_session.ray._private.services.get_node("address", "node")
+
+    monkeypatch.setattr(ray_session.ray._private.services, "get_node", no_node)
+    monkeypatch.setattr(ray_session.ray, "init", init)
+    with ray_session.ray_session():
+        pass
+    assert len(calls) == 3
+    for child in children:
+        child.wait()
+
+
 @pytest.mark.parametrize(
     ("error", "attempts", "message"),
     [
