@@ -176,7 +176,8 @@ def disagreement(
             found = _with_gradients(attend, inputs, upstream)
             again = _with_gradients(attend, inputs, upstream) if deterministic else found
         except (RuntimeError, ImportError, NotImplementedError, AssertionError) as error:
-            return f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            first_line = str(error).partition("\n")[0]  # empty for a bare assertion
+            return f"{type(error).__name__}: {first_line[:200]}"
     for what, one, other in zip(("output", "dq", "dk", "dv"), found, wanted, strict=True):
         error = float((one.detach().float() - other.detach()).abs().max() / other.detach().abs().max())
         if not error < TOLERANCE:

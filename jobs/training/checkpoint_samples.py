@@ -39,7 +39,10 @@ def sampling_tasks(
         say: Shows a line to the user.
     """
     samples = config.samples
-    if not samples.every_steps or not config.evaluation.samples:
+    if not samples.every_steps:
+        return []
+    if not config.evaluation.samples:
+        say(f"samples.every_steps={samples.every_steps}: no strips are made; set evaluation.samples to a sample file")
         return []
     heldout = dataclasses.replace(
         config.evaluation, num_edits=samples.num_edits, num_generated=samples.num_generated, num_films=2

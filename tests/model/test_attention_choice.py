@@ -69,6 +69,10 @@ def broken(query, key, value):
     raise RuntimeError("No available kernel.")
 
 
+def asserting(q, k, v):
+    raise AssertionError
+
+
 @pytest.mark.parametrize(
     ("attend", "expected"),
     [
@@ -77,6 +81,7 @@ def broken(query, key, value):
         (lambda q, k, v: plain(q, k, v.detach()) + 0 * v, "dv differs"),
         (noisy, "two equal passes differ"),
         (broken, "RuntimeError: No available kernel."),
+        (asserting, "AssertionError: "),
     ],
 )
 def test_an_implementation_is_compared_with_plain_attention(attend, expected):

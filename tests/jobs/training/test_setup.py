@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from loomvideo.jobs.training.checkpoint_samples import sampling_tasks
 from loomvideo.jobs.training.config import TrainingJobConfig
 from loomvideo.jobs.training.plan import MACHINES, machine_named, plan
 from loomvideo.jobs.training.setup import START_FILE, Start, check_folders, predictor, start_of
@@ -21,6 +22,17 @@ def finished(runs, name, time):
     (folder / "weights").mkdir(parents=True)
     (folder / "result.json").write_text("{}")
     os.utime(folder / "result.json", (time, time))
+
+
+def test_strips_without_samples_are_said_to_be_left_out():
+    config, said = TrainingJobConfig(), []
+    assert sampling_tasks(config, None, None, None, {"t2v"}, said.append) == said == []
+    config.samples.every_steps = 200
+    assert sampling_tasks(config, None, None, None, {"t2v"}, said.append) == []
+    assert said == ["samples.every_steps=200: no strips are made; set evaluation.samples to a sample file"]
+    config.evaluation.samples = "samples.jsonl"
+    (task,) = sampling_tasks(config, None, None, None, {"t2v"}, said.append)
+    assert (task.name, len(said)) == ("samples", 1)
 
 
 def test_a_continued_run_keeps_its_start(tmp_path):
