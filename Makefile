@@ -66,8 +66,8 @@ check: lint ## before a commit, under three minutes: format, lint, types of the 
 	$(BIN)/python infra/setup/check_types.py
 	$(BIN)/pytest -m 'not slow and not gpu' $(TESTS)
 
-test: lint check-lock ## lint, lock files and all tests: quick ones, then slow ones until 55 minutes have gone
-	$(BIN)/pytest --slow-until 55
+test: lint check-lock ## lint, lock files and all tests: quick ones, then slow ones until 55 minutes have gone; a run that hangs ends after 84
+	$(BIN)/pytest -v -o console_output_style=times --slow-until 55 --until 70 --end-at 84
 
 test-pages: $(VENV)/.setup-dev ## every command of the tutorial and of the Python page, one after the other (use a quiet machine)
 	$(BIN)/pytest --walkthrough -m walkthrough

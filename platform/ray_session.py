@@ -52,21 +52,20 @@ def ray_session(num_cpus: int | None = None, env_vars: dict[str, str] | None = N
     """
     previous = signal.signal(signal.SIGTERM, _interrupt)
     runtime_env = {"env_vars": env_vars or {}}
-    if ray.is_initialized():
-        yield
-        signal.signal(signal.SIGTERM, previous)
-        return
-    if in_cluster():
-        _join(runtime_env)
-    else:
-        start_local(num_cpus or usable_cpus(), runtime_env=runtime_env, log_to_driver=True)
-    # Ray's own handler, set by ray.init, would leave by sys.exit.
-    signal.signal(signal.SIGTERM, _interrupt)
+    joined = ray.is_initialized()
     try:
+        if not joined:
+            if in_cluster():
+                _join(runtime_env)
+            else:
+                start_local(num_cpus or usable_cpus(), runtime_env=runtime_env, log_to_driver=True)
+            # Ray's own handler, set by ray.init, would leave by sys.exit.
+            signal.signal(signal.SIGTERM, _interrupt)
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-        ray.shutdown()
+        if not joined:
+            ray.shutdown()
 
 
 def _join(runtime_env: dict[str, Any]) -> None:

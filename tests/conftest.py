@@ -1,8 +1,12 @@
 """Shared fixtures: one Ray cluster for all tests that need one. Quick tests run first, slow ones while time is left."""
 
+import contextlib
+import faulthandler
 import os
+import threading
 import time
 
+import psutil
 import pytest
 
 # Small tensors: a second thread only waits for the first, and on a busy machine waits long.
@@ -24,15 +28,23 @@ def ray_cluster(tmp_path_factory):
 
 
 def pytest_addoption(parser):
-    """How long slow tests may be started."""
+    """How long tests may be started."""
+    counted = "(or after LOOMVIDEO_TESTS_STARTED, in Unix seconds)"
+    for name, what in (("slow-until", "start no slow test"), ("until", "start no test")):
+        parser.addoption(
+            f"--{name}",
+            type=float,
+            default=float("inf"),
+            metavar="MINUTES",
+            help=f"{what} later than this after the start {counted}",
+        )
     parser.addoption(
-        "--slow-until",
+        "--end-at",
         type=float,
         default=float("inf"),
         metavar="MINUTES",
-        help="start no slow test later than this after the start (or after LOOMVIDEO_TESTS_STARTED, in Unix seconds)",
+        help=f"end a run that still hangs so long after the start {counted}, and say where",
     )
-
     parser.addoption(
         "--walkthrough", action="store_true", help="also run whole pages of the docs, as make test-pages does"
     )
@@ -41,27 +53,56 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     """Note when the run started: on a slow machine making the environment has taken of its time already."""
     started = float(os.environ.get("LOOMVIDEO_TESTS_STARTED") or time.time())
-    config.stash[_DEADLINE] = started + 60 * config.getoption("--slow-until")
+    config.stash[_SLOW_DEADLINE] = started + 60 * config.getoption("--slow-until")
+    config.stash[_DEADLINE] = started + 60 * config.getoption("--until")
     config.stash[_NOT_RUN] = []
+    end = started + 60 * config.getoption("--end-at")
+    if end < float("inf"):
+        # Capturing is not on yet: this is the terminal.
+        threading.Thread(target=_end_at, args=(end, os.dup(2)), name="end-at", daemon=True).start()
 
 
+_SLOW_DEADLINE = pytest.StashKey[float]()
 _DEADLINE = pytest.StashKey[float]()
 _NOT_RUN = pytest.StashKey[list]()
+# A test may replace time.sleep.
+_wait = threading.Event().wait
 
 
 def pytest_runtest_setup(item):
-    """Leave out a slow test for which no time is left."""
-    if item.get_closest_marker("slow") and time.time() > item.config.stash[_DEADLINE]:
+    """Leave out a test for which no time is left."""
+    deadline = item.config.stash[_SLOW_DEADLINE if item.get_closest_marker("slow") else _DEADLINE]
+    if time.time() > min(deadline, item.config.stash[_DEADLINE]):
         item.config.stash[_NOT_RUN].append(item.nodeid)
-        pytest.skip("no time left for slow tests")
+        pytest.skip("no time left")
+
+
+def _end_at(end, terminal):
+    """Say which test hangs, where, and beside which processes; then end all of it.
+
+    Whoever waits for this run would end it without a word. Neither a signal nor the main thread is needed for this.
+    """
+    while time.time() < end:
+        _wait(1)
+    with os.fdopen(terminal, "w", encoding="utf-8") as out:
+        children = psutil.Process().children(recursive=True)
+        print(f"\n\nthe time is over; running: {os.environ.get('PYTEST_CURRENT_TEST', 'between tests')}", file=out)
+        for child in children:
+            with contextlib.suppress(psutil.Error):
+                print(child.pid, child.status(), child.cpu_times()[:2], *child.cmdline(), file=out)
+        out.flush()
+        faulthandler.dump_traceback(out)
+        for child in children:
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+    os._exit(1)
 
 
 def pytest_terminal_summary(terminalreporter, config):
     """Name what was not run: a skip that nobody sees looks like a pass."""
     names = config.stash[_NOT_RUN]
     if names:
-        minutes = config.getoption("--slow-until")
-        terminalreporter.section(f"{len(names)} slow tests not run: {minutes:g} minutes had gone")
+        terminalreporter.section(f"{len(names)} tests not run: their time was over")
         for name in names:
             terminalreporter.write_line(name)
 
