@@ -87,9 +87,10 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Ray raises a worker's mistake with its traceback as text, and the mistake itself as cause.
+        print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
+    except Exception as error:  # libraries have many names for a full disk; all else goes on
         told = of_the_disk(error)
         if told is None:
             raise

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ from loomvideo.model.fingerprints import weights_fingerprint
 from loomvideo.model.float8 import Float8Linear
 from loomvideo.model.lora import ADAPTER_FILE
 from loomvideo.model.quantize import QuantizedLinear
-from loomvideo.platform.errors import UserError
+from loomvideo.platform.errors import UserError, full_disk_named
 
 DIALECTS = ("peft", "diffusers", "comfyui", "kohya")
 """What adapters are written as; all are read, as are musubi's and bare Wan keys."""
@@ -127,7 +127,7 @@ def read_adapter(path: str | Path, model: nn.Module, strength: float = 1.0) -> A
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - the handle is no mapping
-    except Exception as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(f"lora={path}: not a readable safetensors file ({str(error).splitlines()[0]})") from error
     layers, names = _linears(model), _layer_names(model)
     found: dict[str, dict[str, Tensor]] = {}
@@ -205,7 +205,8 @@ def save_as(adapter: Adapter, path: str | Path, dialect: str, dtype: torch.dtype
         tensors[name + down_suffix] = down.to(dtype).contiguous()
         if dialect != "peft":
             tensors[f"{name}.alpha"] = torch.tensor(scale * down.shape[0])
-    save_file(tensors, file, metadata={"format": "pt"})
+    with full_disk_named(file, file):
+        save_file(tensors, file, metadata={"format": "pt"})
     if dialect == "peft":
         rank = max(down.shape[0] for down, _, _ in adapter.layers.values())
         ranks = {layer: down.shape[0] for layer, (down, _, _) in adapter.layers.items()}

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from loomvideo.model.config import LoRAConfig
-from loomvideo.platform.errors import UserError
+from loomvideo.platform.errors import UserError, full_disk_named
 
 ADAPTER_FILE = "adapter_model.safetensors"
 DOWN, UP, MAGNITUDE = ".lora_A", ".lora_B", ".lora_magnitude"
@@ -133,7 +133,8 @@ def save_adapter(
         if f".{kind}" in suffixes:
             tensors[f"base_model.model.{layer}{suffixes[f'.{kind}']}"] = state[name].to("cpu", dtype).contiguous()
             layers += [layer] if f".{kind}" == DOWN else []
-    save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    with full_disk_named(folder / ADAPTER_FILE, folder / ADAPTER_FILE):
+        save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
     stated = {
         "peft_type": "LORA",
         "r": config.rank,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -29,7 +29,7 @@ from loomvideo.model.checkpoint_names import (
 )
 from loomvideo.model.config import DiTConfig
 from loomvideo.model.dit import LoomVideoDiT
-from loomvideo.platform.errors import UserError
+from loomvideo.platform.errors import UserError, full_disk_named
 
 FORMAT = "loomvideo-dit"
 FORMAT_VERSION = 1
@@ -270,7 +270,9 @@ def save_dit(
 
     def flush() -> None:
         names_of_shards.append(list(shards[0]))
-        save_file(shards[0], folder / f"shard-{len(names_of_shards):05d}.partial", metadata={"format": "pt"})
+        partial = folder / f"shard-{len(names_of_shards):05d}.partial"
+        with full_disk_named(folder, partial):
+            save_file(shards[0], partial, metadata={"format": "pt"})
         shards[0] = {}
 
     for name, tensor in pairs:
@@ -333,8 +335,9 @@ def _open_file(path: Path) -> StoredWeights:
         return _open_safetensors(path, "published", [path])
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise UserError(f"{path}: not a readable state dict ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # unpickling damaged bytes raises nearly anything
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: not a readable state dict ({first})") from error
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path}: expected a state dict of tensors by name")
     kind, ours = _kind_and_names(path, "published", state)
@@ -356,7 +359,7 @@ def _open_safetensors(path: Path, kind: str, files: Sequence[Path], **stated: An
             _refuse_unreadable(file)
             try:
                 handle = stack.enter_context(safe_open(file, framework="pt"))
-            except Exception as error:
+            except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: not a readable safetensors file ({str(error).splitlines()[0]})") from error
             slices |= {name: (file, handle.get_slice(name)) for name in handle.keys()}  # noqa: SIM118 - no mapping
         checkpoint.kind, ours = _kind_and_names(path, kind, slices)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from loomvideo.platform.console import console, values_table
-from loomvideo.platform.errors import UserError
+from loomvideo.platform.errors import UserError, full_disk_named
 from loomvideo.platform.folders import lock
 from loomvideo.platform.time_limits import RUN_HELD
 
@@ -98,8 +98,9 @@ class RunFolder:
         """Write a text file of the folder through a temporary name."""
         path = self.path / name
         partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        partial.write_text(text)
-        partial.replace(path)
+        with full_disk_named(path, partial):
+            partial.write_text(text)
+            partial.replace(path)
         return path
 
     def finish(self, result: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from mlflow.exceptions import MlflowException, RestException
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from loomvideo.platform.errors import UserError
+from loomvideo.platform.errors import UserError, full_disk_named
 from loomvideo.platform.folders import locked
 from loomvideo.platform.registry import MODEL_ID, log_dataset, logged_model
 from loomvideo.platform.runs import RunFolder
@@ -79,7 +79,7 @@ class Tracker:
         self.folder = folder
         self.uri = uri or default_tracking_uri(folder.root)
         try:
-            with _alone(self.uri):
+            with full_disk_named(self.uri), _alone(self.uri):
                 self._client = MlflowClient(tracking_uri=_patient(self.uri))
                 self.experiment_id = self._open_experiment(experiment or f"loomvideo/{folder.job}")
             self.run_id = self._open_run(tags or {}, parent_run_id)
@@ -219,7 +219,8 @@ class Tracker:
             raise
         except (MlflowException, OSError) as error:
             if not self.uri.startswith("http"):
-                raise
+                with full_disk_named(self.uri):
+                    raise
             logger.warning("tracking server %s: %s; %s", self.uri, error, consequence)
 
     def _send_loop(self) -> None:
@@ -280,8 +281,7 @@ class Tracker:
     def _refuse(self, metric: dict[str, Any], error: Exception) -> None:
         path = self.folder.path / REFUSED_FILE
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        with path.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(metric | {"reason": reason}) + "\n")
+        self._append(path, [metric | {"reason": reason}])
         if metric["key"] not in self._refused:
             self._refused.add(metric["key"])
             logger.warning(
@@ -297,9 +297,18 @@ class Tracker:
                 break
             unsent += batch or []
         path = self.folder.path / UNSENT_FILE
-        with path.open("a", encoding="utf-8") as out:
-            out.writelines(json.dumps(_as_dict(metric)) + "\n" for metric in unsent)
-        logger.warning("tracking server %s: not reached; %d metrics are in %s", self.uri, len(unsent), path)
+        if self._append(path, map(_as_dict, unsent)):
+            logger.warning("tracking server %s: not reached; %d metrics are in %s", self.uri, len(unsent), path)
+
+    def _append(self, path: Path, rows: Iterable[dict[str, Any]]) -> bool:
+        """Add lines to a file; a full disk costs them, and neither the sending thread nor a run that is done."""
+        try:
+            with path.open("a", encoding="utf-8") as out:
+                out.writelines(json.dumps(row) + "\n" for row in rows)
+        except OSError as error:
+            logger.warning("%s: %s; metrics are lost", path, error.strerror or error)
+            return False
+        return True
 
 
 def _patient(uri: str) -> str:

@@ -189,3 +189,19 @@ def test_the_door_opens_without_loading_anything_heavy(statement):
     script = f"{statement}; import sys; print([name for name in {HEAVY!r} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_every_catch_of_everything_says_why():
+    """Reading loops catch what readers raise; where anything at all is caught, a comment gives the reason."""
+    found = []
+    for room in ROOMS:
+        for path in sorted((ROOT / room).rglob("*.py")):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            for number, line in enumerate(lines):
+                if re.match(r"\s*except (Exception|BaseException)\b", line) or re.match(r"\s*except:", line):
+                    # Beside it, or in the block where it stands.
+                    near = [line, *lines[number + 1 : number + 4]]
+                    raised = lines[number + 1].strip() == "raise" or lines[number + 2].strip() == "raise"
+                    if not raised and not any("#" in one for one in near):
+                        found.append(f"{path.relative_to(ROOT)}:{number + 1}")
+    assert found == []

@@ -17,7 +17,7 @@ from loomvideo.model.interchange.components import EmbeddedCodec, LoomVideoTrans
 from loomvideo.model.interchange.parts import COMPONENTS, processor_values
 from loomvideo.model.sizes import PIPELINE_FILE, ModelSize
 from loomvideo.model.weights import load_dit
-from loomvideo.platform.errors import UserError
+from loomvideo.platform.errors import UserError, full_disk_named
 
 PIPELINE_CLASS = "LoomVideoDiffusionPipeline"
 LOADER = "loomvideo_pipeline"
@@ -57,6 +57,12 @@ def write_folder(
             raise UserError(f"{key}={folder}: format=diffusers writes the whole model; name the folder of its files")
     transformer = LoomVideoTransformer3DModel.from_dit(load_dit(weights, size.dit, dtype=dtype, allow=allow))
     output.mkdir(parents=True, exist_ok=True)
+    with full_disk_named(output):
+        _write_parts(transformer, size, output)
+    return transformer
+
+
+def _write_parts(transformer: LoomVideoTransformer3DModel, size: ModelSize, output: Path) -> None:
     transformer.save_pretrained(output / COMPONENTS["dit"], max_shard_size=SHARD_SIZE)
     size.scheduler.scheduler().save_pretrained(output / "scheduler")
     index = {
@@ -70,7 +76,6 @@ def write_folder(
     }
     (output / PIPELINE_FILE).write_text(json.dumps({"model": size.name}, indent=2) + "\n")
     declare_pipeline(output, index)
-    return transformer
 
 
 def declare_pipeline(folder: Path, index: dict[str, Any]) -> None:

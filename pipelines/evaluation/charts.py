@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure as Canvas
 
 from loomvideo.pipelines.evaluation.aggregate import Figure
+from loomvideo.platform.errors import full_disk_named
 
 COLORS = ("#185ca8", "#d9822b", "#6c7178")
 
@@ -61,4 +62,5 @@ def save_bars(figures: Sequence[Figure], identity: Sequence[Figure], title: str,
 
 def _save(canvas: Canvas, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.savefig(path, dpi=110, facecolor="white")
+    with full_disk_named(path, path):
+        canvas.savefig(path, dpi=110, facecolor="white")

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from loomvideo.pipelines.evaluation.metrics import check_video
 from loomvideo.pipelines.vlm.requests import spread_frames
+from loomvideo.platform.errors import full_disk_named
 
 BACKGROUND = (255, 255, 255)
 INK = (28, 30, 33)
@@ -154,8 +155,9 @@ def save_png(picture: Image.Image, path: Path) -> None:
     """Write a PNG through a temporary name, making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.tmp.png")
-    picture.save(partial, compress_level=4)
-    partial.replace(path)
+    with full_disk_named(path, partial):
+        picture.save(partial, compress_level=4)
+        partial.replace(path)
 
 
 def _resized(frame: np.ndarray, height: int) -> Image.Image:

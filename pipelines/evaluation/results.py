@@ -10,7 +10,7 @@ import numpy as np
 
 from loomvideo.pipelines.evaluation.aggregate import Figure, SuiteResult, sample_values
 from loomvideo.pipelines.evaluation.stages import MODEL, Row, item_of
-from loomvideo.platform.errors import UserError
+from loomvideo.platform.errors import UserError, full_disk_named
 
 
 @dataclass(frozen=True)
@@ -94,5 +94,6 @@ def _nan(value: Any) -> Any:
 
 def _write(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with full_disk_named(path, partial):
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)

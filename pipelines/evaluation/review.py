@@ -21,6 +21,7 @@ from loomvideo.pipelines.evaluation.results import SavedSuite, clean
 from loomvideo.pipelines.evaluation.stages import FILM, MODEL, STRIP, THUMB, Row
 from loomvideo.pipelines.evaluation.store import Store
 from loomvideo.pipelines.evaluation.table import headline_metrics, metric
+from loomvideo.platform.errors import full_disk_named
 
 TEMPLATE = Path(__file__).with_name("review.html")
 
@@ -124,8 +125,9 @@ def write_review_page(
     text = json.dumps(clean(content), ensure_ascii=False).replace("</", "<\\/")
     page = folder / "review.html"
     partial = page.with_name("review.html.tmp")
-    partial.write_text(TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", text), encoding="utf-8")
-    partial.replace(page)
+    with full_disk_named(page, partial):
+        partial.write_text(TEMPLATE.read_text(encoding="utf-8").replace("__DATA__", text), encoding="utf-8")
+        partial.replace(page)
     return page
 
 

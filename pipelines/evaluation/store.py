@@ -18,6 +18,7 @@ import av
 import numpy as np
 
 from loomvideo.pipelines.evaluation.metrics import check_video
+from loomvideo.platform.errors import full_disk_named
 from loomvideo.platform.folders import give_name
 
 RECORD = "record.json"
@@ -52,8 +53,9 @@ class Store:
         partial = final.parent / f".{key}.{os.getpid()}-{uuid.uuid4().hex[:6]}"
         partial.mkdir(parents=True)
         try:
-            record = fill(partial)
-            (partial / RECORD).write_text(json.dumps(record, sort_keys=True), encoding="utf-8")
+            with full_disk_named(final):
+                record = fill(partial)
+                (partial / RECORD).write_text(json.dumps(record, sort_keys=True), encoding="utf-8")
             try:
                 give_name(partial, final, RECORD)
             except OSError:

@@ -14,7 +14,7 @@ from loomvideo.model.clips import TARGET_FPS
 from loomvideo.pipelines.generation.requests import VIDEO_SUFFIXES
 from loomvideo.pipelines.media.sound import ColourTags
 from loomvideo.pipelines.media.video_writer import write_while_made
-from loomvideo.platform.errors import UserError
+from loomvideo.platform.errors import UserError, full_disk_named
 
 IMAGE_DESCRIPTION = 0x010E
 """The EXIF tag that holds a WebP's facts."""
@@ -48,8 +48,9 @@ def write_result(
     finish(path)
     sidecar = sidecar_path(str(path))
     partial = sidecar.with_name(f".{sidecar.name}.tmp")
-    partial.write_text(json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-    partial.replace(sidecar)
+    with full_disk_named(sidecar, partial):
+        partial.write_text(json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        partial.replace(sidecar)
 
 
 def sidecar_path(out: str) -> Path:
@@ -77,12 +78,13 @@ def content_hash(path: str) -> str:
 def _write_picture(path: Path, pixels: np.ndarray, text: str) -> None:
     partial = path.with_name(f".{path.stem}.tmp{path.suffix}")
     picture = Image.fromarray(pixels)
-    if path.suffix.lower() == ".png":
-        info = PngInfo()
-        info.add_itxt("loomvideo", text)
-        picture.save(partial, pnginfo=info)
-    else:
-        exif = Image.Exif()
-        exif[IMAGE_DESCRIPTION] = text
-        picture.save(partial, lossless=True, exif=exif)
-    partial.replace(path)
+    with full_disk_named(path, partial):
+        if path.suffix.lower() == ".png":
+            info = PngInfo()
+            info.add_itxt("loomvideo", text)
+            picture.save(partial, pnginfo=info)
+        else:
+            exif = Image.Exif()
+            exif[IMAGE_DESCRIPTION] = text
+            picture.save(partial, lossless=True, exif=exif)
+        partial.replace(path)

@@ -12,6 +12,7 @@ import fsspec
 
 from loomvideo.pipelines.media.decode import DecodeError, on_disk
 from loomvideo.pipelines.media.fragments import split_fragment, with_fragment
+from loomvideo.platform.errors import full_disk_behind
 from loomvideo.platform.shards.storage import is_storage_error, patiently
 
 _READ_BYTES = 1 << 20
@@ -70,7 +71,9 @@ def local_copies(paths: list[str]) -> Iterator[dict[str, str]]:
                 patiently(path, _download, path, local)
             except FileNotFoundError as error:
                 raise DecodeError("missing_file", f"{path}: no such object") from error
-            except Exception as error:
+            except Exception as error:  # each store's client has errors of its own; what is none of theirs goes on
+                if full_disk_behind(error) is not None:
+                    raise  # this machine's temporary folder: no fault of the file
                 if not isinstance(error, OSError) and not is_storage_error(error):
                     raise
                 raise DecodeError("download_failed", f"{path}: {error}") from error

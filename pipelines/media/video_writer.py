@@ -11,6 +11,7 @@ import av
 import numpy as np
 
 from loomvideo.pipelines.media.sound import ColourTags
+from loomvideo.platform.errors import full_disk_named
 
 PIECES_AHEAD = 2
 
@@ -58,7 +59,7 @@ def write_video_stream(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.tmp.mp4")
-    try:
+    with full_disk_named(path, partial):
         with av.open(str(partial), "w", options={"movflags": "+faststart"}) as container:
             container.metadata.update(metadata or {})
             options = {"crf": str(crf), "preset": "medium", "threads": "1", "x264-params": "colormatrix=bt709"}
@@ -85,8 +86,6 @@ def write_video_stream(
                     container.mux(stream.encode(yuv))
             container.mux(stream.encode(None))
         partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_while_made(path: Path, pieces: Iterable[np.ndarray], **options: object) -> None:

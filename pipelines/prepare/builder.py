@@ -188,7 +188,7 @@ class ShardBuilder:
         except Exception as error:
             if is_device_fault(error):
                 raise DeviceFaultError(traceback.format_exc(limit=-4)) from error
-            # One sample must not end the run; a fault of all samples ends it through limits.max_loss.
+            # Of models and libraries. One sample must not end the run; a fault of all ends it through limits.max_loss.
             trace = traceback.format_exc(limit=-4)
             return _lost(loaded.sample, "quarantined", "encode", "encode_error", trace)
 
@@ -208,7 +208,7 @@ class ShardBuilder:
                     if stopped.is_set():
                         return
                     put(self._load(plan))
-            except BaseException as error:
+            except BaseException as error:  # handed to the consumer, which raises it
                 put(error)
 
         thread = threading.Thread(target=work, name="loader", daemon=True)

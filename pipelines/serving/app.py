@@ -21,7 +21,7 @@ from loomvideo.model.codec import LatentGrid
 from loomvideo.model.tasks import REQUESTED, requested_task
 from loomvideo.pipelines.serving.examples import PageExample
 from loomvideo.pipelines.serving.guards import check_host, check_origin
-from loomvideo.pipelines.serving.jobs import Backend, Job, JobQueue, QuotaReachedError
+from loomvideo.pipelines.serving.jobs import Backend, Job, JobQueue, QuotaReachedError, StoreFullError
 from loomvideo.pipelines.serving.requests import GenerationRequest, RequestLimits
 from loomvideo.pipelines.serving.schemas import Health, JobBody, JobState, UploadState, problems, raw_body
 from loomvideo.pipelines.serving.store import MEMORY, ServiceStore
@@ -146,6 +146,10 @@ def create_app(
     async def _user_error(request: Request, error: UserError) -> JSONResponse:
         metrics.rejected.labels(422).inc()
         return JSONResponse({"error": str(error)}, 422)
+
+    @app.exception_handler(StoreFullError)
+    async def _full(request: Request, error: StoreFullError) -> JSONResponse:
+        return await _http_error(request, HTTPException(507, str(error)))
 
     @app.exception_handler(RequestValidationError)
     async def _malformed(request: Request, error: RequestValidationError) -> JSONResponse:

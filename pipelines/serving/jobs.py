@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from loomvideo.model.codec import LatentGrid
 from loomvideo.pipelines.serving.requests import GenerationRequest, RequestLimits, check_request
-from loomvideo.platform.errors import UserError
+from loomvideo.platform.errors import UserError, full_disk_behind
 
 if TYPE_CHECKING:
     from loomvideo.pipelines.serving.store import ServiceStore
@@ -44,6 +44,10 @@ class Backend(Protocol):
     def __call__(self, request: GenerationRequest) -> AsyncIterator[Progress | Result]:
         """Progress while it runs, then one result; :class:`UserError` for what the user can change."""
         ...
+
+
+class StoreFullError(UserError):
+    """The disk under the store is full."""
 
 
 class QuotaReachedError(UserError):
@@ -244,12 +248,19 @@ class JobQueue:
             status, error = "failed", str(problem)
         except TimeoutError as problem:
             status, error = "failed", _late(job, self.limits) if deadline.expired() else one_line(problem)
-        except Exception as problem:
+        except Exception as problem:  # whatever a generator raises is the end of its job, and not of the server
             logger.exception("generation %s failed", job.id)
             status, error = "failed", one_line(problem)
         finally:
             self._tasks.pop(job.id, None)
-        if self.store.finish(job, status, error, result if status == "done" else None):
+        try:
+            ended = self.store.finish(job, status, error, result if status == "done" else None)
+        except StoreFullError as problem:
+            # Said here as long as this server runs; the store has it as unfinished, for the next one to make again.
+            job.status, job.error, job.finished_s = "failed", str(problem), time.time()
+            self._on_finished(job)
+            return
+        if ended:
             job.status, job.error, job.finished_s = status, error, time.time()
             job.media_type = result.media_type if result and status == "done" else None
             self._on_finished(job)
@@ -271,6 +282,8 @@ def one_line(error: Exception) -> str:
     cause = getattr(error, "cause", None) or error
     if isinstance(cause, UserError):
         return str(cause)
+    if full_disk_behind(cause) is not None:
+        return "the server has no room left on a disk: tell whoever runs it"
     if type(cause).__name__ in ("OutOfMemoryError", "MemoryError"):
         return "out of memory: choose a smaller size or fewer frames"
     return f"the generation failed ({type(cause).__name__}); the server's log says why"

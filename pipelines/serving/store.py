@@ -3,8 +3,9 @@
 import contextlib
 import dataclasses
 import fcntl
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,15 +27,16 @@ from sqlalchemy import (
 )
 from sqlalchemy import delete as sql_delete
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
 from loomvideo.pipelines.media.decode import MediaInfo
-from loomvideo.pipelines.serving.jobs import UNFINISHED, Job, Result
+from loomvideo.pipelines.serving.jobs import UNFINISHED, Job, Result, StoreFullError
 from loomvideo.pipelines.serving.requests import GenerationRequest, RequestLimits
 from loomvideo.pipelines.serving.uploads import Upload, UploadLimits
-from loomvideo.platform.errors import UserError
+from loomvideo.platform.errors import UserError, full_disk_behind
 
+logger = logging.getLogger(__name__)
 MEMORY = "memory"
 LOCK_KEY = 0x10_0A_71DE0
 """Names the lock of one server in a Postgres database."""
@@ -135,11 +137,22 @@ class ServiceStore:
             self._lock = None
         self._engine.dispose()
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[Connection]:
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except OperationalError as error:
+            if full_disk_behind(error) is None:
+                raise
+            logger.error("store=%s: no space left; free some", self.place)
+            raise StoreFullError("the server has no room left: nothing was kept, tell whoever runs it") from error
+
     def add_upload(self, upload: Upload, limits: UploadLimits, owner: str = "") -> None:
         """Keep an upload; the oldest that no job needs are forgotten when there are too many bytes."""
         values = {"id": upload.id, "owner": owner, "created_s": time.time(), "media_type": upload.media_type}
         values |= {"info": dataclasses.asdict(upload.info), "content": upload.content}
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             connection.execute(insert(_UPLOADS).values(**values, num_bytes=len(upload.content)))
             _forget_uploads(connection, limits, spared=upload.id)
 
@@ -163,7 +176,7 @@ class ServiceStore:
         request = job.request
         values = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
         media = [values.pop("source"), *values.pop("references")]
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             connection.execute(
                 insert(_JOBS).values(
                     id=job.id, owner=job.owner, asked_as=job.asked_as, request=values, status=job.status,
@@ -177,13 +190,13 @@ class ServiceStore:
 
     def start(self, job_id: str, attempts: int, started_s: float) -> None:
         """Note that a generator began a job."""
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             changes = {"status": "running", "attempts": attempts, "started_s": started_s}
             connection.execute(update(_JOBS).where(_JOBS.c.id == job_id).values(**changes))
 
     def put_back(self, job_id: str, attempts: int) -> None:
         """Note that a job was stopped for no fault of its own."""
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             connection.execute(update(_JOBS).where(_JOBS.c.id == job_id).values(status="queued", attempts=attempts))
 
     def finish(self, job: Job, status: str, error: str = "", result: Result | None = None) -> bool:
@@ -196,7 +209,7 @@ class ServiceStore:
         if result is not None:
             changes |= {"media_type": result.media_type, "num_bytes": len(result.content)}
         mine = (_JOBS.c.id == job.id) & (_JOBS.c.attempts == job.attempts) & _JOBS.c.status.in_(UNFINISHED)
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             if not connection.execute(update(_JOBS).where(mine).values(**changes)).rowcount:
                 return False
             if result is not None:
@@ -243,12 +256,12 @@ class ServiceStore:
 
     def delete(self, job_id: str) -> None:
         """Forget a job with its result."""
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             _delete_jobs(connection, [job_id])
 
     def forget(self, limits: RequestLimits) -> None:
         """Forget finished jobs that are old or too many, and what was asked for over a day ago."""
-        with self._engine.begin() as connection:
+        with self._writing() as connection:
             rows = connection.execute(
                 select(_JOBS.c.id, _JOBS.c.finished_s, _JOBS.c.num_bytes)
                 .where(_JOBS.c.finished_s.is_not(None))

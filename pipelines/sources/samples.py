@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from loomvideo.model.tasks import TASKS
 from loomvideo.pipelines.sources.fields import KEY_PATTERN, FieldError, clean_fields
-from loomvideo.platform.errors import UserError
+from loomvideo.platform.errors import UserError, full_disk_named
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,7 @@ def read_jsonl(path: Path) -> Iterator[Sample]:
 def write_jsonl(samples: Iterable[Sample], path: Path) -> None:
     """Write samples to a JSONL file, through a temporary name."""
     partial = path.with_name(path.name + ".tmp")
-    with partial.open("w", encoding="utf-8") as out:
-        out.writelines(sample.to_json() + "\n" for sample in samples)
-    partial.replace(path)
+    with full_disk_named(path, partial):
+        with partial.open("w", encoding="utf-8") as out:
+            out.writelines(sample.to_json() + "\n" for sample in samples)
+        partial.replace(path)

@@ -22,7 +22,7 @@ from loomvideo.pipelines.sources.base import (
     register,
 )
 from loomvideo.pipelines.sources.rows import SUFFIXES, Entry, Row, as_list, plain_name, rows, shaped, table_files
-from loomvideo.platform.errors import UserError
+from loomvideo.platform.errors import UserError, full_disk_named
 from loomvideo.platform.machine import cache_folder
 
 FIELDS = (
@@ -64,9 +64,10 @@ class Extractor:
         relative = f"{name[:2]}/{name}{media_suffix(content, named)}"
         path = f"{self.base.rstrip('/')}/{relative}"
         if not self.fs.exists(path):
-            self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-            self.fs.pipe_file(path + ".tmp", content)
-            self.fs.mv(path + ".tmp", path)
+            with full_disk_named(path, Path(f"{path}.tmp")):
+                self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+                self.fs.pipe_file(path + ".tmp", content)
+                self.fs.mv(path + ".tmp", path)
         return f"{self.folder}/{relative}"
 
 

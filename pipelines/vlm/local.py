@@ -51,7 +51,7 @@ class Batcher:
                     break
             try:
                 replies = self._answer([request for request, _ in batch])
-            except BaseException as error:
+            except BaseException as error:  # handed to who asked
                 for _, future in batch:
                     future.set_exception(error)
             else:

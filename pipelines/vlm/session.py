@@ -11,7 +11,7 @@ from pathlib import Path
 
 from loomvideo.pipelines.vlm.clients import Reply, VLMClient, VLMError
 from loomvideo.pipelines.vlm.requests import VLMRequest
-from loomvideo.platform.errors import UserError
+from loomvideo.platform.errors import UserError, full_disk_named
 
 MAX_BACKOFF_S = 60.0
 
@@ -62,8 +62,11 @@ class AnswerCache:
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-        partial.write_text(json.dumps({"reply": asdict(reply), "judge": model}, ensure_ascii=False), encoding="utf-8")
-        partial.replace(path)
+        with full_disk_named(path, partial):
+            partial.write_text(
+                json.dumps({"reply": asdict(reply), "judge": model}, ensure_ascii=False), encoding="utf-8"
+            )
+            partial.replace(path)
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.json"
@@ -129,7 +132,7 @@ class Budget:
         if self._ledger is None:
             return
         self._ledger.parent.mkdir(parents=True, exist_ok=True)
-        with self._ledger.open("a", encoding="utf-8") as out:
+        with full_disk_named(self._ledger), self._ledger.open("a", encoding="utf-8") as out:
             out.write(json.dumps(entry) + "\n")
 
 

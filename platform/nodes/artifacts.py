@@ -25,7 +25,7 @@ from pathlib import Path
 
 import fsspec
 
-from loomvideo.platform.errors import UserError
+from loomvideo.platform.errors import UserError, full_disk_named
 from loomvideo.platform.folders import give_name
 
 logger = logging.getLogger(__name__)
@@ -229,7 +229,8 @@ class ArtifactStore:
             shutil.rmtree(leftover, ignore_errors=True)
         folder = Path(tempfile.mkdtemp(prefix=f"{key.folder}.tmp-", dir=self.cache_dir))
         try:
-            yield folder
+            with full_disk_named(self.cache_dir):
+                yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import fsspec
 
-from loomvideo.platform.errors import UserError
+from loomvideo.platform.errors import UserError, full_disk_behind, full_disk_named
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ CLIENT_LIBRARIES = ("aiohttp", "botocore")
 
 def is_storage_error(error: BaseException) -> bool:
     """Whether a remote file system, or the client library under it, failed for a reason that may pass."""
-    if isinstance(error, (FileNotFoundError, PermissionError)):
+    if isinstance(error, (FileNotFoundError, PermissionError)) or full_disk_behind(error) is not None:
         return False
     return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in CLIENT_LIBRARIES
 
@@ -43,7 +43,7 @@ def patiently(name: str, call: Callable[..., Any], *arguments: Any, **options: A
     for delay_s in RETRY_DELAYS_S:
         try:
             return call(*arguments, **options)
-        except Exception as error:
+        except Exception as error:  # of every client library; what is no broken connection goes on
             if not is_storage_error(error):
                 raise
             logger.warning("%s: %s; again in %.0f s", name, error, delay_s)
@@ -201,7 +201,7 @@ class Storage:
     def staged(self, path: str) -> Iterator[Path]:
         """A local file to write; published as ``path`` when the block ends well, removed when it raises."""
         destination = self.full_path(path)
-        with _full_disk_named(f"{self.url}/{path}"):
+        with full_disk_named(f"{self.url}/{path}", spool="" if self.is_local else tempfile.gettempdir()):
             yield from self._staged(path, destination)
 
     def _staged(self, path: str, destination: str) -> Iterator[Path]:
@@ -253,17 +253,6 @@ class Storage:
 
 def _is_temporary(name: str) -> bool:
     return name.startswith(".") and ".tmp-" in name
-
-
-@contextmanager
-def _full_disk_named(name: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        where = error.filename or tempfile.gettempdir()
-        raise UserError(f"{name}: no space left ({where}); free some and run the same line again") from error
 
 
 def _sync(path: Path) -> None:

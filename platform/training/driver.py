@@ -133,7 +133,7 @@ def train(
         follower.start()
         tasks.start()
         trainer.fit()
-    except Exception as failure:
+    except Exception as failure:  # raised below, when what runs beside it has ended
         error = failure
     finally:
         restore()

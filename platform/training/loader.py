@@ -180,6 +180,6 @@ def load_draw(recipe: Recipe, datasets: Sequence[TrainingDataset], draw: Draw, s
         with torch.no_grad():
             sample = recipe.read(dataset, draw.row, row, random)
             return recipe.load_example(draw.dataset, row, sample, random)
-    except Exception as error:
+    except Exception as error:  # whatever is wrong with a sample, its key is told
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         raise SampleError(f"sample {draw.key} of {row['dataset']}: {reason}") from error

@@ -123,7 +123,7 @@ class Validator:
         random = SampleRandom(VALIDATION_SEED, triple.key, 0)
         try:
             sample = self.recipe.read(dataset, triple.row, row, random)
-        except Exception as error:
+        except Exception as error:  # whatever is wrong with a sample, its key is told
             raise SampleError(f"validation sample {triple.key}: {type(error).__name__}: {error}") from error
         return self.recipe.load_validation_example(triple.dataset, row, sample, random, triple.level)
 

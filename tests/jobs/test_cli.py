@@ -5,7 +5,16 @@ import errno
 import pytest
 
 from loomvideo.jobs import cli
+from loomvideo.platform import errors
 from loomvideo.platform.errors import UserError
+
+
+class OfAWorkerError(UserError):
+    """As Ray raises it."""
+
+    def __init__(self, cause):
+        super().__init__("ray::prepare()\n  a traceback")
+        self.cause = cause
 
 
 @pytest.fixture
@@ -27,10 +36,13 @@ def run(monkeypatch):
     ("error", "line"),
     [
         (UserError("lr=x: use a number"), "error: lr=x: use a number\n"),
+        (OfAWorkerError(UserError("data: x is no dataset")), "error: data: x is no dataset\n"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "error: /here: no space left; free some"),
         (PermissionError(errno.EACCES, "Permission denied", "/ro"), "error: /ro: permission denied; give yourself"),
     ],
 )
-def test_a_mistake_is_one_line(run, capsys, error, line):
+def test_a_mistake_is_one_line(run, capsys, monkeypatch, error, line):
+    monkeypatch.setattr(errors, "_full_folders", lambda: ["/here"])
     with pytest.raises(SystemExit) as caught:
         run(error)
     shown = capsys.readouterr().err

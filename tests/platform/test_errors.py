@@ -47,6 +47,48 @@ def test_what_a_disk_refuses_is_one_line(number, expected):
     assert str(errors.of_the_disk(OSError(number, os.strerror(number), "/ro/runs"))).startswith(expected)
 
 
+class OfRayError(RuntimeError):
+    """As Ray raises what a worker raised: several lines, and the error itself as ``cause``."""
+
+    def __init__(self, cause):
+        super().__init__("ray::work()\n  a traceback")
+        self.cause = cause
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+        OfRayError(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+        RuntimeError("(sqlite3.OperationalError) database or disk is full"),
+    ],
+)
+def test_a_full_disk_is_told_by_any_librarys_error_and_the_folder_without_room_named(error, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    none_left = os.statvfs_result((4096, 4096, 100, 0, 0, 10, 10, 10, 0, 255))
+    room = os.statvfs_result((4096, 4096, 10**6, 10**6, 10**6, 10, 10, 10, 0, 255))
+    monkeypatch.setattr(errors.os, "statvfs", lambda folder: none_left if folder == str(tmp_path) else room)
+    told = errors.of_the_disk(error)
+    assert str(told).startswith(f"{tmp_path}: no space left")
+    (tmp_path / "partial").touch()
+    with (
+        pytest.raises(errors.UserError, match=r"film\.mp4: no space left") as caught,
+        errors.full_disk_named("film.mp4", tmp_path / "partial"),
+    ):
+        raise error
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "partial").exists()
+
+
+def test_what_is_no_full_disk_passes_and_an_error_of_ours_stays_as_it_is():
+    for error in (KeyError("x"), errors.UserError("a: no space left on device")):
+        with pytest.raises(type(error)) as caught, errors.full_disk_named("film.mp4"):
+            raise error
+        assert caught.value is error
+
+
 def test_other_errors_of_the_system_keep_their_traceback():
     assert errors.of_the_disk(OSError(errno.ECONNRESET, "reset")) is None
     assert errors.of_the_disk(OSError(errno.EACCES, "of a socket, without a file")) is None

@@ -49,6 +49,25 @@ def test_metrics_survive_an_absent_server(folder, monkeypatch):
     assert [(json.loads(line)["key"], json.loads(line)["step"]) for line in lines] == [("loss", 7)]
 
 
+def test_a_full_disk_costs_the_copies_of_metrics_and_neither_the_sender_nor_the_runs_end(folder, monkeypatch, caplog):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    tracker = Tracker(folder)
+    for name in ("refused_metrics.jsonl", "unsent_metrics.jsonl"):
+        (folder.path / name).symlink_to("/dev/full")
+    tracker._refuse({"key": "loss", "value": 1.0}, MlflowException("no"))
+
+    def away(*arguments, **options):
+        raise OSError("connection refused")
+
+    monkeypatch.setattr(tracker._client, "log_batch", away)
+    tracker.log_metrics({"loss": 2.0}, step=7)
+    tracker.finish(timeout_s=0.1)
+    lost = [record.getMessage() for record in caplog.records if "metrics are lost" in record.getMessage()]
+    assert [line.partition(": ")[0] for line in lost] == [
+        f"{folder.path}/refused_metrics.jsonl", f"{folder.path}/unsent_metrics.jsonl",
+    ]  # fmt: skip
+
+
 def refused(folder):
     path = folder.path / "refused_metrics.jsonl"
     return [json.loads(line)["key"] for line in path.read_text().splitlines()] if path.is_file() else []

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loomvideo.model.tasks import TASKS
-from loomvideo.platform.errors import UserError
+from loomvideo.platform.errors import UserError, full_disk_named
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,9 @@ class SuiteManifest:
         """Write one JSON line an item, through a temporary name."""
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".tmp")
-        partial.write_text("".join(item.to_json() + "\n" for item in self.items), encoding="utf-8")
-        partial.replace(path)
+        with full_disk_named(path, partial):
+            partial.write_text("".join(item.to_json() + "\n" for item in self.items), encoding="utf-8")
+            partial.replace(path)
 
 
 def build_manifest(

@@ -9,6 +9,7 @@ import pytest
 from fixtures.media import moving_frames, write_picture, write_video
 from fixtures.raw import prepare_config, without_ray
 
+from loomvideo.pipelines.media.decode import DecodeError
 from loomvideo.pipelines.prepare.config import LimitOptions
 from loomvideo.pipelines.prepare.curation.options import QualityLimits, StageOptions
 from loomvideo.pipelines.prepare.job import prepare
@@ -86,6 +87,10 @@ def test_scoring_without_dropping(curated):
     assert "no_op" in dataset.read(dataset.rows_by_key["no-op"]).metadata["reasons"]
 
 
+def refuse(assessor, path, fps):
+    raise DecodeError("missing_file", f"{path}: no such file")
+
+
 def test_a_changed_threshold_assesses_again_and_encodes_nothing_twice(curated, monkeypatch):
     config, built, _ = curated
     prepare(config)
@@ -93,7 +98,7 @@ def test_a_changed_threshold_assesses_again_and_encodes_nothing_twice(curated, m
     config.stages.pairs.min_change = 0.0
     monkeypatch.setattr("loomvideo.pipelines.prepare.encode.SampleEncoder._moments", None)
     monkeypatch.setattr("loomvideo.pipelines.prepare.encode.SampleEncoder._mllm_members", None)
-    monkeypatch.setattr("loomvideo.pipelines.prepare.curate.SampleAssessor._clip", None)
+    monkeypatch.setattr("loomvideo.pipelines.prepare.curate.SampleAssessor._clip", refuse)
     config.stages.keep_reasons = ["black"]
     result = prepare(config)
     assert "stages.keep_reasons" in result.reason
