@@ -10,6 +10,7 @@ import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ def request_attention(name: str) -> None:
         _state = _State(requested=name)
 
 
-def report() -> dict[str, object]:
+def report() -> dict[str, Any]:
     """For the run's record: what was requested, what computes each dtype on CUDA, what was passed over and why."""
     return {
         "requested": _state.requested,

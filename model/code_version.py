@@ -11,9 +11,9 @@ from pathlib import Path
 
 _ROOT = Path(__file__).parent
 _SAMPLING = (
-    "adapters.py", "attention.py", "codec", "conditioning", "dit.py", "float8.py", "flow.py", "guidance.py",
-    "loading.py", "lora.py", "packing.py", "parts.py", "pipeline.py", "quantize.py", "sampler.py",
-    "shortcuts.py", "tasks.py",
+    "adapted_parts.py", "adapters.py", "attention.py", "blocks.py", "codec", "conditioning", "conditions.py", "dit.py",
+    "float8.py", "flow.py", "guidance.py", "loading.py", "lora.py", "packing.py", "parts.py", "pipeline.py",
+    "quantize.py", "sampler.py", "shortcuts.py", "tasks.py",
 )  # fmt: skip
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from loomvideo.model.codec import LatentGrid
-from loomvideo.model.pipeline import Conditions, LoomVideoPipeline
+from loomvideo.model.conditions import Conditions
+from loomvideo.model.pipeline import LoomVideoPipeline
 from loomvideo.model.sampler import Anchor
 from loomvideo.platform.errors import UserError
 

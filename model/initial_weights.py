@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from loomvideo.model.config import DiTConfig, LoRAConfig
 from loomvideo.model.lora import DOWN, MAGNITUDE, UP, adapt
-from loomvideo.model.weights import match_dit, open_checkpoint, start_parameters
+from loomvideo.model.stored_weights import open_checkpoint
+from loomvideo.model.weights import match_dit, start_parameters
 from loomvideo.platform.errors import UserError
 
 HASH_THREADS = 8
@@ -25,7 +26,7 @@ class InitialWeights(Mapping[str, Tensor]):
     """Float32 weights by parameter name: read from a checkpoint, or as from scratch where it has none.
 
     Args:
-        path: See :func:`loomvideo.model.weights.open_checkpoint`.
+        path: See :func:`loomvideo.model.stored_weights.open_checkpoint`.
         config: Sizes of the model.
         allow: Patterns of keys that the checkpoint may lack.
         lora: Adapters to add, which start without effect; None for none.

@@ -20,7 +20,8 @@ from loomvideo.model.parts import MODES, BlockStream, ResidentParts, SequentialP
 from loomvideo.model.peaks import GIB, Peak, Work, choose_mode, codec_limit, peaks
 from loomvideo.model.quantize import check_bits, quantize_linears
 from loomvideo.model.sizes import PIPELINE_FILE, ModelSize, model_size, stated_size, with_folders
-from loomvideo.model.weights import load_dit, open_checkpoint
+from loomvideo.model.stored_weights import open_checkpoint
+from loomvideo.model.weights import load_dit
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.nodes.devices import check_device, device_of
 

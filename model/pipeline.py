@@ -1,36 +1,30 @@
 """Generation and editing from text, pictures and clips: the whole model behind one call."""
 
-import dataclasses
-import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loomvideo.model.adapters import Adapter, parse_choice, read_adapter, set_adapters
+from loomvideo.model.adapted_parts import AdaptedParts
 from loomvideo.model.clips import TARGET_FPS
-from loomvideo.model.codec import Codec, LatentGrid, build_codec
-from loomvideo.model.conditioning import prompts
-from loomvideo.model.conditioning.inputs import build_inputs, text_inputs
+from loomvideo.model.codec import Codec, build_codec
 from loomvideo.model.conditioning.mllm import FrozenMLLM
+from loomvideo.model.conditions import Conditions, encode_conditions, latents_of
 from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.few_steps import FewSteps, sample_few_steps, stated_few_steps
-from loomvideo.model.float8 import float8_blocks
 from loomvideo.model.guidance import FULL, NUM_STEPS, Guidance
 from loomvideo.model.kernels import set_backend
 from loomvideo.model.loading import ModelSource, load_parts
 from loomvideo.model.media_inputs import Clip, Picture, as_clip, as_picture, fit_clip, fit_picture
 from loomvideo.model.parallel import Ranks
 from loomvideo.model.parts import ResidentParts, SequentialParts
-from loomvideo.model.sampler import Anchor, Branch, OnStep, SchedulerConfig, SolverChoice, sample
+from loomvideo.model.sampler import Anchor, OnStep, SchedulerConfig, SolverChoice, sample
 from loomvideo.model.shortcuts import Shortcuts
 from loomvideo.model.sizes import ModelSize
 from loomvideo.model.tasks import wording
-from loomvideo.platform.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -38,22 +32,7 @@ MAX_SOURCE_FRAMES = 97
 """Of a source that is fitted to the model, unless the call says how many."""
 
 
-@dataclass
-class Conditions:
-    """What a generation is conditioned on, encoded once.
-
-    Attributes:
-        task: The task.
-        branches: Conditioning of each guidance branch.
-        latent_shape: [channels, frames, height, width] of what is generated.
-    """
-
-    task: str
-    branches: dict[str, Branch]
-    latent_shape: tuple[int, int, int, int]
-
-
-class LoomVideoPipeline:
+class LoomVideoPipeline(AdaptedParts):
     """The transformer with its frozen codec and MLLM.
 
     Args:
@@ -84,16 +63,12 @@ class LoomVideoPipeline:
             if dit is None or codec is None or mllm is None:
                 raise TypeError("LoomVideoPipeline: give dit, codec and mllm, or parts")
             parts = ResidentParts(dit.eval(), codec, mllm)
-        self.parts = parts
+        super().__init__(parts, lora)
         self.scheduler = scheduler or SchedulerConfig()
         self.ranks = ranks
         self.negative_prompt = negative_prompt
         self.few_steps = few_steps
         self._noticed = False
-        self._float8: LoomVideoDiT | None = None
-        self._adapters: dict[str, Adapter] = {}
-        for choice in lora:
-            self.load_lora(*parse_choice(choice))
 
     @classmethod
     def from_pretrained(
@@ -136,78 +111,6 @@ class LoomVideoPipeline:
         )
         return load_pipeline(source, dtype)
 
-    @property
-    def grid(self) -> LatentGrid:
-        """How the codec and the transformer's patches divide pixels and frames."""
-        return self.parts.grid
-
-    @property
-    def dit(self) -> LoomVideoDiT:
-        """The transformer, with its adapters."""
-        with self.parts.use("dit") as dit:
-            if getattr(dit, "adapters", ()) != tuple(self._adapters.values()):
-                set_adapters(dit, tuple(self._adapters.values()))
-                self._float8 = None
-            return dit
-
-    def load_lora(self, path: str | Path, strength: float = 1.0, name: str | None = None) -> None:
-        """Add an adapter beside the transformer's layers; several add up.
-
-        Args:
-            path: A safetensors file of any dialect of :mod:`loomvideo.model.adapters`, or PEFT's folder.
-            strength: What its contribution is multiplied by.
-            name: To unload it by; None for the path. A name that is loaded already is replaced.
-
-        Raises:
-            UserError: if it cannot be read, or naming the keys that belong to no layer.
-        """
-        self._adapters[name or str(path)] = read_adapter(path, self.dit, strength)
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        """Names of the adapters that are loaded."""
-        return tuple(self._adapters)
-
-    def set_lora_strengths(self, strengths: Mapping[str, float]) -> None:
-        """Use these of the loaded adapters, by name, with these strengths; the others have none.
-
-        Raises:
-            UserError: if one is not loaded.
-        """
-        for name in strengths:
-            self._check_loaded(name)
-        for name, adapter in self._adapters.items():
-            self._adapters[name] = dataclasses.replace(adapter, strength=strengths.get(name, 0.0))
-
-    def unload_lora(self, name: str | None = None) -> None:
-        """Take off an adapter, or all: the transformer is then exactly what it was before.
-
-        Raises:
-            UserError: if none of that name is loaded.
-        """
-        if name is None:
-            self._adapters.clear()
-        else:
-            self._check_loaded(name)
-            del self._adapters[name]
-
-    def _check_loaded(self, name: str) -> None:
-        if name not in self._adapters:
-            raise UserError(f"lora {name}: not loaded; loaded are {', '.join(self._adapters) or 'none'}")
-
-    @property
-    def codec(self) -> Codec:
-        """Pixels to latents and back."""
-        with self.parts.use("codec") as codec:
-            return codec
-
-    @property
-    def mllm(self) -> FrozenMLLM:
-        """Prompts to hidden states."""
-        with self.parts.use("mllm") as mllm:
-            return mllm
-
-    @torch.inference_mode()
     def encode(
         self,
         task: str,
@@ -233,39 +136,8 @@ class LoomVideoPipeline:
         Raises:
             UserError: if the task lacks its source or references or the size is none the codec can make.
         """
-        if wording(task).needs_source != (source is not None):
-            raise UserError(f"task={task}: {'source is missing' if source is None else 'takes no source'}")
-        if source is not None:
-            num_frames, size = len(source), (source.shape[2], source.shape[1])
-        if size is None:
-            raise UserError(f"size: task={task} has no source to take it from; give width and height")
-        self.grid.check_frames("num_frames", num_frames)
-        self.grid.check_size("size", *size)
-        negative_prompt = self.negative_prompt if negative_prompt is None else negative_prompt
-        source_latents, reference_latents = None, []
-        if source is not None or references:
-            with self.parts.use("codec") as codec:
-                source_latents = None if source is None else self._latents(codec, source)
-                reference_latents = [self._latents(codec, image[None]) for image in references]
-        frames = None if source is None else torch.from_numpy(source)
-        pictures = [torch.from_numpy(image) for image in references]
-        with self.parts.use("mllm") as mllm:
-            build = functools.partial(build_inputs, tokenizer=mllm.tokenizer, processor_config=mllm.processor)
-            inputs = {
-                "full": build(task, prompt, frames, pictures, "full"),
-                "unconditional": text_inputs(prompts.negative(negative_prompt), mllm.tokenizer),
-            }
-            if wording(task).has_media:
-                inputs["visual"] = build(task, "", frames, pictures, "spans")
-            states = dict(zip(inputs, mllm.encode(list(inputs.values())), strict=True))
-        branches = {
-            name: Branch(states[name])
-            if name == "unconditional"
-            else Branch(states[name], source_latents, reference_latents)
-            for name in inputs
-        }
-        shape = (self.parts.latent_channels, *self.grid.latent_shape(num_frames, *size))
-        return Conditions(task, branches, shape)
+        negative = self.negative_prompt if negative_prompt is None else negative_prompt
+        return encode_conditions(self.parts, task, prompt, source, references, size, num_frames, negative)
 
     def sample(
         self,
@@ -301,7 +173,7 @@ class LoomVideoPipeline:
         drawn = torch.randn(conditions.latent_shape, generator=generator)
         noise = drawn if noise is None else noise
         with self.parts.use("dit"):
-            dit = self._float8_dit() if shortcuts.fp8 else self.dit
+            dit = self.float8_dit() if shortcuts.fp8 else self.dit
             if self.few_steps is not None:
                 self._notice(self.few_steps, shortcuts.steps or steps)
                 again = [torch.randn(noise.shape, generator=generator) for _ in self.few_steps.timesteps[1:]]
@@ -427,27 +299,11 @@ class LoomVideoPipeline:
                 pixels = ((piece[0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
                 yield pixels.permute(1, 2, 3, 0).cpu().numpy()
 
-    def _float8_dit(self) -> LoomVideoDiT:
-        dit = self.dit  # which forgets the copy of one with other adapters
-        if self._float8 is None:
-            self._float8 = float8_blocks(dit)
-        return self._float8
-
     @torch.inference_mode()
     def latents(self, frames: np.ndarray) -> Tensor:
         """Frames uint8 [frames, height, width, 3] as the codec encodes them: [channels, frames, height, width]."""
         with self.parts.use("codec") as codec:
-            return self._latents(codec, frames)
-
-    def _latents(self, codec: Codec, frames: np.ndarray) -> Tensor:
-        video = torch.from_numpy(frames).to(self.parts.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-        return codec.encode(video).mean[0]
-
-
-def without_source(conditions: Conditions) -> Conditions:
-    """The same conditions with a source of zeros: what the transformer does from the MLLM alone."""
-    branches = {name: dataclasses.replace(branch, source=None) for name, branch in conditions.branches.items()}
-    return dataclasses.replace(conditions, branches=branches)
+            return latents_of(codec, frames, self.parts.device)
 
 
 def load_pipeline(source: ModelSource, dtype: torch.dtype | None = None) -> LoomVideoPipeline:

@@ -7,14 +7,15 @@ and values (and with them the MLLM embedder), and the timesteps' modulation.
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from loomvideo.model.dit import Context, LoomVideoDiT
+from loomvideo.model.blocks import Context
+from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.flow import NUM_TRAIN_TIMESTEPS
 from loomvideo.model.guidance import FULL, NUM_STEPS, Guidance
 from loomvideo.model.packing import DiTSample, PackedBatch, pack, to_patches
@@ -36,13 +37,13 @@ class SchedulerConfig:
     flow_shift: float = 5.0
     solver_order: int = 2
 
-    def build(self, steps: int) -> "UniPCMultistepScheduler":
+    def build(self, steps: int) -> "Solver":
         """The scheduler, for velocities along the flow, set to a number of steps."""
         solver = self.scheduler()
         # Given explicitly (before the shift): the library's own default has changed between versions.
         solver.set_timesteps(device="cpu", sigmas=flow_sigmas(steps))
         solver.set_begin_index(0)
-        return solver
+        return cast("Solver", solver)
 
     def scheduler(self) -> "UniPCMultistepScheduler":
         """The scheduler before it is set to a number of steps."""

@@ -41,7 +41,7 @@ def of_the_disk(error: BaseException) -> UserError | None:
     if not isinstance(error, OSError) or error.filename is None or error.errno not in _REFUSED:
         return None
     fix = "give yourself access, or name another folder (output=…, runs=…; --help has the keys)"
-    return UserError(f"{error.filename}: {error.strerror.lower()}; {fix}")
+    return UserError(f"{error.filename}: {(error.strerror or 'refused').lower()}; {fix}")
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from loomvideo.pipelines.training.config import ObjectiveConfig
 from loomvideo.pipelines.training.recipe import LoomVideoRecipe
 from loomvideo.platform.shards.reader import ShardDataset
 from loomvideo.platform.shards.tensors import HEADER_SIZE_BYTES, parse_header
-from loomvideo.platform.training.checkpoint import CheckpointFolder
+from loomvideo.platform.training.checkpoint_folder import CheckpointFolder
 from loomvideo.platform.training.config import MixtureConfig, PackConfig, TrainingConfig
 from loomvideo.platform.training.packing import planner_of
 

@@ -4,7 +4,6 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
 
 from rich.progress import TaskID
 
@@ -12,6 +11,7 @@ from loomvideo.pipelines.prepare.builder import SHARED_TASK
 from loomvideo.pipelines.prepare.config import PrepareConfig
 from loomvideo.pipelines.prepare.job import UP_TO_DATE, PrepareResult, prepare
 from loomvideo.pipelines.prepare.report import write_report
+from loomvideo.pipelines.prepare.units import UnitReport
 from loomvideo.platform.config import flatten
 from loomvideo.platform.console import bars, console, values_table
 from loomvideo.platform.runs import RunFolder
@@ -42,7 +42,7 @@ class PrepareProgress:
     def __exit__(self, *exception: object) -> None:
         self._bar.stop()
 
-    def __call__(self, report: dict[str, Any], total: int) -> None:
+    def __call__(self, report: UnitReport, total: int) -> None:
         """Count one finished shard or chunk."""
         kind = report["stage"]
         if kind not in self._tasks:
@@ -59,7 +59,7 @@ class PrepareProgress:
             rate = self._build_rate(report, seconds)
         self._bar.update(self._tasks[kind], advance=1, rate=rate)
 
-    def _build_rate(self, report: dict[str, Any], seconds: float) -> str:
+    def _build_rate(self, report: UnitReport, seconds: float) -> str:
         total = self._total
         if report["unit"] == SHARED_TASK:
             return ""

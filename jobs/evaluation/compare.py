@@ -16,7 +16,7 @@ from loomvideo.pipelines.evaluation.arena import bradley_terry, position_bias
 from loomvideo.pipelines.evaluation.compare import compare_runs, differing_headers
 from loomvideo.pipelines.evaluation.judges.pairwise import judge_pairs
 from loomvideo.pipelines.evaluation.results import SavedSuite, clean, load_suites
-from loomvideo.pipelines.evaluation.stages import MODEL
+from loomvideo.pipelines.evaluation.rows import MODEL
 from loomvideo.pipelines.evaluation.statistics import Agreement
 from loomvideo.pipelines.evaluation.statistics import agreement as judge_agreement
 from loomvideo.pipelines.evaluation.store import Store

@@ -38,14 +38,12 @@ from loomvideo.pipelines.evaluation.judges.rubrics import (
 from loomvideo.pipelines.evaluation.learned import LearnedMetric, learned_metrics
 from loomvideo.pipelines.evaluation.results import load_suites, save_suite, suite_folder
 from loomvideo.pipelines.evaluation.review import OtherRun
+from loomvideo.pipelines.evaluation.rows import IDENTITY, MODEL, Row
 from loomvideo.pipelines.evaluation.stages import (
-    IDENTITY,
-    MODEL,
     GenerateStage,
     MeasureStage,
     NormaliseStage,
     PrepareStage,
-    Row,
     check_rows,
     initial_rows,
 )

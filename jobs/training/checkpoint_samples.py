@@ -10,7 +10,7 @@ from loomvideo.jobs.training.heldout import STRIP, HeldoutResult, evaluate_heldo
 from loomvideo.model.loading import dtype_on
 from loomvideo.model.pipeline import pipeline_around
 from loomvideo.model.sizes import model_size, with_folders
-from loomvideo.pipelines.training.recipe import LoomVideoRecipe
+from loomvideo.pipelines.training.dit_recipe import DiTRecipe
 from loomvideo.platform.nodes.devices import device_for
 from loomvideo.platform.runs import RunFolder
 from loomvideo.platform.tracking import Tracker
@@ -22,7 +22,7 @@ SAMPLES_FOLDER = "samples"
 
 def sampling_tasks(
     config: TrainingJobConfig,
-    build_recipe: Callable[[], LoomVideoRecipe],
+    build_recipe: Callable[[], DiTRecipe],
     folder: RunFolder,
     tracker: Tracker,
     tasks: set[str],

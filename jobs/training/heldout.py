@@ -4,11 +4,12 @@ import dataclasses
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from loomvideo.jobs.training.config import HeldoutConfig
-from loomvideo.jobs.training.summary import words
+from loomvideo.jobs.training.summary import HeldoutSample, words
 from loomvideo.model.pipeline import LoomVideoPipeline
 from loomvideo.model.tasks import TASKS
 from loomvideo.pipelines.evaluation.controls import CONTROLS, WRONG_INSTRUCTION
@@ -16,7 +17,7 @@ from loomvideo.pipelines.evaluation.in_process import evaluate_in_process
 from loomvideo.pipelines.evaluation.inputs import InputOptions, LoadedItem
 from loomvideo.pipelines.evaluation.media import SheetRow, contact_sheet, save_png
 from loomvideo.pipelines.evaluation.pipeline_generator import PipelineGenerator, SamplerSettings
-from loomvideo.pipelines.evaluation.stages import MODEL, Row
+from loomvideo.pipelines.evaluation.rows import MODEL, Row
 from loomvideo.pipelines.evaluation.suites import own
 from loomvideo.pipelines.evaluation.suites.items import EvalItem
 from loomvideo.pipelines.media.video_writer import write_video
@@ -33,17 +34,21 @@ class HeldoutResult:
 
     Attributes:
         figures: Means over samples by metric, and by ``METRIC/TASK``.
-        samples: Key, task, group, text and every figure of each sample.
+        samples: Every sample with its figures.
         files: Pictures and films, relative to the folder.
         failures: Samples without a result, by reason.
         summary: The figures in words, a line each.
     """
 
     figures: dict[str, float]
-    samples: list[dict[str, float | str]]
+    samples: list[HeldoutSample]
     files: list[str]
     failures: dict[str, int] = field(default_factory=dict)
     summary: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return vars(self) | {"samples": [sample.flat() for sample in self.samples]}
 
 
 def evaluate_heldout(
@@ -90,13 +95,9 @@ def evaluate_heldout(
     pictures.save()
     figures = {f"{f.metric}/{f.category}" if f.category else f.metric: f.value for f in result.figures}
     samples = [
-        {
-            "key": row["key"],
-            "task": row["item"]["task"],
-            "group": row["item"]["cluster"],
-            "instruction": row["item"]["text"],
-            **row.get("metrics", {}),
-        }
+        HeldoutSample(
+            row["key"], row["item"]["task"], row["item"]["cluster"], row["item"]["text"], row.get("metrics", {})
+        )
         for row in rows
     ]
     return HeldoutResult(figures, samples, pictures.files, result.failures, words(samples))

@@ -32,8 +32,8 @@ from loomvideo.model.loading import ModelSource
 from loomvideo.model.pipeline import load_pipeline
 from loomvideo.model.sizes import ModelSize, model_size, with_folders
 from loomvideo.pipelines.evaluation.mlflow_report import NOTE
+from loomvideo.pipelines.training.dit_recipe import DiTRecipe
 from loomvideo.pipelines.training.feature_pool import feature_pool
-from loomvideo.pipelines.training.recipe import LoomVideoRecipe
 from loomvideo.platform.cluster.doctor import Diagnosis, examine_cluster, preflight
 from loomvideo.platform.cluster.metrics import ExportingTracker
 from loomvideo.platform.config import flatten, to_yaml
@@ -72,7 +72,7 @@ class TrainingRun:
     start: str | None
     folder: RunFolder
     tracker: Any
-    build_recipe: Callable[..., Callable[[], LoomVideoRecipe]]
+    build_recipe: Callable[..., Callable[[], DiTRecipe]]
     tasks: list[CheckpointTask]
 
 
@@ -227,7 +227,7 @@ def evaluate_weights(
 
 
 def _record(heldout: HeldoutResult, folder: RunFolder, tracker: Tracker, step: int) -> None:
-    folder.write_json("heldout.json", dataclasses.asdict(heldout))
+    folder.write_json("heldout.json", heldout.as_dict())
     tracker.log_metrics({f"heldout/{name}": value for name, value in heldout.figures.items()}, step)
     tracker.log_artifact(folder.path / "heldout", "heldout")
     if STRIP in heldout.files:

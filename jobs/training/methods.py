@@ -5,16 +5,17 @@ from functools import partial
 
 from loomvideo.jobs.training.config import DistillJobConfig, PreferJobConfig, TrainingJobConfig
 from loomvideo.pipelines.training.distillation import DistillationRecipe
+from loomvideo.pipelines.training.dit_recipe import DiTRecipe
 from loomvideo.pipelines.training.nft import NFTRecipe
 from loomvideo.pipelines.training.recipe import LoomVideoRecipe
 from loomvideo.pipelines.training.source_preference import SourcePreferenceRecipe
 
 
-def recipe_class(config: TrainingJobConfig, policy: str = "") -> Callable[..., LoomVideoRecipe]:
-    """What takes the arguments of :class:`LoomVideoRecipe`; picklable.
+def recipe_class(config: TrainingJobConfig, policy: str = "") -> Callable[..., DiTRecipe]:
+    """What makes a recipe from the arguments of :class:`DiTRecipe`; picklable.
 
     Args:
-        config: Of the job.
+        config: The configuration of the job.
         policy: The weights folder of a round's policy, for methods that have rounds.
     """
     if isinstance(config, DistillJobConfig):

@@ -23,8 +23,8 @@ from loomvideo.model.few_steps import stated_few_steps
 from loomvideo.model.fingerprints import weights_fingerprint
 from loomvideo.model.loading import dtype_on
 from loomvideo.model.sizes import ModelSize
+from loomvideo.model.stored_weights import open_checkpoint as open_weights
 from loomvideo.model.weights import load_dit
-from loomvideo.model.weights import open_checkpoint as open_weights
 from loomvideo.pipelines.evaluation.rewards import Rewarder
 from loomvideo.pipelines.training.rollouts import (
     ROUND_FILE,

@@ -13,8 +13,8 @@ from loomvideo.jobs.training.methods import recipe_class
 from loomvideo.jobs.training.plan import Machine, machine_named, plan
 from loomvideo.jobs.weights.lookup import find_weights
 from loomvideo.model.sizes import ModelSize
+from loomvideo.pipelines.training.dit_recipe import DiTRecipe, StateSource
 from loomvideo.pipelines.training.feature_pool import feature_mode
-from loomvideo.pipelines.training.recipe import LoomVideoRecipe, StateSource
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.nodes.config import KernelConfig
 from loomvideo.platform.runs import RunFolder
@@ -148,7 +148,7 @@ def recipe_factory(
     features: StateSource | None = None,
     policy: str = "",
     num_rounds: int = 0,
-) -> Callable[[], LoomVideoRecipe]:
+) -> Callable[[], DiTRecipe]:
     """A picklable function that builds the run's recipe on a worker.
 
     Args:

@@ -1,7 +1,7 @@
 """What held-out edits show, in words: colours right out of so many, decibels with their intervals."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -11,25 +11,50 @@ LARGE_EDIT = 0.1
 """Share of the picture above which an edit counts as large: below, copying the source is nearly right already."""
 
 
-def words(samples: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines about measured held-out samples; what was not measured has no line.
+@dataclass(frozen=True)
+class HeldoutSample:
+    """One held-out sample.
 
-    Args:
-        samples: Rows of :class:`~loomvideo.jobs.training.heldout.HeldoutResult`, with ``group``.
+    Attributes:
+        key: The sample's key.
+        task: What it is a sample of.
+        group: Samples of one group show the same thing and are not independent.
+        instruction: What the model was told.
+        figures: What was measured, by metric; None where a metric has no value for this sample.
     """
+
+    key: str
+    task: str
+    group: str
+    instruction: str
+    figures: dict[str, float | None] = field(default_factory=dict)
+
+    def flat(self) -> dict[str, float | str | None]:
+        """For JSON: the figures beside the rest."""
+        return {
+            "key": self.key,
+            "task": self.task,
+            "group": self.group,
+            "instruction": self.instruction,
+            **self.figures,
+        }
+
+
+def words(samples: Sequence[HeldoutSample]) -> list[str]:
+    """Lines about measured held-out samples; what was not measured has no line."""
     lines = []
-    colours = [s["garment_colour_right"] for s in samples if s.get("garment_colour_right") is not None]
+    colours = [right for s in samples if (right := s.figures.get("garment_colour_right")) is not None]
     if colours:
         low, high = wilson(int(sum(colours)), len(colours))
         share = f"{np.mean(colours):.0%}, {low:.0%} to {high:.0%}"
         lines.append(f"{int(sum(colours))} of {len(colours)} garments have the colour asked for ({share})")
-    outside = _interval(samples, lambda s: s.get("outside_psnr_db"))
+    outside = _interval(samples, lambda s: s.figures.get("outside_psnr_db"))
     if outside:
         lines.append(f"outside the edit {outside}")
-    large = [s for s in samples if (s.get("asked_area") or 0) > LARGE_EDIT]
-    edit = _interval(large, lambda s: s.get("edit_psnr_db"))
+    large = [s for s in samples if (s.figures.get("asked_area") or 0) > LARGE_EDIT]
+    edit = _interval(large, lambda s: s.figures.get("edit_psnr_db"))
     if edit:
-        gain = _interval(large, lambda s: s.get("gain_psnr_db"))
+        gain = _interval(large, lambda s: s.figures.get("gain_psnr_db"))
         lines.append(
             f"edits of over a tenth of the picture: {edit}, {gain} over copying the source ({len(large)} edits)"
         )
@@ -45,14 +70,14 @@ def wilson(right: int, number: int, z: float = 1.96) -> tuple[float, float]:
     return max((centre - spread) / (number + z * z), 0.0), min((centre + spread) / (number + z * z), 1.0)
 
 
-def _worse(sample: Mapping[str, Any]) -> float | None:
-    right, wrong = sample.get("edit_psnr_db"), sample.get("wrong_instruction_psnr_db")
+def _worse(sample: HeldoutSample) -> float | None:
+    right, wrong = sample.figures.get("edit_psnr_db"), sample.figures.get("wrong_instruction_psnr_db")
     return None if right is None or wrong is None else right - wrong
 
 
-def _interval(samples: Sequence[Mapping[str, Any]], value: Any) -> str:
+def _interval(samples: Sequence[HeldoutSample], value: Callable[[HeldoutSample], float | None]) -> str:
     """Mean and 95 % interval in dB; empty without a value."""
-    found = [(value(s), s["group"]) for s in samples if value(s) is not None]
+    found = [(value(s), s.group) for s in samples if value(s) is not None]
     if not found:
         return ""
     scores, groups = zip(*found, strict=True)

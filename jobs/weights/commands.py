@@ -1,11 +1,15 @@
 """``loomvideo weights``: look into checkpoints of the transformer and convert them."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from loomvideo.platform.errors import UserError
+
+if TYPE_CHECKING:
+    from loomvideo.model.config import DiTConfig
+    from loomvideo.model.sizes import ModelSize
 
 app = typer.Typer(name="weights", help="Inspect and convert checkpoints of the transformer.", no_args_is_help=True)
 
@@ -27,30 +31,33 @@ def _settings(arguments: list[str] | None, valid: tuple[str, ...]) -> dict[str, 
     return settings
 
 
-def _dit_config(settings: dict[str, str]):
+def _dit_config(settings: dict[str, str]) -> "DiTConfig | None":
     """Sizes from ``model=`` and ``source=``; None without a model size."""
+    return _dit_of(settings["model"], settings) if "model" in settings else None
+
+
+def _dit_of(model: str, settings: dict[str, str]) -> "DiTConfig":
+    """Sizes of a model size, with ``source=``."""
     import dataclasses
 
     from loomvideo.model.sizes import model_size
 
-    if "model" not in settings:
-        return None
     source = settings.get("source", "true")
     if source not in ("true", "false"):
         raise UserError(f"source={source}: use true or false")
-    return dataclasses.replace(model_size(settings["model"]).dit, use_source_embedding=source == "true")
+    return dataclasses.replace(model_size(model).dit, use_source_embedding=source == "true")
 
 
-def _whole_size(path: Path, settings: dict[str, str]):
+def _whole_size(path: Path, settings: dict[str, str]) -> "ModelSize":
     """The model size that a checkpoint states or ``model=`` says, the transformer's part as the checkpoint states."""
     import dataclasses
 
     from loomvideo.model.loading import ModelSource
-    from loomvideo.model.weights import open_checkpoint
+    from loomvideo.model.stored_weights import open_checkpoint
 
     folders = settings.get("codec_folder", ""), settings.get("mllm_folder", "")
     size = ModelSource(str(path), settings.get("model", ""), *folders).size
-    stated = open_checkpoint(path).config or _dit_config({"model": size.name, **settings})
+    stated = open_checkpoint(path).config or _dit_of(settings.get("model", size.name), settings)
     return dataclasses.replace(size, dit=stated)
 
 
@@ -61,12 +68,13 @@ def inspect(path: Source, settings: Settings = None) -> None:
     import math
     from collections import Counter
 
-    from loomvideo.model import weights
+    from loomvideo.model.stored_weights import DEAD_KEYS, open_checkpoint
+    from loomvideo.model.weights import compare_keys, expected_shapes
 
     config = _dit_config(_settings(settings, ("model", "source")))
-    checkpoint = weights.open_checkpoint(path)
+    checkpoint = open_checkpoint(path)
     sizes = {name: math.prod(shape) for name, shape in checkpoint.shapes.items()}
-    dead = [name for name in sizes if any(fnmatch.fnmatchcase(name, pattern) for pattern in weights.DEAD_KEYS)]
+    dead = [name for name in sizes if any(fnmatch.fnmatchcase(name, pattern) for pattern in DEAD_KEYS)]
     dtypes = Counter(checkpoint.dtypes.values())
     print(f"path        {checkpoint.path}")
     print(f"kind        {checkpoint.kind}")
@@ -81,8 +89,8 @@ def inspect(path: Source, settings: Settings = None) -> None:
     if config is None:
         print("give model=NAME to compare the keys with a model's")
         return
-    expected = weights.expected_shapes(config)
-    missing, unexpected, misshapen = weights.compare_keys(checkpoint, expected)
+    expected = expected_shapes(config)
+    missing, unexpected, misshapen = compare_keys(checkpoint, expected)
     unexpected = [name for name in unexpected if name not in dead]
     for kind, names in (("missing", missing), ("unexpected", unexpected)):
         for name in names:

@@ -16,12 +16,13 @@ from loomvideo.jobs.training.methods import recipe_class
 from loomvideo.jobs.weights.references import find_run, split_step
 from loomvideo.model.sizes import PIPELINE_FILE
 from loomvideo.model.weights import save_dit
-from loomvideo.pipelines.training.recipe import LoomVideoRecipe
+from loomvideo.pipelines.training.dit_recipe import DiTRecipe
 from loomvideo.platform.config import load_config
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.runs import CONFIG_FILE, RunFolder
 from loomvideo.platform.shards.storage import Storage
-from loomvideo.platform.training.checkpoint import Checkpoint, CheckpointFolder, DamagedCheckpoint, checkpoints_of
+from loomvideo.platform.training.checkpoint import Checkpoint, DamagedCheckpoint
+from loomvideo.platform.training.checkpoint_folder import CheckpointFolder, checkpoints_of
 from loomvideo.platform.training.config import CheckpointConfig
 
 # Names of weights for people, and what checkpoints call them.
@@ -117,13 +118,13 @@ def open_checkpoint(run: RunFolder, step: int | None = None) -> Checkpoint:
     return RunCheckpoints.of(run, step).open()
 
 
-def run_recipe(config: TrainingJobConfig) -> LoomVideoRecipe:
+def run_recipe(config: TrainingJobConfig) -> DiTRecipe:
     """The recipe of a run as far as its weights go, without its data."""
     return recipe_class(config)(config.model, config.objective, [], lora=config.lora)
 
 
 def export_weights(
-    recipe: LoomVideoRecipe,
+    recipe: DiTRecipe,
     config: TrainingJobConfig,
     run: RunFolder,
     checkpoint: Checkpoint,

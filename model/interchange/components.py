@@ -10,10 +10,11 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
+from loomvideo.model.blocks import Block
 from loomvideo.model.codec import Codec, CodecConfig, build_codec
 from loomvideo.model.config import DiTConfig
-from loomvideo.model.dit import Block, LoomVideoDiT
-from loomvideo.model.weights import DIFFUSERS_CLASS
+from loomvideo.model.dit import LoomVideoDiT
+from loomvideo.model.stored_weights import DIFFUSERS_CLASS
 
 
 class LoomVideoTransformer3DModel(ModelMixin, LoomVideoDiT, ConfigMixin):

@@ -39,7 +39,7 @@ def write_folder(
     Files of a codec and an MLLM that lie in folders are linked where the file system can, else copied.
 
     Args:
-        weights: See :func:`loomvideo.model.weights.open_checkpoint`.
+        weights: See :func:`loomvideo.model.stored_weights.open_checkpoint`.
         size: Its model size, with the folders of codec and MLLM filled in.
         output: The folder, new or empty.
         dtype: The type of the transformer's weights; None keeps them.

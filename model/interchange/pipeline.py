@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from loomvideo.model.clips import TARGET_FPS
+from loomvideo.model.conditions import Conditions
 from loomvideo.model.guidance import NUM_STEPS, Guidance
 from loomvideo.model.interchange.folder import declare_pipeline
 from loomvideo.model.interchange.parts import ComponentParts, processor_of
@@ -22,7 +23,7 @@ from loomvideo.model.interchange.schedulers import SchedulerChoice
 from loomvideo.model.kernels import set_backend
 from loomvideo.model.media_inputs import Clip, Picture
 from loomvideo.model.parts import BlockStream, move_all_but
-from loomvideo.model.pipeline import Conditions, LoomVideoPipeline
+from loomvideo.model.pipeline import LoomVideoPipeline
 from loomvideo.model.sampler import StopDenoising
 from loomvideo.model.tasks import Task, wording
 from loomvideo.platform.errors import UserError

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypedDict
 
 from loomvideo.model.tasks import TASKS
 from loomvideo.pipelines.captions.captioner import Captioner, CaptionResult, with_text
@@ -32,17 +32,39 @@ class CaptionDatasetConfig:
     workers: CaptionWorkers = option(CaptionWorkers, "")
 
 
+class LedgerRow(TypedDict):
+    """What came of an input.
+
+    Attributes:
+        key: The sample's key, or where in the input the line stands that is none.
+        dataset: The dataset that it counts for.
+        status: ``made``, ``existing`` or why there is no text.
+        model: The model that answered.
+        digest: Hash of the question.
+        detail: One line for a person.
+        written: Whether the sample is in the output.
+    """
+
+    key: str
+    dataset: str
+    status: str
+    model: str
+    digest: str
+    detail: str
+    written: bool
+
+
 @dataclasses.dataclass
 class CaptionedDataset:
     """What captioning a dataset gives.
 
     Attributes:
-        samples: That have a text, in input order.
-        ledger: A row an input: ``{key, dataset, status, model, digest, detail, written}``.
+        samples: Those that have a text, in input order.
+        ledger: What came of every input.
     """
 
     samples: list[Sample]
-    ledger: list[dict[str, Any]]
+    ledger: list[LedgerRow]
 
 
 Asked = Iterable[tuple[Sample, CaptionResult]]
@@ -76,20 +98,39 @@ def caption_dataset(
     missing = [sample.key for sample in asked if sample.key not in answers]
     if missing:
         raise RuntimeError(f"{len(missing)} of {len(asked)} samples came back without a result, first {missing[0]}")
-    finished, ledger = [], []
+    finished: list[Sample] = []
+    ledger: list[LedgerRow] = []
     for entry in entries:
         if isinstance(entry, Rejected):
-            row = {"key": entry.where, "dataset": entry.dataset, "status": entry.reason, "detail": entry.detail}
-            ledger.append({"model": "", "digest": "", "written": False, **row})
+            ledger.append(
+                LedgerRow(
+                    key=entry.where,
+                    dataset=entry.dataset,
+                    status=entry.reason,
+                    model="",
+                    digest="",
+                    detail=entry.detail,
+                    written=False,
+                )
+            )
             continue
         sample, result = answers.get(entry.key, (entry, CaptionResult(entry.key, "", "existing")))
-        row = {name: getattr(result, name) for name in ("key", "status", "model", "digest", "detail")}
-        ledger.append({**row, "dataset": entry.dataset, "written": bool(sample.text)})
+        ledger.append(
+            LedgerRow(
+                key=result.key,
+                dataset=entry.dataset,
+                status=result.status,
+                model=result.model,
+                digest=result.digest,
+                detail=result.detail,
+                written=bool(sample.text),
+            )
+        )
         if sample.text:
             finished.append(sample)
     if not finished:
-        first = next((row for row in ledger if row["detail"]), {"detail": "no sample in it"})
-        raise UserError(f"input={config.input}: no sample has a text at the end; first: {first['detail']}")
+        first = next((row["detail"] for row in ledger if row["detail"]), "no sample in it")
+        raise UserError(f"input={config.input}: no sample has a text at the end; first: {first}")
     return CaptionedDataset(finished, ledger)
 
 

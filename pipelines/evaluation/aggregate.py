@@ -4,12 +4,12 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import cast
 
 import numpy as np
 
 from loomvideo.pipelines.evaluation.distances import set_distances
-from loomvideo.pipelines.evaluation.stages import IDENTITY, MODEL, item_of
+from loomvideo.pipelines.evaluation.rows import IDENTITY, MODEL, ParsedFields, Row, item_of
 from loomvideo.pipelines.evaluation.statistics import Reliability, bootstrap_mean, item_agreement, test_retest
 from loomvideo.pipelines.evaluation.store import Store
 from loomvideo.pipelines.evaluation.suites.parsers import Parsed
@@ -19,7 +19,6 @@ from loomvideo.pipelines.evaluation.suites.registry import suite as find_suite
 from loomvideo.pipelines.evaluation.table import METRICS
 
 COVERAGE_FOR_COMPLETE = 0.98
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -99,12 +98,12 @@ def sample_values(row: Row) -> dict[str, float]:
     judgements = [j["parsed"] for j in row.get("judgements", ())]
     valid = [parsed for parsed in judgements if parsed["sample"] is not None]
     scale = SHARES if row.get("judged") == SHARES else SCORES
-    worst = METRICS[f"{scale}_worst"].floor
+    worst = cast(float, METRICS[f"{scale}_worst"].floor)
     if row.get("judged") and not judgements:
         values[f"{scale}_worst"] = worst
     if judgements:
-        values[scale] = _mean([p["sample"] for p in valid])
-        values[f"{scale}_worst"] = _mean([p["sample"] if p["sample"] is not None else worst for p in judgements])
+        values[scale] = _mean([score for p in judgements if (score := p["sample"]) is not None])
+        values[f"{scale}_worst"] = _mean([worst if p["sample"] is None else p["sample"] for p in judgements])
         minima = [p["minimum"] for p in valid if p["minimum"] is not None]
         if minima:
             values[f"{scale}_min"] = _mean(minima)
@@ -225,8 +224,8 @@ def _reliability(rows: Sequence[Row]) -> Reliability | None:
     return dataclasses.replace(found, answers=item_agreement(answers))
 
 
-def _parsed(row: Row) -> list[dict[str, Any]]:
-    return [{"answers": {}} | j["parsed"] for j in row.get("judgements", ())]
+def _parsed(row: Row) -> list[ParsedFields]:
+    return [{**j["parsed"], "answers": j["parsed"].get("answers", {})} for j in row.get("judgements", ())]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -4,12 +4,11 @@ A model that ignores its instruction or its source is as good in these as in the
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from loomvideo.model.tasks import TASKS
+from loomvideo.pipelines.evaluation.rows import MODEL, Row
 from loomvideo.pipelines.evaluation.suites.items import EvalItem
 
-Row = dict[str, Any]
 WRONG_INSTRUCTION, NO_SOURCE = "wrong_instruction", "no_source"
 CONTROLS = (WRONG_INSTRUCTION, NO_SOURCE)
 MEASURED = "edit_psnr_db"
@@ -31,10 +30,10 @@ def merge_controls(rows: Sequence[Row]) -> list[Row]:
         if row["series"] in CONTROLS and not row["failure"] and MEASURED in row["metrics"]:
             figures = found.setdefault((row["suite"], row["key"]), {})
             figures[f"{row['series']}_psnr_db"] = row["metrics"][MEASURED]
-    merged = []
+    merged: list[Row] = []
     for row in rows:
         if row["series"] in CONTROLS:
             continue
-        figures = found.get((row["suite"], row["key"])) if row["series"] == "model" and not row["failure"] else None
-        merged.append(row | {"metrics": row["metrics"] | figures} if figures else row)
+        figures = found.get((row["suite"], row["key"])) if row["series"] == MODEL and not row["failure"] else None
+        merged.append({**row, "metrics": row["metrics"] | figures} if figures else row)
     return merged

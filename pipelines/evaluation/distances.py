@@ -1,15 +1,14 @@
 """Distances between the set of results and the set of targets, from features kept by learned metrics."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
+from loomvideo.pipelines.evaluation.rows import Row
 from loomvideo.pipelines.evaluation.store import Store
 
 RESAMPLES = 500
 FEATURES_FILE = "features.npz"
-Row = dict[str, Any]
 
 
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:

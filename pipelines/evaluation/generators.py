@@ -16,7 +16,10 @@ class SampleGenerator(Protocol):
         fingerprint: Changes whenever its results may: weights, sampler, guidance.
     """
 
-    fingerprint: str
+    @property
+    def fingerprint(self) -> str:
+        """Its hash or name."""
+        ...
 
     def generate(self, item: LoadedItem, seed: int, use_source: bool = True) -> np.ndarray:
         """The result, uint8 ``[frames, height, width, 3]`` in ``item.size``.

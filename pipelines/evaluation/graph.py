@@ -9,13 +9,8 @@ from typing import Any
 import ray
 
 from loomvideo.pipelines.evaluation.judge_stage import JudgeStage
-from loomvideo.pipelines.evaluation.stages import (
-    GenerateStage,
-    MeasureStage,
-    NormaliseStage,
-    PrepareStage,
-    Row,
-)
+from loomvideo.pipelines.evaluation.rows import Row
+from loomvideo.pipelines.evaluation.stages import GenerateStage, MeasureStage, NormaliseStage, PrepareStage
 
 
 @dataclass(frozen=True)
@@ -148,4 +143,4 @@ def run_graph(
         )
     for row in dataset.iter_rows():
         finished = json.loads(row["row"])
-        yield finished if "judgements" in finished else finished | {"judgements": []}
+        yield finished if "judgements" in finished else {**finished, "judgements": []}

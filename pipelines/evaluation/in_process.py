@@ -14,7 +14,8 @@ from loomvideo.pipelines.evaluation.aggregate import SuiteResult, aggregate_suit
 from loomvideo.pipelines.evaluation.controls import CONTROLS, NO_SOURCE, merge_controls
 from loomvideo.pipelines.evaluation.generators import SampleGenerator
 from loomvideo.pipelines.evaluation.inputs import InputOptions, LoadedItem, load_item
-from loomvideo.pipelines.evaluation.stages import MODEL, Row, check_rows, initial_rows, item_of
+from loomvideo.pipelines.evaluation.rows import MODEL, Row, item_of
+from loomvideo.pipelines.evaluation.stages import check_rows, initial_rows
 from loomvideo.pipelines.evaluation.suites.items import SuiteManifest
 from loomvideo.pipelines.media.decode import DecodeError
 from loomvideo.platform.errors import UserError
@@ -60,21 +61,21 @@ def _sample(
     try:
         loaded = load_item(item_of(rows[0]), manifest.root, options)
     except (DecodeError, UserError) as error:
-        return [row | {"failure": "unreadable input", "detail": str(error)} for row in rows]
+        return [{**row, "failure": "unreadable input", "detail": str(error)} for row in rows]
     done, results = [], {}
     for row in rows:
         inputs = loaded.with_item(item_of(row))
         try:
             video = generator.generate(inputs, row["seed"], use_source=row["series"] != NO_SOURCE)
         except (RuntimeError, ValueError) as error:
-            done.append(row | {"failure": "generation failed", "detail": f"{type(error).__name__}: {error}"[:500]})
+            done.append({**row, "failure": "generation failed", "detail": f"{type(error).__name__}: {error}"[:500]})
             continue
         results[row["series"]] = video
         if row["series"] in CONTROLS:
-            done.append(row | {"metrics": measures.measure_control(video, inputs), "defects": []})
+            done.append({**row, "metrics": measures.measure_control(video, inputs), "defects": []})
         else:
             values, faults = measures.measure_checked(video, inputs)
-            done.append(row | {"metrics": values, "defects": faults})
+            done.append({**row, "metrics": values, "defects": faults})
     if MODEL in results:
         on_results(loaded, results, next(row for row in merge_controls(done) if row["series"] == MODEL))
     return done

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, cast
 
 import numpy as np
 
@@ -16,7 +17,8 @@ from loomvideo.pipelines.evaluation.judges.rubrics import OfficialRubrics, OwnCh
 from loomvideo.pipelines.evaluation.judges.session import JudgeSession, joined
 from loomvideo.pipelines.evaluation.judges.transports import Transport, transports
 from loomvideo.pipelines.evaluation.media import save_png
-from loomvideo.pipelines.evaluation.stages import FILM, IDENTITY, Row, read_inputs, read_result
+from loomvideo.pipelines.evaluation.rows import IDENTITY, JudgementFields, Row
+from loomvideo.pipelines.evaluation.stages import FILM, read_inputs, read_result
 from loomvideo.pipelines.evaluation.store import Store
 from loomvideo.pipelines.evaluation.suites import covebench
 from loomvideo.pipelines.evaluation.suites.items import EvalItem
@@ -85,7 +87,8 @@ class JudgeStage:
             UserError: if the official rubrics of its suite are not configured or lack one.
         """
         protocol = find_suite(item.suite).protocol_or_strict(self.mode)
-        if protocol.rubric_names is None:
+        names_of = protocol.rubric_names
+        if names_of is None:
             own = (self.checklists if protocol is CHECKLIST else self.rubrics).question(item)
             return [Asked(own.text, PARSERS[protocol.parser], own.axes, choices=protocol.choices)]
         if item.suite not in self.official:
@@ -95,8 +98,8 @@ class JudgeStage:
         official = self.official[item.suite]
         if protocol.parser == "covebench":
             return self._cove_questions(item, official)
-        axes = protocol.axes(item)
-        question = official.question(protocol.rubric_names(item), item.text, axes)
+        axes = () if protocol.axes is None else protocol.axes(item)
+        question = official.question(names_of(item), item.text, axes)
         parser = functools.partial(_by_axes, PARSERS[protocol.parser], axes)
         return [Asked(question.text, parser, transport=transports()[f"{item.suite}/{self.mode}"])]
 
@@ -121,11 +124,11 @@ class JudgeStage:
         suite = find_suite(row["suite"])
         skip = row["series"] in CONTROLS or (row["series"] == IDENTITY and not self.judge_identity)
         if skip or not suite.judged:
-            return row | {"judgements": []}
+            return {**row, "judgements": []}
         scale = suite.protocol_or_strict(self.mode).scale
         if row["failure"]:
             # Planned to be judged: it counts in means over every planned sample.
-            return row | {"judgements": [], "judged": scale}
+            return {**row, "judgements": [], "judged": scale}
         inputs = read_inputs(self.store, row)
         video = read_result(self.store, row, inputs)
         asked = self.questions(inputs.item)
@@ -148,7 +151,11 @@ class JudgeStage:
                         )
                     calls.append(self._session(question).judge(request))
                 judgements.append(calls[0] if scale == SCORES else joined(calls))
-        return row | {"judgements": [dataclasses.asdict(j) for j in judgements], "judged": scale}
+        return {
+            **row,
+            "judgements": [cast(JudgementFields, dataclasses.asdict(j)) for j in judgements],
+            "judged": scale,
+        }
 
     def _session(self, question: Asked) -> JudgeSession:
         """The judge as the call's transport wants it: temperature, length, attempts and waits."""
@@ -162,11 +169,10 @@ class JudgeStage:
             "max_tokens": t.max_tokens,
             "film_part": t.film_part,
         }
-        if dataclasses.is_dataclass(session.client):
-            known = {f.name for f in dataclasses.fields(session.client)}
-            client = dataclasses.replace(session.client, **{k: v for k, v in wanted.items() if k in known})
-        else:
-            client = session.client
+        client: Any = session.client
+        if dataclasses.is_dataclass(client):
+            known = {f.name for f in dataclasses.fields(client)}
+            client = dataclasses.replace(client, **{k: v for k, v in wanted.items() if k in known})
         prices = dataclasses.replace(session.prices, max_output_tokens=t.max_tokens or session.prices.max_output_tokens)
         changed = {"client": client, "prices": prices, "max_attempts": t.attempts, "backoff_s": t.wait_s}
         return dataclasses.replace(asking, session=dataclasses.replace(session, **changed), asks=t.asks)

@@ -17,7 +17,8 @@ from PIL import Image
 
 from loomvideo.pipelines.evaluation.aggregate import Figure, SuiteResult, sample_values
 from loomvideo.pipelines.evaluation.published import published_scores
-from loomvideo.pipelines.evaluation.stages import MODEL, STRIP, Row
+from loomvideo.pipelines.evaluation.rows import MODEL, Row
+from loomvideo.pipelines.evaluation.stages import STRIP
 from loomvideo.pipelines.evaluation.store import Store, content_key
 from loomvideo.pipelines.evaluation.table import headline_metrics, ranking_metrics
 from loomvideo.platform.registry import log_dataset

@@ -12,9 +12,10 @@ import numpy as np
 
 from loomvideo.model import adapters
 from loomvideo.model.code_version import kernels_version, sampler_version
+from loomvideo.model.conditions import without_source
 from loomvideo.model.guidance import Guidance
 from loomvideo.model.loading import ModelSource
-from loomvideo.model.pipeline import LoomVideoPipeline, load_pipeline, without_source
+from loomvideo.model.pipeline import LoomVideoPipeline, load_pipeline
 from loomvideo.model.tasks import evaluation_wording
 from loomvideo.pipelines.evaluation.inputs import LoadedItem
 from loomvideo.platform.errors import UserError

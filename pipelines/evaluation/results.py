@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from loomvideo.pipelines.evaluation.aggregate import Figure, SuiteResult, sample_values
-from loomvideo.pipelines.evaluation.stages import MODEL, Row, item_of
+from loomvideo.pipelines.evaluation.rows import MODEL, Row, item_of
 from loomvideo.platform.errors import UserError, full_disk_named
 
 

@@ -18,7 +18,8 @@ from PIL import Image
 from loomvideo.pipelines.evaluation.aggregate import SuiteResult, sample_values
 from loomvideo.pipelines.evaluation.published import published_scores
 from loomvideo.pipelines.evaluation.results import SavedSuite, clean
-from loomvideo.pipelines.evaluation.stages import FILM, MODEL, STRIP, THUMB, Row
+from loomvideo.pipelines.evaluation.rows import MODEL, InputsRecord, Row
+from loomvideo.pipelines.evaluation.stages import FILM, STRIP, THUMB
 from loomvideo.pipelines.evaluation.store import Store
 from loomvideo.pipelines.evaluation.table import headline_metrics, metric
 from loomvideo.platform.errors import full_disk_named
@@ -138,7 +139,7 @@ def radar_spec(result: SuiteResult, other: OtherRun | None = None) -> dict[str, 
     chosen = by_category if len(by_category) > 2 else axes
     if len(chosen) < 3:
         return None
-    series = [{"name": "this run", "values": list(chosen.values())}]
+    series: list[dict[str, Any]] = [{"name": "this run", "values": list(chosen.values())}]
     if other:
         figures = {f.category or f.metric.removeprefix("judge/"): f.value for f in other.saved.figures
                    if (f.metric == "judge" and f.category) or (_is_axis(f.metric) and not f.category)}  # fmt: skip
@@ -205,7 +206,7 @@ def _row(
 
 def _media(row: Row, store: Store, run_id: str, other: OtherRun | None, their_row: Row | None) -> list[dict[str, Any]]:
     inputs, media = store.entry("inputs", row["inputs"]), store.entry("media", row["media"])
-    record = store.record("inputs", row["inputs"])
+    record: InputsRecord = store.kept("inputs", row["inputs"])
     base, film = f"media/{row['key']}", record["num_frames"] > 1
     entries = []
 

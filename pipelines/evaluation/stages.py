@@ -22,21 +22,19 @@ from loomvideo.pipelines.evaluation.generators import IdentityGenerator, SampleG
 from loomvideo.pipelines.evaluation.inputs import InputOptions, LoadedItem, load_item
 from loomvideo.pipelines.evaluation.learned import LearnedMetric
 from loomvideo.pipelines.evaluation.media import save_png, stacked_filmstrips, thumbnail
+from loomvideo.pipelines.evaluation.rows import IDENTITY, MODEL, InputsRecord, Row, item_of
 from loomvideo.pipelines.evaluation.store import Store, content_key, pixel_digest, read_lossless, write_lossless
-from loomvideo.pipelines.evaluation.suites.items import EvalItem, SuiteManifest, file_digest
+from loomvideo.pipelines.evaluation.suites.items import SuiteManifest, file_digest
 from loomvideo.pipelines.media.decode import DecodeError
 from loomvideo.pipelines.media.video_writer import write_video
 from loomvideo.platform.errors import UserError
 
-Row = dict[str, Any]
-Stage = Callable[[Row], Row]
 VIDEO, FILM, STRIP, THUMB = "video.mkv", "video.mp4", "strip.png", "thumb.png"
-MODEL, IDENTITY = "model", "identity"
 
 
 def initial_rows(manifest: SuiteManifest, series: Sequence[str], seed_of: Callable[[str, str], int]) -> list[Row]:
     """One row a sample and series: the model under test, the source copied, controls of edits."""
-    rows = []
+    rows: list[Row] = []
     for index, item in enumerate(manifest.items):
         for name in series:
             if name != MODEL and not item.source:
@@ -58,11 +56,6 @@ def initial_rows(manifest: SuiteManifest, series: Sequence[str], seed_of: Callab
     return rows
 
 
-def item_of(row: Row) -> EvalItem:
-    """The manifest item of a row."""
-    return EvalItem(**{**row["item"], "references": tuple(row["item"]["references"])})
-
-
 @dataclass
 class PrepareStage:
     """Decode, trim and resize the item's media once, and keep exact pixels and playable films of them."""
@@ -78,12 +71,12 @@ class PrepareStage:
         try:
             digests = [file_digest(root / path) for path in item.media()]
         except OSError as error:
-            return row | {"failure": "missing file", "detail": str(error)}
+            return {**row, "failure": "missing file", "detail": str(error)}
         # The text is no part of the media's key, so two instructions for one source share the prepared files.
         names = [item.task, bool(item.source), len(item.references), bool(item.target), bool(item.mask)]
         key = content_key("inputs-2", names, digests, dataclasses.asdict(self.options))
 
-        def fill(folder: Path) -> Row:
+        def fill(folder: Path) -> dict[str, Any]:
             loaded = load_item(item, root, self.options)
             for name, video in (("source", loaded.source), ("target", loaded.target)):
                 if video is not None:
@@ -107,22 +100,22 @@ class PrepareStage:
         try:
             self.store.make("inputs", key, fill)
         except (DecodeError, UserError) as error:
-            return row | {"failure": "unreadable input", "detail": str(error)}
-        return row | {"inputs": key}
+            return {**row, "failure": "unreadable input", "detail": str(error)}
+        return {**row, "inputs": key}
 
 
 def read_inputs(store: Store, row: Row) -> LoadedItem:
     """The prepared media of a row."""
     folder = store.entry("inputs", row["inputs"])
-    record = store.record("inputs", row["inputs"])
-    size = tuple(record["size"])
+    record: InputsRecord = store.kept("inputs", row["inputs"])
+    width, height = record["size"]
     videos = {name: read_lossless(folder / f"{name}.mkv") for name in record["has"] if name != "mask"}
     mask = None
     if "mask" in record["has"]:
-        mask = np.unpackbits(np.load(folder / "mask.npy"), axis=-1)[..., : size[0]].astype(bool)
+        mask = np.unpackbits(np.load(folder / "mask.npy"), axis=-1)[..., :width].astype(bool)
     references = tuple(read_lossless(folder / f"reference{n}.mkv")[0] for n in range(record["references"]))
     return LoadedItem(
-        item_of(row), videos.get("source"), references, videos.get("target"), mask, size,
+        item_of(row), videos.get("source"), references, videos.get("target"), mask, (width, height),
         record["num_frames"], record["fps"], tuple(record["frame_indices"]),
     )  # fmt: skip
 
@@ -151,13 +144,13 @@ class GenerateStage:
             return row
         if row["series"] == IDENTITY:
             # The source is kept with the inputs already.
-            return row | {"result": IDENTITY, "generate_s": 0.0}
+            return {**row, "result": IDENTITY, "generate_s": 0.0}
         item = item_of(row)
         use_source = row["series"] != NO_SOURCE
         left_out = [] if use_source else [NO_SOURCE]
         key = content_key("result-1", row["inputs"], item.task, item.text, self.fingerprint, row["seed"], *left_out)
 
-        def fill(folder: Path) -> Row:
+        def fill(folder: Path) -> dict[str, Any]:
             inputs = read_inputs(self.store, row)
             if self._generator is None:
                 self._generator = self.build()
@@ -179,8 +172,8 @@ class GenerateStage:
             record = self.store.make("results", key, fill)
         except (RuntimeError, ValueError) as error:
             # A sample that the model cannot make is counted; a model that makes none ends the run in `check_rows`.
-            return row | {"failure": "generation failed", "detail": f"{type(error).__name__}: {error}"[:500]}
-        return row | {"result": key, "generate_s": record["seconds"], "pixels": record["pixels"]}
+            return {**row, "failure": "generation failed", "detail": f"{type(error).__name__}: {error}"[:500]}
+        return {**row, "result": key, "generate_s": record["seconds"], "pixels": record["pixels"]}
 
 
 def read_result(store: Store, row: Row, inputs: LoadedItem) -> np.ndarray:
@@ -202,7 +195,7 @@ class NormaliseStage:
             return row
         key = content_key("media-1", row["result"], row["inputs"])
 
-        def fill(folder: Path) -> Row:
+        def fill(folder: Path) -> dict[str, Any]:
             inputs = read_inputs(self.store, row)
             video = read_lossless(self.store.entry("results", row["result"]) / VIDEO)
             write_video(folder / FILM, video, inputs.fps)
@@ -213,7 +206,7 @@ class NormaliseStage:
             return {"frames": len(video), "height": video.shape[1], "width": video.shape[2]}
 
         self.store.make("media", key, fill)
-        return row | {"media": key}
+        return {**row, "media": key}
 
 
 @dataclass
@@ -232,7 +225,7 @@ class MeasureStage:
         key = content_key("metrics", measures.VERSION, names, row["result"], row["inputs"], row["item"]["aligned"],
                           row["item"]["extra"].get("garment"), row["series"] in CONTROLS)  # fmt: skip
 
-        def fill(folder: Path) -> Row:
+        def fill(folder: Path) -> dict[str, Any]:
             inputs = read_inputs(self.store, row)
             video = read_result(self.store, row, inputs)
             if row["series"] in CONTROLS:
@@ -248,10 +241,17 @@ class MeasureStage:
                     else:
                         values[name] = None if np.isnan(value) else value
             if features:
-                np.savez(folder / FEATURES_FILE, **features)
+                np.savez(folder / FEATURES_FILE, allow_pickle=True, **features)
             return {"metrics": values, "defects": found, "features": key if features else ""}
 
-        return row | self.store.make("metrics", key, fill) | {"measured": key}
+        record = self.store.make("metrics", key, fill)
+        return {
+            **row,
+            "metrics": record["metrics"],
+            "defects": record["defects"],
+            "features": record["features"],
+            "measured": key,
+        }
 
 
 def check_rows(rows: Sequence[Row]) -> None:

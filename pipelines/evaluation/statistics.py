@@ -43,8 +43,8 @@ def micro_mean(scores: np.ndarray) -> float:
 
 def bootstrap_mean(
     scores: np.ndarray,
-    clusters: Sequence[str],
-    categories: Sequence[str] | None = None,
+    clusters: Sequence[str] | np.ndarray,
+    categories: Sequence[str] | np.ndarray | None = None,
     confidence: float = 0.95,
     resamples: int = DEFAULT_RESAMPLES,
     seed: int = 0,

@@ -44,6 +44,17 @@ class Store:
         path = self.entry(kind, key) / RECORD
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
+    def kept(self, kind: str, key: str) -> Any:
+        """The record of an entry that an earlier stage has made.
+
+        Raises:
+            RuntimeError: if it is gone.
+        """
+        record = self.record(kind, key)
+        if record is None:
+            raise RuntimeError(f"{self.entry(kind, key)}: an earlier stage made it, and it is gone; run again")
+        return record
+
     def make(self, kind: str, key: str, fill: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         """The record under a key; when there is none, ``fill(folder)`` writes the files and returns it."""
         record = self.record(kind, key)

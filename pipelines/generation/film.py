@@ -10,8 +10,8 @@ from torch import Tensor
 
 from loomvideo.model.buckets import choose_bucket
 from loomvideo.model.clips import TARGET_FPS
+from loomvideo.model.conditions import Conditions
 from loomvideo.model.film import edit_film, film_windows
-from loomvideo.model.pipeline import Conditions
 from loomvideo.model.sampler import Anchor
 from loomvideo.model.tasks import requested_task
 from loomvideo.pipelines.generation.requests import VIDEO_SUFFIXES, Request

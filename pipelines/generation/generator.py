@@ -13,9 +13,10 @@ import torch
 
 from loomvideo.model import adapters
 from loomvideo.model.clips import TARGET_FPS
+from loomvideo.model.conditions import Conditions
 from loomvideo.model.fingerprints import weights_fingerprint
 from loomvideo.model.loading import ModelSource, fitted
-from loomvideo.model.pipeline import Conditions, LoomVideoPipeline, load_pipeline
+from loomvideo.model.pipeline import LoomVideoPipeline, load_pipeline
 from loomvideo.model.shortcuts import Shortcuts
 from loomvideo.model.tasks import Task, requested_task
 from loomvideo.pipelines.generation.film import edit_whole

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from loomvideo.pipelines.prepare.config import LimitOptions
+from loomvideo.pipelines.prepare.units import UnitReport
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.storage import Storage
 
@@ -112,7 +113,7 @@ class Watch:
         self._places: dict[str, Counter[str]] = defaultdict(Counter)
         self._faults: Counter[str] = Counter()
 
-    def see(self, report: Mapping[str, Any]) -> None:
+    def see(self, report: UnitReport) -> None:
         """Take a worker's report.
 
         Raises:

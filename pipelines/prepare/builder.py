@@ -29,7 +29,7 @@ from loomvideo.pipelines.prepare.encode import LoadedSample, SampleEncoder, Samp
 from loomvideo.pipelines.prepare.features import combined_error
 from loomvideo.pipelines.prepare.geometry import Filtered
 from loomvideo.pipelines.prepare.outcomes import Outcome
-from loomvideo.pipelines.prepare.units import WorkRow, read_planned
+from loomvideo.pipelines.prepare.units import UnitReport, WorkRow, read_planned
 from loomvideo.pipelines.sources.samples import Sample, stored_sample
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.nodes.devices import device_for
@@ -86,12 +86,11 @@ class ShardBuilder:
         """End the decoder process."""
         self.loader.close()
 
-    def __call__(self, row: WorkRow) -> dict[str, Any]:
+    def __call__(self, row: WorkRow) -> UnitReport:
         """Build the shard that a row names, or the dataset-wide tensors.
 
         Returns:
-            What happened, for progress: the shard's name, counts, sizes and the seconds spent waiting for decoded
-            samples (``wait_s``) and encoding (``encode_s``), and how many members were made and kept (``members``).
+            What happened, for progress.
         """
         if self._faulty:
             # A context that failed once computes nothing that counts: Ray starts another process for this row.
@@ -102,13 +101,13 @@ class ShardBuilder:
         except DeviceFaultError as error:
             self._faulty = True
             report = self._report(row["unit"], 0, 0, 0, 0.0, 0.0, started)
-            return report | {"members": {}, "lost_by_reason": {}, "fault": str(error)}
+            return {**report, "fault": str(error)}
 
-    def _build(self, row: WorkRow, started: float) -> dict[str, Any]:
+    def _build(self, row: WorkRow, started: float) -> UnitReport:
         if row["unit"] == SHARED_TASK:
             sha256 = write_shared(self.storage, self.encoder.null_features())
             self.storage.write_bytes(SHARED_RECORD, json.dumps({"sha256": sha256, "recipe": row["recipe"]}).encode())
-            return self._report(SHARED_TASK, 0, 0, 0, 0.0, 0.0, started) | {"members": {}, "lost_by_reason": {}}
+            return self._report(SHARED_TASK, 0, 0, 0, 0.0, 0.0, started)
         self._wait_s = self._encode_s = 0.0
         self._members: Counter[str] = Counter()
         facts: dict[str, Any] = {"encoders": self.encoder.fingerprints, "device": self.encoder.device_name}
@@ -132,11 +131,11 @@ class ShardBuilder:
         )
         error = max(record.facts["feature_error"]["layers"], default=0.0)
         reasons = Counter(loss["reason"] for loss in losses if loss["outcome"] == "quarantined")
-        return report | {"feature_error": error, "members": dict(self._members), "lost_by_reason": dict(reasons)}
+        return {**report, "feature_error": error, "members": {**self._members}, "lost_by_reason": {**reasons}}
 
     def _report(
         self, unit: str, written: int, lost: int, num_bytes: int, wait_s: float, encode_s: float, started: float
-    ) -> dict[str, Any]:
+    ) -> UnitReport:
         return {
             "stage": "encode",
             "unit": unit,
@@ -146,6 +145,8 @@ class ShardBuilder:
             "wait_s": wait_s,
             "encode_s": encode_s,
             "feature_error": 0.0,
+            "members": {},
+            "lost_by_reason": {},
             "fault": "",
             "where": worker_place(),
             "wall_s": time.perf_counter() - started,
@@ -161,13 +162,13 @@ class ShardBuilder:
     ) -> Iterator[tuple[int, ShardSample]]:
         errors = []
         for plan, loaded in zip(planned, self._loaded(planned), strict=True):
+            kept = loaded.kept if isinstance(loaded, LoadedSample) else ()
             if isinstance(loaded, LoadedSample) and plan.sample.key in attempt.crashed:
                 message = f"its process died on {attempt.crashed[plan.sample.key]}"
                 loaded = _lost(plan.sample, "quarantined", "encode", "repeated_crash", message)
             elif isinstance(loaded, LoadedSample):
                 attempt.begin(plan.sample.key)
                 began = time.perf_counter()
-                kept = loaded.kept
                 loaded = self._encoded(loaded, row["split"], plan.assessed)
                 self._encode_s += time.perf_counter() - began
             if isinstance(loaded, Outcome):

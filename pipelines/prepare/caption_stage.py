@@ -9,7 +9,6 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import pyarrow as pa
 
@@ -23,7 +22,7 @@ from loomvideo.pipelines.prepare.config import PrepareConfig
 from loomvideo.pipelines.prepare.inputs import Inputs, InputTable
 from loomvideo.pipelines.prepare.outcomes import RETRIABLE, Outcome
 from loomvideo.pipelines.prepare.pools import Pool, map_on_actors
-from loomvideo.pipelines.prepare.units import WorkRow, commit_result, read_planned
+from loomvideo.pipelines.prepare.units import UnitReport, WorkRow, commit_result, read_planned
 from loomvideo.pipelines.sources.samples import Sample, stored_sample
 from loomvideo.platform.shards.plan import digest
 from loomvideo.platform.shards.storage import Storage
@@ -47,7 +46,7 @@ class CaptionWorker:
         base = base_folder(config.input)
         self.reader = FrameReader(options.num_frames, options.max_side, base, config.workers.decode_timeout_s)
 
-    def __call__(self, row: WorkRow) -> dict[str, Any]:
+    def __call__(self, row: WorkRow) -> UnitReport:
         """Ask for the texts of the unit that a row names and commit the answers."""
         samples = _samples(self.storage, row)
         results = [result for _, result in self.captioner.run(samples, self.reader)]
@@ -62,7 +61,7 @@ def _samples(storage: Storage, row: WorkRow) -> list[Sample]:
     return [stored_sample(planned["sample"]) for planned in read_planned(storage, row)]
 
 
-def commit(storage: Storage, row: WorkRow, samples: list[Sample], results: list[CaptionResult]) -> dict[str, Any]:
+def commit(storage: Storage, row: WorkRow, samples: list[Sample], results: list[CaptionResult]) -> UnitReport:
     """Write a unit's answers; returns the report of it.
 
     Raises:
@@ -98,7 +97,7 @@ def caption_pool(config: PrepareConfig) -> Pool:
     return Pool(workers.count, workers.cpus, workers.gpus)
 
 
-def run_captions(config: PrepareConfig, work: list[WorkRow]) -> Iterator[dict[str, Any]]:
+def run_captions(config: PrepareConfig, work: list[WorkRow]) -> Iterator[UnitReport]:
     """Ask for the texts of units on the Ray cluster; yields a report a unit."""
     # A relative folder means the same to actors on this machine, wherever they run.
     options = dataclasses.replace(config.captions, cache=os.path.abspath(config.captions.cache))
@@ -109,7 +108,7 @@ def run_captions(config: PrepareConfig, work: list[WorkRow]) -> Iterator[dict[st
         yield from map_on_actors(CaptionWorker, (config,), work, caption_pool(config))
 
 
-def _with_ray_llm(config: PrepareConfig, work: list[WorkRow]) -> Iterator[dict[str, Any]]:
+def _with_ray_llm(config: PrepareConfig, work: list[WorkRow]) -> Iterator[UnitReport]:
     storage, base = Storage(config.output), base_folder(config.input)
     units = {row["unit"]: _samples(storage, row) for row in work}
     unit_of = {sample.key: unit for unit, samples in units.items() for sample in samples}

@@ -26,7 +26,7 @@ from loomvideo.pipelines.prepare.curation.options import StageOptions
 from loomvideo.pipelines.prepare.curation.pair_audit import in_step_paths
 from loomvideo.pipelines.prepare.curation.shots import build_detector, shot_samples, shot_thumbnails, shots
 from loomvideo.pipelines.prepare.outcomes import RETRIABLE, Outcome
-from loomvideo.pipelines.prepare.units import WorkRow, commit_result, earlier_result, read_planned
+from loomvideo.pipelines.prepare.units import UnitReport, WorkRow, commit_result, earlier_result, read_planned
 from loomvideo.pipelines.sources.samples import Sample, media_paths, stored_sample
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.plan import digest
@@ -111,7 +111,7 @@ class SampleAssessor:
         self.detector = None if config.stages.shots.detector == "off" else build_detector(config.stages.shots)
         self._scoring = digest(ASSESSMENT_VERSION, config.decoder, json.dumps(scoring_options(config.stages)))
 
-    def __call__(self, row: WorkRow) -> dict[str, Any]:
+    def __call__(self, row: WorkRow) -> UnitReport:
         """Assess the unit that a row names and commit the result."""
         before = earlier_result(self.storage, CURATION_FOLDER, row).get("measured", {})
         decoded = 0

@@ -28,6 +28,7 @@ from loomvideo.pipelines.prepare.stages import ENCODE, STAGES, Stage, run_stage,
 from loomvideo.pipelines.prepare.units import (
     PLAN_FOLDER,
     UnitPlan,
+    UnitReport,
     WorkRow,
     commit_plan,
     committed_files,
@@ -54,7 +55,7 @@ CONFIG_FILE = "work/config.yaml"
 UP_TO_DATE = "up to date"
 _WORK = ("assessed", "decoded", "captioned", "asked")
 
-Progress = Callable[[dict[str, Any], int], None]
+Progress = Callable[[UnitReport, int], None]
 
 
 @dataclasses.dataclass
@@ -164,6 +165,7 @@ class _Run:
             self._stack.enter_context(self._session())
             self._session = None
         watch, left = Watch(self.config.limits, len(plan.table) + num_lost), work
+        failed: dict[str, tuple[str, str]] = {}
         for _ in range(self.config.limits.attempts):
             failed = self._pass(stage, left, len(work), watch)
             left = [row for row in left if row["unit"] in failed]
@@ -222,7 +224,7 @@ class _Run:
     def _seconds(self) -> float:
         return time.perf_counter() - self._started
 
-    def _check_error(self, report: dict[str, Any]) -> None:
+    def _check_error(self, report: UnitReport) -> None:
         features = self.config.features
         if report.get("feature_error", 0.0) > features.max_error:
             key, fix = f"dtype={features.dtype}", "use features.dtype=bf16"

@@ -23,7 +23,7 @@ class Pool:
 
 def map_on_actors(
     worker: type, arguments: Sequence[Any], work: Sequence[Mapping[str, Any]], pool: Pool
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Any]:
     """Call ``worker(*arguments)(row)`` for every row; yields what comes back, in any order.
 
     The pool starts with one worker and grows while rows wait and the cluster has, or gets, room: nothing is asked of

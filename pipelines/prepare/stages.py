@@ -16,7 +16,6 @@ encode   clips, texts, scores   ``shards/*.tar``, ``work/records``        a GPU 
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from loomvideo.pipelines.prepare.builder import ShardBuilder
 from loomvideo.pipelines.prepare.caption_stage import (
@@ -42,14 +41,14 @@ from loomvideo.pipelines.prepare.inputs import Inputs, InputTable
 from loomvideo.pipelines.prepare.outcomes import RETRIABLE
 from loomvideo.pipelines.prepare.pools import Pool, map_on_actors
 from loomvideo.pipelines.prepare.recipe import encode_recipe
-from loomvideo.pipelines.prepare.units import Dealing, UnitPlan, WorkRow, plan_units
+from loomvideo.pipelines.prepare.units import Dealing, UnitPlan, UnitReport, WorkRow, plan_units
 from loomvideo.platform.shards.commits import Commit
 from loomvideo.platform.shards.manifest import SHARD_FOLDER
 from loomvideo.platform.shards.storage import Storage
 from loomvideo.platform.shards.writer import RECORD_FOLDER, ShardRecord
 
 _SAMPLES_IN_A_CHUNK = 64
-Reports = Iterator[dict[str, Any]]
+Reports = Iterator[UnitReport]
 
 
 @dataclass(frozen=True)

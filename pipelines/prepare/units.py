@@ -9,7 +9,7 @@ stands in the name of the committed result, so one listing says what is stale.
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -51,6 +51,77 @@ class WorkRow(TypedDict):
     before: list[str]
     moved: str
     run: str
+
+
+class PlannedRow(TypedDict):
+    """A sample of a unit, as a plan lists it.
+
+    Attributes:
+        unit: Name of the unit.
+        slot: The sample's place in it.
+        was: The unit that holds it from before, where that is another one.
+        key: The sample's key.
+        dataset: The dataset that it counts for.
+        split: Its split.
+        num_bytes: Its estimated size.
+        sample: JSON of the sample.
+        media: JSON of what is known of its files.
+        assessed: JSON of what curation found.
+    """
+
+    unit: str
+    slot: int
+    was: str | None
+    key: str
+    dataset: str
+    split: str
+    num_bytes: int
+    sample: str
+    media: str
+    assessed: str
+
+
+class UnitReport(TypedDict):
+    """What a worker says of a unit that it has worked through, for progress and for what ends a run early.
+
+    Attributes:
+        stage: Name of the stage.
+        unit: Name of the unit.
+        assessed: Samples that were assessed.
+        decoded: Of them, those whose files were decoded.
+        captioned: Samples that have an answer.
+        asked: Of them, those that a model answered.
+        written: Samples in the shard.
+        lost: Planned samples that are not in it.
+        num_bytes: Size of the shard.
+        wait_s: Seconds spent waiting for decoded samples.
+        encode_s: Seconds spent encoding.
+        wall_s: Seconds of the whole unit.
+        feature_error: The largest relative error of a layer's stored states.
+        members: How many members were made and kept, as ``made.NAME`` and ``kept.NAME``; Ray fills what another
+            unit has with None.
+        lost_by_reason: Quarantined samples by reason, likewise.
+        fault: The error of a device that failed; empty for a unit that is done.
+        where: Node and device of the worker.
+    """
+
+    stage: str
+    unit: str
+    assessed: NotRequired[int]
+    decoded: NotRequired[int]
+    captioned: NotRequired[int]
+    asked: NotRequired[int]
+    written: NotRequired[int]
+    lost: NotRequired[int]
+    num_bytes: NotRequired[int]
+    wait_s: NotRequired[float]
+    encode_s: NotRequired[float]
+    wall_s: NotRequired[float]
+    feature_error: NotRequired[float]
+    members: NotRequired[dict[str, int | None]]
+    lost_by_reason: NotRequired[dict[str, int | None]]
+    fault: NotRequired[str]
+    where: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -122,10 +193,10 @@ def plan_units(
     table = inputs.table
     before = kept_plan(storage, stage, ["key", "unit", "was"])
     committed = {unit: kept for unit, found in commits(storage, folder).items() if (kept := list(filter(sound, found)))}
-    placed = None
+    placed = was_before = None
     if before is not None:
         found = pc.index_in(table.column("key"), before.column("key"))
-        placed = before.column("unit").take(found)
+        placed, was_before = before.column("unit").take(found), before.column("was").take(found)
     splits = [dealing.name] * len(table) if dealing.name else table.column("split").to_pylist()
     units = plan_shards(
         table.column("key").to_pylist(),
@@ -137,7 +208,7 @@ def plan_units(
         None if placed is None or redeal else placed.to_pylist(),
         () if before is None else pc.unique(before.column("unit")).to_pylist(),
     )
-    was = None if placed is None else _moved(units, placed, before.column("was").take(found), committed)
+    was = None if placed is None else _moved(units, placed, was_before, committed)
     recipes = [digest(*parts, unit.name, rows) for unit, rows in zip(units, _content(table, units), strict=True)]
     stale = [
         number
@@ -208,7 +279,8 @@ def _was(plan: UnitPlan, unit: PlannedShard) -> list[str | None]:
 
 def _work_row(plan: UnitPlan, number: int, part: str, group: int, run: str) -> WorkRow:
     unit = plan.units[number]
-    moved = {name: plan.committed[name][0].file for name in {*_was(plan, unit)} - {None}}
+    earlier = sorted({name for name in _was(plan, unit) if name is not None})
+    moved = {name: plan.committed[name][0].file for name in earlier}
     before = [commit.file for commit in plan.committed.get(unit.name, ())]
     return WorkRow(
         unit=unit.name,
@@ -232,10 +304,10 @@ def kept_plan(storage: Storage, stage: str, columns: list[str]) -> pa.Table | No
     return pa.concat_tables(tables) if tables else schema.empty_table()
 
 
-def read_planned(storage: Storage, row: WorkRow) -> list[dict[str, Any]]:
-    """The rows ``{slot, was, key, sample, assessed, media, ...}`` of a unit of a plan, in slot order."""
+def read_planned(storage: Storage, row: WorkRow) -> list[PlannedRow]:
+    """The samples of a unit of a plan, in slot order."""
 
-    def read() -> list[dict[str, Any]]:
+    def read() -> list[PlannedRow]:
         with storage.fs.open(storage.full_path(f"{PLAN_FOLDER}/{row['part']}"), "rb") as opened:
             return pq.ParquetFile(opened).read_row_group(row["group"], use_threads=False).to_pylist()
 

@@ -18,7 +18,7 @@ simulation, section 4.5 of DMD2). The level of a step is the same on all ranks, 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,8 @@ from loomvideo.model.guidance import FULL, UNCONDITIONAL, VISUAL, Guidance
 from loomvideo.model.packing import DiTSample, pack
 from loomvideo.model.tasks import wording
 from loomvideo.pipelines.training.config import DistillConfig
+from loomvideo.pipelines.training.dit_recipe import DiTRecipe, frozen_start
 from loomvideo.pipelines.training.packed_flow import PackedFlow
-from loomvideo.pipelines.training.recipe import Example, LoomVideoRecipe, frozen_start
 from loomvideo.platform.shards.sample import ShardSample
 from loomvideo.platform.training.randomness import SampleRandom, stream
 from loomvideo.platform.training.recipe import MODEL, LossOutput, Role, Turn
@@ -105,18 +105,19 @@ class DistillPack:
         return dataclasses.replace(self, flow=flow, guided=guided, noises=noises, **moved)
 
 
-class DistillationRecipe(LoomVideoRecipe):
+class DistillationRecipe(DiTRecipe):
     """DMD2 of packed LoomVideo samples.
 
     Args:
         distill: How.
-        options: As of :class:`LoomVideoRecipe`; ``initial_weights`` are the teacher and where all three start.
+        options: What :class:`DiTRecipe` takes; ``initial_weights`` are the teacher and where all three start.
     """
 
     def __init__(self, distill: DistillConfig, *options: Any, **named: Any):
         super().__init__(*options, **named)
         self.distill = distill
-        self.few_steps = distill.few_steps()
+        self.schedule = distill.few_steps()
+        self.few_steps = self.schedule
 
     # -- networks and turns ---------------------------------------------------------------------------------------
 
@@ -128,7 +129,7 @@ class DistillationRecipe(LoomVideoRecipe):
 
         shares = self.lora is not None
         return [
-            Role(TEACHER, lambda: frozen_start(self), shares_frozen=shares, base=lambda: LoomVideoRecipe.base(self)),
+            Role(TEACHER, lambda: frozen_start(self), shares_frozen=shares, base=lambda: DiTRecipe.base(self)),
             Role(CRITIC, critic, self.distill.critic, shares_frozen=shares),
         ]
 
@@ -139,7 +140,7 @@ class DistillationRecipe(LoomVideoRecipe):
 
     def level_at(self, step: int) -> int:
         """Which step of the schedule is learned in a turn; the student's turns and the critic's draw alike."""
-        return int(stream("distill-level", self.seed, step).integers(self.few_steps.num_steps))
+        return int(stream("distill-level", self.seed, step).integers(self.schedule.num_steps))
 
     # -- samples --------------------------------------------------------------------------------------------------
 
@@ -181,12 +182,12 @@ class DistillationRecipe(LoomVideoRecipe):
             task=task,
             branches=branches,
             weights=weights,
-            noises=random.normal("steps", (self.few_steps.num_steps, *shape)),
+            noises=random.normal("steps", (self.schedule.num_steps, *shape)),
             noise=random.normal("noise", shape),
             t=shift_time(level, shift),
         )
 
-    def load_validation_example(self, *arguments: Any, **named: Any) -> Example:
+    def load_validation_example(self, *arguments: Any, **named: Any) -> NoReturn:
         """The flow-matching loss says nothing of a student that knows few levels; see ``DistillJobConfig.check``."""
         raise NotImplementedError("a distilled model has no loss on single levels")
 
@@ -223,7 +224,7 @@ class DistillationRecipe(LoomVideoRecipe):
             guided_rows=torch.cat(rows),
             guided_samples=torch.tensor([number for number, _, _ in asked]),
             guided_weights=torch.tensor([weight for _, _, weight in asked], dtype=torch.float32),
-            noises=[full.pack_targets([e.noises[step] for e in examples]) for step in range(self.few_steps.num_steps)],
+            noises=[full.pack_targets([e.noises[step] for e in examples]) for step in range(self.schedule.num_steps)],
             noise=full.pack_targets([example.noise for example in examples]),
             t=torch.tensor([example.t for example in examples], dtype=torch.float32),
             operations={MODEL: one, CRITIC: one, TEACHER: all_branches},
@@ -231,7 +232,7 @@ class DistillationRecipe(LoomVideoRecipe):
 
     def flops(self, pack: DistillPack) -> float:
         """Of an average turn, without recomputation."""
-        simulated = (self.few_steps.num_steps - 1) / 2
+        simulated = (self.schedule.num_steps - 1) / 2
         k, one, teacher = self.distill.critic_steps, pack.operations[MODEL], pack.operations[TEACHER]
         student_turn = (simulated + 3) * one + teacher + one
         critic_turn = (simulated + 1) * one + 3 * one
@@ -239,7 +240,7 @@ class DistillationRecipe(LoomVideoRecipe):
 
     def note(self) -> dict[str, Any]:
         """The steps and the guidance that are folded in: generation switches to them by itself."""
-        return {FEW_STEPS_KEY: self.few_steps.to_dict()}
+        return {FEW_STEPS_KEY: self.schedule.to_dict()}
 
     # -- losses ---------------------------------------------------------------------------------------------------
 
@@ -266,7 +267,7 @@ class DistillationRecipe(LoomVideoRecipe):
         """What the student makes of noise by its first ``level + 1`` steps; only the last one carries a graph."""
         flow, latents = pack.flow, pack.noises[0]
         made = latents
-        for step, time in enumerate(self.few_steps.times[: level + 1]):
+        for step, time in enumerate(self.schedule.times[: level + 1]):
             t = torch.full_like(pack.t, time)
             with torch.set_grad_enabled(torch.is_grad_enabled() and step == level):
                 if step:

@@ -13,13 +13,14 @@ two paths up to a factor; the drift is reported in any case.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from loomvideo.pipelines.training.config import NFTConfig
-from loomvideo.pipelines.training.recipe import Example, LoomVideoRecipe, TrainingPack, frozen_start
+from loomvideo.pipelines.training.dit_recipe import frozen_start
+from loomvideo.pipelines.training.recipe import Example, LoomVideoRecipe, TrainingPack
 from loomvideo.platform.shards.sample import ShardSample
 from loomvideo.platform.training.randomness import SampleRandom
 from loomvideo.platform.training.recipe import MODEL, LossOutput, Role, Turn
@@ -40,7 +41,7 @@ class WeightedPack(TrainingPack):
 
     rewards: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0))
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "WeightedPack":
+    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
         """As :meth:`TrainingPack.to`."""
         moved = super().to(device, dtype)
         return dataclasses.replace(moved, rewards=self.rewards.to(device))
@@ -52,7 +53,7 @@ class NFTRecipe(LoomVideoRecipe):
     Args:
         nft: How.
         old_weights: The weights folder of the policy that made the samples.
-        options: As of :class:`LoomVideoRecipe`; ``initial_weights`` are the reference.
+        options: What :class:`LoomVideoRecipe` takes; ``initial_weights`` are the reference.
     """
 
     def __init__(self, nft: NFTConfig, old_weights: str, *options: Any, **named: Any):
@@ -87,8 +88,8 @@ class NFTRecipe(LoomVideoRecipe):
         values = {field.name: getattr(example, field.name) for field in dataclasses.fields(example)}
         return WeightedExample(**values, reward=float(row["reward"]))
 
-    def collate(self, examples: Sequence[WeightedExample]) -> WeightedPack:
-        """As :class:`LoomVideoRecipe`, with rewards."""
+    def collate(self, examples: Sequence[Any]) -> WeightedPack:
+        """A pack of :class:`WeightedExample`, with their rewards."""
         packed = super().collate(examples)
         values = {field.name: getattr(packed, field.name) for field in dataclasses.fields(packed)}
         values["operations"] *= 5 / 3

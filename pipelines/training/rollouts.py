@@ -35,7 +35,7 @@ from loomvideo.pipelines.evaluation.inputs import LoadedItem
 from loomvideo.pipelines.evaluation.rewards import Rewarder, group_rewards
 from loomvideo.pipelines.evaluation.suites.items import EvalItem
 from loomvideo.pipelines.training.config import NFTConfig
-from loomvideo.pipelines.training.recipe import LoomVideoRecipe
+from loomvideo.pipelines.training.dit_recipe import DiTRecipe
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.reader import ShardDataset
 from loomvideo.platform.shards.sample import ShardSample
@@ -93,7 +93,7 @@ class RolloutMaker:
 
     def __init__(
         self,
-        recipe: LoomVideoRecipe,
+        recipe: DiTRecipe,
         dit: LoomVideoDiT,
         codec: Codec,
         datasets: Sequence[ShardDataset],

@@ -24,7 +24,7 @@ from loomvideo.model.flow import noised_and_target, sample_timestep
 from loomvideo.model.packing import DiTSample, PackedBatch, pack
 from loomvideo.model.tasks import wording
 from loomvideo.pipelines.training.config import SourcePreferenceConfig
-from loomvideo.pipelines.training.recipe import STATES_DTYPE, LoomVideoRecipe, frozen_start
+from loomvideo.pipelines.training.dit_recipe import STATES_DTYPE, DiTRecipe, frozen_start
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.sample import ShardSample
 from loomvideo.platform.training.order import SampleSizes
@@ -72,12 +72,12 @@ class PairPack:
         return dataclasses.replace(self, batch=batch, target=target)
 
 
-class SourcePreferenceRecipe(LoomVideoRecipe):
+class SourcePreferenceRecipe(DiTRecipe):
     """Preferring targets to sources.
 
     Args:
         preference: How strongly.
-        options: As of :class:`LoomVideoRecipe`; ``initial_weights`` are the reference.
+        options: What :class:`DiTRecipe` takes; ``initial_weights`` are the reference.
     """
 
     def __init__(self, preference: SourcePreferenceConfig, *options: Any, **named: Any):
@@ -87,7 +87,7 @@ class SourcePreferenceRecipe(LoomVideoRecipe):
     def roles(self) -> Sequence[Role]:
         """The reference; under adapters it is the model's frozen weights."""
         shares = self.lora is not None
-        base = lambda: LoomVideoRecipe.base(self)  # noqa: E731 - asked on one rank alone
+        base = lambda: DiTRecipe.base(self)  # noqa: E731 - asked on one rank alone
         return [Role(REFERENCE, lambda: frozen_start(self), shares_frozen=shares, base=base)]
 
     def visit_variant(self, random: SampleRandom) -> int:

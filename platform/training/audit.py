@@ -10,7 +10,7 @@ from typing import Any
 
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.runs import RunFolder
-from loomvideo.platform.training.checkpoint import CheckpointFolder, checkpoints_of
+from loomvideo.platform.training.checkpoint_folder import CheckpointFolder, checkpoints_of
 from loomvideo.platform.training.config import TrainingConfig
 from loomvideo.platform.training.driver import train
 from loomvideo.platform.training.progress import STEPS_FILE

@@ -14,7 +14,8 @@ import torch
 
 from loomvideo.platform.nodes.devices import device_for
 from loomvideo.platform.time_limits import BESIDE_TRAINING
-from loomvideo.platform.training.checkpoint import Checkpoint, CheckpointFolder
+from loomvideo.platform.training.checkpoint import Checkpoint
+from loomvideo.platform.training.checkpoint_folder import CheckpointFolder
 from loomvideo.platform.training.config import ValidationConfig
 from loomvideo.platform.training.recipe import Recipe, TrainingDataset
 from loomvideo.platform.training.validation import Validator

@@ -24,7 +24,7 @@ from loomvideo.platform.time_limits import (
     WORKER_GROUP_START,
 )
 from loomvideo.platform.training.beside import CheckpointTask, CheckpointTasks, validation_task
-from loomvideo.platform.training.checkpoint import CheckpointFolder, checkpoints_of
+from loomvideo.platform.training.checkpoint_folder import CheckpointFolder, checkpoints_of
 from loomvideo.platform.training.config import TrainingConfig
 from loomvideo.platform.training.mailbox import Mailbox
 from loomvideo.platform.training.progress import Predict, TrainingProgress

@@ -8,7 +8,7 @@ from typing import Any
 
 from loomvideo.platform.console import bars, console
 from loomvideo.platform.runs import RunFolder
-from loomvideo.platform.training.checkpoint import checkpoints_of
+from loomvideo.platform.training.checkpoint_folder import checkpoints_of
 from loomvideo.platform.training.config import TrainingConfig
 from loomvideo.platform.training.gradients import FIGURE
 from loomvideo.platform.training.hardware import peak_tflops

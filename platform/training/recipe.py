@@ -23,10 +23,15 @@ from loomvideo.platform.training.randomness import SampleRandom
 class TrainingDataset(Protocol):
     """What the loop reads: ``platform.shards.ShardDataset`` is one."""
 
-    index: Any
-    """``pyarrow.Table``, one row a sample, with ``key, task, dataset, split`` and what the recipe reads."""
-    digest: str
-    """Hash of the dataset's manifest, kept in checkpoints and tracking."""
+    @property
+    def index(self) -> Any:
+        """``pyarrow.Table``, one row a sample, with ``key, task, dataset, split`` and what the recipe reads."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Hash of the dataset's manifest, kept in checkpoints and tracking."""
+        ...
 
     def read(self, row: int, select: Callable[[str, str], bool] | None = None) -> Any:
         """The sample of one row; with ``select(member, tensor name)`` only the tensors it is true for."""

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from loomvideo.platform.errors import UserError
-from loomvideo.platform.training.checkpoint import Checkpoint, CheckpointFolder, DamagedCheckpoint
+from loomvideo.platform.training.checkpoint import Checkpoint, DamagedCheckpoint
+from loomvideo.platform.training.checkpoint_folder import CheckpointFolder
 from loomvideo.platform.training.config import CheckpointConfig
 from loomvideo.platform.training.writer import CheckpointWriter
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from loomvideo.platform.errors import UserError
-from loomvideo.platform.training.checkpoint import CheckpointFolder
+from loomvideo.platform.training.checkpoint_folder import CheckpointFolder
 from loomvideo.platform.training.collectives import AllRanks
 from loomvideo.platform.training.config import TrainingConfig
 from loomvideo.platform.training.gradients import PROBE_STEP, GradientSteps

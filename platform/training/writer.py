@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from loomvideo.platform.training.checkpoint import CheckpointFolder
+from loomvideo.platform.training.checkpoint_folder import CheckpointFolder
 from loomvideo.platform.training.config import CheckpointConfig
 from loomvideo.platform.training.slice_file import Abandoned, HostBuffer
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from loomvideo.model.weights import open_checkpoint
+from loomvideo.model.stored_weights import open_checkpoint
 from loomvideo.pipelines.media.decode import DecodeError
 from loomvideo.pipelines.media.decode_process import IsolatedDecoder
 from loomvideo.platform.errors import UserError

@@ -17,7 +17,8 @@ from loomvideo.platform.shards.manifest import Manifest
 from loomvideo.platform.shards.reader import ShardDataset
 from loomvideo.platform.shards.storage import Storage
 from loomvideo.platform.shards.writer import read_record
-from loomvideo.platform.training.checkpoint import Checkpoint, CheckpointFolder, DamagedCheckpoint
+from loomvideo.platform.training.checkpoint import Checkpoint, DamagedCheckpoint
+from loomvideo.platform.training.checkpoint_folder import CheckpointFolder
 from loomvideo.platform.training.slice_file import HostBuffer
 
 WEIGHT = torch.arange(10, dtype=torch.float32)

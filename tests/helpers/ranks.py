@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from helpers.toy_training import ToyDataset, ToyRecipe
 
 from loomvideo.platform.errors import UserError
-from loomvideo.platform.training.checkpoint import CheckpointFolder
+from loomvideo.platform.training.checkpoint_folder import CheckpointFolder
 from loomvideo.platform.training.config import TrainingConfig
 from loomvideo.platform.training.worker import Worker, WorkerJob
 

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 
 from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.sizes import model_size
-from loomvideo.model.weights import CONDITIONING_KEYS, load_dit, open_checkpoint, save_dit
+from loomvideo.model.stored_weights import CONDITIONING_KEYS, open_checkpoint
+from loomvideo.model.weights import load_dit, save_dit
 from loomvideo.platform.errors import UserError
 
 CONFIG = model_size("tiny").dit

@@ -12,14 +12,8 @@ from safetensors.torch import save_file
 from loomvideo.model.config import DiTConfig
 from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.sizes import model_size
-from loomvideo.model.weights import (
-    DEAD_KEYS,
-    WeightsError,
-    expected_shapes,
-    load_dit,
-    open_checkpoint,
-    save_dit,
-)
+from loomvideo.model.stored_weights import DEAD_KEYS, open_checkpoint
+from loomvideo.model.weights import WeightsError, expected_shapes, load_dit, save_dit
 from loomvideo.platform.errors import UserError
 
 CONFIG = DiTConfig(

@@ -15,7 +15,8 @@ import numpy as np
 from loomvideo.pipelines.evaluation.arena import Match, match_from_orders
 from loomvideo.pipelines.evaluation.judges.rubrics import SEEN_WORDS
 from loomvideo.pipelines.evaluation.judges.session import JudgeSession
-from loomvideo.pipelines.evaluation.stages import VIDEO, Row, read_inputs
+from loomvideo.pipelines.evaluation.rows import Row
+from loomvideo.pipelines.evaluation.stages import VIDEO, read_inputs
 from loomvideo.pipelines.evaluation.store import Store, read_lossless
 from loomvideo.pipelines.evaluation.suites.parsers import strict_json
 from loomvideo.pipelines.vlm.requests import FrameSampling, VLMRequest, encode_media, labelled

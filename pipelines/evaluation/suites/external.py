@@ -12,7 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from loomvideo.pipelines.evaluation.stages import FILM, MODEL, VIDEO, Row
+from loomvideo.pipelines.evaluation.rows import MODEL, Row
+from loomvideo.pipelines.evaluation.stages import FILM, VIDEO
 from loomvideo.pipelines.evaluation.store import Store, read_lossless
 from loomvideo.pipelines.evaluation.suites.geneval import TAGS, summarise
 from loomvideo.pipelines.evaluation.suites.vbench import loomvideo_average, official_totals, read_results

@@ -2,11 +2,11 @@
 
 import pytest
 
-from loomvideo.jobs.training.summary import wilson, words
+from loomvideo.jobs.training.summary import HeldoutSample, wilson, words
 
 
 def sample(group, **values):
-    return {"group": group, "task": "video_edit", **values}
+    return HeldoutSample("a", "video_edit", group, "make it blue", values)
 
 
 def test_words_count_colours_and_name_decibels():

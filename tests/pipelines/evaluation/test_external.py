@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from loomvideo.jobs.evaluation.config import EvaluateConfig
-from loomvideo.pipelines.evaluation.stages import FILM, MODEL, VIDEO
+from loomvideo.pipelines.evaluation.rows import MODEL
+from loomvideo.pipelines.evaluation.stages import FILM, VIDEO
 from loomvideo.pipelines.evaluation.store import Store, write_lossless
 from loomvideo.pipelines.evaluation.suites import runners
 from loomvideo.pipelines.evaluation.suites.external import export_results, import_scores, manifest_file

@@ -8,13 +8,8 @@ from loomvideo.pipelines.evaluation.controls import CONTROLS, merge_controls
 from loomvideo.pipelines.evaluation.generators import BlendGenerator
 from loomvideo.pipelines.evaluation.in_process import evaluate_in_process
 from loomvideo.pipelines.evaluation.inputs import InputOptions
-from loomvideo.pipelines.evaluation.stages import (
-    MODEL,
-    GenerateStage,
-    MeasureStage,
-    PrepareStage,
-    initial_rows,
-)
+from loomvideo.pipelines.evaluation.rows import MODEL
+from loomvideo.pipelines.evaluation.stages import GenerateStage, MeasureStage, PrepareStage, initial_rows
 from loomvideo.pipelines.evaluation.store import Store
 from loomvideo.pipelines.evaluation.suites import own
 from loomvideo.pipelines.evaluation.table import METRICS, metric

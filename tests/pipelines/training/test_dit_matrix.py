@@ -17,7 +17,7 @@ from loomvideo.pipelines.training.config import ObjectiveConfig
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.reader import ShardDataset
 from loomvideo.platform.training.beside import load_checkpoint_weights
-from loomvideo.platform.training.checkpoint import CheckpointFolder
+from loomvideo.platform.training.checkpoint_folder import CheckpointFolder
 from loomvideo.platform.training.config import TrainingConfig
 from loomvideo.platform.training.packing import planner_of
 from loomvideo.platform.training.validation import Validator

@@ -6,7 +6,7 @@ from fixtures.datasets import make_sample, write_dataset
 
 from loomvideo.model.flow import EPS
 from loomvideo.model.sizes import model_size
-from loomvideo.pipelines.training import recipe as recipe_module
+from loomvideo.pipelines.training import dit_recipe
 from loomvideo.pipelines.training.config import ObjectiveConfig
 from loomvideo.pipelines.training.recipe import LoomVideoRecipe
 from loomvideo.platform.shards.sample import ShardSample
@@ -130,7 +130,7 @@ def test_of_a_large_sample_only_what_the_visit_needs_is_read(tmp_path, monkeypat
         for visit in range(12):
             random = SampleRandom(0, row["key"], visit)
             whole = recipe.read(dataset, number, row, random)
-            monkeypatch.setattr(recipe_module, "WHOLE_READ_BYTES", 0)
+            monkeypatch.setattr(dit_recipe, "WHOLE_READ_BYTES", 0)
             part = recipe.read(dataset, number, row, random)
             monkeypatch.undo()
             assert set(part.tensors["target"]) <= {f"{kind}.{w}" for kind in ("mean", "std") for w in range(3)}
@@ -152,5 +152,5 @@ def _full(sample):
 def test_a_replaced_kernel_is_a_warning_of_the_run(monkeypatch):
     recipe = LoomVideoRecipe("tiny", ObjectiveConfig(), [])
     assert recipe.warnings() == []
-    monkeypatch.setattr(recipe_module.kernels_in_use, "report", lambda: {"replaced": {"cpp.rms_norm": "it is wrong"}})
+    monkeypatch.setattr(dit_recipe.kernels_in_use, "report", lambda: {"replaced": {"cpp.rms_norm": "it is wrong"}})
     assert recipe.warnings() == ["kernel cpp.rms_norm is replaced by eager: it is wrong"]

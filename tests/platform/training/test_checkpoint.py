@@ -9,7 +9,8 @@ from fixtures.object_store import s3_bucket
 from safetensors.torch import load_file
 
 from loomvideo.platform.errors import UserError
-from loomvideo.platform.training.checkpoint import Checkpoint, CheckpointFolder, DamagedCheckpoint
+from loomvideo.platform.training.checkpoint import Checkpoint, DamagedCheckpoint
+from loomvideo.platform.training.checkpoint_folder import CheckpointFolder
 from loomvideo.platform.training.config import CheckpointConfig
 from loomvideo.platform.training.slice_file import HostBuffer
 from loomvideo.platform.training.writer import CheckpointWriter

@@ -12,7 +12,7 @@ from helpers.ranks import Scenario, run_ranks, steps_of, train_scenarios
 from helpers.toy_training import DeafRecipe, HungryRecipe, ToyDataset, ToyRecipe, UnheardRecipe, adapt_toy
 
 from loomvideo.platform.training.beside import load_checkpoint_weights
-from loomvideo.platform.training.checkpoint import CheckpointFolder
+from loomvideo.platform.training.checkpoint_folder import CheckpointFolder
 from loomvideo.platform.training.config import TrainingConfig
 from loomvideo.platform.training.validation import Validator
 

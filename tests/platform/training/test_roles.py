@@ -4,7 +4,7 @@ import pytest
 from helpers.ranks import Scenario, run_ranks, steps_of, train_scenarios
 from helpers.toy_training import RolesRecipe, SharedRolesRecipe
 
-from loomvideo.platform.training.checkpoint import CheckpointFolder
+from loomvideo.platform.training.checkpoint_folder import CheckpointFolder
 from loomvideo.platform.training.config import (
     CheckpointConfig,
     EmaConfig,
