@@ -114,7 +114,7 @@ def read_adapter(path: str | Path, model: nn.Module, strength: float = 1.0) -> A
 
     Args:
         path: A safetensors file, or PEFT's folder.
-        model: Whose layers it adapts.
+        model: The model whose layers it adapts.
         strength: What its contribution is multiplied by.
 
     Raises:
@@ -180,7 +180,7 @@ def save_as(adapter: Adapter, path: str | Path, dialect: str, dtype: torch.dtype
     """Write an adapter for another program, at strength 1.
 
     Args:
-        adapter: From :func:`read_adapter`.
+        adapter: What :func:`read_adapter` gave.
         path: The file; for ``peft`` a folder.
         dialect: One of :data:`DIALECTS`.
         dtype: The type of the written matrices.

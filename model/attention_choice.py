@@ -159,7 +159,7 @@ def disagreement(
 
     Args:
         attend: Computes self-attention of segments of :data:`CHECK_LENGTHS` tokens.
-        device, dtype, head_dim: Of the tensors.
+        device, dtype, head_dim: What the tensors have.
         deterministic: Also compute twice and compare bit by bit.
 
     Returns:

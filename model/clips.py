@@ -22,7 +22,7 @@ def clip_indices(
         fps: Frame rate of the file.
         total_frames: Frames in the file.
         num_frames: Frames wanted; fewer come back from a shorter file.
-        relative_start: In [0, 1], where in the slack the clip starts.
+        relative_start: Where in the slack the clip starts, in [0, 1].
         grid: The grid of the codec: says which numbers of frames exist.
         target_fps: Frame rate of the clip.
 

@@ -32,7 +32,7 @@ class FewSteps:
     """The noise levels that a distilled transformer knows.
 
     Attributes:
-        timesteps: As they are fed, falling from 1000; one pass each.
+        timesteps: The timesteps that are fed, falling from 1000; one pass each.
         guidance: The teacher's scales that are folded in, by name, for the record.
     """
 
@@ -116,12 +116,12 @@ def sample_few_steps(
     """Denoise one video in the steps that the transformer was distilled to.
 
     Args:
-        model: On the device and in the dtype to compute in.
+        model: The transformer, on the device and in the dtype to compute in.
         noises: Standard normal [channels, frames, height, width], one a step; the first is where it starts.
         branch: The full conditioning.
         few_steps: The levels.
         ranks: Ranks that share this generation; None for this one alone.
-        on_step: As of :func:`loomvideo.model.sampler.sample`, with what a step predicts for latents.
+        on_step: What :func:`loomvideo.model.sampler.sample` takes, called with what a step predicts as latents.
 
     Returns:
         Latents, fp32, like a noise, on the model's device.

@@ -47,7 +47,7 @@ def film_windows(total: int, num_frames: int, overlap: int, grid: LatentGrid) ->
         total: Frames of the film.
         num_frames: Frames of a window.
         overlap: Frames that neighbours share.
-        grid: Of the model.
+        grid: How the model's codec and patches divide pixels and frames.
 
     Raises:
         UserError: if a window is none the model can make, or neighbours share too much.
@@ -82,10 +82,10 @@ def edit_film(
         pipeline: The model.
         read: The source at the size of the model.
         total: Frames of the source.
-        windows: From :func:`film_windows`.
+        windows: What :func:`film_windows` gave.
         encode: Conditions of a window's source frames.
         sample: Denoises a window.
-        seed: Of the noise.
+        seed: The seed of the noise.
     """
     grid, generator = pipeline.grid, torch.Generator().manual_seed(seed)
     noise: Tensor | None = None

@@ -89,7 +89,7 @@ class BlockStream:
     device. Weights are never written back: they do not change.
 
     Args:
-        blocks: In the order in which they run; their weights are on the host.
+        blocks: The blocks in the order in which they run; their weights are on the host.
         device: Where they compute.
     """
 

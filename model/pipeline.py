@@ -42,7 +42,7 @@ class LoomVideoPipeline(AdaptedParts):
         scheduler: Sampler settings; None for the published ones.
         ranks: Ranks that share each generation, all calling :meth:`sample` alike; None for this one alone.
         negative_prompt: What the unconditional branch is told unless a call says; None for an empty message.
-        parts: In place of the three, parts that are loaded one after another.
+        parts: Parts that are loaded one after another, in place of the three.
         lora: Adapters, ``FILE`` or ``FILE:STRENGTH`` each.
         few_steps: What the transformer was distilled to; None for an ordinary one.
     """
@@ -154,7 +154,7 @@ class LoomVideoPipeline(AdaptedParts):
         """Denoise encoded conditions.
 
         Args:
-            conditions: From :meth:`encode`.
+            conditions: What :meth:`encode` gave.
             steps: Denoising steps. A distilled transformer takes those that it knows, without guidance, and says once
                 when others are asked for.
             guidance: Scales; None takes the task's.

@@ -107,7 +107,7 @@ class Anchor:
 
     Attributes:
         latents: Targets of the first frames [channels, frames, height, width].
-        weights: Of each of these frames, in [0, 1].
+        weights: The weight of each of these frames, in [0, 1].
     """
 
     latents: Tensor
@@ -142,7 +142,7 @@ class Denoiser:
     """Velocities of guidance branches, with what does not change over the steps computed once.
 
     Args:
-        model: On the device and in the dtype to compute in.
+        model: The transformer, on the device and in the dtype to compute in.
         latents: Latents of the shape to denoise [channels, frames, height, width].
         branches: Conditioning by branch name.
         timesteps: All timesteps, fp32 [steps].
@@ -304,7 +304,7 @@ def sample(
     """Denoise one video.
 
     Args:
-        model: On the device and in the dtype to compute in.
+        model: The transformer, on the device and in the dtype to compute in.
         initial_noise: Standard normal [channels, frames, height, width].
         branches: Conditioning by branch name; those of ``guidance.weights()`` are used.
         guidance: Scales.

@@ -22,7 +22,7 @@ class Task:
     """One thing the model is trained to do.
 
     Attributes:
-        name: As samples, requests and suites name it.
+        name: The name in samples, requests and suites.
         makes: The medium of the result; a source is of the same.
         needs_source: Whether something is edited.
         needs_references: Whether reference pictures belong to it.

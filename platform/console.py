@@ -19,7 +19,7 @@ def console(stderr: bool = False) -> Console:
     """Where a command prints.
 
     Args:
-        stderr: For what is not the result: warnings, progress.
+        stderr: Whether it is no part of the result: warnings, progress.
     """
     made = Console(markup=False, stderr=stderr)
     return made if made.is_terminal else Console(markup=False, stderr=stderr, width=WIDTH)

@@ -15,7 +15,7 @@ class TimeLimit:
     """How long something is waited for.
 
     Attributes:
-        seconds: On an ordinary machine.
+        seconds: The limit on an ordinary machine.
         reason: Why there is a limit, and what happens then.
         scaled: Whether a slow machine gets more.
     """

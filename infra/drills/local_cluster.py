@@ -31,14 +31,14 @@ class LocalCluster:
     """One head and any number of workers, as processes of this machine.
 
     Attributes:
-        folder: Of Ray's files; its path must be short, for sockets.
+        folder: The folder of Ray's files; its path must be short, for sockets.
         token: Opens the dashboard and the jobs API.
         environment: Further environment of the nodes.
         network: Where the nodes are; together on loopback when None.
         python: The nodes' interpreter.
         caches: Folder with a kernel cache for each node; by default they share the machine's.
-        gcs_port: Of the head.
-        dashboard_port: Of the head.
+        gcs_port: The head's port for nodes.
+        dashboard_port: The port of the head's dashboard.
         processes: The nodes that run.
     """
 

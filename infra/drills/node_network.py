@@ -21,7 +21,7 @@ class Loopback:
     Attributes:
         folder: Ray's files are in ``folder/t``; the path must be short, for sockets.
         outside: Address of those who are no node.
-        environment: Of every node.
+        environment: Variables of every node's processes.
     """
 
     folder: Path

@@ -49,10 +49,10 @@ class Run:
     """A training job of a drill.
 
     Attributes:
-        name: Of the run.
+        name: The name of the run.
         folder: All runs' folder.
         process: The job.
-        started: When it was started.
+        started: The time at which it was started.
     """
 
     name: str

@@ -48,7 +48,7 @@ def plan_distill(
     """Distribution matching.
 
     Args:
-        base: Of the pack, trained by flow matching.
+        base: What the pack takes when it is trained by flow matching.
         steps: Turns of student and critic together.
         critic_steps: Turns of the critic for one of the student.
         critic_warmup: Turns of the critic before.
@@ -98,9 +98,9 @@ def plan_prefer(
     """Rounds of generating and training.
 
     Args:
-        base: Of the pack, trained by flow matching.
+        base: What the pack takes when it is trained by flow matching.
         samples_per_pack: Samples of the pack.
-        rounds, steps_per_round: Of the run.
+        rounds, steps_per_round: How many the run has.
         results: Results of a round, all prompts together.
         sampler_steps: Denoising steps of each.
         branches: Guidance branches of the sampler.

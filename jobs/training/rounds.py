@@ -46,9 +46,9 @@ class RolloutActor:
     """Generates and scores on its own device.
 
     Args:
-        config: Of the job.
+        config: The configuration of the job.
         model: The model's size.
-        urls: Of the shards.
+        urls: The folders of the shards.
         build_recipe: Builds the recipe, whose samples it knows.
         start: Weights to build the transformer from; a round's are loaded over them.
     """

@@ -152,7 +152,7 @@ def recipe_factory(
     """A picklable function that builds the run's recipe on a worker.
 
     Args:
-        config: Of the job.
+        config: The configuration of the job.
         datasets: Its datasets of shards.
         initial_weights: Where the model starts; None from scratch.
         kernels: Which kernels a rank loads.

@@ -38,7 +38,7 @@ def model_source(choice: ModelChoice, drop_exact: bool = False) -> "ModelSource"
 
     Args:
         choice: What the command was told.
-        drop_exact: With ``shortcuts.fp8``, free the exact weights.
+        drop_exact: Free the exact weights where ``shortcuts.fp8`` is set.
 
     Raises:
         UserError: if there is no such checkpoint, or its size is unknown.

@@ -111,7 +111,7 @@ class LearnedCodec:
 
     Args:
         weights: A safetensors file of an :class:`Autoencoder`.
-        device: Where it computes, in float32.
+        device: The device it computes on, in float32.
     """
 
     spatial_stride = SPATIAL_STRIDE

@@ -26,7 +26,7 @@ class ComponentParts:
     """Hands out a pipeline's components, which its offloading brings to the device first.
 
     Args:
-        pipeline: Whose components they are; replaced ones are used from then on.
+        pipeline: The pipeline whose components they are; replaced ones are used from then on.
         processor: Patch geometry and picture sizes of the MLLM.
     """
 

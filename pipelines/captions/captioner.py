@@ -35,7 +35,7 @@ class CaptionResult:
         status: ``made``, ``cached``, ``existing``, or the reason there is none: ``invalid_answer``, ``mixed_up``,
             ``blocked``, ``timeout``, …
         fields: The answer: ``sentence`` or ``instruction``, and attributes.
-        model: That answered.
+        model: The model that answered.
         detail: One line about a failure.
     """
 
@@ -71,7 +71,7 @@ class Captioner:
     Args:
         options: The options of the stage.
         client: Default: what the options name; none is needed for ``existing``.
-        sleep: For tests.
+        sleep: What waits; tests replace it.
     """
 
     def __init__(

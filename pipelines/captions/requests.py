@@ -67,7 +67,7 @@ def caption_request(
     """Ask about a sample.
 
     Args:
-        sample: Whose text is asked for.
+        sample: The sample whose text is asked for.
         mode: What is asked.
         target: uint8 [frames, height, width, 3].
         source: The source of an edit; needed for instructions.

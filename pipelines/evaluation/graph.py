@@ -96,7 +96,7 @@ def run_graph(
     Rows travel as JSON text: Arrow would otherwise infer a different schema from every block's optional fields.
 
     Args:
-        rows: From :func:`~loomvideo.pipelines.evaluation.stages.initial_rows`.
+        rows: What :func:`~loomvideo.pipelines.evaluation.stages.initial_rows` gave.
         prepare: Stage of CPU tasks.
         generate: Makes the generator stage, inside its actor.
         normalise: Stage of CPU tasks.

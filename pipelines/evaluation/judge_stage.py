@@ -65,7 +65,7 @@ class JudgeStage:
         threads: Concurrent calls.
         judge_identity: Whether the source copied is judged too, as a control.
         checklists: Our checklists.
-        temperature: In place of the one of a benchmark's own code; None keeps that.
+        temperature: What replaces the temperature of a benchmark's own code; None keeps that.
     """
 
     store: Store
@@ -132,7 +132,6 @@ class JudgeStage:
         inputs = read_inputs(self.store, row)
         video = read_result(self.store, row, inputs)
         asked = self.questions(inputs.item)
-        references = [picture[None] for picture in inputs.references]
         judgements = []
         with TemporaryDirectory() as folder:
             result = self._result_file(row, Path(folder), video) if asked[0].transport else Path()
@@ -145,7 +144,7 @@ class JudgeStage:
                             question.text, inputs.item, Path(row["root"]), result, question.system, repeat
                         )
                     else:
-                        media = media_for_item(self.sampling, video, inputs.source, references)
+                        media = media_for_item(self.sampling, video, inputs.source, inputs.references)
                         request = VLMRequest(
                             labelled(question.text, media), question.axes, repeat=repeat, choices=question.choices
                         )

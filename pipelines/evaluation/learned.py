@@ -186,7 +186,7 @@ def learned_metrics(names: Sequence[str], weights: Mapping[str, str], num_frames
 
     Args:
         names: Names of ``BUILDERS``, or ``pyiqa-NAME``.
-        weights: By metric name; the published ones where there is none.
+        weights: Files of weights by metric name; the published ones where there is none.
         num_frames: Frames of a video.
 
     Raises:

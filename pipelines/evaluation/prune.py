@@ -20,9 +20,9 @@ class Usage:
     Attributes:
         kind: Folder of the store.
         entries: How many there are.
-        size_bytes: On disk.
+        size_bytes: Bytes on disk.
         unused: How many no run refers to.
-        unused_bytes: On disk.
+        unused_bytes: Bytes on disk that nothing refers to.
     """
 
     kind: str

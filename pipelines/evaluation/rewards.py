@@ -97,7 +97,7 @@ class Rewarder:
     """Scores samples.
 
     Args:
-        weights: Of each reward, by name; those that are not of :data:`REWARDS` come from the server.
+        weights: The weight of each reward by name; those that are not of :data:`REWARDS` come from the server.
         floors: Least values of metrics; a sample below one is worth less than any above.
         server: URL that gets ``{"key", "text", "result", "source", "target"}`` with frames as base64 PNGs and answers
             ``{"rewards": {name: number}}``.
@@ -183,7 +183,7 @@ def group_rewards(scores: Sequence[Score], spread: float) -> list[float | None]:
     None: it is left out, as are all when fewer than two can be compared.
 
     Args:
-        scores: Of one prompt.
+        scores: The scores of one prompt's samples.
         spread: Standard deviations of the group from the middle to either end, times two.
     """
     totals = [score.total for score in scores if score.total is not None and not score.floored]

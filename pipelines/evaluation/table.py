@@ -11,14 +11,14 @@ class Metric:
     """What is known of a metric.
 
     Attributes:
-        name: As in figures.
+        name: The name in figures.
         unit: The unit of its values; empty for shares, ratios and scores of networks.
         higher_is_better: None where more is not simply better.
         headline: Whether it is shown on top; in the order of the table.
         floor: What a sample without a result counts for in means over every planned sample; None: it has no such mean.
         margin: Loss of the mean that a gate takes as no loss, in its unit; None: a gate must be told one.
         idle: Whether a model gains by doing nothing, so that a gate on it must be asked for.
-        label: In words; empty for the name.
+        label: The name in words; empty for the name itself.
         spread: Deviation of the differences of two runs between sources that is taken for planning; None where none is
             usual.
     """

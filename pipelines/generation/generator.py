@@ -159,7 +159,7 @@ class FileGenerator:
         """Denoise: latents [channels, frames, height, width].
 
         Args:
-            prepared: From :meth:`prepare`.
+            prepared: What :meth:`prepare` gave.
             shortcuts: Approximations; None takes those of the settings.
             on_step: Called after each step with the steps done and all.
 

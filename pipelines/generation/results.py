@@ -34,7 +34,7 @@ def write_result(
         path: The file; its folder is made.
         pieces: Frames uint8 [frames, height, width, 3] in pieces; a video is encoded while the next one is made.
         facts: Plain values, ``prompt`` among them.
-        fps: Of a video.
+        fps: The frame rate of a video.
         colours: What its colours mean; None states nothing.
         finish: Called with the file before its facts are written beside it, which make it count as done.
     """

@@ -36,7 +36,7 @@ def measure_shortcuts(
     """Denoise a request exactly, with each of the generator's shortcuts alone, and with all of them.
 
     Args:
-        generator: With shortcuts in its settings.
+        generator: A generator with shortcuts in its settings.
         prepared: The request.
         on_run: Called with the name of each run after it.
 

@@ -38,7 +38,7 @@ def open_media(path: str, backend: Backend = "auto", folder_fps: float = DEFAULT
 
     Args:
         path: The path of the file or folder, or a part of a file (``pipelines.fragments``).
-        backend: For videos; ``auto`` is PyAV, ``decord`` takes decord for the files that decord reads correctly.
+        backend: What reads videos; ``auto`` is PyAV, ``decord`` takes decord for the files that decord reads correctly.
         folder_fps: Frame rate given to a folder of pictures.
 
     Raises:

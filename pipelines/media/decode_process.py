@@ -25,8 +25,8 @@ class IsolatedDecoder:
     One request at a time; not thread-safe.
 
     Args:
-        timeout_s: For one probe or one read on an ordinary machine; a slow one gets more.
-        backend: For videos.
+        timeout_s: How long one probe or one read may take on an ordinary machine; a slow one gets more.
+        backend: What reads videos.
     """
 
     def __init__(self, timeout_s: float = DECODER.seconds, backend: Backend = "auto"):

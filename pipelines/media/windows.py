@@ -72,7 +72,7 @@ def window_indices(
     Args:
         info: What is known of the file; without a frame rate, as of a folder of frames, the usual one counts.
         num_frames: Most frames.
-        relative_start: In [0, 1], where in the slack it starts.
+        relative_start: Where in the slack it starts, in [0, 1].
         grid: Which frames and sizes the model can make.
         fps: Frame rate that the file is resampled to.
         total_frames: Frames that count, such as those of the shorter of two files; None for all.

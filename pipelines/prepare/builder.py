@@ -50,7 +50,7 @@ class PlannedSample:
     """A sample of the plan.
 
     Attributes:
-        slot: In the shard.
+        slot: Its place in the shard.
         sample: What to make.
         assessed: What curation found.
         place: Index row of its earlier encoding, None without one.

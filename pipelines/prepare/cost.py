@@ -41,7 +41,7 @@ class CostEstimate:
 
     Attributes:
         num_samples: Samples in the input.
-        num_shards: That the plan has.
+        num_shards: Shards of the plan.
         modes: What each feature mode costs.
         measured: Seconds a sample of one worker, by stage; empty when the encoders cannot run here.
         losses: Reason codes met in the measured samples.

@@ -50,7 +50,7 @@ class Measured:
         key: The key of the sample or the shot.
         target: Media path of the same.
         group: The group of the same.
-        scores: For the index.
+        scores: The scores that the index gets.
         signature: Perceptual hashes of key frames, as integers.
         content: Hash of the files.
         fps: The frame rate of the target's file.
@@ -74,11 +74,11 @@ class Assessment:
     Attributes:
         sample: JSON of the sample.
         outcome: ``kept``, ``filtered`` or ``quarantined``.
-        stage: Where it was decided.
+        stage: The stage that decided it.
         reason: Its code, empty for kept ones.
         message: One line for a person.
         reasons: All reason codes, also those that did not drop it.
-        scores: For the index.
+        scores: The scores that the index gets.
         identity: Hash of files and text.
         signature: Perceptual hashes of key frames, as integers.
     """

@@ -235,7 +235,7 @@ class SampleEncoder:
 
         Args:
             loaded: The sample.
-            split: For its metadata.
+            split: The split that its metadata states.
             assessed: What curation found, ``{"scores": {...}, "reasons": [...]}``, for its metadata.
 
         Raises:
@@ -341,7 +341,7 @@ def encoder_identity(model: ModelSize, on_gpu: bool) -> str:
     Of weights in folders the content counts, not the path; where the driver cannot see the folder, nothing does.
 
     Args:
-        model: With the folders of its codec and MLLM.
+        model: The model size, with the folders of its codec and MLLM.
         on_gpu: Whether they run on GPUs: their bytes are not those of a CPU.
     """
     named = [replace(part, folder=_content(part.folder)) for part in (model.codec, model.mllm)]

@@ -19,9 +19,9 @@ class Outcome:
 
     Attributes:
         key: The key of the sample, or where in the input the line stands that is none.
-        dataset: That it counts for.
+        dataset: The dataset that it counts for.
         outcome: ``filtered``, ``duplicates``, ``quarantined`` or ``removed``.
-        stage: Where it was decided.
+        stage: The stage that decided it.
         reason: Its code.
         message: One line for a person, or the trace of an error.
         sample: JSON of the sample where it is known and not in the plan any more.

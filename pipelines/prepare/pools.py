@@ -12,8 +12,8 @@ class Pool:
 
     Attributes:
         size: Workers at most; 0 sets no limit but the work.
-        cpus: That a worker reserves.
-        gpus: That a worker reserves.
+        cpus: CPUs that a worker reserves.
+        gpus: GPUs that a worker reserves.
     """
 
     size: int

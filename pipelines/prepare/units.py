@@ -88,9 +88,9 @@ class UnitReport(TypedDict):
         stage: Name of the stage.
         unit: Name of the unit.
         assessed: Samples that were assessed.
-        decoded: Of them, those whose files were decoded.
+        decoded: How many of them had their files decoded.
         captioned: Samples that have an answer.
-        asked: Of them, those that a model answered.
+        asked: How many of them a model answered.
         written: Samples in the shard.
         lost: Planned samples that are not in it.
         num_bytes: Size of the shard.
@@ -149,7 +149,7 @@ class UnitPlan:
         stage: Name of the stage.
         folder: The folder of its results.
         table: The samples, of :data:`~loomvideo.pipelines.prepare.inputs.SAMPLE_SCHEMA`.
-        units: With the rows of the table that each holds, in slot order.
+        units: The units, with the rows of the table that each holds, in slot order.
         recipes: The recipes of the units.
         was: Unit that the earlier plan placed each sample in, where that differs; None if it never does.
         committed: Results that are there, by unit.

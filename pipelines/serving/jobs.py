@@ -54,7 +54,7 @@ class QuotaReachedError(UserError):
     """A person has asked for all that they may for now.
 
     Attributes:
-        retry_after_s: When it is worth trying again.
+        retry_after_s: Seconds after which it is worth trying again.
     """
 
     def __init__(self, message: str, retry_after_s: int) -> None:
@@ -97,7 +97,7 @@ class JobQueue:
 
     Args:
         backend: Generates; may take as many requests at a time as it likes.
-        limits: On requests and on the queue.
+        limits: Limits on requests and on the queue.
         store: Keeps jobs, their files and results.
         on_finished: Called with every job that ended, for metrics.
         grid: Which sizes the model can make; None leaves that to the generator.

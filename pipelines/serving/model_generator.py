@@ -35,7 +35,7 @@ class PageGenerator:
         Args:
             source: What to load; ``memory=auto`` is decided for the largest request that the limits allow.
             settings: What a request that does not say gets.
-            limits: On requests; None for the usual ones.
+            limits: Limits on requests; None for the usual ones.
         """
         limits, size = limits or RequestLimits(), source.size
         side = math.isqrt(limits.max_pixels)

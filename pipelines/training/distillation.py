@@ -46,9 +46,9 @@ class Conditioned:
 
     Attributes:
         branches: Conditioning by branch, latents of zeros.
-        weights: Of each branch in the teacher's guided velocity.
+        weights: The weight of each branch in the teacher's guided velocity.
         noises: [steps, channels, frames, height, width], one a step of the schedule.
-        noise: Of the level at which critic and teacher are asked.
+        noise: The noise of the level at which critic and teacher are asked.
         t: That level.
     """
 

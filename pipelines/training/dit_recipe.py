@@ -58,7 +58,7 @@ class DiTRecipe(BaseRecipe, ABC):
     Args:
         model: Name of the model size.
         objective: What is learned.
-        null_states: For each dataset, MLLM states of the empty message [layers, tokens, dim].
+        null_states: MLLM states of the empty message [layers, tokens, dim], one for each dataset.
         initial_weights: A weights folder or file to start from; None starts from seeded random weights.
         seed: Seed of the random weights.
         kernels: Which kernels a rank loads before it builds the model; None keeps what is in use.

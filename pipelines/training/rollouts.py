@@ -83,10 +83,10 @@ class RolloutMaker:
         recipe: Knows samples.
         dit: The policy, on the device to compute on.
         codec: Latents to pixels.
-        datasets: As of the run.
+        datasets: The run's datasets.
         config: How results are made.
         rewarder: Scores them.
-        scheduler: Of the sampler.
+        scheduler: The sampler's settings.
         few_steps: What the policy was distilled to, if it was.
         seed: The run's.
     """
@@ -257,7 +257,7 @@ class RoundDataset:
     """A finished round as the training loop reads it: conditioning from the shards, targets from the round.
 
     Args:
-        folder: Of the round.
+        folder: The round's folder.
         open_parent: Opens a dataset of the run by URL.
     """
 

@@ -25,7 +25,7 @@ class Batcher:
     """Answers requests of many threads together, in one thread of its own.
 
     Args:
-        answer: From requests to replies, in order.
+        answer: Turns requests into replies, in order.
         size: Most requests at once.
     """
 

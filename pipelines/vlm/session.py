@@ -25,7 +25,7 @@ class Prices:
         output_usd: A million output tokens.
         tokens_per_frame: Input tokens of a picture.
         output_tokens: The answer tokens of a call, for estimates.
-        max_output_tokens: That a call can take at most, for what the budget sets aside.
+        max_output_tokens: Tokens that an answer can have at most, for what the budget sets aside.
     """
 
     input_usd: float = 0.0
@@ -182,12 +182,12 @@ class Session:
     Attributes:
         client: The model.
         cache: Where answers are kept.
-        prices: For the budget.
+        prices: What calls cost, for the budget.
         budget: Shared cap.
         pace: Shared pace.
         max_attempts: Calls before a retryable failure counts.
         backoff_s: First wait; doubles, with jitter, to at most a minute.
-        sleep: For tests.
+        sleep: What waits; tests replace it.
     """
 
     client: VLMClient

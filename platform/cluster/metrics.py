@@ -18,7 +18,7 @@ class ExportedGauge:
 
     Attributes:
         name: Without prefixes.
-        help: For Prometheus.
+        help: What Prometheus shows of it.
         label: Name of the label that a family's last part becomes; empty for a single figure.
     """
 

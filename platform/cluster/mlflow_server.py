@@ -26,7 +26,7 @@ class Server:
         folder: Its users, password and, without other settings, database and artifacts.
         command: The ``mlflow server`` line; holds no secret.
         environment: Variables with the secrets, for the server's process alone.
-        url: Where it answers.
+        url: The address at which it answers.
     """
 
     folder: Path

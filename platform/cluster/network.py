@@ -21,7 +21,7 @@ class End:
     """One end of a flow: a pod of the namespace, a pod of another one, or an address outside.
 
     Attributes:
-        name: For messages.
+        name: What messages call it.
         labels: The labels of the pod.
         namespace: None for the manifests' own, else its name; empty for an address.
         address: Outside of the cluster.
@@ -40,7 +40,7 @@ def network_problems(manifests: list[dict[str, Any]], pods: list[OperatorPod], a
 
     Args:
         manifests: All objects of the namespace.
-        pods: From :func:`operator_pods.pods_of`.
+        pods: The pods that :func:`operator_pods.pods_of` found.
         autoscales: The head asks the Kubernetes API for nodes.
     """
     policies = [manifest for manifest in manifests if manifest.get("kind") == "NetworkPolicy"]

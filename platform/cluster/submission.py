@@ -222,7 +222,7 @@ def submit(client: "JobSubmissionClient", plan: SubmissionPlan, again: bool = Fa
     """Start a run's job unless it is running already or has succeeded with the same command.
 
     Args:
-        client: From :func:`connect`.
+        client: What :func:`connect` gave.
         plan: What to submit.
         again: Start even after the same command has succeeded.
     """
@@ -270,7 +270,7 @@ def follow(
     is returned: only the job's own status decides.
 
     Args:
-        client: From :func:`connect`.
+        client: What :func:`connect` gave.
         submission_id: The job.
         write: Takes pieces of the log, each once.
         lost_after_s: How long the dashboard may be away.

@@ -24,7 +24,7 @@ class NodeResult:
     Attributes:
         node_id: Ray's id of the node.
         address: Its IP address.
-        seconds: From submission to result.
+        seconds: Time from submission to result.
         value: What the function returned, or None.
         error: The one-line message of what it raised, or None.
     """
@@ -46,7 +46,7 @@ def run_on_every_node(
 
     Args:
         function: Importable on every node; its result must be picklable.
-        timeout_s: For the slowest node; the usual time when 0.
+        timeout_s: How long the slowest node may take; the usual time when 0.
         node_ids: Only these nodes.
 
     Raises:
@@ -90,10 +90,10 @@ def prepared_nodes(
     """Run ``function`` on every node now, and while the body runs on every node that joins.
 
     Args:
-        function: As for :func:`run_on_every_node`.
+        function: What :func:`run_on_every_node` takes.
         on_result: Called with the result of each node that joined later, in a thread of its own.
         interval_s: How often to look for new nodes.
-        timeout_s: For each round; the usual time when 0.
+        timeout_s: How long each round may take; the usual time when 0.
 
     Yields:
         The results of the nodes that were there at the start.

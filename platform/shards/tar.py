@@ -30,7 +30,7 @@ class TarWriter:
         """Append a member from its chunks.
 
         Args:
-            name: At most 100 bytes, so that every reader sees it whole in the header.
+            name: A name of at most 100 bytes, so that every reader sees it whole in the header.
             chunks: The content in order.
             num_bytes: Its total size, below 8 GiB (the USTAR limit).
 

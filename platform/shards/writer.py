@@ -111,7 +111,7 @@ def write_shard(
         storage: The dataset folder.
         name: The name of the shard.
         split: The split of its samples.
-        samples: In slot order.
+        samples: Slots and samples, in slot order.
         recipe: Digest of everything that determines the content.
         losses: The losses of the record; may be a list that the stream fills as it runs.
         facts: The facts of the record; may be a dictionary that the stream fills as it runs.
@@ -193,7 +193,7 @@ def finish_dataset(storage: Storage, records: Iterable[ShardRecord], **manifest_
 
     Args:
         storage: The dataset folder.
-        records: In manifest order; each is let go when its rows are taken.
+        records: The records of all shards, in manifest order; each is let go when its rows are taken.
         manifest_fields: The other fields of :class:`Manifest`.
 
     Raises:

@@ -23,11 +23,11 @@ def allocate(
     """Replace a model's parameters by zeros on the device; stage 3 partitions each at once.
 
     Args:
-        model: On the CPU or the meta device.
+        model: The model, on the CPU or the meta device.
         deepspeed: The module.
         settings: DeepSpeed's configuration.
-        stage: Of ZeRO.
-        dtype, device: Of the working weights.
+        stage: The stage of ZeRO.
+        dtype, device: What the working weights have.
         shared: Parameters of another model by name: a frozen one of the same name is that very parameter.
 
     Returns:

@@ -64,7 +64,7 @@ def audit_resume(
     Args:
         run: The run's folder.
         config: Its configuration; a changed number of workers is allowed.
-        recipe_factory, datasets, open_dataset: As for :func:`train`.
+        recipe_factory, datasets, open_dataset: What :func:`train` takes.
         scratch: Folder for the repetition.
         step: The checkpoint to start from; 0 takes the newest that has enough recorded steps after it.
         num_steps: Steps to repeat.

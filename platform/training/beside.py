@@ -30,7 +30,7 @@ class CheckpointTask:
     """What to do with every n-th checkpoint.
 
     Attributes:
-        name: For messages.
+        name: What messages call it.
         every_steps: Checkpoints whose step is a multiple.
         function: Picklable; ``function(URL of the checkpoint)``.
         on_result: Called in the driver with the step and what the function returned.

@@ -28,7 +28,7 @@ class ZeroEngine:
     Args:
         config: The run's configuration.
         recipe: Chooses what is recomputed and compiled.
-        model: On the CPU or the meta device, the same on every rank; its parameters are replaced.
+        model: The model, on the CPU or the meta device, the same on every rank; its parameters are replaced.
         device: This worker's.
         num_micro_steps: Micro-steps of a rank in a step.
         initial: Weights to start from, read one parameter at a time; by default those that ``model`` holds.

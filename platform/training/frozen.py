@@ -20,9 +20,9 @@ def frozen_slices(
     """This rank's share of parameters, which are whole under stage 2.
 
     Args:
-        parameters: By name.
-        shapes: Of the whole parameters.
-        stage: Of ZeRO.
+        parameters: The parameters by name.
+        shapes: The shapes of the whole parameters.
+        stage: The stage of ZeRO.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for name, parameter in parameters.items():
@@ -57,7 +57,7 @@ class FrozenEngine:
     Args:
         config: The run's configuration.
         recipe: Compiles it.
-        model: On the CPU or the meta device, the same on every rank; its parameters are replaced.
+        model: The model, on the CPU or the meta device, the same on every rank; its parameters are replaced.
         device: This worker's.
         initial: Its weights, read one parameter at a time.
         shared: Frozen parameters of another role's model, which take the place of this one's of the same name.

@@ -170,8 +170,8 @@ def continued_data(
     Args:
         url: The address of the checkpoint, for messages.
         state: Its state.
-        datasets: From now on, with ``digest`` and ``index``.
-        mixture: From now on.
+        datasets: The datasets from now on, with ``digest`` and ``index``.
+        mixture: The mixture from now on.
 
     Raises:
         UserError: if a dataset of the run is missing, or one that joins would change the order of another.
@@ -206,7 +206,7 @@ class SampleOrder:
     """The stream of draws.
 
     Args:
-        sources: From :func:`build_sources`.
+        sources: What :func:`build_sources` gave.
         seed: The run's seed.
         variant: Which variant of its sample a visit is (a recipe's ``visit_variant``); None for the whole sample.
     """

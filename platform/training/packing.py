@@ -255,7 +255,7 @@ def packs_of_run(config: PackConfig, state: Mapping[str, Any] | None, pack_ranks
     """Budget and number of a step's packs: on another number of workers than before, the same tokens a step.
 
     Args:
-        config: As configured.
+        config: What is configured.
         state: The state in the checkpoint that the run goes on from; None at the start.
         pack_ranks: Workers that have packs of their own.
     """

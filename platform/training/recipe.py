@@ -178,7 +178,7 @@ class Recipe(Protocol):
         """Make the model recompute in the backward pass, and compile it, as configured.
 
         Args:
-            model: From :meth:`start`.
+            model: The model that :meth:`start` gave.
             activation_checkpointing: ``none``, ``selective`` or ``full``.
             compiles: Whether layers are compiled, lengths dynamic.
 
@@ -227,9 +227,9 @@ class Recipe(Protocol):
         the calls. Only the role of the turn may be called with gradients.
 
         Args:
-            turn: Whose turn it is.
-            networks: By role, :data:`MODEL` among them.
-            pack: On the training device.
+            turn: The step and the role that it updates.
+            networks: The networks by role, :data:`MODEL` among them.
+            pack: The pack, on the training device.
         """
         ...
 

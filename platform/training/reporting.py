@@ -47,7 +47,7 @@ class Reporter:
 
         Args:
             step: The step.
-            record: On rank 0 what is recorded of it.
+            record: What is recorded of it, on rank 0.
             details: Gives what goes with a report: mean losses by tag, warnings, the age of the checkpoint.
         """
         if self.rank == 0:

@@ -140,7 +140,7 @@ class Roles:
         """Continue from a checkpoint.
 
         Args:
-            checkpoint: Of the same recipe, on any number of ranks.
+            checkpoint: A checkpoint of the same recipe, of any number of ranks.
             model_frozen: Gives the model's parameters that are not trained; None where the checkpoint holds them.
 
         Raises:

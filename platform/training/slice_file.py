@@ -44,7 +44,7 @@ class HostBuffer:
         """Start to copy 1-D tensors, as float32, into a file's layout.
 
         Args:
-            tensors: By ``<kind>/<name>``.
+            tensors: The tensors by ``<kind>/<name>``.
             ranges: Parameter name -> [start, stop), kept in the file's metadata.
 
         Returns:

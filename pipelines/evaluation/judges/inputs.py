@@ -7,17 +7,18 @@ import numpy as np
 from loomvideo.pipelines.vlm.requests import FrameSampling, VLMMedia, encode_media
 
 
-def media_for_item(
-    sampling: FrameSampling,
-    result: np.ndarray,
-    source: np.ndarray | None,
-    references: Sequence[np.ndarray],
+def given_media(
+    sampling: FrameSampling, source: np.ndarray | None, references: Sequence[np.ndarray]
 ) -> tuple[VLMMedia, ...]:
-    """The inputs of one sample in a fixed order: source, references, result."""
-    media = []
-    if source is not None:
-        media.append(encode_media("Before editing", source, sampling))
-    for number, reference in enumerate(references, 1):
-        media.append(encode_media(f"Reference picture {number}", reference, sampling))
+    """What a sample was made from: its source, then its reference pictures [height, width, 3]."""
+    before = () if source is None else (encode_media("Before editing", source, sampling),)
+    pictures = (encode_media(f"Reference picture {n}", r[None], sampling) for n, r in enumerate(references, 1))
+    return (*before, *pictures)
+
+
+def media_for_item(
+    sampling: FrameSampling, result: np.ndarray, source: np.ndarray | None, references: Sequence[np.ndarray]
+) -> tuple[VLMMedia, ...]:
+    """What a sample was made from, and then its result."""
     label = "After editing" if source is not None else "Generated result"
-    return (*media, encode_media(label, result, sampling))
+    return (*given_media(sampling, source, references), encode_media(label, result, sampling))

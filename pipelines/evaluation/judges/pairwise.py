@@ -13,6 +13,7 @@ from itertools import combinations
 import numpy as np
 
 from loomvideo.pipelines.evaluation.arena import Match, match_from_orders
+from loomvideo.pipelines.evaluation.judges.inputs import given_media
 from loomvideo.pipelines.evaluation.judges.rubrics import SEEN_WORDS
 from loomvideo.pipelines.evaluation.judges.session import JudgeSession
 from loomvideo.pipelines.evaluation.rows import Row
@@ -113,7 +114,6 @@ def _request(
     films: Sequence[np.ndarray],
     sampling: FrameSampling,
 ) -> VLMRequest:
-    media = [encode_media("Before editing", source, sampling)] if source is not None else []
-    media += [encode_media(f"Reference picture {n}", r[None], sampling) for n, r in enumerate(references, 1)]
+    media = [*given_media(sampling, source, references)]
     media += [encode_media(label, film, sampling) for label, film in zip((FIRST, SECOND), films, strict=True)]
     return VLMRequest(labelled(pairwise_text(row), media), (AXIS,))

@@ -26,7 +26,7 @@ class Parsed:
         minimum: The lowest axis score, for forms that report it.
         failure: Why there is no score; empty otherwise.
         reasoning: The judge's words, where the form has a place for them.
-        answers: With a checklist, how right each answer is (0 to 1), by ``group/question``.
+        answers: How right each answer of a checklist is (0 to 1), by ``group/question``.
     """
 
     sample: float | None

@@ -47,8 +47,8 @@ class Suite:
     """A benchmark.
 
     Attributes:
-        name: As in metric names.
-        convert: From the folder of its download to the manifest.
+        name: The name in metric names.
+        convert: Reads the folder of its download into a manifest.
         judged: Whether a judge scores it; others have rules on detections or networks.
         protocols: ``strict`` (our rubrics), ``checklist`` (our questions) and, where there are any, ``official`` and
             ``loomvideo``.

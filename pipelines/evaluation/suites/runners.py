@@ -42,7 +42,7 @@ def run_scorer(
 
     Args:
         scorer: ``geneval`` or ``vbench``.
-        command: With placeholders; the scorer's own interpreter, or a container.
+        command: A command with placeholders: the scorer's own interpreter, or a container.
         results: Folder of the results.
         output: Folder for its result file and its log.
         data: The benchmark's download.

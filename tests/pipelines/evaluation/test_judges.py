@@ -26,7 +26,7 @@ def video(seed=0, frames=9):
 
 
 def request(seed=0, sampling=SAMPLING, **changes):
-    reference = np.full((1, 20, 20, 3), 80, np.uint8)
+    reference = np.full((20, 20, 3), 80, np.uint8)
     return VLMRequest(
         labelled("Is it red?", media_for_item(sampling, video(seed), video(1), [reference])), AXES, **changes
     )
