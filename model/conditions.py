@@ -49,12 +49,8 @@ def encode_conditions(
 
     Args:
         parts: Codec and MLLM.
-        task: A name of :data:`loomvideo.model.tasks.WORDINGS`.
-        prompt: Instruction or caption.
-        source: uint8 [frames, height, width, 3] to edit; frames and sides as the codec takes them.
-        references: uint8 [height, width, 3] each, sides as the codec takes them.
-        size: ``(width, height)`` of what is generated; an edit takes its source's.
-        num_frames: Whole latents (4k+1 with Wan's codec); an edit takes its source's.
+        task, prompt, source, references, size, num_frames: What
+            :meth:`loomvideo.model.pipeline.LoomVideoPipeline.encode` takes.
         negative_prompt: What the unconditional branch is told; None for an empty message.
 
     Raises:
