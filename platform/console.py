@@ -41,9 +41,11 @@ def table(*headers: str, title: str = "", figures: bool = False) -> Table:
     return made
 
 
-def table_of(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
-    """A table of rows with the same keys, which are its headers."""
-    made = table(*(rows[0] if rows else ()), title=title)
+def table_of(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table | Text:
+    """A table of rows with the same keys, which are its headers; of no rows the title alone."""
+    if not rows:
+        return Text(title)
+    made = table(*rows[0], title=title)
     for row in rows:
         made.add_row(*(f"{value:.0f}" if isinstance(value, float) else str(value) for value in row.values()))
     return made

@@ -68,7 +68,7 @@ def loomvideo(folder: Path, command: str) -> str:
     assert program == "loomvideo"
     done = subprocess.run(
         [sys.executable, "-m", "loomvideo.jobs.cli", *arguments],
-        cwd=folder, env=environment(), capture_output=True, text=True, timeout=patience(400),
+        cwd=folder, env=environment(), capture_output=True, text=True, timeout=patience(1200),
     )  # fmt: skip
     assert done.returncode == 0, command + done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
@@ -87,7 +87,7 @@ def serve(folder: Path, command: str) -> str:
         ) as process,
     ):  # fmt: skip
         try:
-            deadline = time.monotonic() + patience(300)
+            deadline = time.monotonic() + patience(900)
             while time.monotonic() < deadline and process.poll() is None:
                 try:
                     return urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).read().decode()

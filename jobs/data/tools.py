@@ -233,7 +233,8 @@ def quarantine_ls(
         return
     chosen = [loss for loss in losses if loss.reason == reason]
     names = ("key", "dataset", "retriable", "message")
-    console().print(table_of([{name: getattr(loss, name) for name in names} for loss in chosen]))
+    rows = [{name: getattr(loss, name) for name in names} for loss in chosen]
+    console().print(table_of(rows, f"{len(chosen)} lost to {reason}"))
 
 
 def quarantine_retry(folder: DatasetFolder) -> None:

@@ -54,6 +54,7 @@ def test_rows_and_values():
         "x",
     ]
     assert printed(table_of([])).strip() == ""
+    assert printed(table_of([], "0 losses")).strip() == "0 losses"
 
 
 def test_a_log_keeps_rows_whole(capsys):
