@@ -97,7 +97,7 @@ def register_version(
                 break
         else:
             source = f"models:/{model_id}"
-            with _default_uri(client.tracking_uri):
+            with default_uri(client.tracking_uri):
                 version = client.create_model_version(name, source, run_id, dict(tags), model_id=model_id).version
         client.set_registered_model_alias(name, alias, version)
     except MlflowException:
@@ -112,9 +112,10 @@ def register_version(
 
 
 @contextlib.contextmanager
-def _default_uri(uri: str) -> Iterator[None]:
-    """A local registry looks a LoggedModel up under the default tracking URI, whatever its client was made for."""
-    before = mlflow.get_tracking_uri()
+def default_uri(uri: str) -> Iterator[None]:
+    """Make a server MLflow's default for a while: local registries and traces ask it, not their client's."""
+    # None takes away the environment variable too, which MLflow sets and later runs would take their server from.
+    before = mlflow.get_tracking_uri() if mlflow.tracking.is_tracking_uri_set() else None
     mlflow.set_tracking_uri(uri)
     try:
         yield

@@ -113,6 +113,10 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("walkthrough"):
                 item.add_marker(pytest.mark.skip(reason="runs a whole page of the docs; make test-pages"))
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            # Most start Ray, some several times: minutes where a quiet machine takes one.
+            item.add_marker(pytest.mark.timeout(1800))
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:

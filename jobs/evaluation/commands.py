@@ -122,12 +122,18 @@ def arena(
 @app.command("agreement")
 def agreement(
     run: Annotated[str, typer.Argument(help=RUN_HELP)],
-    labels: Annotated[Path, typer.Option(help="CSV with suite,key,score; written empty when it does not exist")],
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="CSV with suite,key,score; written empty when it does not exist. Default: reviews in MLflow"),
+    ] = None,
     runs: Annotated[Path, typer.Option(help="folder of all runs")] = Path("runs"),
     items: Annotated[int, typer.Option(help="samples to ask people about, when the CSV is made")] = 40,
     tracking_uri: Annotated[str, typer.Option(help="MLflow; default as in evaluate")] = "",
 ) -> None:
-    """Compare the judge with people: first makes a sheet of samples to label, then reads it and logs the agreement."""
+    """Compare the judge with people, who add an assessment `score` (1 to 5) to the run's traces in MLflow.
+
+    Or who fill in a sheet: with --labels it is made first, then read.
+    """
     from loomvideo.jobs.evaluation.compare import run_agreement
 
     run_agreement(run, labels, runs, items, tracking_uri)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from mlflow.tracking import MlflowClient
 
 from loomvideo.jobs.command import job_config
 from loomvideo.jobs.evaluation.config import EvaluateConfig
@@ -13,6 +14,7 @@ from loomvideo.jobs.evaluation.judge import judge_client, judge_session
 from loomvideo.jobs.evaluation.setup import JOB, evaluation_run, store_folder, tracked
 from loomvideo.pipelines.evaluation import mlflow_report
 from loomvideo.pipelines.evaluation.arena import bradley_terry, position_bias
+from loomvideo.pipelines.evaluation.assessments import HUMAN_SCORE, human_scores
 from loomvideo.pipelines.evaluation.compare import compare_runs, differing_headers
 from loomvideo.pipelines.evaluation.judges.pairwise import judge_pairs
 from loomvideo.pipelines.evaluation.results import SavedSuite, clean, load_suites
@@ -23,6 +25,7 @@ from loomvideo.pipelines.evaluation.store import Store
 from loomvideo.pipelines.vlm.requests import FrameSampling
 from loomvideo.platform.console import coloured, console, table
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.runs import RunFolder
 
 NOTHING_FOUND = ("no difference found", "too few samples to tell")
 
@@ -56,19 +59,19 @@ def run_compare(a: str, b: str, metrics: list[str], runs: Path, everything: bool
     mlflow_report.log_metrics(client, run_id, values)
 
 
-def run_agreement(run: str, labels: Path, runs: Path, items: int, tracking_uri: str) -> None:
-    """Make a sheet to label, or read it and log how far the judge agrees with people."""
+def run_agreement(run: str, labels: Path | None, runs: Path, items: int, tracking_uri: str) -> None:
+    """Log how far the judge agrees with people, who wrote into a sheet or into MLflow; a sheet is made first."""
     folder = evaluation_run(runs, run)
     suites = {name: saved for name, saved in load_suites(folder.path).items() if saved.header["judge"] != "none"}
     if not suites:
         raise UserError(f"{run}: no judged suite in this run; evaluate with judge.kind set")
     out = console()
-    if not labels.exists():
+    if labels is not None and not labels.exists():
         count = _write_sheet(suites, labels, items)
         out.print(f"{labels}: {count} samples to label; fill in score (1 to 5) and run again", highlight=False)
         return
-    human = _read_labels(labels, suites)
     client, run_id = tracked(folder, tracking_uri)
+    human = _read_labels(labels, suites) if labels is not None else _reviewed(client, folder, suites)
     headers = ("suite", "items", "equal", "within one", "weighted kappa", "rank correlation", "judge minus people")
     agreements = table(*headers, title="judge against people", figures=True)
     for name, scores in human.items():
@@ -79,7 +82,8 @@ def run_agreement(run: str, labels: Path, runs: Path, items: int, tracking_uri: 
         agreements.add_row(name, str(found.num_items), *(f"{value:.2f}" for value in cells))
         logged = {f"{name}/human/{k}": v for k, v in dataclasses.asdict(found).items() if not np.isnan(v)}
         mlflow_report.log_metrics(client, run_id, logged)
-    client.log_artifact(run_id, str(labels), "human")
+    if labels is not None:
+        client.log_artifact(run_id, str(labels), "human")
     out.print(agreements)
 
 
@@ -143,6 +147,22 @@ def _write_sheet(suites: dict[str, SavedSuite], path: Path, items: int) -> int:
     with path.open("w", newline="", encoding="utf-8") as out:
         csv.writer(out).writerows([("suite", "key", "score", "text", "media"), *sorted(rows)])
     return len(rows)
+
+
+def _reviewed(client: MlflowClient, folder: RunFolder, suites: dict[str, SavedSuite]) -> dict[str, dict[str, float]]:
+    found = {}
+    for name, saved in suites.items():
+        note = RunFolder(folder.path, "suites", name).read_json("mlflow.json") or {}
+        if "run_id" in note:
+            experiment_id = client.get_run(note["run_id"]).info.experiment_id
+            scores = human_scores(client, experiment_id, note["run_id"])
+            found[name] = {key: score for key, score in scores.items() if key in saved.values()}
+    if not any(found.values()):
+        raise UserError(
+            f"{folder.name}: nobody has added an assessment `{HUMAN_SCORE}` (1 to 5) to its traces in MLflow yet; "
+            "or fill in a sheet: --labels FILE.csv"
+        )
+    return {name: scores for name, scores in found.items() if scores}
 
 
 def _read_labels(path: Path, suites: dict[str, SavedSuite]) -> dict[str, dict[str, float]]:

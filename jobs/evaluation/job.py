@@ -23,6 +23,7 @@ from loomvideo.jobs.evaluation.setup import (
 from loomvideo.model.fingerprints import weights_fingerprint
 from loomvideo.pipelines.evaluation import mlflow_report, review
 from loomvideo.pipelines.evaluation.aggregate import SuiteResult, aggregate_suite
+from loomvideo.pipelines.evaluation.assessments import log_judgements
 from loomvideo.pipelines.evaluation.charts import save_bars, save_radar
 from loomvideo.pipelines.evaluation.controls import CONTROLS, merge_controls
 from loomvideo.pipelines.evaluation.generators import sample_seed
@@ -202,6 +203,10 @@ def _finish_suite(
         review.write_review_page(place, store, result, rows, folder.name, child.run_id, subtitle, other_run)
         source = {"name": suite.name, "digest": manifest.digest, "source": str(manifest.root)}
         mlflow_report.log_suite(child, place, store, result, rows, source, model_id, config.step, config.max_films)
+        if judged:
+            shown = mlflow_report.films_to_upload(rows, config.max_films)
+            client = MlflowClient(tracking_uri=parent.uri)
+            log_judgements(client, child.experiment_id, child.run_id, store, shown, header["judge"])
         status = "FINISHED"
     finally:
         child.finish(status)

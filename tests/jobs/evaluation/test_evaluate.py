@@ -5,9 +5,11 @@ import csv
 import json
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import pytest
 from fixtures.evaluation import run_local
+from mlflow.entities import AssessmentSource
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
@@ -23,6 +25,7 @@ from loomvideo.pipelines.media.video_writer import write_video
 from loomvideo.pipelines.sources.samples import Sample, write_jsonl
 from loomvideo.platform.config import load_config
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.registry import default_uri
 
 NUM_SOURCES = 8
 
@@ -186,6 +189,29 @@ def test_a_rerun_asks_the_judge_nothing_new_and_keeps_its_mlflow_run(tmp_path, d
         client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
         table = json.loads(Path(client.download_artifacts(run_id, "samples-fashion.json", str(tmp_path))).read_text())
         assert len(table["data"]) == NUM_SOURCES
+        # Every judged sample is one trace with the judge's scores and reasons, and the second run added none.
+        child = json.loads((tmp_path / "evaluate/a/suites/fashion/mlflow.json").read_text())["run_id"]
+        experiment_id = client.get_run(child).info.experiment_id
+        traces = client.search_traces(locations=[experiment_id], run_id=child)
+        assert sorted(t.info.tags["loomvideo.sample"] for t in traces) == [f"edit-{n}" for n in range(NUM_SOURCES)]
+        said = {a.name: a for a in traces[0].info.assessments}
+        assert said["judge"].source.source_type == "LLM_JUDGE"
+        assert said["judge"].rationale
+        picture = traces[0].data.spans[0].outputs["messages"][0]["content"][0]["image_url"]["url"]
+        assert "image%2Fjpeg" in picture  # kept beside the trace
+        # What people add there is compared with the judge.
+        with pytest.raises(UserError, match="nobody has added an assessment `score`"):
+            compare_job.run_agreement("a", None, tmp_path, 6, "")
+        with default_uri(client.tracking_uri):
+            for number, trace in enumerate(traces):
+                person = AssessmentSource("HUMAN", "ann")
+                mlflow.log_feedback(trace_id=trace.info.trace_id, name="score", value=1 + number % 5, source=person)
+        compare_job.run_agreement("a", None, tmp_path, 6, "")
+        assert client.get_run(run_id).data.metrics["fashion/human/num_items"] == NUM_SOURCES
+        with default_uri(client.tracking_uri):
+            mlflow.log_feedback(trace_id=traces[0].info.trace_id, name="score", value="good", source=person)
+        with pytest.raises(UserError, match="ann gave score 'good' in MLflow, not 1 to 5"):
+            compare_job.run_agreement("a", None, tmp_path, 6, "")
 
 
 def test_a_judge_that_cannot_answer_ends_the_run_before_anything_is_generated(tmp_path, data, local):

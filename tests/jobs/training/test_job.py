@@ -37,7 +37,7 @@ def loomvideo(folder, *arguments, code=0):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
     )
     assert done.returncode == code, done.stdout[-4000:] + done.stderr[-4000:]
     return done
