@@ -35,8 +35,8 @@ def start_as_copy(model: LoomVideoDiT, generator: torch.Generator | None = None)
     """Give a transformer that was initialised from scratch a first velocity that copies the source.
 
     Args:
-        model: With a source embedding. Where it is narrower than two patches and four dimensions, only part of the
-            source gets through.
+        model: A transformer with a source embedding. Where it is narrower than two patches and four dimensions, only
+            part of the source gets through.
         generator: The generator of the random signs.
 
     Raises:

@@ -205,3 +205,16 @@ def test_every_catch_of_everything_says_why():
                     if not raised and not any("#" in one for one in near):
                         found.append(f"{path.relative_to(ROOT)}:{number + 1}")
     assert found == []
+
+
+def test_arguments_are_described_by_what_they_are():
+    """``config: The configuration of the job.``, not ``config: Of the job.``, of which nobody knows what it is."""
+    bare = re.compile(r"\s+\w+(, \w+)*: (Of|On|In|At|From|For|As|By|Per|With|Whose) ")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for room in ROOMS
+        for path in sorted((ROOT / room).rglob("*.py"))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if bare.match(line)
+    ]
+    assert found == []

@@ -38,7 +38,7 @@ def log_judgements(
     """Log each judged row as a trace of the run; one that is there with the same answers is left alone.
 
     Args:
-        client: Of the tracking server.
+        client: The client of the tracking server.
         experiment_id: The experiment of the run.
         run_id: The run of the suite.
         store: Where filmstrips are.

@@ -242,7 +242,7 @@ def item_agreement(repeats: Sequence[Sequence[Mapping[str, float]]]) -> float:
     """Share of answers that are the same in every repeat: single questions of a checklist, or axes of a rubric.
 
     Args:
-        repeats: For each sample, the answers of each repeat by name; names missing in a repeat are left out.
+        repeats: The answers of each sample in each repeat, by name; names missing in a repeat are left out.
     """
     same = []
     for sample in repeats:

@@ -21,7 +21,7 @@ class GarmentShot:
     """What a fashion set holds of one garment on one person; absent media are None.
 
     Attributes:
-        where: For messages.
+        where: What messages call it.
         name: Unique in the dataset.
         group: SKU, person, or both joined: what must not be split.
         category: A singular noun: "dress".
