@@ -85,7 +85,7 @@ WORDINGS: dict[str, Task] = {
         Task("reconstruct_video", "video", True, False, "Reconstruct this video: ", _EDIT, _VISUAL, False),
     )
 }
-"""Every way to tell the MLLM a sample, in the order of the built-in vocabulary."""
+"""Every way to tell the MLLM a sample."""
 
 PUBLISHED_EVALUATION: dict[str, Task] = {
     "ref_edit": Task("ref_edit, as evaluated", "video", True, True, "Edit this video: ", _EDIT, _VISUAL, False),

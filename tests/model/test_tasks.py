@@ -14,8 +14,9 @@ ROOT = Path(tasks.__file__).parent.parent
 
 
 def test_a_task_says_everything_about_itself():
-    assert tuple(TASKS) == ("t2i", "t2v", "image_edit", "video_edit", "ref_edit", "mi2v")
-    assert REQUESTED == ("t2i", "t2v", "edit", "ref_edit", "mi2v")
+    assert {"t2i", "t2v", "image_edit", "video_edit", "ref_edit", "mi2v"} <= set(TASKS)
+    assert {"t2i", "t2v", "edit", "ref_edit", "mi2v"} <= set(REQUESTED)
+    assert not {"image_edit", "video_edit", "mi2i"} & set(REQUESTED)
     for task in WORDINGS.values():
         assert (task.visual_scale is not None) == task.has_media == ("visual" in task.branches)
         assert task.opening.endswith(": ")
