@@ -19,6 +19,7 @@ from loomvideo.platform.shards.reader import ShardDataset
 from loomvideo.platform.training.beside import load_checkpoint_weights
 from loomvideo.platform.training.checkpoint_folder import CheckpointFolder
 from loomvideo.platform.training.config import TrainingConfig
+from loomvideo.platform.training.gradients import PROBE_STEP
 from loomvideo.platform.training.packing import planner_of
 from loomvideo.platform.training.validation import Validator
 
@@ -54,6 +55,8 @@ OFFLOAD = changed("zero", offload_optimizer=True)
 OFFLOAD.pack.per_step = 6
 SHARED = config(sequence_ranks=2)
 SHARED.validation = dataclasses.replace(SHARED.validation, every_steps=2, samples_per_task=1, levels=2)
+PROBED = config(steps=PROBE_STEP + 3)
+PROBED.checkpoint.every_steps = PROBED.steps
 STILL = dataclasses.replace(changed("optimizer", learning_rate=0.0, weight_decay=0.0), precision="bf16", steps=1)
 CONFIGS = {
     "fp32": config(),
@@ -95,6 +98,7 @@ def _wanted(request):
 NEEDS = {
     "test_validation_leaves_training_with_node_copies_alone": ("hpz", "bf16"),
     "test_ranks_that_share_packs_validate_as_others": ("shared", "shared_full"),
+    "test_real_conditioning_passes_the_check_after_the_first_steps": ("probed",),
     "test_float32_weights_become_masters_without_rounding": ("still",),
     "test_checkpoints_of_adapters_name_their_base": ("adapted",),
     "test_three_ranks_continue_what_two_began": ("offload", "adapted"),
@@ -145,6 +149,7 @@ def runs(tmp_path_factory, request):
     scenarios = {name: scenario(name, configs[name], recipes[name]) for name in configs if name != "hpz"}
     scenarios |= {f"{name}_resumed": resumed(name) for name in ("offload", "adapted")}
     scenarios["still"] = scenario("still", STILL)
+    scenarios["probed"] = scenario("probed", PROBED)
     for name, zero in (("nan", config().zero), ("nan_offload", OFFLOAD.zero), ("nan_stage_2", CONFIGS["stage_2"].zero)):
         bad = config(zero=zero)
         bad.guard = dataclasses.replace(bad.guard, max_skips=0, max_rollbacks=9)
@@ -218,6 +223,14 @@ def test_ranks_that_share_packs_validate_as_others(runs):
     alone = validator.losses_alone(model, torch.device("cpu"), torch.float32)
     assert first["each"] == pytest.approx(alone["each"], rel=1e-4)
     assert other["each"] == pytest.approx(first["each"], rel=1e-4)
+
+
+def test_real_conditioning_passes_the_check_after_the_first_steps(runs):
+    """Sources, references and states of partitioned weights get gradients on both ranks."""
+    runs, _ = runs
+    for _, final in runs.outcomes["probed"]:
+        assert final.get("steps") == PROBED.steps, final
+    assert len(steps_of(runs.outcomes["probed"][0][0])) == PROBED.steps
 
 
 def test_float32_weights_become_masters_without_rounding(runs):
