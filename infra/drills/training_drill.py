@@ -27,6 +27,7 @@ from local_cluster import LocalCluster
 
 from loomvideo.pipelines.training.config import ObjectiveConfig
 from loomvideo.pipelines.training.recipe import LoomVideoRecipe
+from loomvideo.platform.machine import patience
 from loomvideo.platform.shards.reader import ShardDataset
 from loomvideo.platform.shards.tensors import HEADER_SIZE_BYTES, parse_header
 from loomvideo.platform.training.checkpoint_folder import CheckpointFolder
@@ -36,6 +37,7 @@ from loomvideo.platform.training.packing import planner_of
 REPO = Path(__file__).resolve().parents[2]
 PATIENCE_S = 300.0
 NOTICE_S = 10.0
+HANG_S = 30
 STEPS, EVERY = 40, 5
 PACK_TOKENS, PACKS = 288, 2
 
@@ -82,12 +84,13 @@ class Run:
 
     def wait_for(self, what: str, ready: Callable[[], bool]) -> None:
         """Wait for a condition while the job runs."""
-        deadline = time.monotonic() + PATIENCE_S
+        limit = patience(PATIENCE_S)
+        deadline = time.monotonic() + limit
         while not ready():
             if self.process.poll() is not None:
                 raise DrillError(f"{what}: the job ended with {self.process.returncode}: {self.tail()}")
             if time.monotonic() > deadline:
-                raise DrillError(f"{what}: not within {PATIENCE_S:.0f} s")
+                raise DrillError(f"{what}: not within {limit:.0f} s")
             time.sleep(0.1)
 
     def wait_for_step(self, step: int) -> None:
@@ -96,7 +99,7 @@ class Run:
 
     def finish(self, expected: int = 0) -> None:
         """Wait for the end and compare the exit code."""
-        code = self.process.wait(PATIENCE_S)
+        code = self.process.wait(patience(PATIENCE_S))
         if code != expected:
             raise DrillError(f"{self.name}: exit code {code}, expected {expected}: {self.tail()}")
 
@@ -209,6 +212,27 @@ def drill_worker(rehearsal: Rehearsal) -> str:
     run.check_complete()
     again = before - run.continued_at()
     return f"went on by itself from step {run.continued_at()}; {max(again, 0)} steps computed again"
+
+
+def drill_hang(rehearsal: Rehearsal) -> str:
+    """One worker stands still: it answers nothing and does not end."""
+    run = rehearsal.train("hang", f"training.guard.hang_s={HANG_S}")
+    run.wait_for_step(12)
+    still = run.workers()[-1]
+    still.suspend()
+    stopped = time.monotonic()
+    run.wait_for("an end of the hang", lambda: not still.is_running() or still.status() == psutil.STATUS_ZOMBIE)
+    ended_s = time.monotonic() - stopped
+    run.finish()
+    run.check_complete()
+    stacks = [path for path in (run.path / "logs").glob("hang-rank-*.txt") if "backward" in path.read_text()]
+    flights = list((run.path / "logs" / "flight").iterdir())
+    if not stacks or not flights:
+        raise DrillError(f"left behind: {sorted(path.name for path in (run.path / 'logs').rglob('*'))}")
+    return (
+        f"after {ended_s:.0f} s both workers were ended ({HANG_S} s without a step are a hang), stacks in "
+        f"{stacks[0].name}, collectives in flight/; went on from step {run.continued_at()}"
+    )
 
 
 def drill_driver(rehearsal: Rehearsal) -> str:
@@ -426,6 +450,7 @@ def cluster(rehearsal: Rehearsal, *names: str) -> Iterator[tuple[LocalCluster, d
 
 DRILLS = {
     "worker": drill_worker,
+    "hang": drill_hang,
     "driver": drill_driver,
     "notice": drill_notice,
     "disk": drill_disk,
