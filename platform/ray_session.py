@@ -103,6 +103,7 @@ def start_local(num_cpus: int, **options: Any) -> None:
         options["runtime_env"] = {"py_executable": quoted, **options.get("runtime_env", {})}
     attempts = min(max(START_ATTEMPTS, round(2 * slowness())), MOST_START_ATTEMPTS)
     for attempt in range(1, attempts + 1):
+        earlier = {child.pid for child in psutil.Process().children()}
         try:
             # Without an address Ray would join whatever other cluster this machine runs.
             with _nodes_may_be_late():
@@ -114,6 +115,7 @@ def start_local(num_cpus: int, **options: Any) -> None:
             raise
         except Exception as error:  # Ray raises bare exceptions for a node that is late
             ray.shutdown()
+            _end_half_a_cluster(earlier)
             late = isinstance(error, TimeoutError) or "timed out" in str(error).lower()
             if late and attempt < attempts:
                 logger.warning(
@@ -153,6 +155,14 @@ def _nodes_may_be_late() -> Iterator[None]:
         yield
     finally:
         services.get_node = look_up
+
+
+def _end_half_a_cluster(earlier: set[int]) -> None:
+    """End what a start that failed leaves running: Ray does so only when this process exits."""
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if child.pid not in earlier and any("/ray/" in part for part in child.cmdline()):
+                child.kill()
 
 
 def _ended_raylets() -> set[int]:

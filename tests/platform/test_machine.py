@@ -4,6 +4,8 @@ import errno
 import getpass
 import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -155,6 +157,26 @@ def test_a_start_that_timed_out_is_tried_again_with_limits_for_this_machine(fake
         pass
     assert len(calls) == 3
     assert {os.environ[name] for name in ray_session._START_LIMITS} == {"1200"}
+
+
+def test_a_start_that_failed_leaves_no_processes(monkeypatch, tmp_path):
+    daemon = tmp_path / "ray" / "gcs_server"
+    daemon.parent.mkdir()
+    shutil.copy(shutil.which("sleep"), daemon)
+    earlier = subprocess.Popen([daemon, "60"])
+    children = []
+
+    def init(**options):
+        children.append(subprocess.Popen([daemon, "60"]))
+        raise ValueError("a port is taken")
+
+    monkeypatch.setattr(ray_session.ray, "init", init)
+    with pytest.raises(UserError, match="Ray does not start: a port is taken"):
+        ray_session.start_local(1)
+    assert children[0].wait(10) == -signal.SIGKILL
+    assert earlier.poll() is None
+    earlier.kill()
+    earlier.wait()
 
 
 def test_a_raylet_that_ended_is_not_waited_for(fake_init, monkeypatch, tmp_path):
