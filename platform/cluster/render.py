@@ -13,6 +13,7 @@ from loomvideo.platform.cluster.manifests import cron_jobs, ray_cluster
 from loomvideo.platform.cluster.pods import HEAD_ACCOUNT, NODE_ACCOUNT
 from loomvideo.platform.cluster.profile import ClusterProfile
 from loomvideo.platform.cluster.queues import KUEUE, queue_objects
+from loomvideo.platform.cluster.schemas import Loader
 from loomvideo.platform.cluster.service import service_objects
 from loomvideo.platform.errors import UserError
 
@@ -115,7 +116,7 @@ def build(folder: Path) -> list[dict[str, Any]]:
     result = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True)
     if result.returncode != 0:
         raise UserError(f"{folder}: kustomize: {result.stderr.strip().splitlines()[-1]}")
-    return [document for document in yaml.safe_load_all(result.stdout) if document]
+    return [document for document in yaml.load_all(result.stdout, Loader) if document]
 
 
 def find_kubectl() -> str | None:

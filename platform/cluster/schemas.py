@@ -3,7 +3,7 @@
 import copy
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ KUBERAY_KINDS = {"RayCluster": "rayclusters", "RayJob": "rayjobs", "RayService":
 METADATA_KEYS = {"name", "namespace", "labels", "annotations", "generateName", "finalizers", "ownerReferences"}
 # Kinds of other operators that the repository uses; their schemas are not part of any package.
 UNCHECKED_GROUPS = ("kueue.x-k8s.io", "scheduling.volcano.sh", "monitoring.coreos.com", "ray.io")
+
+# libyaml's, ten times faster than Python's own.
+Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def crd_folder() -> Path | None:
@@ -67,12 +70,21 @@ def with_defaults(value: Any, schema: dict[str, Any]) -> Any:
 def _core_problems(manifest: dict[str, Any], version: str) -> Iterator[str]:
     import kubernetes_validate
 
+    # Its definitions, megabytes of JSON, would be read anew for every object.
+    kubernetes_validate.utils.schema_contents = _schema_contents()
     try:
         kubernetes_validate.validate(manifest, version, strict=True)
     except kubernetes_validate.ValidationError as error:
         yield _problem(error)
     except kubernetes_validate.SchemaNotFoundError:
         yield f"apiVersion {manifest.get('apiVersion')} has no kind {manifest.get('kind')} in Kubernetes {version}"
+
+
+@functools.cache
+def _schema_contents() -> Callable[[str, str], Any]:
+    from kubernetes_validate import utils
+
+    return functools.cache(utils.schema_contents)
 
 
 def _custom_problems(manifest: dict[str, Any], crds: Path) -> Iterator[str]:
@@ -92,13 +104,10 @@ def _problem(error: jsonschema.ValidationError) -> str:
 
 @functools.lru_cache
 def _custom_schema(crds: Path, kind: str, version: str) -> tuple[dict[str, Any], jsonschema.Draft202012Validator]:
-    definition = yaml.load((crds / f"ray.io_{KUBERAY_KINDS[kind]}.yaml").read_text(), _Loader)
+    definition = yaml.load((crds / f"ray.io_{KUBERAY_KINDS[kind]}.yaml").read_text(), Loader)
     versions = {entry["name"]: entry["schema"]["openAPIV3Schema"] for entry in definition["spec"]["versions"]}
     raw = versions[version]
     return raw, jsonschema.Draft202012Validator(_strict(raw))
-
-
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def _strict(schema: Any) -> Any:

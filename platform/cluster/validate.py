@@ -18,7 +18,7 @@ from loomvideo.platform.cluster.profile import ClusterProfile
 from loomvideo.platform.cluster.references import Given, reference_problems
 from loomvideo.platform.cluster.render import KUBERNETES, build, find_kubectl, write_folder
 from loomvideo.platform.cluster.rules import rule_problems
-from loomvideo.platform.cluster.schemas import CRDS_VARIABLE, crd_folder, schema_problems
+from loomvideo.platform.cluster.schemas import CRDS_VARIABLE, Loader, crd_folder, schema_problems
 from loomvideo.platform.errors import UserError, how_to_add
 
 SECRET_NAMES = re.compile(r"password|passwd|secret|token|access_?key|api_?key|credential", re.IGNORECASE)
@@ -144,7 +144,7 @@ def validate_folder(folder: Path, kubernetes_version: str, report: Report, kuber
         UserError: if it is no Kustomize folder, or a file of it is no YAML.
     """
     try:
-        jobs = [job for path in sorted(folder.glob("*.rayjob.yaml")) for job in yaml.safe_load_all(path.read_text())]
+        jobs = [job for path in sorted(folder.glob("*.rayjob.yaml")) for job in yaml.load_all(path.read_text(), Loader)]
     except yaml.YAMLError as error:
         raise UserError(f"{folder}: a .rayjob.yaml is not YAML: {str(error).splitlines()[-1].strip()}") from error
     given = Given.read(kubernetes / "given.yaml")
