@@ -31,11 +31,13 @@ def recorder_environment(folder: Path) -> dict[str, str]:
 
 def flight_record() -> bytes:
     """The recorded collectives of this process, as the analyser reads them."""
+    import torch.distributed as dist
     from torch._C import _distributed_c10d as c10d
 
-    # Builds with NCCL have their own, which knows the state of the GPU too.
-    dump = getattr(c10d, "_dump_nccl_trace", None) or c10d._dump_fr_trace
-    return dump()
+    # NCCL has a recorder of its own, which knows the state of the GPU too; in a build with NCCL it is there beside the
+    # one of other backends, and empty where those are used.
+    nccl = dist.is_initialized() and "nccl" in dist.get_backend()
+    return c10d._dump_nccl_trace() if nccl else c10d._dump_fr_trace()
 
 
 class Watchdog:
