@@ -3,6 +3,7 @@
     python benchmarks/driver_scale.py --samples 1000 10000 100000 1000000
     python benchmarks/driver_scale.py --samples 1000 10000 --s3          # on an S3 emulator, its requests counted
     python benchmarks/driver_scale.py --membership 300000                # what +0.05 %, -0.05 % and new captions redo
+    python benchmarks/driver_scale.py --files 20000 200000               # all of them in one folder: pairs with texts
 
 The real :func:`prepare` runs in a process of its own for each size: it reads the input, plans, commits the plan, and
 closes the accounts. Builders are replaced by a function that commits a shard's record and an empty tar of a size; its
@@ -10,9 +11,11 @@ time is taken off. ``loop`` parses the input's lines and nothing else, to say ho
 """
 
 import argparse
+import itertools
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -181,6 +184,42 @@ def measure(num_samples: int, folder: str) -> dict[str, float]:
     return row
 
 
+def one_folder(num_files: int) -> dict[str, float]:
+    """Listing, reading as samples and planning of one folder that holds so many files: pictures in pairs, and texts."""
+    from PIL import Image
+
+    from loomvideo.pipelines.prepare import job
+    from loomvideo.pipelines.sources import open_source
+    from loomvideo.pipelines.sources.base import Root
+
+    work = Path(tempfile.mkdtemp(prefix="folder-"))
+    folder = work / "pairs"
+    folder.mkdir()
+    Image.new("RGB", (64, 64)).save(work / "picture.png")
+    picture = (work / "picture.png").read_bytes()
+    for number in range(num_files // 3):
+        (folder / f"{number:06d}_src.png").write_bytes(picture)
+        (folder / f"{number:06d}_tgt.png").write_bytes(picture)
+        (folder / f"{number:06d}.txt").write_text(f"make dress {number} blue")
+    marks = [time.process_time()]
+    count = len(Root(str(folder)).names())
+    marks.append(time.process_time())
+    samples = sum(1 for _ in open_source(str(folder)))
+    marks.append(time.process_time())
+    builders, planned = Builders(), []
+
+    def run(stage, config, rows):
+        planned.append(time.process_time())
+        yield from builders(stage, config, rows)
+
+    job.run_stage = run
+    job.prepare(config_for(folder, str(work / "out")))
+    shutil.rmtree(folder)
+    list_s, read_s = (after - before for before, after in itertools.pairwise(marks))
+    return {"files": count, "list_cpu_s": list_s, "samples": samples, "read_cpu_s": read_s,
+            "plan_cpu_s": planned[0] - marks[-1], "peak_MB": peak_mb()}  # fmt: skip
+
+
 def membership(num_samples: int) -> list[dict[str, float]]:
     """What the plan of a large input redoes after small changes; planned for real, its units committed empty."""
     from loomvideo.pipelines.prepare.units import Dealing, commit_plan, kept_plan, plan_units, remove_unplanned
@@ -242,17 +281,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, nargs="*", default=[1_000, 10_000, 100_000])
     parser.add_argument("--membership", type=int, help="samples of which some are added, removed, captioned anew")
+    parser.add_argument("--files", type=int, nargs="*", help="files of one folder")
     parser.add_argument("--s3", action="store_true", help="the dataset on an S3 emulator")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one is not None:
-        rows = (
-            membership(arguments.membership) if arguments.membership else [measure(arguments.samples[0], arguments.one)]
-        )
+        if arguments.files:
+            rows = [one_folder(arguments.files[0])]
+        elif arguments.membership:
+            rows = membership(arguments.membership)
+        else:
+            rows = [measure(arguments.samples[0], arguments.one)]
         print(json.dumps(rows))
         return
     if arguments.membership:
         show(in_its_own_process(["--membership", str(arguments.membership), "--one", ""]))
+        return
+    if arguments.files:
+        for number in arguments.files:
+            show(in_its_own_process(["--files", str(number), "--one", ""]))
         return
     server = None
     if arguments.s3:

@@ -24,6 +24,10 @@ class UserError(ValueError):
     """
 
 
+class DiskFullError(UserError):
+    """No room is left: the fault of no sample or request."""
+
+
 def how_to_add(extra: str) -> str:
     """The command that adds an extra to this installation: make's in a clone, which keeps to the locks; else pip's."""
     clone = Path(__file__).resolve().parents[1]
@@ -37,7 +41,7 @@ def of_the_disk(error: BaseException) -> UserError | None:
     full = full_disk_behind(error)
     if full is not None:
         name = getattr(full, "filename", None) or ", ".join(_full_folders()) or "a disk"
-        return UserError(f"{name}: no space left; {_FREE_SOME}")
+        return DiskFullError(f"{name}: no space left; {_FREE_SOME}")
     if not isinstance(error, OSError) or error.filename is None or error.errno not in _REFUSED:
         return None
     fix = "give yourself access, or name another folder (output=…, runs=…; --help has the keys)"
@@ -54,7 +58,7 @@ def full_disk_named(name: str | os.PathLike, partial: Path | None = None, spool:
         spool: The folder that it is kept in until it is whole, where that is another one.
 
     Raises:
-        UserError: when the block raised for want of space.
+        DiskFullError: when the block raised for want of space.
     """
     try:
         yield
@@ -66,7 +70,7 @@ def full_disk_named(name: str | os.PathLike, partial: Path | None = None, spool:
             raise
         where = getattr(full, "filename", None) or spool
         elsewhere = f" ({where})" if where and Path(name).parent not in Path(where).parents else ""
-        raise UserError(f"{name}: no space left{elsewhere}; {_FREE_SOME}") from error
+        raise DiskFullError(f"{name}: no space left{elsewhere}; {_FREE_SOME}") from error
 
 
 def full_disk_behind(error: BaseException) -> BaseException | None:

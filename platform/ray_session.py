@@ -31,6 +31,8 @@ MOST_START_ATTEMPTS = 8
 _START_LIMITS = {"RAY_gcs_server_port_wait_time_s": RAY_START, "RAY_worker_register_timeout_seconds": RAY_WORKER_START}
 # Sockets lie in session_DATE_PID/sockets below it, and Linux names no socket with more than 107 bytes.
 MAX_SESSION_PATH = 40
+SHARED_MEMORY = Path("/dev/shm")
+OBJECT_STORE_BYTES = 2 << 30
 
 
 def in_cluster() -> bool:
@@ -97,6 +99,7 @@ def start_local(num_cpus: int, **options: Any) -> None:
         os.environ.setdefault(name, str(round(limit.here())))
     if folder := _temporary_folder():
         options["_temp_dir"] = folder
+    options = _object_store() | options
     quoted = shlex.quote(sys.executable)
     if quoted != sys.executable:
         # Ray starts workers by a shell and hands it this path as it is.
@@ -175,9 +178,22 @@ def _ended_raylets() -> set[int]:
     return ended
 
 
+def _object_store() -> dict[str, Any]:
+    """Where objects lie when there is no ``/dev/shm``, whose size Ray asks for; where it is small, Ray itself moves."""
+    if SHARED_MEMORY.is_dir():
+        return {}
+    folder = _temporary_folder() or str(_session_folder().parent)
+    logger.warning("no %s: Ray's objects lie in %s, which is slower", SHARED_MEMORY, folder)
+    return {"_plasma_directory": folder, "object_store_memory": OBJECT_STORE_BYTES}
+
+
+def _session_folder() -> Path:
+    return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray"
+
+
 def _temporary_folder() -> str | None:
     """Another folder for Ray's session than its own choice, where that cannot work; else None."""
-    chosen = Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray"
+    chosen = _session_folder()
     there = chosen if chosen.exists() else chosen.parent
     if len(str(chosen)) <= MAX_SESSION_PATH and os.access(there, os.W_OK | os.X_OK):
         return None

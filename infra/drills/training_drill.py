@@ -260,14 +260,14 @@ def drill_notice(rehearsal: Rehearsal) -> str:
     """SIGTERM with 10 s notice, then the same command."""
     run = rehearsal.train("notice")
     run.wait_for_step(12)
-    sent = time.time()
+    sent = time.monotonic()
     run.process.send_signal(signal.SIGTERM)
     try:
         code = run.process.wait(NOTICE_S)
     except subprocess.TimeoutExpired:
         os.killpg(run.process.pid, signal.SIGKILL)
         code = run.process.wait()
-    ended_s = time.time() - sent
+    ended_s = time.monotonic() - sent
     folder = CheckpointFolder(run.path / "checkpoints")
     newest = folder.newest()
     if newest is None or newest.step != max(run.steps()):

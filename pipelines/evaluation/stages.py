@@ -27,7 +27,7 @@ from loomvideo.pipelines.evaluation.store import Store, content_key, pixel_diges
 from loomvideo.pipelines.evaluation.suites.items import SuiteManifest, file_digest
 from loomvideo.pipelines.media.decode import DecodeError
 from loomvideo.pipelines.media.video_writer import write_video
-from loomvideo.platform.errors import UserError
+from loomvideo.platform.errors import DiskFullError, UserError
 
 VIDEO, FILM, STRIP, THUMB = "video.mkv", "video.mp4", "strip.png", "thumb.png"
 
@@ -99,6 +99,8 @@ class PrepareStage:
 
         try:
             self.store.make("inputs", key, fill)
+        except DiskFullError:
+            raise
         except (DecodeError, UserError) as error:
             return {**row, "failure": "unreadable input", "detail": str(error)}
         return {**row, "inputs": key}
@@ -170,6 +172,8 @@ class GenerateStage:
 
         try:
             record = self.store.make("results", key, fill)
+        except DiskFullError:
+            raise
         except (RuntimeError, ValueError) as error:
             # A sample that the model cannot make is counted; a model that makes none ends the run in `check_rows`.
             return {**row, "failure": "generation failed", "detail": f"{type(error).__name__}: {error}"[:500]}

@@ -140,7 +140,15 @@ def _render_all(plans: list[GroupPlan], folder: Path, clips: Path, config: Sampl
     if workers == 1:
         return [sample for plan in plans for sample in _render(plan, folder, clips, config)]
     # Spawned, not forked: the caller may have threads (Ray, OpenMP).
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_one_thread) as pool:
+    context = multiprocessing.get_context("spawn")
+    try:
+        context.Lock()
+    except OSError as error:
+        raise UserError(
+            f"workers={workers}: processes share locks in /dev/shm, and here there is none to write to "
+            f"({error.strerror}); mount it, or give workers=1"
+        ) from error
+    with ProcessPoolExecutor(workers, context, initializer=_one_thread) as pool:
         try:
             jobs = [pool.submit(_render, plan, folder, clips, config) for plan in plans]
             return [sample for job in jobs for sample in job.result()]

@@ -87,7 +87,7 @@ class Metrics:
         """Record a job that ended."""
         self.jobs.labels(job.request.task, job.status).inc()
         if job.started_s is not None:
-            self.seconds.labels(job.request.task).observe(job.finished_s - job.started_s)
+            self.seconds.labels(job.request.task).observe(max(job.finished_s - job.started_s, 0.0))
 
 
 def create_app(

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import secrets
 import time
@@ -124,7 +125,8 @@ class JobQueue:
         for job in jobs:
             if job.attempts < self.limits.max_attempts:
                 job.status, job.started_s = "queued", None
-                self._begin(job)
+                deadline_s = job.request.deadline_s
+                self._begin(job, None if deadline_s is None else job.created_s + deadline_s - time.time())
             else:
                 message = f"the server stopped {job.attempts} times while it ran"
                 self.store.finish(job, "failed", message)
@@ -160,7 +162,7 @@ class JobQueue:
         self.store.forget(self.limits)
         job = Job(secrets.token_urlsafe(12), request, owner, asked_as)
         self.store.add_job(job)
-        self._begin(job)
+        self._begin(job, request.deadline_s)
         return job
 
     def get(self, job_id: str) -> Job | None:
@@ -201,7 +203,8 @@ class JobQueue:
 
     def position(self, job: Job) -> int:
         """How many queued jobs are before this one."""
-        return sum(other.status == "queued" and other.created_s < job.created_s for other in self._active.values())
+        before = itertools.takewhile(lambda other: other.id != job.id, self._active.values())
+        return sum(other.status == "queued" for other in before)
 
     @property
     def num_waiting(self) -> int:
@@ -222,14 +225,13 @@ class JobQueue:
         if most_a_day and made >= most_a_day:
             raise QuotaReachedError(f"you have made {made} requests in 24 hours: at most {most_a_day}", 3600)
 
-    def _begin(self, job: Job) -> None:
+    def _begin(self, job: Job, left_s: float | None) -> None:
         self._active[job.id] = job
-        self._tasks[job.id] = asyncio.get_running_loop().create_task(self._follow(job))
+        self._tasks[job.id] = asyncio.get_running_loop().create_task(self._follow(job, left_s))
 
-    async def _follow(self, job: Job) -> None:
+    async def _follow(self, job: Job, left: float | None) -> None:
         """Run a job to its end; cancelled because the server stops, it stays in the store as it is."""
         result: Result | None = None
-        left = None if job.request.deadline_s is None else job.created_s + job.request.deadline_s - time.time()
         try:
             async with asyncio.timeout(left) as deadline:
                 # The generator's end (which stops a replica) belongs to this task, not to the garbage collector.
@@ -245,7 +247,7 @@ class JobQueue:
                             result = event
             status, error = ("done", "") if result else ("failed", "the generator gave no result")
         except UserError as problem:
-            status, error = "failed", str(problem)
+            status, error = "failed", one_line(problem)
         except TimeoutError as problem:
             status, error = "failed", _late(job, self.limits) if deadline.expired() else one_line(problem)
         except Exception as problem:  # whatever a generator raises is the end of its job, and not of the server
@@ -280,10 +282,10 @@ def _late(job: Job, limits: RequestLimits) -> str:
 def one_line(error: Exception) -> str:
     """What the page says of an error; details go to the log only."""
     cause = getattr(error, "cause", None) or error
-    if isinstance(cause, UserError):
-        return str(cause)
     if full_disk_behind(cause) is not None:
         return "the server has no room left on a disk: tell whoever runs it"
+    if isinstance(cause, UserError):
+        return str(cause)
     if type(cause).__name__ in ("OutOfMemoryError", "MemoryError"):
         return "out of memory: choose a smaller size or fewer frames"
     return f"the generation failed ({type(cause).__name__}); the server's log says why"

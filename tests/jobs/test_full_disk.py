@@ -1,15 +1,14 @@
 """A disk that is full, at every kind of write: one line that names the file or folder, and nothing half written."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from fixtures.namespaces import NAMESPACE, can_mount
 
 HELPER = Path(__file__).parents[1] / "helpers/full_disk.py"
-NAMESPACE = ("unshare", "--map-root-user", "--mount")
 # Where no room is left for a result, what is said goes to somebody who cannot free any.
 SERVED = "the server has no room left: nothing was kept, tell whoever runs it"
 NAMED = {
@@ -28,12 +27,6 @@ NAMED = {
     "tracking": "mlflow.db",
     "command": "sample",
 }
-
-
-def can_mount():
-    if shutil.which("unshare") is None:
-        return False
-    return subprocess.run([*NAMESPACE, "true"], capture_output=True, check=False).returncode == 0
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fixtures.namespaces import NAMESPACE, can_mount
 
 from loomvideo.platform import machine, ray_session
 from loomvideo.platform.errors import UserError
@@ -272,6 +273,42 @@ def test_a_long_or_closed_temporary_folder_is_left_for_a_short_one(fake_init, mo
         with ray_session.ray_session():
             pass
         assert calls[-1]["_temp_dir"] == f"/tmp/loomvideo-ray-{os.getuid()}"
+
+
+def test_a_machine_without_shared_memory_keeps_rays_objects_in_its_temporary_folder(fake_init, monkeypatch, tmp_path):
+    """Ray asks for the size of /dev/shm and gives up without it; where it is there and small, Ray itself moves."""
+    calls, _ = fake_init
+    for folder in (tmp_path, tmp_path / "none"):
+        monkeypatch.setattr(ray_session, "SHARED_MEMORY", folder)
+        with ray_session.ray_session():
+            pass
+    there, absent = calls
+    assert "_plasma_directory" not in there
+    assert (absent["_plasma_directory"], absent["object_store_memory"]) == ("/tmp", 2 << 30)
+
+
+WITHOUT_SHARED_MEMORY = """
+set -e
+mount -t tmpfs tmpfs $1
+for name in null zero urandom random full; do touch $1/$name; mount --bind /dev/$name $1/$name; done
+ln -s /proc/self/fd $1/fd
+mount --move $1 /dev
+exec "$2" -c "$3"
+"""
+OBJECT_OF_RAY = """
+import os, ray
+from loomvideo.platform.ray_session import ray_session
+with ray_session(num_cpus=1):
+    print(os.path.isdir("/dev/shm"), len(ray.get(ray.remote(lambda: bytes(1_000_000)).remote())))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_mount(), reason="needs a mount namespace of its own")
+def test_ray_starts_without_shared_memory(tmp_path):
+    command = [*NAMESPACE, "sh", "-c", WITHOUT_SHARED_MEMORY, "sh", str(tmp_path), sys.executable, OBJECT_OF_RAY]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["False", "1000000"], done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EPERM])

@@ -5,12 +5,14 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-from loomvideo.platform import machine, ray_session, time_limits
-from loomvideo.platform.time_limits import TimeLimit, all_limits
+from loomvideo.pipelines.media.decode_process import IsolatedDecoder
+from loomvideo.platform import machine, ray_session
+from loomvideo.platform.time_limits import all_limits
 
 REPO = Path(__file__).parents[2]
 # Words of names that say how long something is waited for before it is given up.
@@ -71,6 +73,40 @@ def test_the_scan_sees_limits_in_calls_defaults_and_names():
     assert found == {("timeout", 30), ("timeout_s", 5.0), ("STOP_GRACE_S", 60)}
 
 
+# Dates, which clocks of other machines or of another day are compared with; all else counts seconds that do not jump.
+DATES = {
+    "platform/cluster/doctor.py": "how far the clocks of two nodes are apart",
+    "platform/cluster/drain.py": "Ray takes the end of a notice as a date",
+    "pipelines/evaluation/prune.py": "files older than so many days",
+    "pipelines/serving/jobs.py": "requests of a day, and deadlines that outlive the server",
+    "pipelines/serving/store.py": "results and uploads older than so many seconds",
+}
+
+
+def dates_counted_with(tree):
+    """Lines where the clock of the day is added to, taken from or compared with something."""
+    for node in ast.walk(tree):
+        parts = []
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Sub):
+            parts = [node.left, node.right]
+        elif isinstance(node, ast.Compare):
+            parts = [node.left, *node.comparators]
+        if any(ast.unparse(part) in ("time.time()", "datetime.datetime.now()") for part in parts):
+            yield node.lineno
+
+
+def test_nothing_is_waited_for_by_a_clock_that_may_jump():
+    found = {}
+    for room in ("platform", "model", "pipelines", "jobs"):
+        for file in sorted((REPO / room).rglob("*.py")):
+            lines = list(dates_counted_with(ast.parse(file.read_text(encoding="utf-8"))))
+            if lines:
+                found[file.relative_to(REPO).as_posix()] = lines
+    assert set(found) <= set(DATES), f"count by time.monotonic(): {found}"
+    counted = ast.parse("a = time.time()\nb = time.time() - a\nwhile time.time() < b: pass")
+    assert list(dates_counted_with(counted)) == [2, 3]
+
+
 def test_the_page_says_every_limit_and_its_reason():
     page = (REPO / "docs/operations.md").read_text(encoding="utf-8")
     for name, limit in all_limits().items():
@@ -78,11 +114,28 @@ def test_the_page_says_every_limit_and_its_reason():
         assert row in page, f"docs/operations.md lacks:\n{row}"
 
 
-def test_a_slow_machine_gets_more(monkeypatch):
+@pytest.mark.parametrize("name", all_limits())
+def test_a_slow_machine_gets_more_of_each_limit_that_is_scaled(name, monkeypatch):
     monkeypatch.setattr(machine, "_measured", (machine.time.monotonic(), 12.0))
-    assert TimeLimit(5, "x").here() == 60.0
-    assert TimeLimit(5, "x", scaled=False).here() == 5.0
-    assert time_limits.STOP_GRACE.here() == 60.0
+    limit = all_limits()[name]
+    assert limit.here() == limit.seconds * (12.0 if limit.scaled else 1.0)
+    uses = {use for text in programs() for use in re.findall(rf"\b{name}\b(\.\w+)?", text)}
+    assert uses & {".here", ""}, f"{name} is used nowhere"
+    if limit.scaled and name != "DECODER":  # a default that its decoder scales as it does a key's value
+        assert ".seconds" not in uses, f"{name}.seconds is the same on every machine; take {name}.here()"
+
+
+@cache
+def programs():
+    """The text of every file that may use a limit, without the lines that import it."""
+    files = [file for room in ("platform", "model", "pipelines", "jobs") for file in (REPO / room).rglob("*.py")]
+    texts = (file.read_text(encoding="utf-8") for file in files if file.name != "time_limits.py")
+    return [re.sub(r"(?m)^(from .*|    [A-Z_]+,)$", "", text) for text in texts]
+
+
+def test_a_decoder_scales_what_it_is_given(monkeypatch):
+    monkeypatch.setattr(machine, "_measured", (machine.time.monotonic(), 12.0))
+    assert IsolatedDecoder(timeout_s=2.0).timeout_s == 24.0
 
 
 BUSY = "import os; os.sched_setaffinity(0, {%d})\nwhile True: pass"

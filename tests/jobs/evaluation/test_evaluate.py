@@ -9,6 +9,7 @@ import mlflow
 import numpy as np
 import pytest
 from fixtures.evaluation import run_local
+from fixtures.mixed_folder import everything, reasons_of_files
 from mlflow.entities import AssessmentSource
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
@@ -290,3 +291,28 @@ def test_outside_scorers_get_their_layout_and_their_verdicts_come_back(tmp_path,
     folder = runs / "evaluate/g/suites/geneval/for-scorer/00002"
     assert json.loads((folder / "metadata.jsonl").read_text())["tag"] == "colors"
     assert (folder / "samples/0000.png").is_file()
+
+
+@pytest.mark.slow
+def test_everything_people_bring_is_measured_or_fails_for_its_reason(tmp_path, local):
+    """A benchmark of the mixed folder: every file is the source of an edit."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    wanted = reasons_of_files(everything(folder))
+    names = sorted(path.name for path in folder.iterdir())
+    samples = []
+    for number, name in enumerate(names):
+        task = "image_edit" if name.endswith((".png", ".jpg", ".webp", ".heic")) else "video_edit"
+        samples.append(
+            Sample(f"edit-{number}", task, "fashion-world", name, name, instruction="make it blue", group=f"g{number}",
+                   split="heldout", extra={"edit": {"kind": "recolour"}})
+        )  # fmt: skip
+    write_jsonl(samples, folder / "samples.jsonl")
+    result = evaluate_job.run(config(folder, tmp_path / "runs", "mixed"))
+    lines = (tmp_path / "runs/evaluate/mixed/suites/fashion/rows.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["series"] == "model"]
+    failed = {names[int(row["item"]["key"].removeprefix("edit-"))]: row for row in rows if row["failure"]}
+    assert len(rows) == len(names)
+    assert set(failed) == {name for name in names if wanted.get(name)}
+    assert all(name in row["detail"] and "\n" not in row["detail"] for name, row in failed.items())
+    assert result["status"] == "partial"

@@ -224,6 +224,31 @@ def test_everything_people_bring_is_a_source_or_one_line(folder, generator):
         assert not said or (path.name in said and "\n" not in said), said
 
 
+@pytest.mark.slow
+def test_everything_people_bring_in_one_batch_is_a_result_or_one_line(folder):
+    mixed = folder / "batch of everything"
+    mixed.mkdir()
+    wanted = reasons_of_files(everything(mixed))
+    names = sorted(path.name for path in mixed.iterdir())
+    lines = []
+    for name in names:
+        suffix = "png" if name.endswith((".png", ".jpg", ".webp", ".heic")) else "mp4"
+        out = f"out/{name}.{suffix}"
+        lines.append({"task": "edit", "prompt": "make it blue", "out": out, "source": f"batch of everything/{name}"})
+    batch = folder / "everything.jsonl"
+    batch.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    actor = GeneratorActor(config(folder, steps=1, num_frames=5))
+    actor.load()
+    outcomes = {Path(item.source).name: actor.generate(item) for item in read_requests(batch)}
+    actor.generator.close()
+    assert {name for name, (outcome, *_) in outcomes.items() if outcome == "failed"} == {
+        name for name in names if wanted.get(name)
+    }
+    assert all((folder / line["out"]).is_file() == (not wanted.get(Path(line["source"]).name)) for line in lines)
+    for name, (outcome, text, *_) in outcomes.items():
+        assert outcome == "done" or (name in text and "\n" not in text), (name, text)
+
+
 def test_a_batch_keeps_what_is_done_and_names_what_failed(folder):
     lines = [
         {"task": "t2i", "prompt": "a red dress", "out": "batch/one.png"},

@@ -1,7 +1,9 @@
 """The sample dataset: determinism, split by group, and edits that change what they say and nothing else."""
 
 import dataclasses
+import errno
 import hashlib
+import os
 import zipfile
 from pathlib import Path
 
@@ -196,3 +198,12 @@ def test_no_registry_is_one_clear_line(tmp_path, monkeypatch):
 def test_impossible_settings_are_named(values, message, tmp_path):
     with pytest.raises(UserError, match=message):
         make_sample_data(tmp_path / "out", dataclasses.replace(SMALL, **values))
+
+
+def test_a_machine_whose_processes_can_share_no_locks_is_one_line(tmp_path, monkeypatch):
+    def refuse(context):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("multiprocessing.context.BaseContext.Lock", refuse)
+    with pytest.raises(UserError, match=r"workers=2: .*/dev/shm.*Read-only.*mount it, or give workers=1"):
+        make_sample_data(tmp_path / "a", dataclasses.replace(SMALL, workers=2, num_train=80))

@@ -1,20 +1,17 @@
 """The page's interface over a small fake generator: uploads, the queue, limits, the token, and a real browser."""
 
 import asyncio
-import contextlib
 import io
-import socket
+import itertools
 import tempfile
-import threading
 import time
 import wave
 from pathlib import Path
 
 import numpy as np
 import pytest
-import uvicorn
 from fixtures import media
-from fixtures.browser import browser_page, requires_browser
+from fixtures.browser import browser_page, requires_browser, served
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -302,6 +299,21 @@ def test_queue_positions_cancel_and_limit():
         client.delete(f"/api/jobs/{second['id']}")
 
 
+def test_a_clock_that_jumps_ends_no_generation(monkeypatch):
+    """An hour on and a day back at every look: what is waited for is counted elsewhere."""
+    jumps = itertools.cycle((3600.0, -86_400.0))
+    now = [time.time()]
+
+    def jumping():
+        now[0] += next(jumps)
+        return now[0]
+
+    with TestClient(create_app(generate, PageConfig())) as client:
+        monkeypatch.setattr(time, "time", jumping)
+        jobs = [submit(client, task="t2i", prompt=f"a red dress {number}", deadline_s=30.0) for number in range(3)]
+        assert [finish(client, job)["status"] for job in jobs] == ["done"] * 3
+
+
 @pytest.mark.parametrize(
     "limits", [RequestLimits(kept_results=1), RequestLimits(kept_bytes=1), RequestLimits(kept_s=0)]
 )
@@ -340,21 +352,6 @@ def check_metrics_and_headers(client):
     assert "default-src 'none'" in page.headers["content-security-policy"]
     assert "http://" not in page.text
     assert "https://" not in page.text
-
-
-@contextlib.contextmanager
-def served(app):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{port}/"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 def check_completion(page):

@@ -5,14 +5,9 @@ import io
 import av
 import numpy as np
 import pytest
-import torch
+from fixtures.untrained import untrained_pipeline
 from PIL import Image
 
-from loomvideo.model.codec import build_codec
-from loomvideo.model.conditioning.mllm import FrozenMLLM
-from loomvideo.model.dit import LoomVideoDiT
-from loomvideo.model.pipeline import LoomVideoPipeline
-from loomvideo.model.sizes import model_size
 from loomvideo.pipelines.generation.generator import FileGenerator
 from loomvideo.pipelines.generation.settings import Settings
 from loomvideo.pipelines.media.video_writer import write_video
@@ -26,12 +21,8 @@ RANDOM = np.random.default_rng(0)
 
 @pytest.fixture(scope="module")
 def generator():
-    model = model_size("tiny")
-    torch.manual_seed(0)
-    dit = LoomVideoDiT(model.dit)
-    pipeline = LoomVideoPipeline(dit, build_codec(model.codec), FrozenMLLM.of_size(model), model.scheduler)
     defaults = Settings(buckets=[64], default_size=[64, 64], num_frames=9, steps=2)
-    generator = PageGenerator(FileGenerator(pipeline, defaults, {"name": "random"}))
+    generator = PageGenerator(FileGenerator(untrained_pipeline(), defaults, {"name": "random"}))
     yield generator
     generator.close()
 
