@@ -42,6 +42,7 @@ def of_the_disk(error: BaseException) -> UserError | None:
     if full is not None:
         name = getattr(full, "filename", None) or ", ".join(_full_folders()) or "a disk"
         return DiskFullError(f"{name}: no space left; {_FREE_SOME}")
+    error = getattr(error, "cause", None) or error  # what a worker of Ray raised
     if not isinstance(error, OSError) or error.filename is None or error.errno not in _REFUSED:
         return None
     fix = "give yourself access, or name another folder (output=…, runs=…; --help has the keys)"

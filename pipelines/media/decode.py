@@ -56,6 +56,7 @@ def open_media(path: str, backend: Backend = "auto", folder_fps: float = DEFAULT
         return FrameFolder(file, folder_fps)
     if not file.exists():
         raise DecodeError("missing_file", f"{path}: no such file")
+    refuse_endless(file)
     before = file.stat()
     if before.st_size == 0:
         raise DecodeError("empty_file", f"{path}: the file is empty")
@@ -69,6 +70,16 @@ def open_media(path: str, backend: Backend = "auto", folder_fps: float = DEFAULT
         raise
     _refuse_growing(file, before.st_size)
     return media
+
+
+def refuse_endless(file: Path) -> None:
+    """Refuse a pipe, a socket or a device, which would be waited for or read for ever.
+
+    Raises:
+        DecodeError: ``not_media``.
+    """
+    if file.exists() and not file.is_file():
+        raise DecodeError("not_media", f"{file}: a pipe, a socket or a device; name a file")
 
 
 def _refuse_growing(file: Path, num_bytes: int) -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import fsspec
 
-from loomvideo.pipelines.media.decode import DecodeError, on_disk
+from loomvideo.pipelines.media.decode import DecodeError, on_disk, refuse_endless
 from loomvideo.pipelines.media.fragments import split_fragment, with_fragment
+from loomvideo.pipelines.media.media_info import first_line
 from loomvideo.platform.errors import full_disk_behind
-from loomvideo.platform.shards.storage import is_storage_error, patiently
+from loomvideo.platform.shards.storage import patiently
 
 _READ_BYTES = 1 << 20
 
@@ -71,12 +72,10 @@ def local_copies(paths: list[str]) -> Iterator[dict[str, str]]:
                 patiently(path, _download, path, local)
             except FileNotFoundError as error:
                 raise DecodeError("missing_file", f"{path}: no such object") from error
-            except Exception as error:  # each store's client has errors of its own; what is none of theirs goes on
+            except Exception as error:  # of any store's client, and what URLs of unknown or absent ones raise
                 if full_disk_behind(error) is not None:
                     raise  # this machine's temporary folder: no fault of the file
-                if not isinstance(error, OSError) and not is_storage_error(error):
-                    raise
-                raise DecodeError("download_failed", f"{path}: {error}") from error
+                raise DecodeError("download_failed", f"{path}: {first_line(error)}") from error
             names[full] = with_fragment(local, fragment) if fragment else local
         yield names
     finally:
@@ -105,6 +104,7 @@ def content_hash(path: str) -> str:
         files = sorted(Path(path).iterdir())
         return hashlib.sha256(repr([(f.name, content_hash(str(f))) for f in files if f.is_file()]).encode()).hexdigest()
     hasher = hashlib.sha256()
+    refuse_endless(Path(path))
     try:
         with open(path, "rb") as opened:
             while chunk := opened.read(_READ_BYTES):

@@ -26,7 +26,10 @@ _HEIC = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 def is_picture(head: bytes) -> bool:
     """Whether a file's first 32 bytes are those of a picture or animation."""
     heif = head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"avis", *_HEIC)
-    starts = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\x00", b"MM\x00*")
+    starts = (
+        b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\x00", b"MM\x00*", b"8BPS", b"\0\0\1\0",
+        b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51",
+    )  # fmt: skip
     return heif or head.startswith(starts) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
 
 
@@ -78,7 +81,8 @@ class Picture:
                 time = index / self.info.fps + 1e-9
                 number = min(bisect.bisect_right(self._ends, time), self.info.num_frames - 1)
             try:
-                self._image.seek(number)
+                if self.info.num_frames > 1:  # layers of a PSD are no frames, and cannot be gone back to
+                    self._image.seek(number)
                 yield _rgb(self._image)[None]
             except READER_ERRORS as error:
                 raise DecodeError("corrupt_frame", f"{self.path}: {first_line(error)}") from error

@@ -18,6 +18,7 @@ from loomvideo.pipelines.sources.samples import Sample
 from loomvideo.platform.errors import UserError
 
 VIDEO_SUFFIXES = frozenset((".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".gif"))
+SPREADSHEETS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers")
 IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic"))
 
 
@@ -271,6 +272,10 @@ def _detect(place: Place) -> Format:
     for candidate in sorted(FORMATS.values(), key=lambda f: f.name == "table"):
         if candidate.detect(place):
             return candidate
+    names = [place.file] if place.file else place.root.names()
+    sheet = next((name for name in names if name.lower().endswith(SPREADSHEETS)), None)
+    if sheet is not None:
+        raise UserError(f"source {place.root.path(sheet)}: is a spreadsheet; save it as CSV (UTF-8) and name that")
     raise UserError(f"source {place.name}: format not recognised; set format to one of {', '.join(sorted(FORMATS))}")
 
 

@@ -4,6 +4,7 @@ Spreadsheets, JSON and Parquet bring numbers where text is meant, cells that say
 A value that has one meaning takes it; any other is a :class:`FieldError` with a reason code, and costs its row alone.
 """
 
+import contextlib
 import datetime
 import decimal
 import hashlib
@@ -91,6 +92,7 @@ def text(value: Any, field: str) -> str | None:
     """
     if is_missing(value):
         return None
+    value = _decoded(value)
     if not isinstance(value, str):
         raise FieldError(field, f"expected text, found {_described(value)}")
     _check_characters(value, field)
@@ -98,6 +100,14 @@ def text(value: Any, field: str) -> str | None:
         if token in value:
             raise FieldError(field, f"contains the special token {token}: remove it", "invalid_text")
     return value.strip()
+
+
+def _decoded(value: Any) -> Any:
+    """Bytes as the text they are: Spark and others write Parquet texts without saying that they are text."""
+    if isinstance(value, bytes):
+        with contextlib.suppress(UnicodeDecodeError):
+            return value.decode()
+    return value
 
 
 def name(value: Any, field: str) -> str | None:
@@ -125,6 +135,7 @@ def path(value: Any, field: str) -> str | None:
     """
     if is_missing(value):
         return None
+    value = _decoded(value)
     if not isinstance(value, str):
         raise FieldError(field, f"expected one path, found {_described(value)}")
     _check_characters(value, field)

@@ -3,6 +3,7 @@
 A line or file that cannot be read is a :class:`~loomvideo.pipelines.sources.base.Rejected` with its reason.
 """
 
+import codecs
 import csv
 import json
 import lzma
@@ -119,9 +120,27 @@ def _unique(names: list[str]) -> list[str]:
     return unique
 
 
+# What is saved or downloaded under a table's name.
+_NO_TABLES = (
+    (b"pk\3\4", "is a workbook or another zip archive: save it as CSV"),
+    (b"\xd0\xcf\x11\xe0", "is a workbook of an old Excel: save it as CSV"),
+    (b"<!doctype html", "is a web page: download the table itself"),
+    (b"<html", "is a web page: download the table itself"),
+    (b"%pdf", "is a PDF"),
+    (b"version https://git-lfs", "is a Git LFS pointer: git lfs pull fetches the table"),
+)
+
+
 def _csv_rows(root: Root, file: str, name: str, dataset: str) -> Iterator[Entry]:
     # Captions of published sets are longer than Python's default limit of a field.
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    with root.open(file, "rb") as opened:
+        head = opened.read(64)
+    start = head.removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    kind = next((kind for mark, kind in _NO_TABLES if start.startswith(mark)), None)
+    if kind:
+        yield Rejected(name, dataset, "unreadable_table", kind)
+        return
     _, delimiter = header(root, file)
     names: list[str] = []
     with root.open(file, newline="") as opened:

@@ -102,6 +102,10 @@ def media_suffix(content: bytes, named: str = "") -> str:
     return found or suffix
 
 
+_LONGEST_PATH = 4096
+_MEDIA_ENDINGS = tuple(suffix.encode() for suffix in sorted(VIDEO_SUFFIXES | IMAGE_SUFFIXES))
+
+
 class ColumnMap:
     """Which column, or text with ``{column}`` in it, gives which field of a sample."""
 
@@ -287,6 +291,8 @@ def embedded_bytes(value: Any) -> bytes | None:
     """The bytes of a picture that lies in a cell, as such or as Hugging Face's ``{"bytes": …}``."""
     if isinstance(value, dict):
         value = value.get("bytes")
+    elif isinstance(value, bytes) and len(value) < _LONGEST_PATH and value.lower().endswith(_MEDIA_ENDINGS):
+        return None  # a path that Spark wrote without saying that it is text
     return value if isinstance(value, bytes) else None
 
 

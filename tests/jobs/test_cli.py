@@ -17,6 +17,14 @@ class OfAWorkerError(UserError):
         self.cause = cause
 
 
+class OfADiskError(OSError):
+    """As Ray raises it: no number and no file of its own."""
+
+    def __init__(self, cause):
+        super().__init__("ray::prepare()\n  a traceback")
+        self.cause = cause
+
+
 @pytest.fixture
 def run(monkeypatch):
     """Run the command line with a command that fails so."""
@@ -38,6 +46,10 @@ def run(monkeypatch):
         (UserError("lr=x: use a number"), "error: lr=x: use a number\n"),
         (OfAWorkerError(UserError("data: x is no dataset")), "error: data: x is no dataset\n"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "error: /here: no space left; free some"),
+        (
+            OfADiskError(PermissionError(errno.EACCES, "Permission denied", "/ro")),
+            "error: /ro: permission denied",
+        ),
         (PermissionError(errno.EACCES, "Permission denied", "/ro"), "error: /ro: permission denied; give yourself"),
     ],
 )

@@ -1,6 +1,7 @@
 """The one manifest that every benchmark is converted to: one item a sample."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 from collections import Counter
@@ -168,6 +169,12 @@ def build_manifest(
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content."""
+    """SHA-256 of a file's content.
+
+    Raises:
+        OSError: if there is none, or it is a pipe or a device, which has no end.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "no file", str(path))
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,6 +1,7 @@
 """What a person sees in a viewer or player is what the model gets; anything else has a reason."""
 
 import os
+import struct
 import unicodedata
 from fractions import Fraction
 
@@ -9,9 +10,11 @@ import pytest
 from fixtures import media_corpus as corpus
 from fixtures.media import write_picture
 
+from loomvideo.pipelines.evaluation.suites.items import file_digest
 from loomvideo.pipelines.media.decode import DecodeError, open_media
 from loomvideo.pipelines.media.decode_process import IsolatedDecoder
-from loomvideo.pipelines.media.files import local_copies
+from loomvideo.pipelines.media.files import content_hash, local_copies
+from loomvideo.platform.shards import storage
 
 UPRIGHT = list(corpus.QUARTERS)
 Q = corpus.quarters()
@@ -115,6 +118,34 @@ def test_odd_pictures(tmp_path):
     assert reason(tmp_path / "cut.jpg") in ("corrupt_frame", "unreadable")
 
 
+@pytest.mark.parametrize("format", ["ICO", "JPEG2000", "PSD"])
+def test_pictures_of_other_programs(tmp_path, format):
+    from PIL import Image
+
+    path = tmp_path / "p.png"
+    if format == "PSD":  # one layer of three planes, as they are
+        planes = np.ascontiguousarray(Q.transpose(2, 0, 1)).tobytes()
+        head = b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, corpus.HEIGHT, corpus.WIDTH, 8, 3)
+        path.write_bytes(head + bytes(12) + b"\0\0" + planes)
+    else:
+        Image.fromarray(Q).save(path, format, **({"sizes": [(corpus.WIDTH, corpus.HEIGHT)]} if format == "ICO" else {}))
+    info, frames = all_frames(path)
+    assert (info.kind, frames.shape) == ("image", (1, corpus.HEIGHT, corpus.WIDTH, 3))
+    assert corpus.seen(frames[0]) == UPRIGHT
+
+
+def test_what_has_no_end_is_not_read(tmp_path):
+    """A pipe that nobody writes to, and a device that always gives more."""
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "zeros.mp4").symlink_to("/dev/zero")
+    for name in ("pipe.mp4", "zeros.mp4"):
+        assert reason(tmp_path / name) == "not_media"
+        with pytest.raises(DecodeError, match="a pipe, a socket or a device"):
+            content_hash(str(tmp_path / name))
+        with pytest.raises(OSError, match="no file"):
+            file_digest(tmp_path / name)
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -172,6 +203,18 @@ def test_display_matrices(tmp_path, turn):
     info, frames = all_frames(path)
     assert (info.width, info.height) == (corpus.WIDTH, corpus.HEIGHT)
     assert [corpus.seen(frame) for frame in frames] == [UPRIGHT] * 3
+
+
+@pytest.mark.parametrize("turn", ["90", "270", "flip"])
+def test_a_turned_video_that_is_cropped_keeps_its_edges(tmp_path, turn):
+    """H.264 codes blocks of 16 and hides the rest: here four columns and ten rows, on the side that is turned."""
+    a, b, c, d = TURNS[turn]
+    quarters = corpus.quarters(92, 70)
+    stored = stored_for(turn, quarters)[None].repeat(3, 0)
+    path = corpus.video(tmp_path / "v.mp4", stored, matrix=(a, b, 0, c, d, 0, 0, 0, 1 << 30))
+    info, frames = all_frames(path)
+    assert (info.width, info.height) == (92, 70)
+    assert np.abs(frames[1].astype(int) - quarters)[[2, 2, -3, -3], [2, -3, 2, -3]].max() < 24
 
 
 @pytest.mark.parametrize(
@@ -360,6 +403,18 @@ def test_a_name_in_another_unicode_form_is_found(tmp_path):
     assert all_frames(tmp_path / composed)[0].width == corpus.WIDTH
     with local_copies([str(tmp_path / composed)]) as names:
         assert names == {str(tmp_path / composed): str(tmp_path / apart)}
+
+
+@pytest.mark.parametrize(
+    "url", ["klingon://a/b.mp4", "dropbox://a/b.mp4", "github://a", "https://[bad/a.mp4", "http://127.0.0.1:1/a.mp4"]
+)
+def test_a_url_that_nothing_reads_costs_its_sample(url, monkeypatch):
+    monkeypatch.setattr(storage, "RETRY_DELAYS_S", (0.0,))
+    with pytest.raises(DecodeError) as caught, local_copies([url]):
+        pass
+    assert caught.value.reason == "download_failed"
+    assert str(caught.value).startswith(f"{url}: ")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_remote_name_with_pattern_characters_is_one_file(tmp_path):

@@ -32,6 +32,27 @@ def test_of_two_video_streams_the_default_one_is_shown_as_in_players(tmp_path):
     assert corpus.numbers(np.concatenate(list(media.read(range(9))))) == list(range(9))
 
 
+def test_an_edit_list_hides_what_players_hide(tmp_path):
+    """A cut without encoding: packets before its start are in the file for later ones, and are not shown."""
+
+    def groups(stream):
+        stream.options = {"crf": "4", "bf": "2", "g": "8", "sc_threshold": "0"}
+
+    whole, cut = corpus.video(tmp_path / "s.mp4", corpus.numbered(24), prepare=groups), tmp_path / "cut.mp4"
+    options = {"use_editlist": "1", "avoid_negative_ts": "disabled"}
+    with av.open(str(whole)) as given, av.open(str(cut), "w", options=options) as container:
+        stream = container.add_stream_from_template(given.streams.video[0])
+        for packet in given.demux(given.streams.video[0]):
+            if packet.size:
+                before = 5 * round(1 / 24 / packet.time_base)
+                packet.stream, packet.pts, packet.dts = stream, packet.pts - before, packet.dts - before
+                container.mux(packet)
+    media = open_media(str(cut))
+    assert (media.info.num_frames, media.info.fps) == (19, 24.0)
+    assert corpus.numbers(np.concatenate(list(media.read(range(19))))) == list(range(5, 24))
+    assert corpus.numbers(np.concatenate(list(media.read([0, 9, 18])))) == [5, 14, 23]
+
+
 def test_three_hours_are_read_where_they_are_asked_for(tmp_path):
     """10,800 s at two frames a second: packets of one group of pictures again and again."""
 

@@ -1,10 +1,12 @@
 """Rows and tables as people bring them: each costs at most itself, with its reason."""
 
 import codecs
+import cProfile
 import csv
 import gzip
 import io
 import json
+import pstats
 import unicodedata
 
 import fsspec
@@ -186,6 +188,41 @@ def test_a_damaged_table_costs_itself(tmp_path, name, content):
     assert [entry.reason for entry in bad] in (["unreadable_table"], ["invalid_json"])
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"PK\3\4" + bytes(range(256)), "is a workbook or another zip"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "of an old Excel: save it as CSV"),
+        (b"\xef\xbb\xbf\n<!DOCTYPE html><html><p>404", "is a web page"),
+        (b"<html><table><tr><td>video", "is a web page"),
+        (b"%PDF-1.7\n", "is a PDF"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    ],
+)
+def test_what_is_no_table_says_what_it_is(tmp_path, content, said):
+    (tmp_path / "a.csv").write_bytes(content)
+    (tmp_path / "z.csv").write_text("video,caption\na.mp4,a dress\n")
+    bad, good = read(tmp_path, "table")
+    assert (bad.reason, good.caption) == ("unreadable_table", "a dress")
+    assert said in bad.detail
+
+
+@pytest.mark.parametrize("named", ["", "Products.XLSX"])
+def test_a_spreadsheet_is_asked_for_as_csv(tmp_path, named):
+    (tmp_path / "Products.XLSX").write_bytes(b"PK\3\4")
+    with pytest.raises(UserError, match=r"Products\.XLSX: is a spreadsheet; save it as CSV"):
+        read(tmp_path / named)
+
+
+def test_texts_that_parquet_holds_as_bytes_are_texts(tmp_path):
+    """Spark's, which do not say that they are text."""
+    values = {"video": [b"a.mp4", b"b.mp4"], "caption": ["schön".encode(), b"\xff"]}
+    pq.write_table(pa.table(values), tmp_path / "t.parquet")
+    good, bad = read(tmp_path / "t.parquet", "table", columns={"target": "video"})
+    assert (good.target, good.caption) == (f"{tmp_path}/a.mp4", "schön")
+    assert bad.reason == "invalid_field"
+
+
 CSV_ROWS = [["Video", "Caption", "split"], ["a.mp4", "ein schönes Kleid; rot, 50 %", "val"], ["b.mp4", "x", ""]]
 
 
@@ -304,10 +341,41 @@ def test_paths_of_rows(base, part, path):
     assert Root(base).path(part).replace("memory:///", "memory://") == path
 
 
-def test_many_files_in_one_folder_are_listed_once(tmp_path):
-    for number in range(2000):
-        (tmp_path / f"{number}.png").touch()
-    assert len(Root(str(tmp_path)).names()) == 2000
+def calls_to_read(folder):
+    """How many functions are called to read a folder: what it costs, on any machine."""
+    profile = cProfile.Profile()
+    profile.enable()
+    outcomes = read(folder, "pairs")
+    profile.disable()
+    return len(outcomes), pstats.Stats(profile).total_calls
+
+
+def test_the_cost_of_a_folder_grows_with_its_files(tmp_path):
+    costs = {}
+    for count in (50, 100, 200):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        for number in range(count):
+            (folder / f"{number}_src.png").touch()
+            (folder / f"{number}_tgt.png").touch()
+            (folder / f"{number}.txt").write_text("make it red")
+        found, costs[count] = calls_to_read(folder)
+        assert found == count
+    assert costs[200] - costs[100] < 2.2 * (costs[100] - costs[50])
+
+
+def test_a_row_of_another_shape_than_published_costs_itself(tmp_path):
+    rows = {
+        "a": {"metadata": "one text", "annotation": {}},
+        "b": {"metadata": ["v/b.mp4"], "annotation": {}},
+        "c": {"metadata": {"path": "v/c.mp4", "cut": 7, "cap": ["x"]}, "annotation": {}},
+        "d": {"metadata": {"path": "v/d.mp4", "cap": ["a woman"]}, "annotation": {}},
+    }
+    (tmp_path / "part.json").write_text(json.dumps(rows))
+    *bad, good = read(tmp_path / "part.json")
+    assert [outcome.reason for outcome in bad] == ["invalid_field"] * 3
+    assert [outcome.detail.partition(":")[0] for outcome in bad[:2]] == ["not of the published shape"] * 2
+    assert good.caption == "a woman"
 
 
 def test_unicode_twins_of_composed_names_are_different_rows(tmp_path):
