@@ -1,4 +1,4 @@
-"""Folders shared by processes and on file systems that are none: locks, and renames that are refused."""
+"""Folders shared by processes and on file systems that are none: paths, locks, and renames that are refused."""
 
 import contextlib
 import errno
@@ -14,6 +14,11 @@ from typing import IO
 _REFUSED_RENAME = (
     errno.EMFILE, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EXDEV, errno.EINVAL,
 )  # fmt: skip
+
+
+def absolute(place: str) -> str:
+    """A path that means the same to processes in other folders; URLs and empty values stay."""
+    return place if not place or "://" in place else os.path.abspath(os.path.expanduser(place))
 
 
 def give_name(partial: Path, final: Path, last: str) -> None:

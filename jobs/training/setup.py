@@ -1,7 +1,6 @@
 """What a training job is made of: its start, its datasets, its recipe, and what was planned for it."""
 
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from loomvideo.model.sizes import ModelSize
 from loomvideo.pipelines.training.dit_recipe import DiTRecipe, StateSource
 from loomvideo.pipelines.training.feature_pool import feature_mode
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.folders import absolute
 from loomvideo.platform.nodes.config import KernelConfig
 from loomvideo.platform.runs import RunFolder
 from loomvideo.platform.shards.reader import ShardDataset
@@ -27,10 +27,6 @@ START_FILE = "start.json"
 
 def with_absolute_paths(config: TrainingJobConfig) -> TrainingJobConfig:
     """The same configuration for workers, which run in other folders; URLs and empty values stay."""
-
-    def absolute(path: str) -> str:
-        return path if not path or "://" in path else os.path.abspath(path)
-
     checkpoint = config.training.checkpoint
     checkpoint = dataclasses.replace(checkpoint, url=absolute(checkpoint.url))
     return dataclasses.replace(

@@ -48,7 +48,7 @@ def initial_rows(manifest: SuiteManifest, series: Sequence[str], seed_of: Callab
                     "key": item.key,
                     "series": name,
                     "item": json.loads(shown.to_json()),
-                    "root": str(manifest.root),
+                    "root": str(manifest.root.absolute()),
                     "seed": seed_of(manifest.suite, item.key),
                     "failure": "",
                 }

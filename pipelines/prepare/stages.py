@@ -14,6 +14,7 @@ encode   clips, texts, scores   ``shards/*.tar``, ``work/records``        a GPU 
 =======  =====================  ========================================  =================================
 """
 
+import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -42,6 +43,7 @@ from loomvideo.pipelines.prepare.outcomes import RETRIABLE
 from loomvideo.pipelines.prepare.pools import Pool, map_on_actors
 from loomvideo.pipelines.prepare.recipe import encode_recipe
 from loomvideo.pipelines.prepare.units import Dealing, UnitPlan, UnitReport, WorkRow, plan_units
+from loomvideo.platform.folders import absolute
 from loomvideo.platform.shards.commits import Commit
 from loomvideo.platform.shards.manifest import SHARD_FOLDER
 from loomvideo.platform.shards.storage import Storage
@@ -169,6 +171,14 @@ def stages_of(config: PrepareConfig) -> list[Stage]:
 
 def run_stage(stage: Stage, config: PrepareConfig, work: list[WorkRow]) -> Reports:
     """Work through a stage's rows on the Ray cluster; yields a report a unit."""
+    # Ray may have been started in another folder, and its workers stand there.
+    config = dataclasses.replace(
+        config,
+        input=absolute(config.input),
+        output=absolute(config.output),
+        codec_folder=absolute(config.codec_folder),
+        mllm_folder=absolute(config.mllm_folder),
+    )
     if stage.run is not None:
         yield from stage.run(config, work)
     else:
