@@ -74,6 +74,11 @@ def loomvideo(folder: Path, command: str) -> str:
     return done.stdout
 
 
+def hear_interrupts() -> None:
+    """As at a terminal: what a script starts in the background ignores Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def serve(folder: Path, command: str) -> str:
     """Start the page, read it, stop it with Ctrl-C."""
     port = free_port()
@@ -83,7 +88,7 @@ def serve(folder: Path, command: str) -> str:
         said.open("w") as log,
         subprocess.Popen(
             [sys.executable, "-m", "loomvideo.jobs.cli", *arguments],
-            cwd=folder, env=environment(), stdout=log, stderr=subprocess.STDOUT,
+            cwd=folder, env=environment(), stdout=log, stderr=subprocess.STDOUT, preexec_fn=hear_interrupts,
         ) as process,
     ):  # fmt: skip
         try:
@@ -96,7 +101,11 @@ def serve(folder: Path, command: str) -> str:
             raise AssertionError(f"the page did not open (exit code {process.poll()}): {said.read_text()[-4000:]}")
         finally:
             process.send_signal(signal.SIGINT)
-            process.wait(patience(60))
+            try:
+                process.wait(patience(120))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
 
 
 def test_the_page_shows_a_line_of_every_task_of_the_sample_dataset():
