@@ -1,5 +1,6 @@
 """The judge of an evaluation: what it may cost, a call before anything is spent, and the stage inside its actor."""
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,6 +45,8 @@ def judge_builder(config: EvaluateConfig, suites: list[Suite], manifests: list[S
     j = config.judge
     if j.kind == "none" or not any(suite.judged for suite in suites):
         return None
+    # The stage is built in an actor, which may stand in another folder.
+    config = dataclasses.replace(config, store=str(store_folder(config)))
     rubrics = own_rubrics(Path(j.rubrics) if j.rubrics else OWN_FILE)
     checklists = own_checklists(Path(j.checklists) if j.checklists else CHECKLISTS_FILE)
     official = {name: official_rubrics(Path(path)) for name, path in j.official_rubrics.items()}
