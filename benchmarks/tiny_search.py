@@ -45,13 +45,18 @@ DEFAULTS: dict[str, Any] = {
     "optimizer": "adamw",  # or muon for the blocks' matrices
     "layers": 3,
     "heads": 4,
-    "head_dim": 64,
-    "ffn": 512,
-    "shift_scale": 0.5,
-    "shift_base": 8,
+    "head_dim": 32,
+    "ffn": 384,
+    "frequencies": 32,  # of the timestep embedding
+    "shift_scale": 3.3,
+    "shift_base": 1,
+    "shift_limit": 30.0,
     "drop_all": 0.05,
     "drop_text": 0.05,
-    "start": "random",  # or copy
+    "start": "copy",  # or random
+    "patch": 1,  # rows and columns of a token
+    "residual": 0.1,  # of the copying start
+    "images": 1,  # how often a sample of one frame is drawn for one of a clip
     "seed": 0,
 }
 
@@ -64,14 +69,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120.0, help="CPU seconds of training")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--edits", type=int, default=32, help="held-out edits that are made")
-    parser.add_argument("--steps", type=int, default=12, help="sampler steps")
-    parser.add_argument("--flow-shift", type=float, default=3.0, help="of the sampler")
+    parser.add_argument("--steps", type=int, default=8, help="sampler steps")
+    parser.add_argument("--flow-shift", type=float, default=30.0, help="of the sampler")
     parser.add_argument("--table", type=Path, default=Path("runs/tiny-search.jsonl"))
     parser.add_argument("--start", type=Path, help="a state dict to start from")
     parser.add_argument("--save", type=Path, help="where to put the averaged state dict")
     parser.add_argument("--strip", type=Path, help="a PNG of held-out edits: source, edited, target")
     parser.add_argument("--show", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.show:
         show(args.table)
         return
@@ -98,6 +103,7 @@ class Search:
         objective = ObjectiveConfig(
             shift_scale=settings["shift_scale"],
             shift_base_tokens=int(settings["shift_base"]),
+            shift_limit=settings["shift_limit"],
             drop_all=settings["drop_all"],
             drop_text=settings["drop_text"],
         )
@@ -109,6 +115,8 @@ class Search:
             num_attention_heads=int(settings["heads"]),
             attention_head_dim=int(settings["head_dim"]),
             ffn_dim=int(settings["ffn"]),
+            freq_dim=int(settings["frequencies"]),
+            patch_size=(1, int(settings["patch"]), int(settings["patch"])),
         )
         self.codec = build_codec(size.codec)
         self.rows = self.dataset.index.to_pylist()
@@ -126,7 +134,7 @@ class Search:
         torch.manual_seed(int(settings["seed"]))
         model = LoomVideoDiT(self.recipe.config)
         if settings["start"] == "copy":
-            start_as_copy(model)
+            start_as_copy(model, residual=settings["residual"])
         if self.args.start:
             model.load_state_dict(torch.load(self.args.start))
         edits = settings["tasks"] == "edit"
@@ -135,6 +143,7 @@ class Search:
         ]
         for row in train:
             self.sample(row)
+        pool = train + [n for n in train if self.rows[n]["num_frames"] == 1] * (int(settings["images"]) - 1)
         optimizers = self.optimizers(model)
         parameters = list(model.parameters())
         average = [parameter.detach().clone() for parameter in parameters]
@@ -143,7 +152,7 @@ class Search:
         started, step, losses, tokens = time.process_time(), 0, [], 0
         while (done := (time.process_time() - started) / self.args.seconds) < 1:
             if len(queue) < settings["batch"]:
-                queue += list(random.permutation(train))
+                queue += list(random.permutation(pool))
             rows, queue = queue[: int(settings["batch"])], queue[int(settings["batch"]) :]
             examples = []
             for row in rows:
@@ -217,10 +226,13 @@ class Search:
         astray = self.decode(self.edit(model, samples, wrong))
         sources = self.decode([s.tensors["source"]["mean.0"].float() for s in samples])
         targets = self.decode([s.tensors["target"]["mean.0"].float() for s in samples])
-        figures: dict[str, list[float]] = {"edit": [], "copy": [], "wrong": [], "outside": [], "inside": []}
+        names = ("mse", "copy_mse", "edit", "copy", "wrong", "outside", "inside")
+        figures: dict[str, list[float]] = {name: [] for name in names}
         for video, other, source, target in zip(made, astray, sources, targets, strict=True):
             mask = change_mask(target, source)
             figures["edit"].append(psnr_db(video, target))
+            figures["mse"].append(float(np.square(video / 255.0 - target / 255.0).mean()))
+            figures["copy_mse"].append(float(np.square(source / 255.0 - target / 255.0).mean()))
             figures["copy"].append(psnr_db(source, target))
             figures["wrong"].append(psnr_db(other, target))
             if mask.mean() < 0.9:
@@ -230,7 +242,7 @@ class Search:
         if self.args.strip:
             strip([sources[n][-1] for n in range(12)], [made[n][-1] for n in range(12)],
                   [targets[n][-1] for n in range(12)], self.args.strip)  # fmt: skip
-        return {name: round(float(np.mean(values)), 2) for name, values in figures.items()}
+        return {name: round(float(np.mean(values)), 4) for name, values in figures.items()}
 
     def edit(self, model: LoomVideoDiT, samples: list[Any], states: list[Tensor]) -> list[Tensor]:
         """Latents of edits, all in one pack."""

@@ -10,6 +10,7 @@ EPS = 1e-3
 """Share of noise left at t = 0, so that the velocity stays bounded there."""
 NUM_TRAIN_TIMESTEPS = 1000
 SHIFT_BASE_TOKENS = 64
+SHIFT_LIMIT = 8.0
 Time = TypeVar("Time", Tensor, float)
 
 
@@ -27,9 +28,11 @@ def noised_and_target(latents: Tensor, noise: Tensor, t: Tensor | float) -> tupl
     return noised, (1 - EPS) * noise - latents
 
 
-def dynamic_shift(num_tokens: int, scale: float, base_tokens: int = SHIFT_BASE_TOKENS) -> float:
-    """Shift that grows with the sequence: ``clamp(1 + scale * log2(tokens / base_tokens), 1, 8)``."""
-    return min(max(1 + scale * math.log2(num_tokens / base_tokens), 1.0), 8.0)
+def dynamic_shift(
+    num_tokens: int, scale: float, base_tokens: int = SHIFT_BASE_TOKENS, limit: float = SHIFT_LIMIT
+) -> float:
+    """Shift that grows with the sequence: ``clamp(1 + scale * log2(tokens / base_tokens), 1, limit)``."""
+    return min(max(1 + scale * math.log2(num_tokens / base_tokens), 1.0), limit)
 
 
 def shift_time(t: Time, shift: float) -> Time:
@@ -38,11 +41,15 @@ def shift_time(t: Time, shift: float) -> Time:
 
 
 def sample_timestep(
-    generator: torch.Generator, num_tokens: int, scale: float, base_tokens: int = SHIFT_BASE_TOKENS
+    generator: torch.Generator,
+    num_tokens: int,
+    scale: float,
+    base_tokens: int = SHIFT_BASE_TOKENS,
+    limit: float = SHIFT_LIMIT,
 ) -> float:
     """Draw t in (0, 1): logit-normal, shifted for a video of ``num_tokens`` tokens.
 
     The transformer is fed ``NUM_TRAIN_TIMESTEPS * t``.
     """
     normal = torch.randn((), generator=generator, dtype=torch.float64).item()
-    return shift_time(1 / (1 + math.exp(-normal)), dynamic_shift(num_tokens, scale, base_tokens))
+    return shift_time(1 / (1 + math.exp(-normal)), dynamic_shift(num_tokens, scale, base_tokens, limit))

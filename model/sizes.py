@@ -70,14 +70,17 @@ def _tiny() -> ModelSize:
     dit = DiTConfig(
         num_layers=3,
         num_attention_heads=4,
-        attention_head_dim=64,
-        ffn_dim=512,
+        attention_head_dim=32,
+        ffn_dim=384,
         in_channels=32,
         mllm_dim=mllm.hidden_size,
+        freq_dim=32,
+        # Noise and source of one latent take half of the width: the blocks need not write over them.
+        patch_size=(1, 1, 1),
     )
     codec = CodecConfig(kind="learned", latent_channels=dit.in_channels, spatial_stride=8)
     # As far towards noise as its presets train.
-    return ModelSize("tiny", dit, codec, mllm, SchedulerConfig(flow_shift=8.0))
+    return ModelSize("tiny", dit, codec, mllm, SchedulerConfig(flow_shift=30.0))
 
 
 def _small() -> ModelSize:

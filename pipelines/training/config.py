@@ -18,14 +18,22 @@ class ObjectiveConfig:
     use_source_embedding: bool = option(True, "Scale-and-Add is on; off in stage 1")
     shift_scale: float = option(0.5, "timestep shift added per doubling of tokens over the base; 0.65 in stage 1")
     shift_base_tokens: int = option(64, "tokens up to which timesteps are not shifted; small videos need fewer")
+    shift_limit: float = option(8.0, "largest timestep shift")
     start_as_copy: bool = option(
         False, "from scratch: begin with velocities that copy the source, so that short runs need not learn that first"
     )
     drop_all: float = option(0.1, "share of visits trained without any conditioning, for guidance")
     drop_text: float = option(0.1, "share of visits trained without text, pictures kept, for guidance")
 
+    @property
+    def shift(self) -> tuple[float, int, float]:
+        """Scale, base tokens and limit of the timestep shift."""
+        return self.shift_scale, self.shift_base_tokens, self.shift_limit
+
     def check(self) -> None:
-        """Raise UserError for shares that are none."""
+        """Raise UserError for shares that are none and a limit below no shift."""
+        if self.shift_limit < 1:
+            raise UserError(f"objective.shift_limit={self.shift_limit}: at least 1, which shifts nothing")
         if min(self.drop_all, self.drop_text) < 0 or self.drop_all + self.drop_text > 1:
             raise UserError("objective.drop_all and objective.drop_text: shares that add up to at most 1")
 

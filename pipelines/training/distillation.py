@@ -176,7 +176,7 @@ class DistillationRecipe(DiTRecipe):
         shape = tuple(clean.shape)
         tokens = self.num_video_tokens(shape)
         level = self.distill.min_level + (self.distill.max_level - self.distill.min_level) * random.uniform("level")
-        shift = dynamic_shift(tokens, self.objective.shift_scale, self.objective.shift_base_tokens)
+        shift = dynamic_shift(tokens, *self.objective.shift)
         return Conditioned(
             key=sample.key,
             task=task,

@@ -93,7 +93,7 @@ class LoomVideoRecipe(DiTRecipe):
         t = level
         if t is None:
             generator = random.generator("timestep")
-            t = sample_timestep(generator, num_tokens, objective.shift_scale, objective.shift_base_tokens)
+            t = sample_timestep(generator, num_tokens, *objective.shift)
         noise = random.normal("noise", clean.shape)
         noised, velocity = noised_and_target(clean, noise, t)
         dit_sample = DiTSample(

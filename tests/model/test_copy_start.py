@@ -47,6 +47,9 @@ def test_the_first_velocity_copies_the_source(config):
     start, random = made(config, copies=True), made(config, copies=False)
     for t, share in ((0.5, 0.7), (0.8, 0.15), (0.95, 0.05)):
         assert error(start, t) < share * error(random, t)
+    # Under much noise next to nothing of it stays, whatever the timestep: gains do not tremble.
+    for t in (0.85, 0.9, 0.951, 0.977, 0.999):
+        assert error(start, t) < 0.01
     assert error(start, 0.8) < error(start, 0.8, source=False)
 
 
@@ -66,6 +69,6 @@ def test_every_weight_gets_a_gradient_soon():
 
 
 def test_a_model_without_room_for_a_source_is_refused():
-    narrow = dataclasses.replace(SMALL, in_channels=16, out_channels=16)
+    narrow = dataclasses.replace(SMALL, in_channels=64, out_channels=64)
     with pytest.raises(UserError, match="no room for two patches of 64"):
         start_as_copy(LoomVideoDiT(narrow))

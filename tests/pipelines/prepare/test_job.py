@@ -69,7 +69,7 @@ def test_every_task_is_complete(raw, finished):
         assert stored.metadata["num_frames"] == (9 if video else 1)
         assert stored.metadata["deterministic"] is True
         row = finished.index.slice(finished.rows_by_key[sample.key], 1).to_pylist()[0]
-        assert row["dit_tokens"] == latents[1] * 16 + 16 * len(sample.references)
+        assert row["dit_tokens"] == (latents[1] + len(sample.references)) * 8 * 8
     assert finished.shared()["null"].shape[1] > 0
 
 

@@ -63,7 +63,7 @@ def test_a_source_that_weights_of_zero_silence_is_found(model, batch):
 
 
 def test_references_that_no_token_attends_to_are_found(model, batch):
-    video, references, rest = 4, 4, 4
+    video, references, rest = 16, 16, 16
     assert batch.num_tokens == video + references + rest
     cut = dataclasses.replace(batch, self_plan=AttentionPlan.build([video, references, rest]))
     assert dead_after_a_step(model, cut) == ["references"]
