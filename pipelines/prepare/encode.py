@@ -336,7 +336,7 @@ def prompt_kind(sample: Sample) -> str:
 
 
 def encoder_identity(model: ModelSize, on_gpu: bool) -> str:
-    """A hash of the encoders that a model size names, without loading them.
+    """A hash of the encoders and patches that a model size names, without loading them.
 
     Of weights in folders the content counts, not the path; where the driver cannot see the folder, nothing does.
 
@@ -346,7 +346,9 @@ def encoder_identity(model: ModelSize, on_gpu: bool) -> str:
     """
     named = [replace(part, folder=_content(part.folder)) for part in (model.codec, model.mllm)]
     kind = ("cuda",) if on_gpu else ()
-    return hashlib.sha256(repr((*named, model.dit.num_layers, *kind)).encode()).hexdigest()[:16]
+    # Stored token counts are in patches. The published patch is left out: what was prepared with it stays fresh.
+    patch = () if model.dit.patch_size == (1, 2, 2) else (model.dit.patch_size,)
+    return hashlib.sha256(repr((*named, model.dit.num_layers, *kind, *patch)).encode()).hexdigest()[:16]
 
 
 def _content(folder: str) -> str:

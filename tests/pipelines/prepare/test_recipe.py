@@ -1,5 +1,6 @@
 """What a dataset depends on: weights by content, the kind of device, and the input as it was read last."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -27,6 +28,12 @@ def test_weights_count_by_content_and_not_by_path(tmp_path, caplog):
     assert caplog.text == ""
     identity(tmp_path / "nowhere")
     assert "not on this machine" in caplog.text
+
+
+def test_the_patch_counts():
+    tiny = model_size("tiny")
+    other = dataclasses.replace(tiny, dit=dataclasses.replace(tiny.dit, patch_size=(1, 2, 2)))
+    assert encoder_identity(tiny, False) != encoder_identity(other, False)
 
 
 @pytest.fixture

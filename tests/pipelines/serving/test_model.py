@@ -87,7 +87,7 @@ def test_the_same_seed_gives_the_same_file(generator):
 
 
 def test_sizes_the_model_cannot_make(generator, picture):
-    with pytest.raises(UserError, match="multiples of 16"):
+    with pytest.raises(UserError, match="multiples of 8"):
         generate(generator, task="t2i", prompt="a coat", width=100, height=64)
     with pytest.raises(UserError, match="set both, or neither"):
         generate(generator, task="edit", prompt="a coat", source=picture, width=64)
