@@ -84,14 +84,21 @@ class Storage:
         return call(*arguments, **options) if self.is_local else patiently(self.url, call, *arguments, **options)
 
     def exists(self, path: str) -> bool:
-        """Whether a file of that name is complete and present."""
+        """Whether a file of that name is complete and present.
+
+        Raises:
+            PermissionError: for a local folder that may not be looked into.
+        """
+        if self.is_local:
+            # The library's own answer to a closed folder is that nothing is there.
+            return self.size(path) is not None
         return self.patiently(self.fs.exists, self.full_path(path))
 
     def size(self, path: str) -> int | None:
         """Size in bytes, None when absent."""
         try:
             return self.patiently(self.fs.info, self.full_path(path))["size"]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def names(self, folder: str) -> list[str]:

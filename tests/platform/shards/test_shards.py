@@ -1,5 +1,6 @@
 """Shard format: bytes, index, range reads, commit protocol, read-back by other libraries."""
 
+import errno
 import json
 import tarfile
 import threading
@@ -10,7 +11,7 @@ import safetensors.torch
 import torch
 from fixtures.datasets import make_sample, write_dataset
 
-from loomvideo.platform.errors import UserError
+from loomvideo.platform.errors import UserError, of_the_disk
 from loomvideo.platform.shards import tensors as st
 from loomvideo.platform.shards.manifest import check_counts
 from loomvideo.platform.shards.reader import ShardDataset
@@ -191,6 +192,18 @@ def test_counts_must_add_up():
     check_counts({"a": {"inputs": 3, "written": 2, "filtered": 1}})
     with pytest.raises(RuntimeError, match=r"'a': 3 inputs but 1 written \+ 1 filtered = 2"):
         check_counts({"a": {"inputs": 3, "written": 1, "filtered": 1}})
+
+
+def test_a_closed_folder_is_not_taken_for_an_empty_one(dataset, tmp_path, monkeypatch):
+    """Another user's umask of 077 closes it, to all but root."""
+
+    def closed(path, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.info", lambda self, path, **options: closed(path))
+    with pytest.raises(PermissionError) as caught:
+        ShardDataset.open(tmp_path / "data")
+    assert f"{tmp_path}/data/manifest.json: permission denied; give yourself access" in str(of_the_disk(caught.value))
 
 
 def test_unfinished_or_damaged_folders_are_named(dataset, tmp_path):
