@@ -1,7 +1,7 @@
 """Put the strip of edits that `make pretrain` and `make finetune-edit` made into README.md, with date and machine.
 
     python benchmarks/readme_strip.py                      # of the newest finished finetune-edit run
-    python benchmarks/readme_strip.py runs/finetune-edit/NAME
+    python benchmarks/readme_strip.py runs/pretrain/NAME   # of that run, and say so
 
 Run after every change of the tiny presets (`make readme-strip`); everything between the two markers is replaced.
 """
@@ -11,8 +11,9 @@ import datetime
 import json
 import os
 import platform
-import shutil
 from pathlib import Path
+
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 PICTURE = Path("docs/images/tiny-edits.png")
@@ -22,11 +23,12 @@ BEGIN, END = "<!-- strip: written by benchmarks/readme_strip.py -->", "<!-- end 
 def main() -> None:
     """Copy the picture and write the lines around it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, nargs="?", help="folder of a finetune-edit run")
+    parser.add_argument("run", type=Path, nargs="?", help="folder of a finetune-edit or pretrain run")
     args = parser.parse_args()
     run = args.run or max((ROOT / "runs/finetune-edit").glob("*/heldout/strip.png")).parents[1]
     heldout = json.loads((run / "heldout.json").read_text())
-    shutil.copyfile(run / "heldout/strip.png", ROOT / PICTURE)
+    # 256 colours show what can be seen, in a third of the bytes.
+    Image.open(run / "heldout/strip.png").convert("RGB").quantize(256).save(ROOT / PICTURE, optimize=True)
     readme = ROOT / "README.md"
     readme.write_text(replaced(readme.read_text(), lines(run, heldout["summary"])))
     print(f"{PICTURE} and README.md show {run}")
@@ -36,9 +38,10 @@ def lines(run: Path, summary: list[str]) -> str:
     """What stands between the markers."""
     made = datetime.date.fromtimestamp((run / "heldout/strip.png").stat().st_mtime)
     measured = "; ".join(summary)
+    commands = "`make pretrain` alone" if run.parent.name == "pretrain" else "exactly these two commands"
     return (
         f"![Six held-out edits of the tiny preset: source, edited, target]({PICTURE.as_posix()})\n\n"
-        f"Held-out edits, the first of each kind, after exactly these two commands ({made.isoformat()}, {machine()}): "
+        f"Held-out edits, the first of each kind, after {commands} ({made.isoformat()}, {machine()}): "
         f"{measured}.\n"
     )
 
