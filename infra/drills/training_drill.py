@@ -39,7 +39,7 @@ PATIENCE_S = 300.0
 NOTICE_S = 10.0
 HANG_S = 30
 STEPS, EVERY = 40, 5
-PACK_TOKENS, PACKS = 288, 2
+PACK_TOKENS, PACKS = 864, 2
 
 
 class DrillError(Exception):
