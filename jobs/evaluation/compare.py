@@ -95,6 +95,8 @@ def run_arena(names: list[str], overrides: list[str], runs: Path) -> None:
     config.judge.check()
     if config.judge.kind == "none":
         raise UserError("arena: set a judge, such as --set judge.kind=openai")
+    if config.judge.batch:
+        raise UserError("arena: judge.batch=true is for evaluate; pairs are asked one by one")
     folders = {folder.name: folder for folder in (evaluation_run(runs, name) for name in names)}
     loaded = {name: load_suites(folder.path) for name, folder in folders.items()}
     shared = sorted(set.intersection(*(set(suites) for suites in loaded.values())))

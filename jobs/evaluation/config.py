@@ -75,6 +75,11 @@ class JudgeConfig:
     cpus: float = option(1.0, "transformers: CPUs of each copy")
     calls_per_minute: float = option(0.0, "pace of calls; 0 for none")
     timeout_s: float = option(120.0, "seconds before a call is given up")
+    batch: bool = option(
+        False, "openai, gemini: ask through the provider's batch interface, after everything is generated; up to a day"
+    )
+    batch_price: float = option(0.5, "price of a token in a batch, as a share of input_usd and output_usd")
+    batch_poll_s: float = option(60.0, "seconds between two looks at a batch")
     max_attempts: int = option(5, "calls before a retryable failure counts")
     budget_usd: float = option(0.0, "most this run may pay, continued runs included; 0 asks before spending")
     input_usd: float = option(0.0, "price of a million input tokens")
@@ -103,6 +108,12 @@ class JudgeConfig:
             raise UserError(f"judge.kind={self.kind}: set judge.model")
         if self.kind == "openai" and not self.base_url:
             raise UserError("judge.kind=openai: set judge.base_url")
+        if self.batch and self.kind not in ("openai", "gemini"):
+            raise UserError(f"judge.batch=true: only a provider has a batch interface, not judge.kind={self.kind}")
+        if not 0 <= self.batch_price <= 1 or self.batch_poll_s <= 0 or self.max_attempts < 1:
+            raise UserError(
+                "judge.batch_price: from 0 to 1; judge.batch_poll_s: above 0; judge.max_attempts: at least 1"
+            )
         if self.mode not in ("strict", "checklist", "official", "loomvideo"):
             raise UserError(f"judge.mode={self.mode}: use strict, checklist, official or loomvideo")
 

@@ -29,6 +29,7 @@ from loomvideo.pipelines.evaluation.controls import CONTROLS, merge_controls
 from loomvideo.pipelines.evaluation.generators import sample_seed
 from loomvideo.pipelines.evaluation.graph import Resources, run_graph
 from loomvideo.pipelines.evaluation.inputs import InputOptions
+from loomvideo.pipelines.evaluation.judge_stage import judge_in_batches
 from loomvideo.pipelines.evaluation.judges.rubrics import (
     CHECKLISTS_FILE,
     OWN_FILE,
@@ -160,12 +161,14 @@ def _generate_and_measure(
             lambda: GenerateStage(store, checkpoint.build, checkpoint.fingerprint),
             NormaliseStage(store),
             MeasureStage(store, learned),
-            None if judge is None else lambda: judge(spending),
+            None if judge is None or j.batch else lambda: judge(spending),
             resources,
         ):
             finished.append(row)
             progress.advance(bar)
     check_rows(finished)
+    if judge is not None and j.batch:
+        finished = judge_in_batches(judge(spending), finished)
     return merge_controls(finished)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,13 +25,15 @@ from loomvideo.pipelines.evaluation.judges.session import JudgeSession
 from loomvideo.pipelines.evaluation.store import Store
 from loomvideo.pipelines.evaluation.suites.items import EvalItem, SuiteManifest
 from loomvideo.pipelines.evaluation.suites.registry import Suite
+from loomvideo.pipelines.vlm.batch_session import BatchBook, BatchedSession
+from loomvideo.pipelines.vlm.batches import batch_provider
 from loomvideo.pipelines.vlm.clients import GeminiClient, OpenAIClient, VLMClient, api_key
 from loomvideo.pipelines.vlm.local import QwenVLClient
 from loomvideo.pipelines.vlm.requests import FrameSampling, VLMRequest, encode_media, labelled
 from loomvideo.pipelines.vlm.session import AnswerCache, Budget, Pace, Prices, Session
 from loomvideo.platform.errors import UserError
 
-SPENDING_FILE = "judge-spending.jsonl"
+SPENDING_FILE, BATCHES_FOLDER = "judge-spending.jsonl", "judge-batches"
 BuildJudge = Callable[[Path | None], JudgeStage]
 
 
@@ -132,6 +135,8 @@ def preflight(config: EvaluateConfig, spending: Path) -> None:
     j = config.judge
     if j.kind not in ("openai", "gemini"):
         return
+    # The trial is a plain call at the full price.
+    config = dataclasses.replace(config, judge=dataclasses.replace(j, batch=False))
     session = judge_session(config, judge_client(config), spending).session
     grey = np.full((2 if j.as_video else 1, 64, 64, 3), 127, np.uint8)
     media = encode_media("Picture", grey, FrameSampling(len(grey), 64, as_video=j.as_video))
@@ -145,7 +150,8 @@ def judge_prices(config: EvaluateConfig) -> Prices:
     """The configured prices."""
     j = config.judge
     most = max(j.max_tokens, GeminiClient("").max_tokens) if j.kind == "gemini" else j.max_tokens
-    return Prices(j.input_usd, j.output_usd, j.tokens_per_frame, max_output_tokens=most)
+    share = j.batch_price if j.batch else 1.0
+    return Prices(j.input_usd * share, j.output_usd * share, j.tokens_per_frame, max_output_tokens=most)
 
 
 def judge_session(config: EvaluateConfig, client: VLMClient, spending: Path | None = None) -> JudgeSession:
@@ -154,18 +160,18 @@ def judge_session(config: EvaluateConfig, client: VLMClient, spending: Path | No
     Args:
         config: The configuration of the run.
         client: The model.
-        spending: The run's record of what it has paid; None keeps none.
+        spending: The run's record of what it has paid; None keeps none. What batches are under way lies beside it.
     """
     j = config.judge
-    session = Session(
-        client,
-        AnswerCache(store_folder(config) / "answers"),
-        prices=judge_prices(config),
-        budget=Budget(j.budget_usd, spending),
-        pace=Pace(j.calls_per_minute),
-        max_attempts=j.max_attempts,
-    )
-    return JudgeSession(session)
+    cache, prices = AnswerCache(store_folder(config) / "answers"), judge_prices(config)
+    budget, pace = Budget(j.budget_usd, spending), Pace(j.calls_per_minute)
+    if not j.batch or spending is None:
+        return JudgeSession(Session(client, cache, prices, budget, pace, j.max_attempts))
+    book = BatchBook(
+        batch_provider(client), spending.with_name(BATCHES_FOLDER), cache, prices, budget, j.max_attempts,
+        j.batch_poll_s, time.sleep, lambda line: print(f"judge: {line}", file=sys.stderr, flush=True),
+    )  # fmt: skip
+    return JudgeSession(BatchedSession(client, cache, prices, budget, pace, j.max_attempts, book=book))
 
 
 def judge_client(config: EvaluateConfig) -> VLMClient:

@@ -25,6 +25,7 @@ from loomvideo.platform.errors import UserError
 
 PASSED, FAILED, UNDECIDED = "passed", "failed", "too few samples to tell"
 POWER = 0.8
+MOST_SOURCES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -162,11 +163,17 @@ def sources_needed(room: float, spread: float, p: float, power: float = POWER) -
     """Fewest sources with this power; 0 when there is no spread to tell from or a million are not enough."""
     if math.isnan(spread):
         return 0
-    low, high = 2, 2
+    # The normal distribution's answer is nearly right, and each look at the power is dear.
+    near = ((stats.norm.ppf(1 - p) + stats.norm.ppf(power)) * spread / room) ** 2
+    if near > MOST_SOURCES:
+        return 0
+    high = max(2, math.ceil(near))
+    step = max(4, high // 16)
     while passing_power(room, spread, high, p) < power:
-        low, high = high, high * 2
-        if high > 1_000_000:
-            return 0
+        high += step
+    low = max(2, high - step)
+    while low > 2 and passing_power(room, spread, low, p) >= power:
+        low, high = max(2, low - step), low
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if passing_power(room, spread, middle, p) >= power else (middle + 1, high)

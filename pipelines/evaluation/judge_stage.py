@@ -25,6 +25,7 @@ from loomvideo.pipelines.evaluation.suites.items import EvalItem
 from loomvideo.pipelines.evaluation.suites.parsers import PARSERS, Parsed, Parser
 from loomvideo.pipelines.evaluation.suites.registry import CHECKLIST, SCORES
 from loomvideo.pipelines.evaluation.suites.registry import suite as find_suite
+from loomvideo.pipelines.vlm.batch_session import BatchedSession
 from loomvideo.pipelines.vlm.requests import FrameSampling, VLMRequest, labelled
 from loomvideo.platform.errors import UserError
 
@@ -184,6 +185,31 @@ class JudgeStage:
         if row["series"] == IDENTITY:
             return self.store.entry("inputs", row["inputs"]) / "source.mp4"
         return self.store.entry("media", row["media"]) / FILM
+
+
+def judge_in_batches(stage: JudgeStage, rows: list[Row]) -> list[Row]:
+    """Add ``judgements`` to rows through the batch interface of the judge's provider.
+
+    The stage runs in rounds: what it asks is gathered and sent, and the next round finds the answers. An unreadable one
+    is asked for once more, as part of the next batch.
+
+    Args:
+        stage: The stage; its session is a :class:`~loomvideo.pipelines.vlm.batch_session.BatchedSession`.
+        rows: Finished rows.
+
+    Raises:
+        ValueError: for another session.
+        UserError: if the provider refuses, cannot be reached, or a batch was cancelled.
+    """
+    session = stage.session.session
+    if not isinstance(session, BatchedSession):
+        raise ValueError("this judge does not answer in batches")
+    book = session.book
+    book.resume()
+    judged = stage(rows)
+    while book.send():
+        judged = stage(rows)
+    return judged
 
 
 def _by_axes(parser: Parser, axes: tuple[str, ...], reply: str, _: Sequence[str]) -> Parsed:

@@ -108,6 +108,18 @@ class OpenAIClient:
 
     def complete(self, request: VLMRequest) -> Reply:
         """See :class:`VLMClient`."""
+        started = time.monotonic()
+        url = f"{self.base_url.rstrip('/')}/chat/completions"
+        answer = post_json(url, self.body(request), self.headers(), self.timeout_s)
+        return self.reply(answer, time.monotonic() - started)
+
+    def headers(self) -> dict[str, str]:
+        """What authorises a call."""
+        key = api_key(self.api_key_env, self.base_url)
+        return {"Authorization": f"Bearer {key}"} if key else {}
+
+    def body(self, request: VLMRequest) -> dict[str, Any]:
+        """A request in the form of the API."""
         content: list[dict[str, Any]] = []
         for part in request.parts:
             is_media = isinstance(part, VLMMedia)
@@ -126,10 +138,14 @@ class OpenAIClient:
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         elif request.structured and self.structured == "json_object":
             body["response_format"] = {"type": "json_object"}
-        key = api_key(self.api_key_env, self.base_url)
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        started = time.monotonic()
-        answer = post_json(f"{self.base_url.rstrip('/')}/chat/completions", body, headers, self.timeout_s)
+        return body
+
+    def reply(self, answer: dict[str, Any], latency_s: float) -> Reply:
+        """The reply in an answer of the API.
+
+        Raises:
+            VLMError: if it holds none.
+        """
         usage = answer.get("usage") or {}
         tokens = (int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
         choices = answer.get("choices") or []
@@ -141,7 +157,7 @@ class OpenAIClient:
         text = message.get("content") or ""
         if not text:
             raise VLMError("empty", True, "empty message", None, *tokens)
-        return Reply(text, answer.get("model", self.model), *tokens, time.monotonic() - started)
+        return Reply(text, answer.get("model", self.model), *tokens, latency_s)
 
 
 @dataclass(frozen=True)
@@ -175,6 +191,18 @@ class GeminiClient:
 
     def complete(self, request: VLMRequest) -> Reply:
         """See :class:`VLMClient`."""
+        started = time.monotonic()
+        url = f"{self.base_url.rstrip('/')}/models/{self.model}:generateContent"
+        answer = post_json(url, self.body(request), self.headers(), self.timeout_s)
+        return self.reply(answer, time.monotonic() - started)
+
+    def headers(self) -> dict[str, str]:
+        """What authorises a call."""
+        key = api_key(self.api_key_env, self.base_url)
+        return {"x-goog-api-key": key} if key else {}
+
+    def body(self, request: VLMRequest) -> dict[str, Any]:
+        """A request in the form of the API."""
         parts: list[dict[str, Any]] = []
         for part in request.parts:
             parts += _gemini_parts(part) if isinstance(part, VLMMedia) else [{"text": part}]
@@ -189,11 +217,14 @@ class GeminiClient:
         body: dict[str, Any] = {"contents": [{"role": "user", "parts": parts}], "generationConfig": generation}
         if request.system:
             body["systemInstruction"] = {"parts": [{"text": request.system}]}
-        key = api_key(self.api_key_env, self.base_url)
-        headers = {"x-goog-api-key": key} if key else {}
-        started = time.monotonic()
-        url = f"{self.base_url.rstrip('/')}/models/{self.model}:generateContent"
-        answer = post_json(url, body, headers, self.timeout_s)
+        return body
+
+    def reply(self, answer: dict[str, Any], latency_s: float) -> Reply:
+        """The reply in an answer of the API.
+
+        Raises:
+            VLMError: if it holds none.
+        """
         usage = answer.get("usageMetadata") or {}
         out = int(usage.get("candidatesTokenCount") or 0) + int(usage.get("thoughtsTokenCount") or 0)
         tokens = (int(usage.get("promptTokenCount") or 0), out)
@@ -210,7 +241,7 @@ class GeminiClient:
         text = "".join(part.get("text", "") for part in parts_out if not part.get("thought"))
         if not text:
             raise VLMError("empty", True, f"no text, finish reason {finish}", None, *tokens)
-        return Reply(text, answer.get("modelVersion", self.model), *tokens, time.monotonic() - started)
+        return Reply(text, answer.get("modelVersion", self.model), *tokens, latency_s)
 
 
 def api_key(variable: str, base_url: str) -> str | None:
@@ -227,25 +258,40 @@ def api_key(variable: str, base_url: str) -> str | None:
 
 def post_json(url: str, body: dict[str, Any], headers: dict[str, str], timeout_s: float) -> dict[str, Any]:
     """POST and read JSON; HTTP and network errors become :class:`VLMError` by kind."""
+    return answered_json(call("POST", url, headers, timeout_s, json=body))
+
+
+def call(method: str, url: str, headers: dict[str, str], timeout_s: float, **content: Any) -> requests.Response:
+    """One HTTP call; anything but success becomes a :class:`VLMError` by kind."""
     try:
-        response = requests.post(url, json=body, headers=headers, timeout=timeout_s)
+        response = requests.request(method, url, headers=headers, timeout=timeout_s, **content)
     except requests.Timeout as error:
         raise VLMError("timeout", retryable=True, detail=f"{timeout_s:g} s") from error
     except requests.RequestException as error:
         raise VLMError("unreachable", retryable=True, detail=type(error).__name__) from error
-    if response.status_code == 200:
-        try:
-            return response.json()
-        except ValueError as error:
-            raise VLMError("server error", retryable=True, detail="answer is not JSON") from error
-    detail = f"HTTP {response.status_code}: {response.text[:200]}"
-    if response.status_code == 429:
-        raise VLMError("rate limited", True, detail, _retry_after(response.headers.get("Retry-After")))
-    if response.status_code >= 500 or response.status_code == 408:
-        raise VLMError("server error", True, detail, _retry_after(response.headers.get("Retry-After")))
-    if "content_filter" in response.text or "content management policy" in response.text:
-        raise VLMError("blocked", False, detail)
-    raise VLMError("bad request", False, detail)
+    if response.status_code != 200:
+        raise refusal(response.status_code, response.text, _retry_after(response.headers.get("Retry-After")))
+    return response
+
+
+def answered_json(response: requests.Response) -> dict[str, Any]:
+    """The JSON of an answer."""
+    try:
+        return response.json()
+    except ValueError as error:
+        raise VLMError("server error", retryable=True, detail="answer is not JSON") from error
+
+
+def refusal(status: int, text: str, retry_after_s: float | None = None) -> VLMError:
+    """The error that an HTTP status and the words beside it stand for."""
+    detail = f"HTTP {status}: {text[:200]}"
+    if status == 429:
+        return VLMError("rate limited", True, detail, retry_after_s)
+    if status >= 500 or status == 408:
+        return VLMError("server error", True, detail, retry_after_s)
+    if "content_filter" in text or "content management policy" in text:
+        return VLMError("blocked", False, detail)
+    return VLMError("bad request", False, detail)
 
 
 def _gemini_schema(schema: dict[str, Any]) -> dict[str, Any]:

@@ -106,20 +106,39 @@ class Budget:
         self.spent_usd = 0.0
         self._reserved_usd = 0.0
         self._calls = 0
+        self._open: dict[str, tuple[int, float]] = {}
         self._ledger = ledger
         self._lock = threading.Lock()
         if ledger is not None and ledger.is_file():
-            self.spent_usd, self._calls = _read_ledger(ledger)
+            self.spent_usd, self._calls, self._open = _read_ledger(ledger)
 
-    def reserve(self, usd: float) -> int | None:
-        """Set a call's highest price aside; returns the call's number, or None when the cap does not allow it."""
+    def allows(self, usd: float) -> bool:
+        """Whether the cap leaves room for so much more."""
+        return self.cap_usd <= 0 or self.spent_usd + self._reserved_usd + usd <= self.cap_usd * (1 + 1e-9)
+
+    def reserve(self, usd: float, mark: str = "") -> int | None:
+        """Set a call's highest price aside; returns the call's number, or None when the cap does not allow it.
+
+        Args:
+            usd: The price.
+            mark: The name under which a later process finds the call again, with :meth:`reopen`.
+        """
         with self._lock:
-            if self.cap_usd > 0 and self.spent_usd + self._reserved_usd + usd > self.cap_usd * (1 + 1e-9):
+            if not self.allows(usd):
                 return None
             self._reserved_usd += usd
             self._calls += 1
-            self._write({"call": self._calls, "reserved_usd": usd})
+            self._write({"call": self._calls, "reserved_usd": usd} | ({"mark": mark} if mark else {}))
             return self._calls
+
+    def reopen(self, mark: str) -> tuple[int, float] | None:
+        """Number and price of a call that was under way when an earlier process ended; its bill may still come."""
+        with self._lock:
+            found = self._open.pop(mark, None)
+            if found is not None:
+                self.spent_usd -= found[1]
+                self._reserved_usd += found[1]
+            return found
 
     def settle(self, call: int, reserved_usd: float, paid_usd: float) -> None:
         """Replace what was set aside by the bill."""
@@ -128,7 +147,7 @@ class Budget:
             self.spent_usd += paid_usd
             self._write({"call": call, "paid_usd": paid_usd})
 
-    def _write(self, entry: dict[str, float]) -> None:
+    def _write(self, entry: dict[str, float | str]) -> None:
         if self._ledger is None:
             return
         self._ledger.parent.mkdir(parents=True, exist_ok=True)
@@ -136,20 +155,34 @@ class Budget:
             out.write(json.dumps(entry) + "\n")
 
 
-def _read_ledger(path: Path) -> tuple[float, int]:
+def _read_ledger(path: Path) -> tuple[float, int, dict[str, tuple[int, float]]]:
+    """What was paid, the last call's number, and calls with a mark whose bill has not come."""
     text = path.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         # A kill cut the last line short; its call had not begun, or is counted with what was set aside.
         path.write_text(whole, encoding="utf-8")
     costs: dict[int, float] = {}
+    marked: dict[int, str] = {}
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             entry = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{number}: no JSON; the record of what was paid is damaged") from error
         costs[entry["call"]] = entry.get("paid_usd", entry.get("reserved_usd", 0.0))
-    return sum(costs.values()), max(costs, default=0)
+        if "paid_usd" in entry:
+            marked.pop(entry["call"], None)
+        elif "mark" in entry:
+            marked[entry["call"]] = entry["mark"]
+    still_open = {mark: (number, costs[number]) for number, mark in marked.items()}
+    return sum(costs.values()), max(costs, default=0), still_open
+
+
+def wait_after(failure: VLMError, attempt: int, backoff_s: float) -> float:
+    """Seconds until the next attempt: what the provider asks for, else doubling with jitter, to at most a minute."""
+    if failure.retry_after_s is not None:
+        return failure.retry_after_s
+    return min(MAX_BACKOFF_S, backoff_s * 2**attempt) * random.uniform(0.5, 1.5)
 
 
 @dataclass(frozen=True)
@@ -256,6 +289,5 @@ class Session:
             if not failure.retryable or attempt == self.max_attempts - 1:
                 break
             if reply is None:
-                wait = min(MAX_BACKOFF_S, self.backoff_s * 2**attempt) * random.uniform(0.5, 1.5)
-                self.sleep(failure.retry_after_s if failure.retry_after_s is not None else wait)
+                self.sleep(wait_after(failure, attempt, self.backoff_s))
         return Answer(None, failure.reason, str(failure), False, tokens_in, tokens_out, cost)

@@ -8,6 +8,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+from fixtures.batch_server import BatchServer
 from fixtures.evaluation import run_local
 from fixtures.mixed_folder import everything, reasons_of_files
 from mlflow.entities import AssessmentSource
@@ -215,6 +216,25 @@ def test_a_rerun_asks_the_judge_nothing_new_and_keeps_its_mlflow_run(tmp_path, d
             compare_job.run_agreement("a", None, tmp_path, 6, "")
 
 
+def test_a_judge_asked_by_batch_costs_half_and_a_rerun_submits_nothing(tmp_path, data, local, capsys):
+    def act(batch, number):
+        # One is called off, and one answer is unreadable.
+        return ("expired", "garbage")[number] if batch == 0 and number < 2 else "ok"
+
+    with BatchServer(act).running() as server:
+        judge = ["judge.kind=openai", "judge.model=m", f"judge.base_url={server.root}/v1", "judge.batch=true"]
+        judge += ["judge.input_usd=10", "judge.output_usd=20", "judge.budget_usd=9", "judge.batch_poll_s=0.01"]
+        result = evaluate_job.run(config(data, tmp_path, "a", *judge))
+        assert result["status"] == "complete"
+        assert [len(batch) for batch in server.submitted] == [NUM_SOURCES, 2]
+        # 1000 tokens in and 50 out a call, at half the price; the unreadable answer was paid for.
+        assert result["fashion/cost_usd"] == pytest.approx((NUM_SOURCES + 1) * (0.01 + 0.001) / 2)
+        assert "judge: batch batch_0: completed, 7 of 8 answered" in capsys.readouterr().err
+        evaluate_job.run(config(data, tmp_path, "a", *judge))
+        evaluate_job.run(config(data, tmp_path, "b", *judge))
+        assert len(server.submitted) == 2
+
+
 def test_a_judge_that_cannot_answer_ends_the_run_before_anything_is_generated(tmp_path, data, local):
     with FakeJudgeServer(lambda call: "400").running() as server:
         judge = ["judge.kind=openai", "judge.model=wrong", f"judge.base_url={server.base_url}/v1"]
@@ -263,6 +283,7 @@ def test_mistakes_are_found_before_anything_runs(tmp_path, data, monkeypatch):
     assert "judge.budget_usd=0.01" in message(*expensive, "judge.budget_usd=0.01")
     assert "without prices it never binds" in message(*expensive[:3], "judge.budget_usd=5")
     assert "would be spent; allow it with a budget" in message(*expensive)
+    assert "only a provider has a batch interface" in message("judge.kind=fake", "judge.batch=true")
     assert "the answers would be the same one" in message(*expensive[:3], "judge.repeats=3", "judge.temperature=0")
     assert "must be 4k+1" in message("inputs.num_frames=8")
     (data / "s0.mp4").rename(data / "hidden.mp4")

@@ -1,13 +1,10 @@
 """The MLflow server: users, host check, proxied artifacts, secrets kept out of the command line."""
 
-import os
-import socket
 import stat
-import subprocess
-import time
 
 import pytest
 import requests
+from fixtures.mlflow_server import running_server
 
 from loomvideo.platform.cluster.mlflow_server import (
     ADMINISTRATOR,
@@ -40,30 +37,8 @@ def test_secrets_are_private_stable_and_not_on_the_command_line(tmp_path, monkey
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = prepare_server(tmp_path_factory.mktemp("mlflow"), port=port)
-    log = (server.folder / "log").open("wb")
-    process = subprocess.Popen(
-        server.command, env=os.environ | server.environment, stdout=log, stderr=log, start_new_session=True
-    )
-    try:
-        deadline = time.monotonic() + 180
-        while time.monotonic() < deadline and process.poll() is None:
-            try:
-                if requests.get(f"{server.url}/health", timeout=5).status_code == 200:
-                    break
-            except requests.RequestException:
-                time.sleep(0.5)
-        else:
-            raise TimeoutError((server.folder / "log").read_text()[-2000:])
-        subprocess.run(server.make_user, env=os.environ | server.users, check=True)
+    with running_server(tmp_path_factory.mktemp("mlflow")) as server:
         yield server
-    finally:
-        os.killpg(process.pid, 15)
-        process.wait(30)
-        log.close()
 
 
 @pytest.mark.slow
