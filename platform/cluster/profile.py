@@ -20,6 +20,7 @@ DNS_1035 = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 # KubeRay appends suffixes for services and, to a RayJob's cluster, five random characters.
 MAX_CLUSTER_NAME = 53
 MAX_JOB_NAME = 47
+GOOGLE_ROLE = "iam.gke.io/gcp-service-account"
 
 
 @dataclass
@@ -331,11 +332,22 @@ def check_profile(profile: ClusterProfile, source: str) -> None:
             raise UserError(
                 f"{source}: schedules[{schedule.name}].cron={schedule.cron!r}: five fields, like '0 2 * * *'"
             )
+    _check_identity(profile, source)
     endpoint = profile.storage.object_store_endpoint
     if endpoint and not endpoint.startswith(("http://", "https://")):
         raise UserError(f"{source}: storage.object_store_endpoint={endpoint!r}: start with http:// or https://")
     if profile.tracking.uri.partition("://")[2].count("@"):
         raise UserError(f"{source}: tracking.uri: keep the password in the secret tracking.secret, not in the URI")
+
+
+def _check_identity(profile: ClusterProfile, source: str) -> None:
+    identity = profile.identity
+    for key in ("nodes", "mlflow"):
+        if GOOGLE_ROLE in getattr(identity, key) and not identity.metadata_server:
+            raise UserError(
+                f"{source}: identity.{key}: Google's roles are asked for at the metadata server, which the network "
+                "policies close; set identity.metadata_server: true"
+            )
 
 
 def _check_existing(profile: ClusterProfile, source: str) -> None:

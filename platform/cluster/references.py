@@ -17,17 +17,20 @@ class Given:
     Attributes:
         secrets: Secret name to its keys.
         names: ``(kind, name)`` of other objects.
+        readers: Secret name to the ``app.kubernetes.io/name`` of the pods that may hold it, where not all may.
     """
 
     secrets: dict[str, set[str]] = field(default_factory=dict)
     names: set[tuple[str, str]] = field(default_factory=set)
+    readers: dict[str, set[str]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> "Given":
         """Read the declaration file."""
         values = yaml.safe_load(path.read_text())
         secrets = {secret["name"]: set(secret["keys"]) for secret in values.get("secrets", [])}
-        return cls(secrets, {(item["kind"], item["name"]) for item in values.get("objects", [])})
+        readers = {secret["name"]: set(secret["only"]) for secret in values.get("secrets", []) if "only" in secret}
+        return cls(secrets, {(item["kind"], item["name"]) for item in values.get("objects", [])}, readers)
 
 
 def reference_problems(manifests: list[dict[str, Any]], given: Given) -> Iterator[tuple[dict[str, Any], str]]:
@@ -121,6 +124,7 @@ class _Index:
             secret = cluster.get("authOptions", {}).get("secretName")
             if secret:
                 yield from self.missing_key("Secret", {"name": secret, "key": "auth_token"}, "authOptions.secretName")
+            yield from self._shared_claim_problems(manifest)
             yield from self._queue_problems(manifest)
         elif kind == "LocalQueue":
             yield from self.missing("ClusterQueue", spec["clusterQueue"], "spec.clusterQueue")
@@ -140,6 +144,19 @@ class _Index:
                     yield from self.missing("Service", path["backend"]["service"]["name"], f"host {rule.get('host')}")
         elif kind == "StatefulSet":
             yield from self.missing("Service", spec["serviceName"], "spec.serviceName")
+
+    def _shared_claim_problems(self, manifest: dict[str, Any]) -> Iterator[str]:
+        """Volumes that pods on several nodes mount, and that one node alone can write."""
+        modes = {
+            m["metadata"]["name"]: m["spec"].get("accessModes", [])
+            for m in self.manifests
+            if m["kind"] == "PersistentVolumeClaim"
+        }
+        volumes = [volume for pod in _pods(manifest) for volume in pod.get("volumes", [])]
+        claims = {v["persistentVolumeClaim"]["claimName"] for v in volumes if "persistentVolumeClaim" in v}
+        for claim in sorted(claims & modes.keys()):
+            if "ReadWriteMany" not in modes[claim]:
+                yield f"PersistentVolumeClaim {claim!r}: all nodes write to it, so its accessModes need ReadWriteMany"
 
     def _service_problems(self, spec: dict[str, Any]) -> Iterator[str]:
         selector = spec.get("selector")

@@ -13,7 +13,7 @@ from loomvideo.platform.cluster.manifests import cron_jobs, ray_cluster
 from loomvideo.platform.cluster.pods import HEAD_ACCOUNT, NODE_ACCOUNT
 from loomvideo.platform.cluster.profile import ClusterProfile
 from loomvideo.platform.cluster.queues import KUEUE, queue_objects
-from loomvideo.platform.cluster.schemas import Loader
+from loomvideo.platform.cluster.schemas import Dumper, Loader
 from loomvideo.platform.cluster.service import service_objects
 from loomvideo.platform.errors import UserError
 
@@ -129,7 +129,7 @@ def to_yaml(objects: list[dict[str, Any]]) -> str:
     return yaml.dump_all(objects, sort_keys=False, width=120, Dumper=_PlainDumper)
 
 
-class _PlainDumper(yaml.SafeDumper):
+class _PlainDumper(Dumper):
     # Anchors and aliases are legal YAML that people and reviewers stumble over.
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ UNCHECKED_GROUPS = ("kueue.x-k8s.io", "scheduling.volcano.sh", "monitoring.coreo
 
 # libyaml's, ten times faster than Python's own.
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 def crd_folder() -> Path | None:
@@ -36,11 +38,13 @@ def schema_problems(manifest: dict[str, Any], kubernetes_version: str, crds: Pat
         crds: Folder of KubeRay's CRD files; None leaves KubeRay's kinds unchecked.
     """
     group = manifest.get("apiVersion", "").rpartition("/")[0]
+    # Most objects are the same in every profile and under every queue.
+    text = json.dumps(manifest, default=str)
     if group == "ray.io" and manifest.get("kind") in KUBERAY_KINDS:
         if crds is not None:
-            yield from _custom_problems(manifest, crds)
+            yield from _custom_problems(text, crds)
     elif group not in UNCHECKED_GROUPS:
-        yield from _core_problems(manifest, kubernetes_version)
+        yield from _core_problems(text, kubernetes_version)
 
 
 def with_defaults(value: Any, schema: dict[str, Any]) -> Any:
@@ -67,17 +71,20 @@ def with_defaults(value: Any, schema: dict[str, Any]) -> Any:
     return value
 
 
-def _core_problems(manifest: dict[str, Any], version: str) -> Iterator[str]:
+@functools.lru_cache(maxsize=1024)
+def _core_problems(text: str, version: str) -> list[str]:
     import kubernetes_validate
 
+    manifest = json.loads(text)
     # Its definitions, megabytes of JSON, would be read anew for every object.
     kubernetes_validate.utils.schema_contents = _schema_contents()
     try:
         kubernetes_validate.validate(manifest, version, strict=True)
     except kubernetes_validate.ValidationError as error:
-        yield _problem(error)
+        return [_problem(error)]
     except kubernetes_validate.SchemaNotFoundError:
-        yield f"apiVersion {manifest.get('apiVersion')} has no kind {manifest.get('kind')} in Kubernetes {version}"
+        return [f"apiVersion {manifest.get('apiVersion')} has no kind {manifest.get('kind')} in Kubernetes {version}"]
+    return []
 
 
 @functools.cache
@@ -87,12 +94,13 @@ def _schema_contents() -> Callable[[str, str], Any]:
     return functools.cache(utils.schema_contents)
 
 
-def _custom_problems(manifest: dict[str, Any], crds: Path) -> Iterator[str]:
+@functools.lru_cache(maxsize=1024)
+def _custom_problems(text: str, crds: Path) -> list[str]:
+    manifest = json.loads(text)
     raw, validator = _custom_schema(crds, manifest["kind"], manifest["apiVersion"].rpartition("/")[2])
-    for key in sorted(manifest.get("metadata", {}).keys() - METADATA_KEYS):
-        yield f"metadata.{key}: unknown field"
-    for error in validator.iter_errors(with_defaults(manifest, raw)):
-        yield _problem(error)
+    unknown = sorted(manifest.get("metadata", {}).keys() - METADATA_KEYS)
+    errors = validator.iter_errors(with_defaults(manifest, raw))
+    return [*(f"metadata.{key}: unknown field" for key in unknown), *map(_problem, errors)]
 
 
 def _problem(error: jsonschema.ValidationError) -> str:

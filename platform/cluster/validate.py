@@ -1,5 +1,6 @@
 """Check manifests, images and scripts without a cluster: schemas, operators' rules, cross references, secrets, lint."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import yaml
 from loomvideo.platform.cluster.admission import ENFORCE, object_problems, quota_problems, restricted_problems
 from loomvideo.platform.cluster.network import network_problems
 from loomvideo.platform.cluster.operator_pods import pods_of
+from loomvideo.platform.cluster.privileges import privilege_problems
 from loomvideo.platform.cluster.profile import ClusterProfile
 from loomvideo.platform.cluster.references import Given, reference_problems
 from loomvideo.platform.cluster.render import KUBERNETES, build, find_kubectl, write_folder
@@ -76,7 +78,8 @@ def validate_manifests(
             problems.append("defined twice")
         seen.add(identity)
         report.add(where, problems)
-    for manifest, problem in (*reference_problems(manifests, given), *admission_problems(manifests)):
+    across = (reference_problems(manifests, given), privilege_problems(manifests, given), admission_problems(manifests))
+    for manifest, problem in itertools.chain(*across):
         report.problems.append(f"{source}: {manifest['kind']} {manifest['metadata']['name']}: {problem}")
 
 
