@@ -14,6 +14,7 @@ from loomvideo.platform.console import console, table
 
 if TYPE_CHECKING:
     from loomvideo.pipelines.captions.dataset import CaptionDatasetConfig
+    from loomvideo.pipelines.clips.config import CutConfig
     from loomvideo.pipelines.prepare.config import PrepareConfig
 
 app = typer.Typer(name="data", help="Make, prepare and look at datasets.", no_args_is_help=True)
@@ -31,6 +32,13 @@ def caption_schema() -> type:
     from loomvideo.pipelines.captions.dataset import CaptionDatasetConfig
 
     return CaptionDatasetConfig
+
+
+def cut_schema() -> type:
+    """The schema of ``data cut``, imported late as the above."""
+    from loomvideo.pipelines.clips.config import CutConfig
+
+    return CutConfig
 
 
 @dataclass
@@ -59,6 +67,14 @@ def sample(config: SampleCommandConfig) -> None:
 def prepare(config: "PrepareConfig") -> None:
     """Encode samples into shards: latents and MLLM features, up to date with input and configuration."""
     from loomvideo.jobs.data.prepare import run
+
+    run(config)
+
+
+@config_command(app, "cut", "data-cut", cut_schema)
+def cut(config: "CutConfig") -> None:
+    """Cut films into clips, each film read once: the parts that samples name, or its shots (shots.detector=…)."""
+    from loomvideo.jobs.data.cut import run
 
     run(config)
 

@@ -1,6 +1,7 @@
 """The files of a sample: where they lie, their content hash, and a local copy while one is decoded."""
 
 import contextlib
+import functools
 import hashlib
 import os
 import shutil
@@ -17,6 +18,7 @@ from loomvideo.platform.errors import full_disk_behind
 from loomvideo.platform.shards.storage import patiently
 
 _READ_BYTES = 1 << 20
+_KNOWN_FILMS = 256
 
 
 def resolve(path: str, base: str) -> str:
@@ -91,6 +93,20 @@ def _download(path: str, local: str) -> None:
         fs.get_file(remote, local)  # `get` would read [, ] and * in a name as a pattern
 
 
+@functools.lru_cache(_KNOWN_FILMS)
+def _film_hash(path: str, version: tuple[int, int] | None) -> str:
+    """The hash of a file that more parts are likely to be asked of; read again only when it was written anew."""
+    return content_hash(path)
+
+
+def _version(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None  # content_hash says what is wrong, and nothing is kept of it
+    return found.st_size, found.st_mtime_ns
+
+
 def content_hash(path: str) -> str:
     """SHA-256 of a local file or a part of one, or of the names and contents of a folder.
 
@@ -99,7 +115,7 @@ def content_hash(path: str) -> str:
     """
     path, fragment = split_fragment(path)
     if fragment is not None:
-        return hashlib.sha256(f"{content_hash(path)}#{fragment}".encode()).hexdigest()
+        return hashlib.sha256(f"{_film_hash(path, _version(path))}#{fragment}".encode()).hexdigest()
     if os.path.isdir(path):
         files = sorted(Path(path).iterdir())
         return hashlib.sha256(repr([(f.name, content_hash(str(f))) for f in files if f.is_file()]).encode()).hexdigest()

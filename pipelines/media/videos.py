@@ -55,6 +55,58 @@ class _Orientation(NamedTuple):
         return np.ascontiguousarray(pixels)
 
 
+class FrameView:
+    """Decoded frames of a stream as a player shows them.
+
+    Args:
+        path: The path of the file, for messages.
+        first: The stream's first frame, which says how all are stored.
+        aspect: The shape of the stream's pixels.
+
+    Attributes:
+        width: The width as shown.
+        height: The height as shown.
+        rotation: Degrees that the file asks for.
+
+    Raises:
+        DecodeError: ``hdr``, ``too_small`` or ``too_large``.
+    """
+
+    def __init__(self, path: str, first: Any, aspect: Fraction | None):
+        if first.color_trc in (_PQ, _HLG):
+            kind = "PQ" if first.color_trc == _PQ else "HLG"
+            raise DecodeError("hdr", f"{path}: high dynamic range ({kind}); convert it to BT.709 first")
+        self._size = _square(first.width, first.height, aspect)
+        self._orientation, self.rotation = _orientation(first)
+        self.width, self.height = reversed(self._size) if self._orientation.transpose else self._size
+        check_size(path, self.width, self.height)
+        self._source_colours = _colours_to_assume(first)
+        self._has_alpha = any(component.is_alpha for component in first.format.components)
+        self.changes_nothing = (
+            self._orientation == _Orientation()
+            and self._size == (first.width, first.height)
+            and self._source_colours is None
+        )
+
+    def __call__(self, frame: Any) -> np.ndarray:
+        """Pixels of a frame, uint8 ``[height, width, 3]``."""
+        options = {} if self._source_colours is None else {"src_colorspace": self._source_colours}
+        pixels = frame.to_ndarray(format="rgba" if self._has_alpha else "rgb24", **options)
+        if self._has_alpha:
+            pixels = _over_white(pixels)
+        if frame.interlaced_frame:
+            pixels = _deinterlaced(pixels)
+        if self._size != (frame.width, frame.height):
+            pixels = _resized(pixels, *self._size)
+        return self._orientation.apply(pixels)
+
+
+def is_variable(times: Sequence[int]) -> bool:
+    """Whether ascending timestamps differ by more than the rounding of a container's clock."""
+    steps = np.diff(times)
+    return len(steps) > 1 and bool(np.ptp(steps) > max(_RATE_TOLERANCE * np.median(steps), 1.5))
+
+
 def open_video(path: str, backend: Backend) -> OpenMedia:
     """Open a video file.
 
@@ -74,24 +126,20 @@ class PyAVVideo:
         self.path = path
         try:
             with av.open(path) as container:
-                stream = _video_stream(container, path)
+                stream = video_stream(container, path)
                 self._index, self._time_base = stream.index, stream.time_base
-                self._alpha_decoder = "libvpx-vp9" if _has_vp9_alpha(stream) else None
+                self._alpha_decoder = alpha_decoder(stream)
                 pixel_format, codec = stream.codec_context.pix_fmt, stream.codec_context.name
                 rate, aspect = stream.average_rate or stream.guessed_rate, stream.sample_aspect_ratio
                 packets = [(p.pts, p.is_discard) for p in container.demux(stream) if p.size]
                 promised = stream.frames
-                without_times = any(pts is None for pts, _ in packets) or (
-                    bool(set(container.format.name.split(",")) & set(_WITHOUT_TIMES))
-                )
+                without_times = any(pts is None for pts, _ in packets) or counts_frames(container)
             if promised and len(packets) < promised:
                 raise DecodeError("truncated", f"{path}: {len(packets)} of {promised} frames are in the file")
             first = next(self._frames(), None)
             if first is None:
                 raise DecodeError("no_frames", f"{path}: the video stream has no frames")
-            if first.color_trc in (_PQ, _HLG):
-                kind = "PQ" if first.color_trc == _PQ else "HLG"
-                raise DecodeError("hdr", f"{path}: high dynamic range ({kind}); convert it to BT.709 first")
+            self._view = FrameView(path, first, aspect)
             self._times: list[int] | None = None
             if without_times:
                 num_frames = sum(1 for _ in self._frames())
@@ -101,24 +149,16 @@ class PyAVVideo:
                 num_frames = len(self._times)
         except av.FFmpegError as error:
             raise DecodeError("unreadable", f"{path}: {error}") from error
-        self._size = _square(first.width, first.height, aspect)
-        self._orientation, rotation = _orientation(first)
-        width, height = reversed(self._size) if self._orientation.transpose else self._size
-        check_size(path, width, height)
-        self._source_colours = _colours_to_assume(first)
-        self._has_alpha = any(component.is_alpha for component in first.format.components)
+        width, height = self._view.width, self._view.height
         variable, fps = False, float(rate or DEFAULT_FOLDER_FPS)
         if self._times is not None and num_frames > 1:
-            steps = np.diff(self._times)
-            variable = len(steps) > 1 and bool(np.ptp(steps) > max(_RATE_TOLERANCE * np.median(steps), 1.5))
+            variable = is_variable(self._times)
             fps = float(1 / (Fraction(self._times[-1] - self._times[0], num_frames - 1) * self._time_base))
-        self.info = MediaInfo("video", width, height, num_frames, fps, "pyav", variable, rotation)
+        self.info = MediaInfo("video", width, height, num_frames, fps, "pyav", variable, self._view.rotation)
         self.plain = (
             not variable
-            and self._orientation == _Orientation()
-            and self._size == (first.width, first.height)
+            and self._view.changes_nothing
             and not first.interlaced_frame
-            and self._source_colours is None
             and pixel_format in ("yuv420p", "yuvj420p")
             and codec in _DECORD_CODECS
             and self._alpha_decoder is None
@@ -157,7 +197,7 @@ class PyAVVideo:
                     continue
                 if time != wanted[position] or frame.is_corrupt:
                     raise DecodeError("corrupt_frame", f"{self.path}: frame {indices[position]} does not decode")
-                pixels = self._shown(frame)
+                pixels = self._view(frame)
                 while position < len(wanted) and wanted[position] == time:
                     buffer.append(pixels)
                     position += 1
@@ -196,17 +236,6 @@ class PyAVVideo:
         clock = self._times[0] + round(index / (self.info.fps * float(self._time_base)))
         return self._times[max(bisect.bisect_right(self._times, clock) - 1, 0)]
 
-    def _shown(self, frame: Any) -> np.ndarray:
-        options = {} if self._source_colours is None else {"src_colorspace": self._source_colours}
-        pixels = frame.to_ndarray(format="rgba" if self._has_alpha else "rgb24", **options)
-        if self._has_alpha:
-            pixels = _over_white(pixels)
-        if frame.interlaced_frame:
-            pixels = _deinterlaced(pixels)
-        if self._size != (frame.width, frame.height):
-            pixels = _resized(pixels, *self._size)
-        return self._orientation.apply(pixels)
-
 
 class DecordVideo:
     """A plain video (8-bit 4:2:0, constant rate, upright, square pixels, progressive) through decord."""
@@ -234,7 +263,17 @@ class DecordVideo:
                 raise DecodeError("corrupt_frame", f"{self.path}: decord: {first_line(error)}") from error
 
 
-def _video_stream(container: Any, path: str) -> Any:
+def counts_frames(container: Any) -> bool:
+    """Whether a container's times are none of presentation, so that frames are counted as they come out."""
+    return bool(set(container.format.name.split(",")) & set(_WITHOUT_TIMES))
+
+
+def video_stream(container: Any, path: str) -> Any:
+    """The stream that players show.
+
+    Raises:
+        DecodeError: ``no_video_stream``.
+    """
     import av
 
     streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
@@ -244,8 +283,10 @@ def _video_stream(container: Any, path: str) -> Any:
     return best if best in streams else streams[0]
 
 
-def _has_vp9_alpha(stream: Any) -> bool:
-    return stream.codec_context.name == "vp9" and stream.metadata.get("alpha_mode") == "1"
+def alpha_decoder(stream: Any) -> str | None:
+    """The decoder of a stream whose alpha FFmpeg's own decoder leaves out; None for others."""
+    has_alpha = stream.codec_context.name == "vp9" and stream.metadata.get("alpha_mode") == "1"
+    return "libvpx-vp9" if has_alpha else None
 
 
 def _square(width: int, height: int, aspect: Fraction | None) -> tuple[int, int]:

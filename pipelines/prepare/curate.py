@@ -24,7 +24,7 @@ from loomvideo.pipelines.prepare.curation.assess import Assessor, Clip, drops, r
 from loomvideo.pipelines.prepare.curation.duplicates import exact_duplicates, near_duplicates
 from loomvideo.pipelines.prepare.curation.options import StageOptions
 from loomvideo.pipelines.prepare.curation.pair_audit import in_step_paths
-from loomvideo.pipelines.prepare.curation.shots import build_detector, shot_samples, shot_thumbnails, shots
+from loomvideo.pipelines.prepare.curation.shots import PIECE_FRAMES, ShotCutter, build_detector, shot_samples, thumbnail
 from loomvideo.pipelines.prepare.outcomes import RETRIABLE, Outcome
 from loomvideo.pipelines.prepare.units import UnitReport, WorkRow, commit_result, earlier_result, read_planned
 from loomvideo.pipelines.sources.samples import Sample, media_paths, stored_sample
@@ -186,8 +186,12 @@ class SampleAssessor:
             (path,) = copies.values()
             fps = float(sample.extra.get("fps", 24.0))
             info = self.decoder.probe(path, fps)
-            thumbnails = shot_thumbnails(self.decoder.read(path, range(info.num_frames), fps))
-        kept = shots(self.detector.boundaries(thumbnails, info.fps), info.num_frames, info.fps, self.options.shots)
+            cutter, kept = ShotCutter(self.detector, info.fps, self.options.shots), []
+            # Each piece is a read with a time limit of its own: hours of film are no reason for `timeout`.
+            for start in range(0, info.num_frames, PIECE_FRAMES):
+                chunks = self.decoder.read(path, range(start, min(start + PIECE_FRAMES, info.num_frames)), fps)
+                kept += cutter.add([thumbnail(frame) for chunk in chunks for frame in chunk])
+            kept += cutter.finish()
         return shot_samples(sample, kept, info.num_frames)
 
     def _clip(self, path: str, fps: float) -> Clip:

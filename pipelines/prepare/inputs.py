@@ -6,6 +6,7 @@ sample.
 
 import functools
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import pyarrow as pa
 
 from loomvideo.model.sizes import model_size
 from loomvideo.pipelines.media.files import base_folder, media_stamp, resolve
+from loomvideo.pipelines.media.fragments import split_fragment
 from loomvideo.pipelines.prepare.config import PrepareConfig
 from loomvideo.pipelines.prepare.estimate import planned_bytes
 from loomvideo.pipelines.prepare.input_cache import cache_name, cached, keep
@@ -24,6 +26,8 @@ from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.plan import digest_unordered
 from loomvideo.platform.shards.storage import Storage
 from loomvideo.platform.shards.takedown import identities, tombstones
+
+logger = logging.getLogger(__name__)
 
 SAMPLE_SCHEMA = pa.schema(
     [
@@ -41,6 +45,8 @@ SAMPLE_SCHEMA = pa.schema(
 _BATCH_ROWS = 16_384
 # Files that samples share, such as sources, come again soon; all of them would be a table of their own.
 _KNOWN_FILES = 65_536
+# Fewer parts of films are no reason to speak of cutting them.
+_MANY_PARTS = 100
 
 
 class Inputs:
@@ -86,19 +92,34 @@ class InputTable:
 
     Args:
         config: The configuration of the job, for splits, sizes and the files' folder.
+
+    Attributes:
+        parts: Media paths that name a part of a file.
     """
 
     def __init__(self, config: PrepareConfig):
         self.config, self.base, self.model = config, base_folder(config.input), model_size(config.model)
         self._batches: list[pa.RecordBatch] = []
         self._rows: list[tuple] = []
+        self.parts = 0
+        self._films: set[int] = set()
         self._stamp = functools.lru_cache(_KNOWN_FILES)(lambda path: media_stamp(resolve(path, self.base)))
 
     def __len__(self) -> int:
         return len(self._batches) * _BATCH_ROWS + len(self._rows)
 
+    @property
+    def films(self) -> int:
+        """Files of which parts are named."""
+        return len(self._films)
+
     def add(self, sample: Sample, assessed: dict[str, Any] | None = None) -> None:
         """Append a sample, with what curation found of it."""
+        for path in media_paths(sample):
+            file, part = split_fragment(path)
+            if part is not None:
+                self.parts += 1
+                self._films.add(hash(file))
         self._rows.append(
             (
                 sample.key,
@@ -204,6 +225,12 @@ def _read(config: PrepareConfig, removed: set[str]) -> Inputs:
             continue
         rows[sample.key] = len(collected)
         collected.add(sample)
+    if collected.parts > _MANY_PARTS and collected.parts > 2 * collected.films:
+        logger.warning(
+            "input=%s: %d media paths name parts of %d films, and every stage reads the whole film for each; "
+            "`loomvideo data cut input=%s output=…` reads each once and writes clips and a sample file for `prepare`",
+            config.input, collected.parts, collected.films, config.input,
+        )  # fmt: skip
     if not rows and not taken_down:
         first = f"; first: {losses[0].message}" if losses else ""
         raise UserError(f"input={config.input}: no valid sample in it{first}")

@@ -21,6 +21,9 @@ from loomvideo.platform.errors import UserError, how_to_add
 
 # What TransNetV2 looks at; enough for the adaptive detector too.
 WIDTH, HEIGHT = 48, 27
+# A film is looked at in pieces of a minute; a detector sees this many frames before and after each, more than it uses.
+PIECE_FRAMES = 1500
+CONTEXT_FRAMES = 100
 
 
 class ShotDetector(Protocol):
@@ -99,26 +102,80 @@ class SceneDetector:
         return sorted({timecode.frame_num for timecode in found})
 
 
-def shot_thumbnails(chunks: Iterable[np.ndarray]) -> np.ndarray:
-    """Thumbnails uint8 [frames, 27, 48, 3] of a whole video, chunk by chunk."""
-    size = (WIDTH, HEIGHT)
-    return np.stack([cv2.resize(f, size, interpolation=cv2.INTER_AREA) for chunk in chunks for f in chunk])
+def thumbnail(frame: np.ndarray) -> np.ndarray:
+    """What a detector is shown of a frame, uint8 [27, 48, 3]."""
+    return cv2.resize(frame, (WIDTH, HEIGHT), interpolation=cv2.INTER_AREA)
 
 
-def shots(boundaries: list[int], num_frames: int, fps: float, options: ShotOptions) -> list[range]:
-    """Ranges of frames to keep: margins off, short shots out, long ones cut into equal parts."""
-    edges = [0, *boundaries, num_frames]
-    kept = []
-    for first, end in itertools.pairwise(edges):
-        first += options.margin_frames if first > 0 else 0
-        end -= options.margin_frames if end < num_frames else 0
+class ShotCutter:
+    """Finds the shots of a film while it passes, piece by piece, so that its length costs no memory.
+
+    A shot that is open for more than four times ``max_duration_s`` is cut as it comes instead of into equal parts.
+
+    Args:
+        detector: Finds boundaries in a piece.
+        fps: Frames a second of the film.
+        options: Which shots are kept.
+
+    Attributes:
+        open_since: First frame that a shot yet to be returned may have.
+    """
+
+    def __init__(self, detector: ShotDetector, fps: float, options: ShotOptions):
+        self._detector, self._fps, self._options = detector, fps, options
+        self._thumbnails: list[np.ndarray] = []
+        self._offset = 0
+        self._settled = 0
+        self._after_cut = False
+        self.open_since = 0
+
+    def add(self, thumbnails: Iterable[np.ndarray]) -> list[range]:
+        """Take the next frames; returns the parts of shots that are known to have ended."""
+        self._thumbnails += thumbnails
+        if len(self._thumbnails) < PIECE_FRAMES + 2 * CONTEXT_FRAMES:
+            return []
+        known = self._offset + len(self._thumbnails) - CONTEXT_FRAMES
+        found = self._settle(known)
+        dropped = max(known - CONTEXT_FRAMES - self._offset, 0)
+        del self._thumbnails[:dropped]
+        self._offset += dropped
+        longest = round(4 * self._options.max_duration_s * self._fps)
+        while longest and known - self.open_since > longest:
+            end = self.open_since + longest // 4
+            first = self.open_since + (self._options.margin_frames if self._after_cut else 0)
+            found.append(range(first, end))
+            self.open_since, self._after_cut = end, False
+        return found
+
+    def finish(self) -> list[range]:
+        """The parts of the last shots."""
+        num_frames = self._offset + len(self._thumbnails)
+        if not num_frames:
+            return []
+        found = self._settle(num_frames)
+        return found + self._parts(num_frames, ends_film=True)
+
+    def _settle(self, known: int) -> list[range]:
+        boundaries = self._detector.boundaries(np.stack(self._thumbnails), self._fps)
+        found = []
+        for boundary in sorted(boundary + self._offset for boundary in boundaries):
+            if max(self._settled, self.open_since + 1) <= boundary < known:
+                found += self._parts(boundary, ends_film=False)
+                self.open_since, self._after_cut = boundary, True
+        self._settled = known
+        return found
+
+    def _parts(self, end: int, ends_film: bool) -> list[range]:
+        """The open shot up to a frame: margins off, left out when short, cut into equal parts when long."""
+        options = self._options
+        first = self.open_since + (options.margin_frames if self._after_cut else 0)
+        end -= 0 if ends_film else options.margin_frames
         length = end - first
-        if length < max(1, options.min_duration_s * fps):
-            continue
-        parts = max(1, math.ceil(length / (options.max_duration_s * fps))) if options.max_duration_s else 1
+        if length < max(1, options.min_duration_s * self._fps):
+            return []
+        parts = max(1, math.ceil(length / (options.max_duration_s * self._fps))) if options.max_duration_s else 1
         cuts = [first + round(length * part / parts) for part in range(parts + 1)]
-        kept += [range(a, b) for a, b in itertools.pairwise(cuts)]
-    return kept
+        return [range(a, b) for a, b in itertools.pairwise(cuts)]
 
 
 def shot_samples(sample: Sample, kept: list[range], num_frames: int) -> list[Sample]:

@@ -285,7 +285,7 @@ def film() -> tuple[np.ndarray, list[int]]:
     """Three shots of 16, 18 and 16 frames as a detector sees them."""
     parts = [fashion_clip(0, "beach", "red", 16), fashion_clip(5, "night city", "yellow", 18),
              fashion_clip(2, "forest", "purple", 16)]  # fmt: skip
-    return shots.shot_thumbnails(parts), [16, 34]
+    return np.stack([shots.thumbnail(frame) for part in parts for frame in part]), [16, 34]
 
 
 @pytest.mark.parametrize("detector", ["transnet", "scenedetect"])
@@ -299,11 +299,39 @@ def test_shots_are_found(film, detector):
     assert np.array_equal(np.random.get_state()[1], before)
 
 
+class Boundaries:
+    """A detector that sees a new shot where a thumbnail's first value is 1."""
+
+    def boundaries(self, thumbnails: np.ndarray, fps: float) -> list[int]:
+        return np.flatnonzero(thumbnails[:, 0, 0, 0]).tolist()
+
+
+def cut_at(boundaries: list[int], num_frames: int, options: ShotOptions, piece: int = 10**6) -> list[range]:
+    thumbnails = np.zeros((num_frames, 1, 1, 3), np.uint8)
+    thumbnails[boundaries] = 1
+    cutter = shots.ShotCutter(Boundaries(), 24.0, options)
+    kept = []
+    for start in range(0, num_frames, piece):
+        kept += cutter.add(list(thumbnails[start : start + piece]))
+    return kept + cutter.finish()
+
+
 def test_margins_short_and_long_shots():
     options = ShotOptions(min_duration_s=1.0, max_duration_s=4.0, margin_frames=2)
-    kept = shots.shots([10, 60], 260, 24.0, options)
-    assert kept == [range(12, 58), range(62, 128), range(128, 194), range(194, 260)]
-    assert shots.shots([], 48, 24.0, options) == [range(48)]
+    assert cut_at([10, 60], 260, options) == [range(12, 58), range(62, 128), range(128, 194), range(194, 260)]
+    assert cut_at([], 48, options) == [range(48)]
+
+
+def test_a_film_in_pieces_has_the_shots_of_the_whole():
+    boundaries = list(range(70, 9000, 171))
+    options = ShotOptions(min_duration_s=1.0, max_duration_s=4.0)
+    whole = cut_at(boundaries, 9000, options)
+    assert len(whole) == 106
+    assert cut_at(boundaries, 9000, options, piece=250) == whole
+    # Of a shot without an end only so much is waited for.
+    endless = cut_at([30], 9000, options, piece=250)
+    assert endless[:2] == [range(32, 126), range(126, 222)]
+    assert max(map(len, endless)) <= 96
 
 
 def test_shots_become_samples_of_one_group():

@@ -1,0 +1,1 @@
+"""Cutting films into clips once, so that every later stage reads short files."""
