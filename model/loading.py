@@ -23,6 +23,7 @@ from loomvideo.model.sizes import PIPELINE_FILE, ModelSize, model_size, stated_s
 from loomvideo.model.stored_weights import open_checkpoint
 from loomvideo.model.weights import load_dit
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.folders import absolute
 from loomvideo.platform.nodes.devices import check_device, device_of
 
 AUTO = "auto"
@@ -83,6 +84,20 @@ class ModelSource:
         if self.compile and self.memory not in (AUTO, "resident"):
             raise UserError(f"compile=true: blocks would be compiled at every load; use it with memory=resident, "
                             f"not {self.memory}")  # fmt: skip
+
+    def absolute(self) -> "ModelSource":
+        """The same for processes in other folders."""
+        lora = []
+        for choice in self.lora:
+            path, _ = parse_choice(choice)
+            lora.append(absolute(path) + choice[len(path) :])
+        return dataclasses.replace(
+            self,
+            weights=absolute(self.weights),
+            codec_folder=absolute(self.codec_folder),
+            mllm_folder=absolute(self.mllm_folder),
+            lora=tuple(lora),
+        )
 
     @property
     def size(self) -> ModelSize:

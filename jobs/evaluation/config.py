@@ -134,7 +134,9 @@ class EvaluateConfig:
     seed: int = option(0, "base of the samples' seeds")
     identity: bool = option(True, "also measure the source copied, as a baseline")
     controls: bool = option(False, "also make edits with another instruction and without their source, as controls")
-    learned: list[str] = option([], "metrics with weights: clip, dino (and KID), fvd, lpips, nsfw, pyiqa-NAME")
+    learned: list[str] = option(
+        [], "metrics with weights: clip, dino and lite (with KID), fvd, lpips, stlpips, nsfw, pyiqa-NAME"
+    )
     learned_actors: int = option(1, "actors that keep the networks of learned metrics")
     learned_gpus: float = option(0.0, "GPUs of each of them")
     learned_cpus: float = option(1.0, "CPUs of each of them")

@@ -82,7 +82,7 @@ def find_checkpoint(config: EvaluateConfig) -> EvaluatedModel:
             # Looked at where it runs, which may be another machine than this one.
             device="cuda" if g.gpus else "cpu",
             lora=tuple(g.lora),
-        ),
+        ).absolute(),
         SamplerSettings(g.steps, g.scale, g.generate_scale, g.visual_scale, g.negative_prompt, g.prompts),
     )
     fingerprint = model_fingerprint(options)

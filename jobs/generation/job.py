@@ -13,6 +13,7 @@ from loomvideo.pipelines.generation.requests import Request, read_requests
 from loomvideo.pipelines.generation.shortcut_error import ShortcutError, measure_shortcuts, num_runs
 from loomvideo.platform.console import bars, console, table
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.folders import absolute
 from loomvideo.platform.nodes.devices import device_of
 
 
@@ -134,7 +135,9 @@ def _run_on_ray(config: GenerateConfig, requests: list[Request], refused: list[s
         print(message)
     with ray_session(), bars() as bar:
         task = bar.add_task("generating", total=len(requests))
-        for request, (outcome, message) in generate_all(config, requests):
+        elsewhere = [_absolute_request(request) for request in requests]
+        made = generate_all(_absolute_config(config), elsewhere)
+        for request, (_, (outcome, message)) in zip(requests, made, strict=True):
             outcomes[outcome].append(request.out)
             if message:
                 messages.append(message)
@@ -148,3 +151,15 @@ def _run_on_ray(config: GenerateConfig, requests: list[Request], refused: list[s
         raise UserError(messages[0])
     if messages:
         raise UserError(f"{len(messages)} of {num_requests} requests failed; fix them and run the same line again")
+
+
+def _absolute_config(config: GenerateConfig) -> GenerateConfig:
+    """The same configuration for actors, which may run in another folder."""
+    source = model_source(config).absolute()
+    folders = {"codec_folder": source.codec_folder, "mllm_folder": source.mllm_folder, "lora": list(source.lora)}
+    return dataclasses.replace(config, checkpoint=source.weights, model=source.model, **folders)
+
+
+def _absolute_request(request: Request) -> Request:
+    refs = [absolute(path) for path in request.refs]
+    return dataclasses.replace(request, out=absolute(request.out), source=absolute(request.source), refs=refs)

@@ -36,7 +36,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def set_distances(store: Store, rows: Sequence[Row], units: Sequence[str]) -> dict[str, tuple[float, float, float]]:
-    """Distances with 95 % intervals by metric: ``kid_dino``, ``kvd`` and ``fvd``.
+    """Distances with 95 % intervals by metric: ``kid_dino``, ``kid_lite``, ``kvd`` and ``fvd``.
 
     Intervals resample sources with all that is made from them; a Fréchet distance has none (NaN), as resampling with
     ties inflates it.
@@ -49,7 +49,8 @@ def set_distances(store: Store, rows: Sequence[Row], units: Sequence[str]) -> di
     found: dict[str, tuple[float, float, float]] = {}
     chosen = [(row, unit) for row, unit in zip(rows, units, strict=True) if row.get("features")]
     loaded = [dict(np.load(store.entry("metrics", row["features"]) / FEATURES_FILE)) for row, _ in chosen]
-    for network, kernel_name, frechet_name in (("dino", "kid_dino", None), ("i3d", "kvd", "fvd")):
+    networks = (("dino", "kid_dino", None), ("lite", "kid_lite", None), ("i3d", "kvd", "fvd"))
+    for network, kernel_name, frechet_name in networks:
         pairs = [
             (features[f"result/{network}"], features[f"target/{network}"], unit)
             for features, (_, unit) in zip(loaded, chosen, strict=True)

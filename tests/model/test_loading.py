@@ -53,3 +53,12 @@ def test_evaluation_computes_with_the_kernels_it_is_told(weights):
 def test_a_folder_that_does_not_say_its_size(weights):
     with pytest.raises(UserError, match="name its size with model="):
         load_pipeline(ModelSource(str(weights)))
+
+
+def test_a_source_for_other_folders_names_every_file_from_the_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    near = ModelSource("weights", codec_folder="vae", mllm_folder="", lora=("a.safetensors:0.5", "b.safetensors"))
+    far = near.absolute()
+    assert (far.weights, far.codec_folder, far.mllm_folder) == (f"{tmp_path}/weights", f"{tmp_path}/vae", "")
+    assert far.lora == (f"{tmp_path}/a.safetensors:0.5", f"{tmp_path}/b.safetensors")
+    assert far.absolute() == far

@@ -1,6 +1,5 @@
 """Evaluate, compare, gate and agreement as a person runs them, on made-up clips, reporting to a real MLflow store."""
 
-import contextlib
 import csv
 import json
 from pathlib import Path
@@ -9,7 +8,7 @@ import mlflow
 import numpy as np
 import pytest
 from fixtures.batch_server import BatchServer
-from fixtures.evaluation import run_local
+from fixtures.evaluation import without_ray
 from fixtures.mixed_folder import everything, reasons_of_files
 from mlflow.entities import AssessmentSource
 from mlflow.exceptions import MlflowException
@@ -59,12 +58,7 @@ def data(tmp_path_factory):
 @pytest.fixture
 def local(monkeypatch):
     """The same stages without a Ray cluster, which has a test of its own."""
-
-    def graph(rows, prepare, generate, normalise, measure, judge, resources):
-        return run_local(rows, [prepare, generate(), normalise, measure], judge() if judge else None)
-
-    monkeypatch.setattr(evaluate_job, "run_graph", graph)
-    monkeypatch.setattr(evaluate_job, "ray_session", lambda num_cpus: contextlib.nullcontext())
+    without_ray(monkeypatch)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 

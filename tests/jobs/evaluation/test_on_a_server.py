@@ -4,16 +4,23 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import mlflow
 import pytest
 import requests
+from fixtures.evaluation import without_ray
 from fixtures.mlflow_server import own_postgres, running_server
 from mlflow.entities import AssessmentSource
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from loomvideo.jobs.evaluation import compare as compare_job
+from loomvideo.jobs.evaluation import gate as gate_job
+from loomvideo.jobs.evaluation import job as evaluate_job
+from loomvideo.jobs.evaluation.config import EvaluateConfig
 from loomvideo.platform.cluster.mlflow_server import PASSWORD_FILE, USER
+from loomvideo.platform.config import load_config
 from loomvideo.platform.registry import MODEL_ID, default_uri
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -24,6 +31,9 @@ TRAINING = [
     "data.shards=[data/shards]", "training.steps=2", "training.pack.tokens=288", "training.log_every=1",
     "training.optimizer.warmup_steps=1", "evaluation.samples=data/sample/samples.jsonl", "evaluation.num_edits=2",
     "evaluation.num_generated=0", "evaluation.num_films=1", "evaluation.steps=1",
+]  # fmt: skip
+EVALUATION = [
+    "checkpoint=pretrain/t", "judge.kind=fake", "generation.steps=1", "judge.num_frames=2",
 ]  # fmt: skip
 REVIEWER, REVIEWERS_PASSWORD = "ann", "a-long-enough-password"
 
@@ -54,26 +64,37 @@ def loomvideo(server, folder):
     }
     environment.pop("MLFLOW_BACKEND_STORE_URI", None)
 
-    def run(*arguments, code=0):
+    def run(*arguments):
         command = [sys.executable, "-m", "loomvideo.jobs.cli", *arguments]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1500)
-        assert done.returncode == code, done.stdout[-4000:] + done.stderr[-4000:]
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
         return done.stdout + done.stderr
 
     return run
 
 
-def test_from_training_to_a_registered_model_and_what_people_say_of_it(server, folder, loomvideo, monkeypatch):
-    small = ("num_train=8", "num_heldout=6", "width=64", "height=64", "real=false", "workers=1")
+@pytest.fixture
+def local(monkeypatch):
+    """The same stages without a Ray cluster, which has a test of its own."""
+    without_ray(monkeypatch)
+
+
+def test_from_training_to_a_registered_model_and_what_people_say_of_it(
+    server, folder, loomvideo, local, monkeypatch, capsys
+):
+    small = ("num_train=12", "num_heldout=6", "width=64", "height=64", "real=false", "workers=1")
     loomvideo("data", "sample", *small)
     loomvideo("data", "prepare", "input=data/sample/samples.jsonl", "output=data/shards")
     loomvideo("pretrain", "run=t", *TRAINING)
-    evaluate = ("evaluate", "checkpoint=pretrain/t", "judge.kind=fake", "generation.steps=1", "judge.num_frames=2")
-    told = loomvideo(*evaluate, "run=first")
-    loomvideo(*evaluate, "run=second", "seed=1")
-
+    # The rest runs here, without Ray, which has tests of its own.
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", USER)
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", (server.folder / PASSWORD_FILE).read_text())
+    for name, seed in (("first", 0), ("second", 1)):
+        evaluate_job.run(load_config(EvaluateConfig, [f"run={name}", f"seed={seed}", *EVALUATION]))
+    capsys.readouterr()
+
     client = MlflowClient(tracking_uri=server.url)
 
     def run_of(job, name, *parts):
@@ -96,16 +117,18 @@ def test_from_training_to_a_registered_model_and_what_people_say_of_it(server, f
     assert "review.html" in {a.path for a in client.list_artifacts(suite.info.run_id)}
     assert list((server.folder / "artifacts").rglob("review.html"))
 
+    def gate(registered_model, **limits):
+        rule = gate_job.gate_rule("sample/gain_psnr_db", **limits)
+        return gate_job.run_gate("first", "second", rule, registered_model, "champion", Path("runs"), "")
+
     # A margin that nobody would set, for the model is an untrained one.
-    gate = ("gate", "--baseline", "first", "--candidate", "second", "--metric", "sample/gain_psnr_db")
-    told = loomvideo(*gate, "--margin", "60", "--registered-model", "loomvideo")
-    assert "registry: loomvideo@champion is now version 1" in told
+    assert gate("loomvideo", margin=60.0)
+    assert "registry: loomvideo@champion is now version 1" in capsys.readouterr().out
     version = client.get_model_version_by_alias("loomvideo", "champion")
     assert version.source == f"models:/{model_id}"
     assert version.status == "READY"
     assert run_of("evaluate", "second").data.tags["gate"] == "passed"
-    assert "failed: the registry" not in told
-    loomvideo(*gate, "--min-gain", "60", "--registered-model", "other", code=1)
+    assert not gate("other", min_gain=60.0)
     assert not client.search_registered_models("name = 'other'")
 
     traces = client.search_traces(locations=[suite.info.experiment_id], run_id=suite.info.run_id)
@@ -141,8 +164,8 @@ def test_from_training_to_a_registered_model_and_what_people_say_of_it(server, f
             as_reviewer.setenv("MLFLOW_TRACKING_PASSWORD", REVIEWERS_PASSWORD)
             for number, trace in enumerate(traces):
                 _say(trace, 1 + number % 5)
-    told = loomvideo("agreement", "second")
-    assert "judge against people" in told
+    compare_job.run_agreement("second", None, Path("runs"), 40, "")
+    assert "judge against people" in capsys.readouterr().out
     assert run_of("evaluate", "second").data.metrics["sample/human/num_items"] == len(traces)
 
 

@@ -287,17 +287,19 @@ def test_a_bad_line_of_a_batch_costs_itself(tmp_path):
         list(read_requests(batch))
 
 
-def test_a_batch_on_ray_is_resumed_and_ranks_make_the_same_file(folder, ray_cluster, capsys):
+def test_a_batch_on_ray_is_resumed_and_ranks_make_the_same_file(folder, ray_cluster, capsys, monkeypatch):
     lines = [
         {"task": "t2i", "prompt": "a red dress", "out": "ray/one.png"},
         {"task": "edit", "prompt": "make it blue", "out": "ray/two.mp4", "source": "clip with spaces é.mp4"},
     ]
     batch = folder / "ray.jsonl"
     batch.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run(config(folder, batch=str(batch), workers=2))
+    # Ray was started in another folder than the command.
+    monkeypatch.chdir(folder)
+    run(config(folder, checkpoint="weights", batch="ray.jsonl", workers=2))
     first = (folder / "ray/two.mp4").read_bytes()
     (folder / "ray/two.mp4").unlink()
-    run(config(folder, batch=str(batch), ranks=2))
+    run(config(folder, checkpoint="weights", batch="ray.jsonl", ranks=2))
     assert (folder / "ray/two.mp4").read_bytes() == first
     said = capsys.readouterr().out
     assert "2 done, 0 kept, 0 failed" in said

