@@ -71,6 +71,9 @@ class JudgeConfig:
     as_video: bool = option(False, "send the frames as a film at one a second instead of pictures")
     threads: int = option(8, "calls at once; of a local judge, samples in a batch")
     actors: int = option(1, "transformers: copies of the local judge")
+    engine: str = option(
+        "auto", "transformers: what runs the model: vllm, transformers, or auto: vllm with GPUs where it is installed"
+    )
     gpus: float = option(0.0, "transformers: GPUs of each copy")
     cpus: float = option(1.0, "transformers: CPUs of each copy")
     calls_per_minute: float = option(0.0, "pace of calls; 0 for none")
@@ -108,6 +111,10 @@ class JudgeConfig:
             raise UserError(f"judge.kind={self.kind}: set judge.model")
         if self.kind == "openai" and not self.base_url:
             raise UserError("judge.kind=openai: set judge.base_url")
+        if self.engine not in ("auto", "vllm", "transformers"):
+            raise UserError(f"judge.engine={self.engine}: use auto, vllm or transformers")
+        if self.engine == "vllm" and self.gpus < 1:
+            raise UserError(f"judge.engine=vllm: needs whole GPUs, set judge.gpus (now {self.gpus:g})")
         if self.batch and self.kind not in ("openai", "gemini"):
             raise UserError(f"judge.batch=true: only a provider has a batch interface, not judge.kind={self.kind}")
         if not 0 <= self.batch_price <= 1 or self.batch_poll_s <= 0 or self.max_attempts < 1:

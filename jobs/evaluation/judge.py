@@ -31,7 +31,9 @@ from loomvideo.pipelines.vlm.clients import GeminiClient, OpenAIClient, VLMClien
 from loomvideo.pipelines.vlm.local import QwenVLClient
 from loomvideo.pipelines.vlm.requests import FrameSampling, VLMRequest, encode_media, labelled
 from loomvideo.pipelines.vlm.session import AnswerCache, Budget, Pace, Prices, Session
+from loomvideo.pipelines.vlm.vllm_engine import VLLMClient, is_installed
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.folders import absolute
 
 SPENDING_FILE, BATCHES_FOLDER = "judge-spending.jsonl", "judge-batches"
 BuildJudge = Callable[[Path | None], JudgeStage]
@@ -185,7 +187,10 @@ def judge_client(config: EvaluateConfig) -> VLMClient:
     if j.kind == "fake":
         return PixelJudge()
     if j.kind == "transformers":
-        return QwenVLClient(j.model, j.max_tokens, "judge.model", temperature=temperature, batch=j.threads)
+        # Decided here, not in the actors: the engine is part of what answers are kept under.
+        if j.engine == "vllm" or (j.engine == "auto" and j.gpus >= 1 and is_installed()):
+            return VLLMClient(absolute(j.model), j.max_tokens, "judge.model", temperature, j.threads, j.gpus)
+        return QwenVLClient(absolute(j.model), j.max_tokens, "judge.model", temperature=temperature, batch=j.threads)
     if j.kind == "openai":
         client = OpenAIClient(
             j.base_url, j.model, j.api_key_env or "OPENAI_API_KEY", temperature, j.max_tokens, j.timeout_s, j.structured

@@ -314,7 +314,12 @@ def _retry_after(value: str | None) -> float | None:
 def _openai_parts(media: VLMMedia, film_part: str) -> list[dict[str, Any]]:
     if media.film is not None:
         return [{"type": film_part, film_part: {"url": _data_url("video/mp4", media.film)}}]
-    return [{"type": "image_url", "image_url": {"url": _data_url(media.mime, frame)}} for frame in media.frames]
+    return [picture_part(media.mime, frame) for frame in media.frames]
+
+
+def picture_part(mime: str, content: bytes) -> dict[str, Any]:
+    """A picture in a chat message of the OpenAI dialect."""
+    return {"type": "image_url", "image_url": {"url": _data_url(mime, content)}}
 
 
 def _gemini_parts(media: VLMMedia) -> list[dict[str, Any]]:
