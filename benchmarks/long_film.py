@@ -32,13 +32,14 @@ def make_film(path: Path, num_frames: int, num_shots: int, width: int, height: i
         stream = container.add_stream("libx264", rate=FPS)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"preset": "ultrafast", "crf": "28", "g": "250"}
-        shot = 0
+        shot, pixels = -1, None
         for number in range(num_frames):
-            if shot < len(cuts) and number == cuts[shot]:
+            if pixels is None or (shot < len(cuts) and number == cuts[shot]):
                 shot += 1
-            colour = np.random.default_rng(shot).uniform(0.3, 1.0, 3)
-            wave = 0.5 + 0.5 * np.sin((x * (1 + shot % 3) + y * (1 + shot % 5)) / 23 + number / 9 + shot)
-            pixels = (wave[..., None] * colour * 255).astype(np.uint8)
+                colour = np.random.default_rng(shot).uniform(0.3, 1.0, 3)
+                wave = 0.5 + 0.5 * np.sin((x * (1 + shot % 3) + y * (1 + shot % 5)) / 23 + shot)
+                pixels = (wave[..., None] * colour * 255).astype(np.uint8)
+            pixels = np.roll(pixels, 1, 1)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
         container.mux(stream.encode(None))
     return cuts
@@ -55,8 +56,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--shots", type=int, default=200)
-    parser.add_argument("--width", type=int, default=320)
-    parser.add_argument("--height", type=int, default=180)
+    parser.add_argument("--width", type=int, default=160)
+    parser.add_argument("--height", type=int, default=90)
     parser.add_argument("--detector", default="scenedetect", help="scenedetect, transnet, or off: the shots are named")
     options = parser.parse_args()
     num_frames = round(options.minutes * 60 * FPS)

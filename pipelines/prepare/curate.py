@@ -33,7 +33,7 @@ from loomvideo.platform.shards.plan import digest
 from loomvideo.platform.shards.storage import Storage
 
 # Raise when the same frames and options give other assessments.
-ASSESSMENT_VERSION = 2
+ASSESSMENT_VERSION = 3
 CURATION_FOLDER = "work/curation"
 # Frames of a clip that are looked at; of longer ones every second, third ...
 MAX_FRAMES = 240
@@ -52,6 +52,7 @@ class Measured:
         group: The group of the same.
         scores: The scores that the index gets.
         signature: Perceptual hashes of key frames, as integers.
+        colours: Mean colours of the target's parts, see :func:`~.curation.duplicates.colours`.
         content: Hash of the files.
         fps: The frame rate of the target's file.
         stride: 1 when every frame was looked at.
@@ -62,6 +63,7 @@ class Measured:
     group: str
     scores: dict[str, float]
     signature: tuple[int, ...]
+    colours: str
     content: str
     fps: float
     stride: int
@@ -81,6 +83,7 @@ class Assessment:
         scores: The scores that the index gets.
         identity: Hash of files and text.
         signature: Perceptual hashes of key frames, as integers.
+        colours: Mean colours of the target's parts.
     """
 
     sample: str
@@ -92,6 +95,7 @@ class Assessment:
     scores: dict[str, float] = dataclasses.field(default_factory=dict)
     identity: str = ""
     signature: tuple[int, ...] = ()
+    colours: str = ""
 
 
 class SampleAssessor:
@@ -169,6 +173,7 @@ class SampleAssessor:
             group=sample.group,
             scores=scores.values,
             signature=tuple(int(value) for value in scores.signature),
+            colours=scores.colours,
             content=digest(*hashes),
             fps=target.fps * target.stride,
             stride=stride,
@@ -247,6 +252,7 @@ def _assessment(sample: Sample, measured: Measured, options: StageOptions) -> As
         scores=measured.scores,
         identity=digest(sample.task, sample.text, measured.content),
         signature=measured.signature,
+        colours=measured.colours,
     )
 
 
@@ -268,6 +274,12 @@ def lost_by_curation(result: bytes) -> set[str]:
     return {stored_sample(j.sample).key for j in found if j.outcome == "quarantined" and j.reason in RETRIABLE}
 
 
+def _label(sample: Sample) -> tuple:
+    """What two samples must share besides their looks: an edit is its source and instruction too, not its caption."""
+    told = (sample.text, sample.source) if TASKS[sample.task].needs_source else ()
+    return (TASKS[sample.task].is_image, *told, *sample.references)
+
+
 def decide(found: list[Assessment], config: PrepareConfig) -> tuple[list[tuple[Sample, Assessment]], list[Outcome]]:
     """Who is kept, after duplicates over the whole input are out.
 
@@ -286,9 +298,8 @@ def decide(found: list[Assessment], config: PrepareConfig) -> tuple[list[tuple[S
             p: ("exact_duplicate", first) for p, first in exact_duplicates([j.identity for _, j in kept]).items()
         }
     if limits.perceptual:
-        labels = [(s.text, s.source) if TASKS[s.task].needs_source else (s.task, s.text) for s, _ in kept]
         signatures = [np.array(j.signature, np.uint64) for _, j in kept]
-        near = near_duplicates(signatures, labels, limits)
+        near = near_duplicates(signatures, [_label(s) for s, _ in kept], limits, [j.colours for _, j in kept])
         repeats = {p: ("near_duplicate", first) for p, first in near.items()} | repeats
     final = []
     for position, (sample, assessment) in enumerate(kept):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from loomvideo.model.tasks import TASKS
-from loomvideo.pipelines.prepare.curation.duplicates import signature
+from loomvideo.pipelines.prepare.curation.duplicates import colours, signature
 from loomvideo.pipelines.prepare.curation.options import StageOptions
 from loomvideo.pipelines.prepare.curation.pair_audit import pair_reasons, pair_scores
 from loomvideo.pipelines.prepare.curation.quality import clip_scores, quality_reasons
@@ -48,10 +48,11 @@ class Clip:
 
 @dataclass(frozen=True)
 class Scores:
-    """What frames say: numbers for the index, and hashes of key frames for the search of duplicates."""
+    """What frames say: numbers for the index, hashes of key frames and colours for the search of duplicates."""
 
     values: dict[str, float]
     signature: np.ndarray = field(compare=False)
+    colours: str = ""
 
 
 class Assessor:
@@ -87,7 +88,8 @@ class Assessor:
         if self.options.pairs.enabled and source is not None and TASKS[task].needs_source and use not in UNALIGNED_USES:
             lengths = (source.length_s, target.length_s)
             values |= pair_scores(source.frames, target.frames, source.fps, target.fps, lengths)
-        return Scores({name: round(float(value), 4) for name, value in values.items()}, signature(target.frames))
+        rounded = {name: round(float(value), 4) for name, value in values.items()}
+        return Scores(rounded, signature(target.frames), colours(target.frames))
 
 
 def reasons_of(values: dict[str, float], options: StageOptions) -> list[str]:

@@ -58,7 +58,10 @@ class DuplicateLimits:
     """When two samples are the same."""
 
     exact: bool = option(True, "drop samples whose files and text are byte for byte those of another")
-    perceptual: bool = option(False, "drop samples that look like another and have its text")
+    perceptual: bool = option(
+        False,
+        "drop what looks like another sample whatever its caption; edits only of one source and instruction",
+    )
     max_distance: int = option(6, "bits of 64 in which hashes of equal frames may differ, at most 7")
     min_votes: float = option(0.75, "share of key frames that must agree")
 
@@ -123,5 +126,5 @@ REASONS = {
     "unrelated": "source and target have nothing in common",
     "static_target": "the source moves and the target does not",
     "exact_duplicate": "the same files and text as another sample",
-    "near_duplicate": "looks like another sample and has its text",
+    "near_duplicate": "looks like another sample",
 }

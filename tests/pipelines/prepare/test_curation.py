@@ -276,6 +276,24 @@ def test_the_index_finds_every_pair_within_the_distance():
     assert found == {40 + i: i for i in range(40)}
 
 
+def test_many_of_one_clip_are_all_found_whatever_their_number():
+    """More than any bucket would take: every copy but the first, by chains where a bucket is longer than the window."""
+    random = np.random.default_rng(1)
+    signatures = [*random.integers(1, 2**63, (300, 8), dtype=np.uint64)]
+    clip = random.integers(1, 2**63, 8, dtype=np.uint64)
+    signatures += [clip ^ (np.uint64(1) << random.integers(0, 64, 8, dtype=np.uint64)) for _ in range(200)]
+    found = duplicates.near_duplicates(signatures, [0] * 500, DuplicateLimits())
+    assert found == dict.fromkeys(range(301, 500), 300)
+
+
+def test_the_same_coat_in_another_colour_is_no_duplicate():
+    red, blue = fashion_clip(0, "beach", "red"), fashion_clip(0, "beach", "blue")
+    copies = [red, noise(red, 4), blue, noise(blue, 4)]
+    signatures = [duplicates.signature(frames) for frames in copies]
+    shades = [duplicates.colours(frames) for frames in copies]
+    assert duplicates.near_duplicates(signatures, [0] * 4, DuplicateLimits(), shades) == {1: 0, 3: 2}
+
+
 def test_exact_duplicates_point_at_the_first():
     assert duplicates.exact_duplicates([("a", "x"), ("a", "y"), ("a", "x"), ("a", "x")]) == {2: 0, 3: 0}
 
