@@ -13,6 +13,7 @@ from loomvideo.platform.config import option
 from loomvideo.platform.console import console, table
 
 if TYPE_CHECKING:
+    from loomvideo.jobs.data.imports import ImportConfig
     from loomvideo.pipelines.captions.dataset import CaptionDatasetConfig
     from loomvideo.pipelines.clips.config import CutConfig
     from loomvideo.pipelines.prepare.config import PrepareConfig
@@ -32,6 +33,13 @@ def caption_schema() -> type:
     from loomvideo.pipelines.captions.dataset import CaptionDatasetConfig
 
     return CaptionDatasetConfig
+
+
+def import_schema() -> type:
+    """The schema of ``data import``, imported late as the above."""
+    from loomvideo.jobs.data.imports import ImportConfig
+
+    return ImportConfig
 
 
 def cut_schema() -> type:
@@ -61,6 +69,14 @@ def sample(config: SampleCommandConfig) -> None:
     for split, counts in summary.tasks.items():
         counted.add_row(split, *(str(counts.get(task, 0)) for task in tasks))
     console().print(counted)
+
+
+@config_command(app, "import", "data-import", import_schema)
+def import_(config: "ImportConfig") -> None:
+    """Show what is understood of a dataset, with ten samples, then write it as a sample file; asks what is unclear."""
+    from loomvideo.jobs.data.imports import run
+
+    run(config)
 
 
 @config_command(app, "prepare", "data-prepare", prepare_schema)

@@ -251,8 +251,13 @@ def _is_cut_at_shots(sample: Sample, config: CutConfig) -> bool:
     return config.shots.detector != "off" and sample.task == "t2v" and not sample.source and is_video(sample.target)
 
 
+def extracted_to(config: CutConfig) -> str:
+    """Where media out of tables go: workers on other nodes reach them too."""
+    return f"{absolute(config.output)}/extracted"
+
+
 def _samples(config: CutConfig) -> Iterator[Sample]:
-    for found in open_source(config.input, config.format, **config.source_options):
+    for found in open_source(config.input, config.format, extracted_to(config), **config.source_options):
         sample = found.unfinished if isinstance(found, Rejected) else found
         if sample is not None:
             yield sample
@@ -320,7 +325,7 @@ def _write(config: CutConfig, storage: Storage, rows: list[FilmRow]) -> Counter[
             ledger_out.write_table(pa.table([pa.array(c) for c in columns], schema=LEDGER_SCHEMA))
             ledger.clear()
 
-        for found in open_source(config.input, config.format, **config.source_options):
+        for found in open_source(config.input, config.format, extracted_to(config), **config.source_options):
             counts["inputs"] += 1
             sample = found.unfinished if isinstance(found, Rejected) and found.unfinished is not None else found
             if isinstance(sample, Rejected):

@@ -23,6 +23,7 @@ from loomvideo.pipelines.sources import Rejected, open_source
 from loomvideo.pipelines.sources.fields import without_spaces
 from loomvideo.pipelines.sources.samples import Sample, media_paths, stored_sample
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.folders import absolute
 from loomvideo.platform.shards.plan import digest_unordered
 from loomvideo.platform.shards.storage import Storage
 from loomvideo.platform.shards.takedown import identities, tombstones
@@ -205,7 +206,9 @@ def _read(config: PrepareConfig, removed: set[str]) -> Inputs:
     rows: dict[str, int] = {}
     losses: list[Outcome] = []
     taken_down = 0
-    for found in open_source(config.input, config.format, **config.source_options):
+    # Where workers on other nodes reach them too.
+    extracted = f"{absolute(config.output)}/work/extracted"
+    for found in open_source(config.input, config.format, extracted, **config.source_options):
         unfinished = isinstance(found, Rejected) and config.makes_texts and found.unfinished is not None
         item = found.unfinished if unfinished else found
         if isinstance(item, Rejected):

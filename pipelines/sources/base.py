@@ -239,18 +239,41 @@ def register(name: str, detect: Callable[[Place], bool]) -> Callable[[Reader], R
     return decorate
 
 
-def open_source(path: str, format: str = "auto", **options: Any) -> Iterator[Outcome]:
+def open_source(path: str, format: str = "auto", extract_to: str = "", **options: Any) -> Iterator[Outcome]:
     """Read a dataset as samples with absolute media paths, and what was rejected of it.
 
     Args:
         path: A file or folder, on disk or an fsspec URL.
         format: One of ``FORMATS``, or ``auto`` to tell it from the layout.
+        extract_to: Where pictures and videos go that lie inside tables and tars, unless the option ``extract`` says it;
+            a folder or URL that other nodes reach. Empty takes this machine's cache.
         options: The options of the format; ``encoding`` is one of every format.
 
     Raises:
         UserError: for an unknown format or option, or a layout the format does not have.
     """
-    encoding = str(options.pop("encoding", "") or "")
+    place, chosen = choose_format(path, format, str(options.pop("encoding", "") or ""))
+    for name in options:
+        if name not in chosen.options:
+            known = ", ".join([*chosen.options, "encoding"])
+            hint = _nearest(name, chosen.options)
+            raise UserError(f"source format {chosen.name}: unknown option {name!r}; its options: {known}{hint}")
+    if extract_to and "extract" in chosen.options and not options.get("extract"):
+        options["extract"] = extract_to
+    return chosen.read(place, **options)
+
+
+def choose_format(path: str, format: str = "auto", encoding: str = "") -> tuple[Place, Format]:
+    """What a path points at, and the format that reads it.
+
+    Args:
+        path: A file or folder, on disk or an fsspec URL.
+        format: One of ``FORMATS``, or ``auto``.
+        encoding: The encoding of texts that are neither UTF-8 nor UTF-16.
+
+    Raises:
+        UserError: for an unknown format, none that fits, or more than one.
+    """
     try:
         codecs.lookup(encoding or "utf-8")
     except LookupError as error:
@@ -259,19 +282,17 @@ def open_source(path: str, format: str = "auto", **options: Any) -> Iterator[Out
     chosen = _detect(place) if format == "auto" else FORMATS.get(format)
     if chosen is None:
         raise UserError(f"source format {format!r}: use one of {', '.join(sorted(FORMATS))}{_nearest(format, FORMATS)}")
-    for name in options:
-        if name not in chosen.options:
-            known = ", ".join([*chosen.options, "encoding"])
-            hint = _nearest(name, chosen.options)
-            raise UserError(f"source format {chosen.name}: unknown option {name!r}; its options: {known}{hint}")
-    return chosen.read(place, **options)
+    return place, chosen
 
 
 def _detect(place: Place) -> Format:
     # Every published table is also a table: the column map comes last.
-    for candidate in sorted(FORMATS.values(), key=lambda f: f.name == "table"):
-        if candidate.detect(place):
-            return candidate
+    found = [one for one in FORMATS.values() if one.name != "table" and one.detect(place)]
+    if len(found) > 1:
+        names = " and ".join(sorted(one.name for one in found))
+        raise UserError(f"source {place.name}: fits {names}; set format to the one that it is")
+    if found or FORMATS["table"].detect(place):
+        return found[0] if found else FORMATS["table"]
     names = [place.file] if place.file else place.root.names()
     sheet = next((name for name in names if name.lower().endswith(SPREADSHEETS)), None)
     if sheet is not None:

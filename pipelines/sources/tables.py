@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,9 +22,21 @@ from loomvideo.pipelines.sources.base import (
     build,
     register,
 )
-from loomvideo.pipelines.sources.rows import SUFFIXES, Entry, Row, as_list, plain_name, rows, shaped, table_files
+from loomvideo.pipelines.sources.rows import (
+    SUFFIXES,
+    TABLES,
+    Entry,
+    Row,
+    as_list,
+    plain_name,
+    rows,
+    shaped,
+    table_files,
+)
 from loomvideo.platform.errors import UserError, full_disk_named
 from loomvideo.platform.machine import cache_folder
+
+logger = logging.getLogger(__name__)
 
 FIELDS = (
     "key", "task", "target", "source", "references", "instruction", "caption", "licence", "group", "split",
@@ -32,7 +45,7 @@ FIELDS = (
 ALIASES = {
     "target": ("target", "target_path", "target_video_path", "target_image_path", "tgt_video", "edited_path",
                "edited_video", "edited_image", "target_image", "target_img", "output_images", "output_image",
-               "video_path", "file_path", "video", "path", "media_path", "image_path"),
+               "video_path", "file_path", "file_name", "video", "path", "media_path", "image_path"),
     "source": ("source", "source_path", "source_video_path", "source_image_path", "source_image", "source_img",
                "original_image", "input_images", "input_image", "src_video", "original_video", "control_path",
                "control_file_path", "reference_video"),
@@ -46,6 +59,8 @@ ALIASES = {
     "task": ("task",),
 }  # fmt: skip
 
+# Fields of which a wrong guess would teach the wrong thing.
+_ASKED = ("target", "source", "instruction", "caption")
 # Rows of JSON need not all have every column.
 _HEAD_ROWS = 20
 
@@ -140,6 +155,26 @@ class ColumnMap:
         if not self._column(row, "target"):
             raise UserError(f"{where}: which column is the target? set columns.target=…; columns: {have}")
 
+    def described(self, row: Row) -> list[tuple[str, str]]:
+        """``(field, what gives it)`` of every field that a row's columns give."""
+        given = ((field, self._column(row, field)) for field in FIELDS)
+        return [(field, ", ".join(c) if isinstance(c, list) else str(c)) for field, c in given if c is not None]
+
+    def unclear(self, entries: Sequence[Entry]) -> dict[str, list[str]]:
+        """Fields that no map names and that several known columns with other values could give."""
+        found: dict[str, list[str]] = {}
+        kept = [entry[1] for entry in entries if not isinstance(entry, Rejected)]
+        for field in set(_ASKED) - set(self.columns):
+            # Case and spaces apart, as columns are matched.
+            names = {name: _plain_name(name) for row in kept for name in row}
+            fitting = [name for alias in ALIASES[field] for name, plain in names.items() if plain == alias]
+            full = [name for name in fitting if any(not fields.is_missing(row.get(name)) for row in kept)]
+            if len({repr([row.get(name) for row in kept]) for name in full}) > 1 and any(
+                sum(not fields.is_missing(row.get(name)) for name in full) > 1 for row in kept
+            ):
+                found[field] = full
+        return found
+
     def value(self, row: Row, field: str) -> Any:
         """The field's value in a row, None when the map and the known names have no column for it."""
         column = self._column(row, field)
@@ -164,7 +199,7 @@ class ColumnMap:
         found = next((name for name in ALIASES[field] if name in row), None)
         if found is None:
             # Spreadsheets have `Video` and `Target Path`.
-            plain = {re.sub(r"[^a-z]+", "_", str(name).lower()).strip("_"): name for name in reversed(list(row))}
+            plain = {_plain_name(name): name for name in reversed(list(row))}
             found = next((plain[name] for name in ALIASES[field] if name in plain), None)
         return found
 
@@ -175,8 +210,24 @@ class ColumnMap:
         return row.get(column)
 
 
+def _plain_name(name: object) -> str:
+    return re.sub(r"[^a-z]+", "_", str(name).lower()).strip("_")
+
+
+# What Hugging Face calls the table beside the files of a folder of pictures or videos.
+_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+
+def tables_of(place: Place) -> list[str]:
+    """The table that was named; of a folder the one that describes its files, its tables, or those in ``data/``."""
+    if place.file:
+        return [place.file] if plain_name(place.file).endswith(SUFFIXES) else []
+    described = [name for name in _METADATA if place.root.has(name)]
+    return described[:1] or place.files(*TABLES) or place.files(*TABLES, folder="data")
+
+
 def _looks_like_table(place: Place) -> bool:
-    return bool(place.file) and plain_name(place.file).endswith(SUFFIXES)
+    return bool(tables_of(place))
 
 
 @register("table", _looks_like_table)
@@ -207,11 +258,16 @@ def read_table(
     """
     mapping = ColumnMap(columns or {})
     base = Root(media) if media else place.root
-    for file in table_files(place):
+    for file in tables_of(place) or table_files(place):
         name = dataset or Path(plain_name(file)).stem
         extractor = Extractor(extract or default_extract_folder(name))
         entries = rows(place, file, name)
         head = list(itertools.islice(entries, _HEAD_ROWS))
+        for field, found in mapping.unclear(head).items():
+            logger.warning(
+                "%s: columns %s could all be the %s; taken: %s; set source_options.columns.%s=…",
+                place.root.path(file), ", ".join(found), field, found[0], field,
+            )  # fmt: skip
         try:
             mapping.check(head, place.root.path(file))
         except UserError as error:
