@@ -33,11 +33,13 @@ from loomvideo.platform.shards.plan import digest
 from loomvideo.platform.shards.storage import Storage
 
 # Raise when the same frames and options give other assessments.
-ASSESSMENT_VERSION = 3
+ASSESSMENT_VERSION = 4
 CURATION_FOLDER = "work/curation"
 # Frames of a clip that are looked at; of longer ones every second, third ...
 MAX_FRAMES = 240
 LONGER_SIDE = 320
+# Frames a second that rounding may make of one rate.
+_ONE_RATE = 0.05
 # Pairs would fall out of step, and references belong to the whole clip.
 TASKS_CUT_INTO_SHOTS = ("t2v",)
 
@@ -213,7 +215,9 @@ class SampleAssessor:
                     full.append(frame.copy())
                 frames.append(cv2.resize(frame, size, interpolation=cv2.INTER_AREA))
         rate = (info.fps or fps) / stride
-        return Clip(np.stack(frames), rate, info.width, info.height, text_frames=full, stride=stride)
+        return Clip(
+            np.stack(frames), rate, info.width, info.height, text_frames=full, stride=stride, num_frames=info.num_frames
+        )
 
 
 def scoring_options(options: StageOptions) -> dict[str, Any]:
@@ -237,8 +241,13 @@ def _assessment(sample: Sample, measured: Measured, options: StageOptions) -> As
     part = dataclasses.replace(sample, key=measured.key, target=measured.target, group=measured.group)
     reasons = reasons_of(measured.scores, options)
     dropping = [reason for reason in reasons if drops([reason], options)]
-    # A shift is known to the frame only when every frame was looked at.
-    if "temporal_offset" in dropping and options.pairs.realign and measured.stride == 1:
+    # A shift is known to the frame only when every frame was looked at, and frames of both mean the same.
+    if (
+        "temporal_offset" in dropping
+        and options.pairs.realign
+        and measured.stride == 1
+        and _counts_alike(part, measured)
+    ):
         source, target = in_step_paths(part.source, part.target, measured.scores, measured.fps)
         part = dataclasses.replace(part, source=source, target=target)
         dropping.remove("temporal_offset")
@@ -254,6 +263,12 @@ def _assessment(sample: Sample, measured: Measured, options: StageOptions) -> As
         signature=measured.signature,
         colours=measured.colours,
     )
+
+
+def _counts_alike(part: Sample, measured: Measured) -> bool:
+    if measured.scores.get("pair_by_frame"):
+        return "#t=" not in part.target + str(part.source)
+    return measured.scores.get("pair_fps_difference", 0.0) < _ONE_RATE
 
 
 def assess_recipe(config: PrepareConfig) -> tuple[object, ...]:

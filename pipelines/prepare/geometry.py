@@ -8,7 +8,7 @@ from loomvideo.model.buckets import choose_bucket
 from loomvideo.model.codec import LatentGrid
 from loomvideo.model.tasks import TASKS
 from loomvideo.pipelines.media.decode import MediaInfo
-from loomvideo.pipelines.media.windows import picture_window, window_indices
+from loomvideo.pipelines.media.windows import in_step, picture_window, window_indices
 from loomvideo.pipelines.prepare.config import ClipOptions
 from loomvideo.pipelines.sources.samples import Sample
 from loomvideo.platform.shards.plan import digest
@@ -62,7 +62,8 @@ def plan_clips(
 ) -> Clips:
     """Choose bucket and windows; source and target share both.
 
-    Source and target of unequal length are cut to the shorter, of unequal size brought to the smaller.
+    Source and target of unequal length are cut to the shorter, of unequal size brought to the smaller, of unequal rate
+    brought in step (:func:`~loomvideo.pipelines.media.windows.in_step`).
 
     Raises:
         Filtered: if a video sample has too few frames.
@@ -90,12 +91,12 @@ def plan_clips(
 def _windows(
     key: str, media: list[MediaInfo], options: ClipOptions, seed: int, grid: LatentGrid
 ) -> list[tuple[float, list[tuple[int, ...]]]]:
-    total = min(info.num_frames for info in media)
+    counted = in_step(media)
     windows, seen = [], set()
     for window in range(options.windows):
         # One draw in each of equal parts of the file: spread out, yet not always at the same place.
         start = (window + _uniform(seed, key, window)) / options.windows
-        indices = [window_indices(info, options.num_frames, start, grid, options.fps, total) for info in media]
+        indices = [window_indices(info, options.num_frames, start, grid, options.fps, total) for info, total in counted]
         length = grid.whole_frames(min(map(len, indices)))
         cut = [part[:length] for part in indices]
         if cut[0] not in seen:

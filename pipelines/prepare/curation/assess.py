@@ -30,6 +30,7 @@ class Clip:
         duration_s: The duration of the file; default: of the frames.
         text_frames: Frames in full size in which text is looked for; default: some of ``frames``.
         stride: Distance of ``frames`` in the file.
+        num_frames: Frames in the file; default: as many as ``frames``.
     """
 
     frames: np.ndarray
@@ -39,6 +40,7 @@ class Clip:
     duration_s: float = 0.0
     text_frames: list[np.ndarray] = field(default_factory=list)
     stride: int = 1
+    num_frames: int = 0
 
     @property
     def length_s(self) -> float:
@@ -87,7 +89,8 @@ class Assessor:
             values["text_share"] = self._text.share(looked_at)
         if self.options.pairs.enabled and source is not None and TASKS[task].needs_source and use not in UNALIGNED_USES:
             lengths = (source.length_s, target.length_s)
-            values |= pair_scores(source.frames, target.frames, source.fps, target.fps, lengths)
+            files = tuple((c.num_frames or len(c.frames), c.fps * c.stride) for c in (source, target))
+            values |= pair_scores(source.frames, target.frames, source.fps, target.fps, lengths, files)
         rounded = {name: round(float(value), 4) for name, value in values.items()}
         return Scores(rounded, signature(target.frames), colours(target.frames))
 

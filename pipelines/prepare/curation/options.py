@@ -43,7 +43,9 @@ class PairLimits:
     """What source and target of an edit must have in common."""
 
     enabled: bool = option(True, "audit source/target pairs")
-    max_fps_difference: float = option(0.5, "frames a second")
+    max_fps_difference: float = option(
+        0.5, "frames a second, of pairs of which neither frames nor seconds agree; others are brought in step"
+    )
     max_length_difference: float = option(0.1, "difference of durations as a share of the longer one")
     max_offset_frames: int = option(1, "shift in time that is accepted")
     realign: bool = option(True, "leave out the start of whichever side is early, instead of dropping a shifted pair")
@@ -118,7 +120,7 @@ REASONS = {
     "overexposed": "brighter than quality.max_brightness",
     "flat": "less contrast than quality.min_contrast",
     "text_overlay": "more text than text.max_share",
-    "fps_mismatch": "source and target have different frame rates",
+    "fps_mismatch": "source and target have different frame rates, and neither their frames nor their seconds agree",
     "length_mismatch": "source and target have different durations",
     "temporal_offset": "source and target are shifted in time",
     "one_sided_cut": "a cut in source or target that the other does not have",

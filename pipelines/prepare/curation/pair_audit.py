@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 
 from loomvideo.pipelines.media.fragments import Fragment, split_fragment, with_fragment
+from loomvideo.pipelines.media.windows import same_frames
 from loomvideo.pipelines.prepare.curation.options import PairLimits
 from loomvideo.pipelines.prepare.curation.quality import block_means, motion
 
@@ -30,6 +31,7 @@ def pair_scores(
     source_fps: float,
     target_fps: float,
     durations_s: tuple[float, float] | None = None,
+    files: tuple[tuple[int, float], tuple[int, float]] | None = None,
 ) -> dict[str, float]:
     """Compare two clips, or two pictures (one frame each).
 
@@ -39,9 +41,12 @@ def pair_scores(
         source_fps: Frames a second.
         target_fps: Frames a second.
         durations_s: The durations of the files, when the frames are a part of them.
+        files: Numbers of frames and rates of the files, likewise.
 
     Returns:
-        Of clips: ``pair_fps_difference``; ``pair_length_difference`` (share of the longer); ``pair_offset_frames``
+        Of clips: ``pair_fps_difference``; ``pair_by_frame`` (1 where both hold the same frames under different rates:
+        they are compared, as they are encoded, frame by frame); ``pair_length_difference`` (share of the longer);
+        ``pair_offset_frames``
         (positive: the target is late; 0 unless it is clear); ``pair_offset_gain``; ``pair_cuts_source``,
         ``pair_cuts_target``, ``pair_one_sided_cuts``; ``pair_motion_source``, ``pair_motion_ratio``. Of both:
         ``pair_mirrored``, ``pair_change`` (levels, in the part that changes most), ``pair_change_share`` (of the
@@ -53,6 +58,11 @@ def pair_scores(
     if clips:
         lengths = durations_s or (len(source) / source_fps, len(target) / target_fps)
         scores["pair_fps_difference"] = abs(source_fps - target_fps)
+        counts, rates = zip(*(files or ((len(source), source_fps), (len(target), target_fps))), strict=True)
+        if same_frames(counts, rates):
+            scores["pair_by_frame"] = 1.0
+            lengths = (lengths[0], lengths[0] * counts[1] / counts[0])
+            target_fps *= rates[0] / rates[1]
         scores["pair_length_difference"] = abs(lengths[0] - lengths[1]) / max(lengths)
         colours_b = _at_rate(colours_b, target_fps, source_fps)
     a, b = _luma(colours_a), _luma(colours_b)
@@ -95,8 +105,11 @@ def pair_reasons(scores: dict[str, float], limits: PairLimits) -> list[str]:
         if (low and value < low) or (high and value > high):
             reasons.append(reason)
 
-    check("fps_mismatch", "pair_fps_difference", high=limits.max_fps_difference)
     check("length_mismatch", "pair_length_difference", high=limits.max_length_difference)
+    # Rates are brought in step where frames or seconds agree; where neither does, nobody knows which were meant.
+    if "length_mismatch" in reasons or not limits.realign:
+        check("fps_mismatch", "pair_fps_difference", high=limits.max_fps_difference)
+    reasons.sort(key=lambda reason: reason != "fps_mismatch")
     check("temporal_offset", "pair_offset_frames", high=limits.max_offset_frames)
     check("one_sided_cut", "pair_one_sided_cuts", high=limits.max_one_sided_cuts)
     if scores.get("pair_motion_source", 0.0) > MOVES:
