@@ -154,14 +154,25 @@ def plan(
 def verify(
     folder: DatasetFolder,
     samples: Annotated[int, typer.Option(help="samples to make again from their files and compare")] = 0,
+    workers: Annotated[
+        int, typer.Option(help="workers at most that read tars on the Ray cluster; 0: this process reads them all")
+    ] = 0,
 ) -> None:
     """Check checksums, offsets, shapes and accounts; exit code 1 when something is wrong."""
+    from loomvideo.pipelines.prepare.pools import Pool
     from loomvideo.pipelines.prepare.quarantine import saved_config
-    from loomvideo.pipelines.prepare.verify import Problem, verify, verify_content
+    from loomvideo.pipelines.prepare.verify import Problem, verify, verify_content, verify_on_actors
+    from loomvideo.platform.folders import absolute
     from loomvideo.platform.shards.reader import ShardDataset
 
     dataset = ShardDataset.open(folder)
-    found = list(verify(dataset))
+    if workers:
+        from loomvideo.platform.ray_session import ray_session
+
+        with ray_session():
+            found = list(verify_on_actors(dataset, absolute(folder), Pool(workers, 1.0)))
+    else:
+        found = list(verify(dataset))
     if samples and not found:
         for line in verify_content(dataset, saved_config(folder), samples):
             if isinstance(line, Problem):
@@ -192,9 +203,11 @@ def remove(
     source: Annotated[list[str], typer.Option(help="key, group, media path, source_id or sku; repeatable")],
 ) -> None:
     """Take samples down: hidden at once and left out by later prepares; `data compact` rewrites their tars."""
+    from loomvideo.pipelines.prepare.identities import planned_identities
+    from loomvideo.platform.shards.storage import Storage
     from loomvideo.platform.shards.takedown import remove
 
-    keys = remove(folder, source)
+    keys = remove(folder, source, planned_identities(Storage(folder)))
     print(f"{folder}: removed {len(keys)} samples: {', '.join(keys[:10])}{' …' if len(keys) > 10 else ''}")
 
 

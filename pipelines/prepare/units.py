@@ -299,9 +299,16 @@ def kept_plan(storage: Storage, stage: str, columns: list[str]) -> pa.Table | No
     if not storage.exists(_plan_list(stage)):
         return None
     schema = pa.schema([_PLAN_SCHEMA.field(name) for name in columns])
-    files = [f"{PLAN_FOLDER}/{name}" for name in json.loads(storage.read_bytes(_plan_list(stage)))]
+    files = planned_files(storage, stage)
     tables = [pq.read_table(pa.BufferReader(data), columns=columns) for data in storage.read_many(files)]
     return pa.concat_tables(tables) if tables else schema.empty_table()
+
+
+def planned_files(storage: Storage, stage: str) -> list[str]:
+    """The files of the plan that a stage wrote last."""
+    if not storage.exists(_plan_list(stage)):
+        return []
+    return [f"{PLAN_FOLDER}/{name}" for name in json.loads(storage.read_bytes(_plan_list(stage)))]
 
 
 def read_planned(storage: Storage, row: WorkRow) -> list[PlannedRow]:

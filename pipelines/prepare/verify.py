@@ -1,6 +1,7 @@
 """Is a dataset what its manifest says? Checksums, offsets, shapes, and a few samples made again from their files."""
 
 import hashlib
+import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from loomvideo.model.sizes import model_size, with_folders
 from loomvideo.pipelines.media.files import base_folder
 from loomvideo.pipelines.prepare.config import PrepareConfig
 from loomvideo.pipelines.prepare.encode import SampleEncoder, SampleLoader
+from loomvideo.pipelines.prepare.pools import Pool, map_on_actors
 from loomvideo.pipelines.sources.samples import Sample
 from loomvideo.platform.shards.layers import expanded
 from loomvideo.platform.shards.manifest import ShardEntry, check_counts, shard_path
@@ -33,8 +35,60 @@ class Problem:
     what: str
 
 
+class ShardVerifier:
+    """Checks one shard after another; a Ray actor.
+
+    Args:
+        url: The dataset folder.
+    """
+
+    def __init__(self, url: str):
+        self.dataset = ShardDataset.open(url)
+        self._grid = model_size(self.dataset.manifest.config["model"]).grid
+        self._shards = {shard.name: shard for shard in self.dataset.manifest.shards}
+        self._rows = _rows_by_shard(self.dataset)
+
+    def __call__(self, row: dict[str, str]) -> dict[str, str]:
+        """The problems of a shard, as JSON."""
+        name = row["shard"]
+        found = _verify_shard(self.dataset, self._shards[name], self._rows.get(name, []), self._grid)
+        return {"shard": name, "problems": json.dumps([[problem.where, problem.what] for problem in found])}
+
+
+def verify_on_actors(dataset: ShardDataset, url: str, pool: Pool) -> Iterator[Problem]:
+    """:func:`verify` with the tars read by a pool of actors; problems come in the order of the shards.
+
+    Args:
+        dataset: The dataset.
+        url: Its folder, as the actors reach it.
+        pool: How many actors, and what each reserves.
+    """
+    yield from _verify_index(dataset)
+    work = [{"shard": shard.name} for shard in dataset.manifest.shards]
+    found = {row["shard"]: row["problems"] for row in map_on_actors(ShardVerifier, (url,), work, pool)}
+    for row in work:
+        for where, what in json.loads(found[row["shard"]]):
+            yield Problem(where, what)
+
+
 def verify(dataset: ShardDataset) -> Iterator[Problem]:
     """Check everything that needs no raw file: each tar is read once."""
+    yield from _verify_index(dataset)
+    grid = model_size(dataset.manifest.config["model"]).grid
+    rows = _rows_by_shard(dataset)
+    for shard in dataset.manifest.shards:
+        yield from _verify_shard(dataset, shard, rows.get(shard.name, []), grid)
+
+
+def _rows_by_shard(dataset: ShardDataset) -> dict[str, list[int]]:
+    rows: dict[str, list[int]] = {}
+    for row, shard in enumerate(dataset.index.column("shard").to_pylist()):
+        rows.setdefault(shard, []).append(row)
+    return rows
+
+
+def _verify_index(dataset: ShardDataset) -> Iterator[Problem]:
+    """What needs no tar."""
     manifest, index = dataset.manifest, dataset.index
     try:
         check_counts(manifest.counts)
@@ -48,13 +102,8 @@ def verify(dataset: ShardDataset) -> Iterator[Problem]:
     for group, split in zip(groups, names, strict=True):
         if group and splits.setdefault(group, split) != split:
             yield Problem("index.parquet", f"group {group!r} is in splits {splits[group]} and {split}")
-    grid = model_size(manifest.config["model"]).grid
-    rows: dict[str, list[int]] = {}
-    for row, shard in enumerate(index.column("shard").to_pylist()):
-        rows.setdefault(shard, []).append(row)
-    for shard in manifest.shards:
-        yield from _verify_shard(dataset, shard, rows.pop(shard.name, []), grid)
-    for name in rows:
+    known = {shard.name for shard in manifest.shards}
+    for name in sorted(set(index.column("shard").unique().to_pylist()) - known):
         yield Problem("index.parquet", f"shard {name} is not in the manifest")
 
 

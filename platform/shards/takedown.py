@@ -4,8 +4,9 @@ The identities asked for are kept in ``tombstones.json``: a later prepare leaves
 """
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -35,24 +36,33 @@ def identities(key: str, group: str, media: Collection[str | None], extra: Mappi
     return {key, *named, *(path for path in media if path)} | ({group} if group else set())
 
 
-def remove(url: str, ids: Collection[str]) -> list[str]:
+def remove(url: str, ids: Collection[str], known: Iterable[tuple[str, set[str]]] = ()) -> list[str]:
     """Hide every sample that one of the identities names; returns their keys.
+
+    Args:
+        url: The dataset folder.
+        ids: Keys, groups, media paths, source ids, SKUs.
+        known: Keys with what their samples can be asked for by, as a plan has them; of other samples the shards are
+            read, a request each.
 
     Raises:
         UserError: if an identity names no sample.
     """
     dataset = ShardDataset.open(url)
     storage, wanted = dataset.storage, set(ids)
+    shards = dict(zip(dataset.index.column("key").to_pylist(), dataset.index.column("shard").to_pylist(), strict=True))
     found: dict[str, str] = {}
     matched: set[str] = set()
-    for row in range(len(dataset)):
-        metadata = dataset.read(row, select=lambda member, name: False).metadata
-        media = metadata.get("media", {})
-        paths = [media.get("target"), media.get("source"), *media.get("references", [])]
-        hits = wanted & identities(metadata["key"], metadata.get("group", ""), paths, metadata.get("extra", {}))
+    seen: set[str] = set()
+    # What is left when all that is known has been looked at is read.
+    for key, names in itertools.chain(known, _read_identities(dataset, seen)):
+        if key not in shards:
+            continue
+        seen.add(key)
+        hits = wanted & names
         if hits:
             matched |= hits
-            found[metadata["key"]] = dataset.index.column("shard")[row].as_py()
+            found[key] = shards[key]
     unknown = sorted(wanted - matched)
     if unknown:
         raise UserError(f"{url}: no sample has key, group, media path, source_id or sku {unknown[0]!r}")
@@ -62,6 +72,16 @@ def remove(url: str, ids: Collection[str]) -> list[str]:
     storage.delete(MANIFEST_FILE)
     publish(storage, _without(dataset, found), index)
     return sorted(found)
+
+
+def _read_identities(dataset: ShardDataset, seen: Collection[str]) -> Iterator[tuple[str, set[str]]]:
+    """What the samples that nobody has seen yet say of themselves in their shards."""
+    unseen = [row for key, row in dataset.rows_by_key.items() if key not in seen]
+    for row in unseen:
+        metadata = dataset.read(row, select=lambda member, name: False).metadata
+        media = metadata.get("media", {})
+        paths = [media.get("target"), media.get("source"), *media.get("references", [])]
+        yield metadata["key"], identities(metadata["key"], metadata.get("group", ""), paths, metadata.get("extra", {}))
 
 
 def _without(dataset: ShardDataset, found: Mapping[str, str]) -> Manifest:

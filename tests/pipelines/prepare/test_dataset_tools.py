@@ -14,14 +14,17 @@ from typer.testing import CliRunner
 from loomvideo.jobs.data.commands import app
 from loomvideo.pipelines.prepare.config import ClipOptions, LimitOptions
 from loomvideo.pipelines.prepare.cost import estimate_cost
+from loomvideo.pipelines.prepare.identities import planned_identities
 from loomvideo.pipelines.prepare.job import prepare
+from loomvideo.pipelines.prepare.pools import Pool
 from loomvideo.pipelines.prepare.quarantine import ReasonCount, by_reason, export, ledger, retriable_work, saved_config
 from loomvideo.pipelines.prepare.staleness import stale_parts
-from loomvideo.pipelines.prepare.verify import verify
+from loomvideo.pipelines.prepare.verify import verify, verify_on_actors
 from loomvideo.pipelines.sources.samples import read_jsonl
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.reader import ShardDataset
-from loomvideo.platform.shards.takedown import compact, remove
+from loomvideo.platform.shards.storage import Storage
+from loomvideo.platform.shards.takedown import compact, identities, remove
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +154,39 @@ def test_plan(origin):
     fast = estimate_cost(config, 0, read_gb_per_s=100.0, recompute_us_per_token=55.0)
     assert (slow.recommended, fast.recommended) == ("text bf16", "stored bf16")
     assert slow.measured == {}  # the 5b encoders' weights are not here
+
+
+def test_tars_are_verified_by_actors_as_by_this_process(copied, monkeypatch):
+    folder, _, _ = copied
+    first, second = sorted(folder.glob("shards/*.tar"))[:2]
+    first.write_bytes(first.read_bytes()[:-1024])
+    content = bytearray(second.read_bytes())
+    content[700] ^= 1
+    second.write_bytes(content)
+    dataset = ShardDataset.open(folder)
+
+    def in_any_order(worker, arguments, work, pool):
+        made = worker(*arguments)
+        yield from map(made, reversed(work))
+
+    monkeypatch.setattr("loomvideo.pipelines.prepare.verify.map_on_actors", in_any_order)
+    found = list(verify_on_actors(dataset, str(folder), Pool(2, 1.0)))
+    assert found == list(verify(dataset))
+    assert [problem.where for problem in found] == [f"shards/{first.name}", f"shards/{second.name}"]
+
+
+def test_a_take_down_finds_samples_in_the_plan_and_reads_no_shard(copied):
+    folder, _, _ = copied
+    known = dict(planned_identities(Storage(folder)))
+    dataset = ShardDataset.open(folder)
+    assert set(known) >= set(dataset.rows_by_key)
+    metadata = dataset.read(0).metadata
+    media = metadata["media"]
+    paths = [media["target"], media["source"], *media["references"]]
+    assert known[metadata["key"]] == identities(metadata["key"], metadata["group"], paths, metadata["extra"])
+    for tar in folder.glob("shards/*.tar"):
+        tar.unlink()
+    assert remove(folder, [media["target"]], known.items()) == [metadata["key"]]
 
 
 def test_take_down_and_compact(copied):
