@@ -105,8 +105,9 @@ serve: $(VENV)/.setup ## open the newest checkpoint as a web page on http://loca
 readme-strip: ## put the newest finetune-edit run's strip of edits into README.md
 	$(BIN)/python benchmarks/readme_strip.py $(ARGS)
 
-codec: sample-data ## train the codec of the tiny model anew (16 minutes on one core) and write its weights
+codec: sample-data ## train the codec of the tiny model anew (half an hour on one core) and write its weights
 	$(BIN)/python benchmarks/tiny_codec.py $(DATA) $(ARGS)
+	$(if $(ARGS),,$(BIN)/python benchmarks/tiny_scene.py)
 
 demo: sample-data ## the page of the newest checkpoint with examples to click, on http://localhost:8000
 	@echo "when it says serving, open http://localhost:8000, click an example and then Generate"

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from loomvideo.model.codec import build_codec
+from loomvideo.model.codec.scene import CHANNELS
 from loomvideo.model.copy_start import start_as_copy
 from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.packing import DiTSample, pack
@@ -57,6 +58,8 @@ DEFAULTS: dict[str, Any] = {
     "patch": 1,  # rows and columns of a token
     "residual": 0.1,  # of the copying start
     "images": 1,  # how often a sample of one frame is drawn for one of a clip
+    "first": 0,  # 1: first latent frames alone
+    "scene": 1,  # 0: without what stands where
     "seed": 0,
 }
 
@@ -125,7 +128,14 @@ class Search:
     def sample(self, row: int) -> Any:
         """A sample of the dataset, read once."""
         if row not in self.samples:
-            self.samples[row] = self.dataset.read(row)
+            sample = self.samples[row] = self.dataset.read(row)
+            for member in ("source", "target", "refs"):
+                for name, latents in sample.tensors.get(member, {}).items():
+                    if self.settings["first"]:
+                        latents = latents[:, :1]
+                    if not self.settings["scene"]:
+                        latents = torch.cat([latents[:-CHANNELS], torch.zeros_like(latents[-CHANNELS:])])
+                    sample.tensors[member][name] = latents
         return self.samples[row]
 
     def run(self) -> dict[str, Any]:

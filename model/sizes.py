@@ -57,7 +57,8 @@ def _tiny() -> ModelSize:
         mrope_section=(8, 4, 4),
         vocab_size=BUILTIN_VOCAB_SIZE,
         rope_theta=10_000.0,
-        processor=ProcessorConfig(image_min_pixels=4_096),
+        # Its random weights see nothing: four tokens of a picture, so that words are not lost among them.
+        processor=ProcessorConfig(image_min_pixels=1_024, image_max_pixels=4_096, video_max_pixels=16_384),
         vision=VisionConfig(
             depth=3,
             hidden_size=64,
@@ -72,7 +73,8 @@ def _tiny() -> ModelSize:
         num_attention_heads=4,
         attention_head_dim=32,
         ffn_dim=384,
-        in_channels=32,
+        # Of the learned codec: 32 of the picture, 3 of what stands where.
+        in_channels=35,
         mllm_dim=mllm.hidden_size,
         freq_dim=32,
         # Noise and source of one latent take half of the width: the blocks need not write over them.

@@ -7,7 +7,7 @@ from loomvideo.jobs import prepare, pretrain
 from loomvideo.platform.errors import UserError
 
 SMALL = {
-    'training={"steps": 1150}': 'training={"steps": 2, "optimizer": {"warmup_steps": 1}, "pack": {"tokens": 400}}',
+    'training={"steps": 2200}': 'training={"steps": 2, "optimizer": {"warmup_steps": 1}, "pack": {"tokens": 400}}',
     'run="edits"': 'run="edits", **{"training.steps": 2, "training.pack.tokens": 400}',
     'suites=["sample"]': 'suites=["sample"], limit=2, **{"generation.steps": 2}',
     'out="dress.mp4"': 'out="dress.mp4", steps=2',

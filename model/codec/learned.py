@@ -3,6 +3,7 @@
 Four frames are one picture of twelve channels, so every latent frame is coded alone: nothing is carried over time, any
 clip is as long as one likes, and a stream is exact. Weights were trained by ``benchmarks/tiny_codec.py`` on the sample
 dataset and photographs, with noise on the latents, so that the decoder forgives what a small transformer gets wrong.
+The last channels of a latent say what stands where (:mod:`loomvideo.model.codec.scene`); the decoder ignores them.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from loomvideo.model.codec import scene
 from loomvideo.model.codec.protocol import STREAM_FRAMES, LatentMoments, check_video_shape
 from loomvideo.platform.errors import UserError
 
@@ -112,18 +114,27 @@ class LearnedCodec:
     Args:
         weights: A safetensors file of an :class:`Autoencoder`.
         device: The device it computes on, in float32.
+        scene_weights: A safetensors file of a :class:`~loomvideo.model.codec.scene.SceneReader`.
     """
 
     spatial_stride = SPATIAL_STRIDE
     temporal_stride = TEMPORAL_STRIDE
 
-    def __init__(self, weights: Path | str = WEIGHTS, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        weights: Path | str = WEIGHTS,
+        device: torch.device | str = "cpu",
+        scene_weights: Path | str = scene.WEIGHTS,
+    ) -> None:
         tensors = {name: tensor.float() for name, tensor in load_file(weights).items()}
-        self.latent_channels = len(tensors["mean"])
-        self.model = Autoencoder(self.latent_channels).eval().requires_grad_(False)
+        self.appearance_channels = len(tensors["mean"])
+        self.latent_channels = self.appearance_channels + scene.CHANNELS
+        self.model = Autoencoder(self.appearance_channels).eval().requires_grad_(False)
         self.model.load_state_dict(tensors)
         self.model.to(device)
-        self.fingerprint = "learned-" + hashlib.sha256(Path(weights).read_bytes()).hexdigest()[:16]
+        self.scene_reader = scene.SceneReader.load(scene_weights).to(device)
+        content = Path(weights).read_bytes() + Path(scene_weights).read_bytes()
+        self.fingerprint = "learned-" + hashlib.sha256(content).hexdigest()[:16]
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> LatentMoments:
@@ -132,7 +143,8 @@ class LearnedCodec:
         check_video_shape(video, period, self.spatial_stride)
         video = torch.cat([video[:, :, :1].expand(-1, -1, period, -1, -1), video[:, :, 1:]], dim=2)
         groups = video.float().unflatten(2, (-1, period)).transpose(1, 2)  # [batch, k+1, 3, 4, height, width]
-        latents = self.model.encode(groups.flatten(0, 1).flatten(1, 2))
+        pictures = groups.flatten(0, 1).flatten(1, 2)
+        latents = torch.cat([self.model.encode(pictures), self.scene_reader.channels(pictures)], dim=1)
         mean = latents.unflatten(0, groups.shape[:2]).transpose(1, 2).to(video.dtype).contiguous()
         return LatentMoments(mean, torch.zeros_like(mean))
 
@@ -159,6 +171,7 @@ class LearnedCodec:
     def _frames(self, latents: Tensor) -> Tensor:
         """Four frames a latent, fp32."""
         batch, _, frames = latents.shape[:3]
-        pictures = self.model.decode(latents.float().transpose(1, 2).flatten(0, 1))
+        appearance = latents[:, : self.appearance_channels].float()
+        pictures = self.model.decode(appearance.transpose(1, 2).flatten(0, 1))
         pictures = pictures.unflatten(1, (3, self.temporal_stride)).unflatten(0, (batch, frames))
         return pictures.permute(0, 2, 1, 3, 4, 5).flatten(2, 3)
