@@ -47,12 +47,12 @@ def test_refusals_name_the_key_and_a_fix():
 class MeanCodec:
     """Block means, twice as fine as Wan's in space and time."""
 
-    latent_channels, spatial_stride, temporal_stride, fingerprint = 32, 8, 2, "mean"
+    latent_channels, spatial_stride, temporal_stride, fingerprint = model_size("tiny").dit.in_channels, 8, 2, "mean"
 
     def encode(self, video):
         first = video[:, :, :1].repeat_interleave(2, 2)
         means = torch.nn.functional.avg_pool3d(torch.cat([first, video[:, :, 1:]], 2), (2, 8, 8))
-        mean = torch.nn.functional.pad(means, (0, 0) * 3 + (0, 29))
+        mean = torch.nn.functional.pad(means, (0, 0) * 3 + (0, self.latent_channels - 3))
         return LatentMoments(mean, torch.zeros_like(mean))
 
     def decode_stream(self, latents):
@@ -65,7 +65,7 @@ def test_a_finer_codec_edits():
     pipeline = LoomVideoPipeline(LoomVideoDiT(model.dit), MeanCodec(), FrozenMLLM.of_size(model))
     source = np.random.default_rng(0).integers(0, 255, (7, 48, 64, 3), dtype=np.uint8)
     conditions = pipeline.encode("video_edit", "make it red", source)
-    assert conditions.latent_shape == (32, 4, 6, 8)
+    assert conditions.latent_shape == (model.dit.in_channels, 4, 6, 8)
     assert pipeline.denoise(conditions, steps=1).shape == source.shape
     with pytest.raises(UserError, match=r"num_frames=6: must be 2k\+1"):
         pipeline.encode("video_edit", "make it red", source[:6])
