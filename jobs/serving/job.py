@@ -92,6 +92,8 @@ def _application(config: ServeConfig, on_host: bool = True) -> tuple[ModelSource
         hosts=hosts,
         grid=source.size.grid,
         examples=read_examples(config.examples) if config.examples else (),
+        # A RayService is replaced by a whole new one beside it.
+        hand_over_s=None if on_host else config.drain_s,
     )
     Users.read(page.token, page.users)  # a mistake in the file is said here, not in a replica's log
     load = functools.partial(PageGenerator.load, source, config.generation, config.requests)

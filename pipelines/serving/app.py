@@ -5,6 +5,7 @@ Every error is JSON ``{"error": "one line"}``. Files are sent as raw bodies and 
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -29,6 +30,7 @@ from loomvideo.pipelines.serving.uploads import Upload, UploadLimits, UploadRead
 from loomvideo.pipelines.serving.users import User, Users
 from loomvideo.platform.errors import UserError
 
+logger = logging.getLogger(__name__)
 TAKEOVER_S = 60.0
 """How long the server before may take to let go of the store."""
 # No script, style or picture from elsewhere; results are shown from blobs.
@@ -62,6 +64,8 @@ class PageConfig:
     grid: LatentGrid | None = None
     # Offered to click.
     examples: tuple[PageExample, ...] = ()
+    # Seconds that running generations have to end when the next server asks for the store; None: it is not given away.
+    hand_over_s: float | None = None
 
 
 class Metrics:
@@ -103,14 +107,34 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await asyncio.to_thread(store.take, TAKEOVER_S)
+        if config.hand_over_s is None:
+            await asyncio.to_thread(store.take, TAKEOVER_S)
+        else:
+            # The server before goes on until this one can generate.
+            while live_generators is not None and not await live_generators():
+                await asyncio.sleep(1)
+            await asyncio.to_thread(store.take, TAKEOVER_S + config.hand_over_s, ask=True)
         queue.resume()
+        watching = asyncio.create_task(hand_over()) if config.hand_over_s is not None else None
         yield
-        await queue.drain(0)
+        if watching is not None:
+            watching.cancel()
+        if not app.state.replaced:
+            await queue.drain(0)
         reader.close()
         store.close()
 
+    async def hand_over() -> None:
+        """Let the next server have the store as soon as it asks."""
+        while not await asyncio.to_thread(store.is_asked_for):
+            await asyncio.sleep(1)
+        logger.info("the next server takes over: running generations have %g s to end", config.hand_over_s)
+        await queue.drain(config.hand_over_s or 0.0)
+        app.state.replaced = True
+        store.close()
+
     app = FastAPI(title=config.title, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.replaced = False
     queue: JobQueue
     metrics = Metrics(lambda: queue)
     users, store = Users.read(config.token, config.users), ServiceStore(config.store)
@@ -161,6 +185,8 @@ def create_app(
         try:
             check_host(request, config.hosts)
             check_origin(request)
+            if app.state.replaced:
+                raise HTTPException(503, "a newer server takes over: try again in a moment", {"Retry-After": "3"})
         except HTTPException as refused:
             response: Response = await _http_error(request, refused)
         else:

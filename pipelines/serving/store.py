@@ -38,8 +38,10 @@ from loomvideo.platform.errors import UserError, full_disk_behind
 
 logger = logging.getLogger(__name__)
 MEMORY = "memory"
-LOCK_KEY = 0x10_0A_71DE0
-"""Names the lock of one server in a Postgres database."""
+HELD, NEXT = "lock", "next"
+"""Two locks of a store: its server has one, a server that waits to take it over has the other."""
+LOCK_KEYS = {HELD: 0x10_0A_71DE0, NEXT: 0x10_0A_71DE1}
+"""Their names in a Postgres database; beside a SQLite file they are files."""
 _TABLES = MetaData()
 _UPLOADS = sqlalchemy.Table(
     "uploads",
@@ -108,33 +110,52 @@ class ServiceStore:
         self._lock: IO[str] | Connection | None = None
         try:
             self._engine = _engine(place)
-            _TABLES.create_all(self._engine)
+            # A SQLite file that is there has its tables, and another machine may be writing to it.
+            if place == MEMORY or "://" in place or not Path(place).exists():
+                _TABLES.create_all(self._engine)
         except (SQLAlchemyError, ImportError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"store={place}: cannot be opened ({reason}); name a file, postgresql://… or {MEMORY}"
             ) from (error)
 
-    def take(self, wait_s: float = 0.0) -> None:
+    def take(self, wait_s: float = 0.0, ask: bool = False) -> None:
         """Become the only server on it: two would do the same jobs.
 
         Args:
             wait_s: How long a server that is ending may take to let go.
+            ask: Let the server that has it know that this one waits; see :meth:`is_asked_for`.
 
         Raises:
             UserError: if another server has it.
         """
-        end = time.monotonic() + wait_s
-        while not self._try_to_take():
-            if time.monotonic() >= end:
-                raise UserError(f"store={self.place}: another server uses it; stop that one or name another store")
-            time.sleep(0.1)
+        if self.place == MEMORY or self._lock is not None:
+            return
+        end, asking = time.monotonic() + wait_s, None
+        try:
+            while (lock := self._acquire(HELD)) is None:
+                if ask and asking is None:
+                    asking = self._acquire(NEXT)
+                if time.monotonic() >= end:
+                    raise UserError(f"store={self.place}: another server uses it; stop that one or name another store")
+                time.sleep(0.1)
+        finally:
+            _release(asking)
+        self._lock = lock
+        _TABLES.create_all(self._engine)
+
+    def is_asked_for(self) -> bool:
+        """Whether a server waits to take it over; one that died meanwhile does not count."""
+        if self.place == MEMORY:
+            return False
+        lock = self._acquire(NEXT)
+        _release(lock)
+        return lock is None
 
     def close(self) -> None:
         """Let go of it."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        _release(self._lock)
+        self._lock = None
         self._engine.dispose()
 
     @contextlib.contextmanager
@@ -276,23 +297,28 @@ class ServiceStore:
             _delete_jobs(connection, gone)
             connection.execute(sql_delete(_ASKED).where(_ASKED.c.created_s < time.time() - 86_400))
 
-    def _try_to_take(self) -> bool:
-        if self.place == MEMORY or self._lock is not None:
-            return True
+    def _acquire(self, name: str) -> IO[str] | Connection | None:
+        """One of the two locks, or None while another server has it."""
         if self._engine.dialect.name == "sqlite":
-            file = Path(f"{self.place}.lock").open("w")  # noqa: SIM115 - held until close
+            file = Path(f"{self.place}.{name}").open("w")  # noqa: SIM115 - held until it is released
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._lock = file
-                return True
+                return file
             file.close()
-            return False
+            return None
         connection = self._engine.connect()
-        if connection.execute(text("select pg_try_advisory_lock(:key)"), {"key": LOCK_KEY}).scalar_one():
-            self._lock = connection
-            return True
+        if connection.execute(text("select pg_try_advisory_lock(:key)"), {"key": LOCK_KEYS[name]}).scalar_one():
+            return connection
         connection.close()
-        return False
+        return None
+
+
+def _release(lock: IO[str] | Connection | None) -> None:
+    if isinstance(lock, Connection):
+        # A lock of Postgres is held as long as the connection, which would go on living in the pool.
+        lock.invalidate()
+    if lock is not None:
+        lock.close()
 
 
 def _engine(place: str) -> Engine:

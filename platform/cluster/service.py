@@ -4,6 +4,7 @@ KubeRay replaces the whole cluster when the service changes and moves traffic on
 node that answers for Serve.
 """
 
+import hashlib
 from typing import Any
 
 import yaml
@@ -14,6 +15,7 @@ from loomvideo.platform.time_limits import OLD_SERVICE, SERVICE_READY
 
 PORT = 8000
 IMPORT_PATH = "loomvideo.jobs.serving.job:build"
+DIGEST_ANNOTATION = "loomvideo.io/service-digest"
 
 
 def service_objects(profile: ClusterProfile) -> list[dict[str, Any]]:
@@ -43,8 +45,13 @@ def ray_service(profile: ClusterProfile, name: str) -> dict[str, Any]:
         "http_options": {"host": "0.0.0.0", "port": PORT},
         "applications": [application],
     }
+    config = yaml.safe_dump(serve, sort_keys=False)
+    # KubeRay takes a changed configuration over in the cluster that runs, generator by generator, unless the cluster
+    # changes too.
+    metadata = cluster["headGroupSpec"]["template"]["metadata"]
+    metadata.setdefault("annotations", {})[DIGEST_ANNOTATION] = hashlib.sha256(config.encode()).hexdigest()[:16]
     spec = {
-        "serveConfigV2": yaml.safe_dump(serve, sort_keys=False),
+        "serveConfigV2": config,
         "upgradeStrategy": {"type": "NewCluster"},
         "rayClusterDeletionDelaySeconds": int(OLD_SERVICE.here()),
         "deploymentUnhealthySecondThreshold": int(SERVICE_READY.here()),

@@ -20,6 +20,7 @@ from loomvideo.platform.cluster.profile import load_profile
 from loomvideo.platform.cluster.queues import KUEUE, queue_objects, quota
 from loomvideo.platform.cluster.references import Given
 from loomvideo.platform.cluster.rules import rule_problems
+from loomvideo.platform.cluster.service import ray_service
 from loomvideo.platform.cluster.submission import SubmissionPlan, locked_packages
 from loomvideo.platform.cluster.validate import Report, admission_problems, validate_manifests
 from loomvideo.platform.errors import UserError
@@ -304,6 +305,7 @@ def test_an_existing_cluster_needs_an_address_and_nothing_else(monkeypatch, tmp_
     assert not any(pin.startswith("ray==") or "#" in pin for pin in packages)
     plan = SubmissionPlan("http://h:8265", "pretrain", "r", ("loomvideo",), packages=("six==1.17.0",))
     assert plan.runtime_env["pip"] == {"packages": ["six==1.17.0"]}
+    assert plan.runtime_env["config"]["setup_timeout_seconds"] > 600
     (tmp_path / "p.yaml").write_text("name: a\nexisting: true\nimage: i")
     with pytest.raises(UserError, match="takes no image and no groups"):
         load_profile(str(tmp_path / "p.yaml"))
@@ -340,6 +342,15 @@ def test_the_page_is_reached_through_its_ingress_and_asks_for_a_token(rendered):
     assert ingress["tls"] == [{"hosts": ["loomvideo.example.com"], "secretName": "loomvideo-serve-tls"}]
     backend = ingress["rules"][0]["http"]["paths"][0]["backend"]["service"]
     assert backend["name"] == f"{service['metadata']['name']}-serve-svc"
+
+
+def test_a_changed_service_is_another_cluster():
+    def cluster(title):
+        return ray_service(load_profile("production", [f"service.arguments=[title={title}]"]), "page")["spec"][
+            "rayClusterConfig"
+        ]
+
+    assert cluster("First") == cluster("First") != cluster("Second")
 
 
 SERVICE_FAULTS = {

@@ -139,6 +139,41 @@ def test_two_servers_do_not_share_a_store(tmp_path):
         ServiceStore("nosuch://x")
 
 
+def test_the_next_server_takes_over_and_no_request_is_lost(tmp_path):
+    async def short_or_long(request):
+        yield Progress(1, 2)
+        await asyncio.sleep(3600 if request.prompt == "long" else 0.2)
+        yield Result(b"by the first", "image/png")
+
+    async def one_generator():
+        return 1
+
+    config = PageConfig(store=str(tmp_path / "jobs.sqlite"), hand_over_s=1.0)
+    with TestClient(create_app(short_or_long, config)) as old:
+        long, short = (submit(old, prompt).json()["id"] for prompt in ("long", "short"))
+        wait(old, short, "running", "done")
+        with TestClient(create_app(at_once, config, one_generator)) as new:
+            contents = []
+            for job in (short, long):
+                wait(new, job, "done")
+                contents.append(new.get(f"/api/jobs/{job}/result").content)
+            assert contents == [b"by the first", b"long"]
+            answer = submit(old, "late")
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "3")
+            wait(new, submit(new, "late").json()["id"], "done")
+    with TestClient(create_app(at_once, config)) as last:
+        assert wait(last, long, "done")["status"] == "done"
+
+
+def test_a_server_that_no_longer_waits_is_not_waited_for(tmp_path):
+    held, waiting = (ServiceStore(str(tmp_path / "jobs.sqlite")) for _ in range(2))
+    held.take()
+    with pytest.raises(UserError, match="another server uses it"):
+        waiting.take(0.2, ask=True)
+    assert not held.is_asked_for()
+    held.close()
+
+
 def test_deadlines_end_what_nobody_waits_for(tmp_path):
     config = PageConfig(requests=RequestLimits(max_run_s=0.1))
     with TestClient(create_app(never, config)) as client:
