@@ -28,6 +28,9 @@ class PlanConfig:
     lengths: list[int] = option([12090, 12090, 400], "tokens of each sample of a pack")
     mllm_lengths: list[int] = option([830, 830, 450], "their MLLM tokens")
     steps: int = option(10000, "optimiser steps, for the time of the whole run")
+    stages: dict[str, int] = option(
+        {}, "of train: steps by stage instead, {images: 20000, videos: 8000}; time, money and carbon of each and of all"
+    )
     packs_per_rank: int = option(1, "packs of a rank in a step")
     recompute: str = option("selective", "training.activation_checkpointing: none, selective or full")
     prefetch_steps: int = option(3, "training.prefetch_steps: how many steps' MLLM states wait in host memory")
@@ -79,6 +82,8 @@ def print_plan(config: PlanConfig) -> None:
         raise UserError("lengths and mllm_lengths: give one number for every sample of the pack")
     if config.method not in ("train", "distill", "prefer"):
         raise UserError(f"method={config.method}: use train, distill or prefer")
+    if config.stages and config.method != "train":
+        raise UserError(f"stages: only method=train has any; {config.method} takes steps or rounds")
     if config.carbon_g_per_kwh and not config.watts:
         raise UserError("carbon_g_per_kwh: needs the power of a GPU; set watts=1000, for example")
     machine, size = MACHINES[config.machine], model_size(config.model)
@@ -127,17 +132,17 @@ def print_plan(config: PlanConfig) -> None:
         "MLLM actors on GPUs of their own (features.actors), all": [f"{math.ceil(p.mllm_actors)}" for p in plans],
         "tokens/s, all": [f"{p.tokens_per_s:,.0f}" for p in plans],
         "samples/day, all": [f"{p.samples_per_day:,.0f}" for p in plans],
-        f"{config.steps:,} steps": [f"{config.steps * p.step_s / 3600:.1f} h" for p in plans],
     }
-    gpu_hours = [config.steps * p.step_s / 3600 * p.num_ranks for p in plans]
-    rows["GPU hours"] = [f"{hours:,.0f}" for hours in gpu_hours]
-    if config.hourly_price:
-        rows["cost"] = [f"{hours * config.hourly_price:,.0f}" for hours in gpu_hours]
-    if config.watts:
-        energy = [hours * config.watts / 1000 for hours in gpu_hours]
-        rows["energy"] = [f"{value:,.0f} kWh" for value in energy]
-        if config.carbon_g_per_kwh:
-            rows["carbon"] = [f"{value * config.carbon_g_per_kwh / 1000:,.0f} kg CO2" for value in energy]
+    stages = config.stages or {"": config.steps}
+    for stage, steps in stages.items():
+        hours = [steps * p.step_s / 3600 for p in plans]
+        rows[f"{stage}: {steps:,} steps".removeprefix(": ")] = [f"{value:.1f} h" for value in hours]
+        gpu_hours = [value * p.num_ranks for value, p in zip(hours, plans, strict=True)]
+        rows |= cost_rows(config, gpu_hours, f"{stage}: " if config.stages else "")
+    if len(stages) > 1:
+        total = sum(stages.values())
+        rows[f"all: {total:,} steps"] = [f"{total * p.step_s / 3600:.1f} h" for p in plans]
+        rows |= cost_rows(config, [total * p.step_s / 3600 * p.num_ranks for p in plans], "all: ")
     for name, values in rows.items():
         estimates.add_row(name, *values)
     out = console()
@@ -149,6 +154,19 @@ def print_plan(config: PlanConfig) -> None:
     )
     if any(p.memory_bytes > 0.92 * machine.memory_gib * gib for p in plans):
         out.print("memory is short: shorter packs, more GPUs, recompute=full or zero.offload_optimizer=true")
+
+
+def cost_rows(config: PlanConfig, gpu_hours: list[float], prefix: str = "") -> dict[str, list[str]]:
+    """GPU hours and what they come to in money, energy and carbon, as far as the configuration has prices."""
+    rows = {"GPU hours": [f"{hours:,.0f}" for hours in gpu_hours]}
+    if config.hourly_price:
+        rows["cost"] = [f"{hours * config.hourly_price:,.0f}" for hours in gpu_hours]
+    if config.watts:
+        energy = [hours * config.watts / 1000 for hours in gpu_hours]
+        rows["energy"] = [f"{value:,.0f} kWh" for value in energy]
+        if config.carbon_g_per_kwh:
+            rows["carbon"] = [f"{value * config.carbon_g_per_kwh / 1000:,.0f} kg CO2" for value in energy]
+    return {prefix + name: values for name, values in rows.items()}
 
 
 def _print_method(config: PlanConfig, dit: "DiTConfig", plans: "list[StepEstimate]", memory_gib: float) -> None:
@@ -169,6 +187,8 @@ def _print_method(config: PlanConfig, dit: "DiTConfig", plans: "list[StepEstimat
     estimates = table(f"estimate of {config.method}", *(f"{ranks} {config.machine}" for ranks in config.ranks))
     for name in methods[0].rows:
         estimates.add_row(name, *(method.rows[name] for method in methods))
+    for name, values in cost_rows(config, [method.gpu_hours for method in methods]).items():
+        estimates.add_row(name, *values)
     out = console()
     out.print(estimates)
     trained = f"adapters of rank {config.lora_rank}, {adapters / 1e6:.0f} M" if adapters else "all weights trained"

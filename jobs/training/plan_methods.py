@@ -17,11 +17,13 @@ class MethodEstimate:
     Attributes:
         memory_bytes: All of a rank.
         total_s: The whole run.
+        gpu_hours: The hours of all GPUs together.
         rows: Name and text of each line.
     """
 
     memory_bytes: float
     total_s: float
+    gpu_hours: float
     rows: dict[str, str]
 
 
@@ -79,9 +81,8 @@ def plan_distill(
         "turn of the student": f"{student_s:.2f} s",
         "turn of the critic": f"{critic_s:.2f} s",
         f"{students:,} turns of the student, {steps - students:,} of the critic": f"{total_s / 3600:.1f} h",
-        "GPU hours": f"{total_s / 3600 * ranks:,.0f}",
     }
-    return MethodEstimate(memory, total_s, rows)
+    return MethodEstimate(memory, total_s, total_s / 3600 * ranks, rows)
 
 
 def plan_prefer(
@@ -125,6 +126,5 @@ def plan_prefer(
         "optimiser step": f"{step_s:.2f} s",
         f"generating {results:,} results on {generators} GPUs": f"{generating_s / 60:.1f} min",
         f"{rounds} rounds": f"{total_s / 3600:.1f} h",
-        "GPU hours": f"{total_s / 3600 * (ranks + generators):,.0f}",
     }
-    return MethodEstimate(memory, total_s, rows)
+    return MethodEstimate(memory, total_s, total_s / 3600 * (ranks + generators), rows)

@@ -1,5 +1,7 @@
 """What the plan prints for people who pay for the run."""
 
+import re
+
 import pytest
 
 from loomvideo.jobs.training.plan_commands import PlanConfig, print_plan
@@ -7,9 +9,10 @@ from loomvideo.platform.errors import UserError
 
 
 def rows(capsys, **changes):
-    print_plan(PlanConfig(ranks=[8], steps=1000, **changes))
+    print_plan(PlanConfig(**{"ranks": [8], "steps": 1000} | changes))
     lines = capsys.readouterr().out.splitlines()
-    return {line[:56].strip(): line[56:].strip() for line in lines}
+    cells = (re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in lines)
+    return {line[0]: line[1] for line in cells if len(line) == 2}
 
 
 def test_price_energy_and_carbon_follow_the_gpu_hours(capsys):
@@ -22,6 +25,25 @@ def test_price_energy_and_carbon_follow_the_gpu_hours(capsys):
     assert float(paid["cost"]) == pytest.approx(2.5 * hours, abs=2)
     assert float(paid["energy"].split()[0]) == pytest.approx(hours, abs=1)
     assert float(paid["carbon"].split()[0]) == pytest.approx(0.4 * hours, abs=1)
+
+
+def test_every_stage_has_its_own_money_and_carbon(capsys):
+    prices = {"hourly_price": 2.5, "watts": 1000.0, "carbon_g_per_kwh": 400.0}
+    paid = rows(capsys, stages={"images": 20000, "videos": 10000}, **prices)
+    number = {name: float(text.split()[0].replace(",", "")) for name, text in paid.items() if ": " in name and text}
+    assert number["images: cost"] == pytest.approx(2 * number["videos: cost"], rel=0.01)
+    assert number["all: carbon"] == pytest.approx(number["images: carbon"] + number["videos: carbon"], abs=2)
+    assert number["all: 30,000 steps"] == pytest.approx(3 * number["videos: 10,000 steps"], rel=0.01)
+    with pytest.raises(UserError, match="stages: only method=train has any"):
+        print_plan(PlanConfig(method="distill", stages={"a": 1}))
+
+
+@pytest.mark.parametrize("method", ["distill", "prefer"])
+def test_distilling_and_preferring_cost_too(capsys, method):
+    paid = rows(capsys, method=method, hourly_price=2.5, watts=1000.0, carbon_g_per_kwh=400.0)
+    hours = float(paid["GPU hours"].replace(",", ""))
+    assert float(paid["cost"].replace(",", "")) == pytest.approx(2.5 * hours, abs=2)
+    assert float(paid["carbon"].split()[0].replace(",", "")) == pytest.approx(0.4 * hours, abs=1)
 
 
 def test_a_measured_network_counts(capsys):
