@@ -44,12 +44,15 @@ def run_gate(
     decision = decide_gate(rule, a, b)
     client, run_id = tracked(folder, tracking_uri)
     name = f"{rule.suite}/{rule.metric}"
-    file = folder.write_text(f"gate-{Path(baseline).name}.json", json.dumps(clean(_record(rule, decision)), indent=1))
+    file = folder.write_text(
+        f"gate-{Path(baseline).name}-{rule.suite}-{rule.metric.replace('/', '-')}.json",
+        json.dumps(clean(_record(rule, decision)), indent=1),
+    )
     client.log_artifact(run_id, str(file), "gate")
     mlflow_report.log_metrics(client, run_id, _figures(name, decision))
     why = "".join(f"\n- {reason}" for reason in decision.reasons)
     mlflow_report.prepend_note(
-        client, run_id, f"**Gate against {baseline}**: {decision.verdict}. {decision.line(name)}{why}"
+        client, run_id, f"**Gate on {name} against {baseline}**: {decision.verdict}. {decision.line(name)}{why}"
     )
     out = console()
     out.print(decision.line(name), highlight=False, soft_wrap=True)

@@ -60,7 +60,7 @@ from loomvideo.platform.config import flatten, to_yaml
 from loomvideo.platform.console import bars, console, table
 from loomvideo.platform.machine import usable_cpus
 from loomvideo.platform.ray_session import ray_session
-from loomvideo.platform.registry import MODEL_ID, logged_model, trained_model
+from loomvideo.platform.registry import MODEL_ID, log_dataset, logged_model, trained_model
 from loomvideo.platform.runs import RunFolder
 from loomvideo.platform.tracking import Tracker
 
@@ -219,6 +219,8 @@ def _finish_suite(
     values = mlflow_report.headline(result.figures)
     values |= {f"{suite.name}/official/{k}": v for k, v in result.official.items() if v == v}
     mlflow_report.log_metrics(client, parent.run_id, values, config.step, model_id, source)
+    # The list of runs shows the datasets of each.
+    log_dataset(client, parent.run_id, suite.name, manifest.digest, str(manifest.root), "evaluation")
     _print_suite(result)
     return result
 

@@ -211,7 +211,9 @@ def headline_note(results: Sequence[SuiteResult], checkpoint: str) -> str:
                 interval = f"{f.low:.3f} … {f.high:.3f}" if f.low == f.low else "–"
                 source = f"{copied[f.metric]:.3f}" if f.metric in copied else "–"
                 unit = f" ({known.unit})" if known.unit else ""
-                lines.append(f"| {known.name}{unit} | {f.value:.3f} | {interval} | {source} |")
+                # MLflow sets columns without a gap.
+                cells = (f"{known.name}{unit}", f"{f.value:.3f}", interval, source)
+                lines.append("| " + " | ".join(f"{cell}&nbsp;&nbsp;" for cell in cells) + " |")
         if result.official:
             lines += ["", "By the benchmark's own rules: " + official_text(result.official)]
     return "\n".join(lines)

@@ -8,6 +8,7 @@ import mlflow
 import numpy as np
 import pytest
 from fixtures.batch_server import BatchServer
+from fixtures.browser import browser_page, requires_browser
 from fixtures.evaluation import without_ray
 from fixtures.mixed_folder import everything, reasons_of_files
 from mlflow.entities import AssessmentSource
@@ -95,7 +96,8 @@ def test_two_checkpoints_from_figures_to_a_moved_alias(tmp_path, data, local, ca
         assert f"fashion/{name}" in names
     assert "fashion/retest/icc" in names or "fashion/retest/deviation" in names
     assert parent.data.metrics["fashion/gain_psnr_db"] == pytest.approx(second["fashion/gain_psnr_db"])
-    assert child.inputs.dataset_inputs[0].dataset.name == "fashion"
+    for run in (child, parent):
+        assert [found.dataset.name for found in run.inputs.dataset_inputs] == ["fashion"]
     artifacts = {a.path for a in client.list_artifacts(child.info.run_id)}
     assert {"review.html", "rows.jsonl", "media", "charts"} <= artifacts
     assert "samples-fashion.json" in {a.path for a in client.list_artifacts(parent.info.run_id)}
@@ -148,7 +150,7 @@ def test_two_checkpoints_from_figures_to_a_moved_alias(tmp_path, data, local, ca
     with pytest.raises(UserError, match="improves by doing nothing"):
         gate("weak", "strong", metric="fashion/flicker")
     assert not gate("weak", "weak-again", margin=1e-4)
-    decision = json.loads((runs / "evaluate/weak-again/gate-weak.json").read_text())["decision"]
+    decision = json.loads((runs / "evaluate/weak-again/gate-weak-fashion-gain_psnr_db.json").read_text())["decision"]
     assert decision["verdict"] == "too few samples to tell"
     # A registry that refuses leaves neither an empty model nor a tag that says passed.
     monkeypatch.setattr(MlflowClient, "set_registered_model_alias", _refuse)
@@ -235,6 +237,25 @@ def test_a_judge_that_cannot_answer_ends_the_run_before_anything_is_generated(tm
         with pytest.raises(UserError, match=r"judge\.model=wrong: the trial call failed: bad request: HTTP 400"):
             evaluate_job.run(config(data, tmp_path, "a", *judge))
     assert not (tmp_path / "evaluation-store/results").exists()
+
+
+@pytest.mark.slow
+@requires_browser
+def test_the_review_page_fits_a_phone_and_folds_what_is_not_on_top(tmp_path, data, local):
+    evaluate_job.run(config(data, tmp_path, "a", "limit=2"))
+    file = tmp_path / "evaluate/a/suites/fashion/review.html"
+    with browser_page(tmp_path / "profile") as page:
+        for width in (390, 1280):
+            page.send(
+                "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500
+            )
+            page.open(file.as_uri())
+            page.wait_for("document.querySelectorAll('.card').length === 2")
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            assert page.evaluate("innerWidth") == width
+        assert "more figures" in page.evaluate("document.querySelector('.card details').innerText")
+        assert "gain_psnr_db" in page.evaluate("document.querySelector('.card .scores').innerText")
+        assert page.errors == []
 
 
 def test_training_probes_are_logged_at_their_step(tmp_path, data, local):

@@ -2,13 +2,14 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import pytest
 import requests
+import torch
+from fixtures.datasets import make_sample, write_dataset
 from fixtures.evaluation import without_ray
 from fixtures.mlflow_server import own_postgres, running_server
 from mlflow.entities import AssessmentSource
@@ -19,28 +20,27 @@ from loomvideo.jobs.evaluation import compare as compare_job
 from loomvideo.jobs.evaluation import gate as gate_job
 from loomvideo.jobs.evaluation import job as evaluate_job
 from loomvideo.jobs.evaluation.config import EvaluateConfig
+from loomvideo.jobs.training.records import record_datasets, record_model
+from loomvideo.model.dit import LoomVideoDiT
+from loomvideo.model.sizes import model_size
+from loomvideo.model.weights import save_dit
+from loomvideo.pipelines.media.video_writer import write_video
+from loomvideo.pipelines.sources.samples import Sample, write_jsonl
 from loomvideo.platform.cluster.mlflow_server import PASSWORD_FILE, USER
 from loomvideo.platform.config import load_config
 from loomvideo.platform.registry import MODEL_ID, default_uri
+from loomvideo.platform.runs import RunFolder
+from loomvideo.platform.tracking import Tracker
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 pytest.importorskip("flask_wtf")
 pytest.importorskip("psycopg2")
 
-TRAINING = [
-    "data.shards=[data/shards]", "training.steps=2", "training.pack.tokens=288", "training.log_every=1",
-    "training.optimizer.warmup_steps=1", "evaluation.samples=data/sample/samples.jsonl", "evaluation.num_edits=2",
-    "evaluation.num_generated=0", "evaluation.num_films=1", "evaluation.steps=1",
-]  # fmt: skip
 EVALUATION = [
-    "checkpoint=pretrain/t", "judge.kind=fake", "generation.steps=1", "judge.num_frames=2",
+    "checkpoint=pretrain/t", "suites=[sample]", "data.sample=data", "judge.kind=fake", "judge.num_frames=2",
+    "generation.steps=1", "generation.kernels=eager", "inputs.bucket_classes=[64]", "inputs.num_frames=5",
 ]  # fmt: skip
 REVIEWER, REVIEWERS_PASSWORD = "ann", "a-long-enough-password"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("walk")
 
 
 @pytest.fixture(scope="module")
@@ -53,44 +53,41 @@ def server(tmp_path_factory):
             yield running
 
 
-@pytest.fixture
-def loomvideo(server, folder):
-    """Runs a command as somebody with a terminal would, who logs in as the jobs' user."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "MLFLOW_TRACKING_URI": server.url,
-        "MLFLOW_TRACKING_USERNAME": USER,
-        "MLFLOW_TRACKING_PASSWORD": (server.folder / PASSWORD_FILE).read_text(),
-    }
-    environment.pop("MLFLOW_BACKEND_STORE_URI", None)
+def train(folder):
+    """What the driver of a training job writes down, around weights that nobody trained; and held-out clips."""
+    samples = [make_sample(f"edit-{n}", "video_edit", size=8, num_frames=1) for n in range(4)]
+    dataset = write_dataset(folder / "shards", samples)
+    run = RunFolder(folder / "runs", "pretrain", "t")
+    tracker = Tracker(run)
+    tracker.log_params({"model": "tiny"})
+    tracker.log_metrics({"train/loss": 1.0}, 1)
+    record_datasets(tracker, [str(folder / "shards")], [dataset])
+    torch.manual_seed(0)
+    config = model_size("tiny").dit
+    save_dit(LoomVideoDiT(config), config, run.path / "weights")
+    result = {"weights": str(run.path / "weights"), "steps": 1}
+    record_model(tracker, run, "tiny", result, {"loomvideo.dataset.0": dataset.digest})
+    tracker.finish("FINISHED")
+    run.finish(result)
+    rng = np.random.default_rng(0)
+    clips = []
+    for n in range(6):
+        for side in ("s", "t"):
+            write_video(folder / f"data/{side}{n}.mp4", rng.integers(0, 256, (5, 64, 64, 3), dtype=np.uint8), 24)
+        clips.append(
+            Sample(f"edit-{n}", "video_edit", "made-up", f"t{n}.mp4", f"s{n}.mp4", instruction=f"edit {n}",
+                   group=f"g{n}", split="heldout")
+        )  # fmt: skip
+    write_jsonl(clips, folder / "data/samples.jsonl")
 
-    def run(*arguments):
-        command = [sys.executable, "-m", "loomvideo.jobs.cli", *arguments]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1500)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-        return done.stdout + done.stderr
 
-    return run
-
-
-@pytest.fixture
-def local(monkeypatch):
-    """The same stages without a Ray cluster, which has a test of its own."""
-    without_ray(monkeypatch)
-
-
-def test_from_training_to_a_registered_model_and_what_people_say_of_it(
-    server, folder, loomvideo, local, monkeypatch, capsys
-):
-    small = ("num_train=12", "num_heldout=6", "width=64", "height=64", "real=false", "workers=1")
-    loomvideo("data", "sample", *small)
-    loomvideo("data", "prepare", "input=data/sample/samples.jsonl", "output=data/shards")
-    loomvideo("pretrain", "run=t", *TRAINING)
-    # The rest runs here, without Ray, which has tests of its own.
-    monkeypatch.chdir(folder)
+def test_from_training_to_a_registered_model_and_what_people_say_of_it(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", USER)
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", (server.folder / PASSWORD_FILE).read_text())
+    train(tmp_path)
+    without_ray(monkeypatch)
     for name, seed in (("first", 0), ("second", 1)):
         evaluate_job.run(load_config(EvaluateConfig, [f"run={name}", f"seed={seed}", *EVALUATION]))
     capsys.readouterr()
@@ -99,7 +96,7 @@ def test_from_training_to_a_registered_model_and_what_people_say_of_it(
 
     def run_of(job, name, *parts):
         return client.get_run(
-            json.loads((folder / "runs" / job / name).joinpath(*parts, "mlflow.json").read_text())["run_id"]
+            json.loads((tmp_path / "runs" / job / name).joinpath(*parts, "mlflow.json").read_text())["run_id"]
         )
 
     training, second = run_of("pretrain", "t"), run_of("evaluate", "second")
