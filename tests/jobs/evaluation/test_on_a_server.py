@@ -55,7 +55,7 @@ def server(tmp_path_factory):
 
 def train(folder):
     """What the driver of a training job writes down, around weights that nobody trained; and held-out clips."""
-    samples = [make_sample(f"edit-{n}", "video_edit", size=8, num_frames=1) for n in range(4)]
+    samples = [make_sample(f"edit-{n}") for n in range(4)]
     dataset = write_dataset(folder / "shards", samples)
     run = RunFolder(folder / "runs", "pretrain", "t")
     tracker = Tracker(run)
