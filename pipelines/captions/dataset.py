@@ -183,7 +183,8 @@ def ask_actors(workers: CaptionWorkers) -> Callable[[CaptionOptions, list[Sample
             fn_constructor_args=(options,),
             num_cpus=workers.cpus,
             num_gpus=workers.gpus,
-            compute=ray.data.ActorPoolStrategy(size=workers.count),
+            # Grows with the cluster, which may start without nodes.
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(workers.count, 1)),
         )
         for row in dataset.iter_rows():
             sample = stored_sample(row["sample"])

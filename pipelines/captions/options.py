@@ -24,8 +24,8 @@ class CaptionOptions:
     api_key_env: str = option("OPENAI_API_KEY", "environment variable with the server's key")
     overwrite: bool = option(False, "make texts for samples that have one")
     cache: str = option("data/captions", "folder of answers already paid for")
-    concurrency: int = option(8, "requests at a time")
-    per_minute: float = option(0.0, "requests started a minute at most; 0: no limit")
+    concurrency: int = option(8, "requests at a time, of each actor")
+    per_minute: float = option(0.0, "requests started a minute at most, by all actors together; 0: no limit")
     max_attempts: int = option(5, "calls before a failure counts")
     timeout_s: float = option(120.0, "seconds before a call is given up")
     max_tokens: int = option(1024, "tokens of an answer at most")
@@ -48,8 +48,8 @@ class CaptionOptions:
 
 @dataclass
 class CaptionWorkers:
-    """Ray actors that hold a model, for ``captions.backend=transformers`` and ``vllm``."""
+    """Ray actors that hold a model, or that decode and ask a server (``openai`` in ``data prepare``)."""
 
-    count: int = option(1, "actors")
+    count: int = option(1, "actors at most; 0: as many as the cluster has, or gets, room for (`data prepare`)")
     gpus: float = option(1.0, "GPUs an actor reserves (transformers)")
     cpus: float = option(1.0, "CPUs an actor reserves")

@@ -20,6 +20,7 @@ from loomvideo.pipelines.vlm.requests import FrameSampling
 
 # Texts of a few sentences: requests in flight matter more than their length.
 _BATCH_ROWS = 16
+_DECODERS_A_MODEL = 4
 _ANY = '{"type": "object"}'
 Generate = Callable[[Any], Any]
 
@@ -71,6 +72,8 @@ def ask_ray_llm(
 
     def ask(options: CaptionOptions, samples: list[Sample]) -> Iterator[tuple[Sample, CaptionResult]]:
         engine = generate or _vllm(options, workers)
+        # Decoding must keep up with the models that answer.
+        decoders = _DECODERS_A_MODEL * max(workers.count, 1)
         waiting = []
         for sample in samples:
             has_text = sample.instruction if options.mode == "instruction" else sample.caption
@@ -80,7 +83,7 @@ def ask_ray_llm(
                 waiting.append(sample)
         for attempt in range(options.max_attempts):
             again = []
-            for sample, result in _round(options, waiting, base, engine):
+            for sample, result in _round(options, waiting, base, engine, decoders):
                 last = attempt + 1 == options.max_attempts
                 if result.status in ("invalid_answer", "mixed_up", "server_error") and not last:
                     again.append(sample)
@@ -94,7 +97,7 @@ def ask_ray_llm(
 
 
 def _round(
-    options: CaptionOptions, samples: list[Sample], base: str, engine: Generate
+    options: CaptionOptions, samples: list[Sample], base: str, engine: Generate, decoders: int
 ) -> Iterator[tuple[Sample, CaptionResult]]:
     import ray
 
@@ -105,7 +108,7 @@ def _round(
         RequestWriter,
         fn_constructor_args=(options, base),
         num_cpus=1,
-        compute=ray.data.ActorPoolStrategy(size=1),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=decoders),
     )
     for row in engine(requests).iter_rows():
         sample = stored_sample(row["sample"])

@@ -90,17 +90,17 @@ def caption_recipe(config: PrepareConfig) -> str:
 
 
 def caption_pool(config: PrepareConfig) -> Pool:
-    """Actors that hold a model, or the one that asks a server."""
+    """Actors that hold a model, or that ask a server, each with a decoder of its own."""
     workers = config.caption_workers
-    if config.captions.backend == "openai":
-        return Pool(1, workers.cpus, 0.0)
-    return Pool(workers.count, workers.cpus, workers.gpus)
+    return Pool(workers.count, workers.cpus, 0.0 if config.captions.backend == "openai" else workers.gpus)
 
 
 def run_captions(config: PrepareConfig, work: list[WorkRow]) -> Iterator[UnitReport]:
     """Ask for the texts of units on the Ray cluster; yields a report a unit."""
     # A relative folder means the same to actors on this machine, wherever they run.
-    options = dataclasses.replace(config.captions, cache=os.path.abspath(config.captions.cache))
+    # The limit of a provider is one for all of them.
+    share = config.captions.per_minute / max(min(config.caption_workers.count or len(work), len(work)), 1)
+    options = dataclasses.replace(config.captions, cache=os.path.abspath(config.captions.cache), per_minute=share)
     config = dataclasses.replace(config, captions=options)
     if options.backend == "vllm":
         yield from _with_ray_llm(config, work)

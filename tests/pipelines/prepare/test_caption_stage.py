@@ -11,8 +11,10 @@ from loomvideo.model.tasks import TASKS
 from loomvideo.pipelines.captions import CaptionOptions
 from loomvideo.pipelines.captions.options import CaptionWorkers
 from loomvideo.pipelines.captions.ray_llm import RequestWriter, ask_ray_llm
+from loomvideo.pipelines.prepare.caption_stage import caption_pool, run_captions
 from loomvideo.pipelines.prepare.config import LimitOptions
 from loomvideo.pipelines.prepare.job import prepare
+from loomvideo.pipelines.prepare.pools import Pool
 from loomvideo.pipelines.prepare.quarantine import retriable_work
 from loomvideo.pipelines.prepare.staleness import stale_parts
 from loomvideo.pipelines.sources.samples import write_jsonl
@@ -61,6 +63,23 @@ def captioned(tmp_path, monkeypatch):
 def texts(config) -> dict[str, str]:
     dataset = ShardDataset.open(config.output)
     return {key: dataset.read(row).metadata["text"] for key, row in dataset.rows_by_key.items()}
+
+
+def test_actors_that_ask_a_server_take_no_gpu_and_share_its_limit(captioned, monkeypatch):
+    config, *_ = captioned
+    config.captions.per_minute, config.caption_workers = 60.0, CaptionWorkers(count=3, gpus=1.0)
+    assert caption_pool(config) == Pool(3, 1.0, 0.0)
+    started = []
+
+    def note(worker, arguments, work, pool):
+        started.append((arguments[0].captions.per_minute, pool.size))
+        return iter(())
+
+    monkeypatch.setattr("loomvideo.pipelines.prepare.caption_stage.map_on_actors", note)
+    for num_units in (2, 8):
+        list(run_captions(config, [{"unit": str(number)} for number in range(num_units)]))
+    # Two units keep two of the three busy.
+    assert started == [(30.0, 3), (20.0, 3)]
 
 
 def test_only_missing_texts_are_made(captioned):
