@@ -23,11 +23,12 @@ def run(config: CutConfig) -> CutResult:
             bar.update(task, advance=1, total=total, rate=rate)
 
         result = cut(config, ray_session, show)
-    title = (
+    console().print(
         f"{config.output}/{SAMPLES_FILE}: {result.counts['samples']} samples; {result.films} films read "
-        f"({result.num_read / 1e6:.1f} MB), {result.films_before} as before"
+        f"({result.num_read / 1e6:.1f} MB), {result.films_before} as before",
+        soft_wrap=True,
     )
-    rows = table("what", "how many", title=title)
+    rows = table("what", "how many")
     for name, count in sorted({**result.counts, **{f"clips {k}": n for k, n in result.clips.items()}}.items()):
         rows.add_row(name, str(count))
     console().print(rows)

@@ -163,7 +163,8 @@ def _cut(
         try:
             if times is None and any(part.fragment.at is not None for part in parts) and not film.stream.frames:
                 raise UnevenError
-            knife = _Knife(film, parts, detector, options, scratch, times)
+            # Minutes may pass while a long clip is encoded.
+            knife = _Knife(film, parts, detector, options, scratch, times, lambda: on_progress(reading))
             for group in film.groups():
                 reading.num_frames, reading.num_bytes = group.frames.stop, before + counted.num_read
                 on_progress(reading)
@@ -186,8 +187,9 @@ class _Knife:
         options: CutOptions,
         scratch: Path,
         times: list[int] | None,
+        on_frame: Callable[[], None],
     ):
-        self.film, self.options, self.scratch = film, options, scratch
+        self.film, self.options, self.scratch, self._on_frame = film, options, scratch, on_frame
         self._line = timeline(times, film.fps, film.stream.time_base) if times else None
         self._total = len(times) if times else film.stream.frames
         self._left = [(part.name, part.is_picture, self._frames(part)) for part in parts]
@@ -215,7 +217,7 @@ class _Knife:
         self._groups.append(group)
         self._num_frames = group.frames.stop
         if self._shots is not None:
-            frames = self.film.decode(self._groups[-2:])
+            frames = self.film.decode(self._groups[-1:] if self.film.is_closed(group) else self._groups[-2:])
             new = (self.film.view(frame) for number, frame in frames if number in group.frames)
             self._take_shots(self._shots.add([thumbnail(pixels) for pixels in new]))
         yield from self._ready(self._num_frames)
@@ -318,7 +320,10 @@ class _Knife:
         start = next(i for i, group in enumerate(self._groups) if group.frames.stop > first)
         last = next(i for i, group in enumerate(self._groups) if group.frames.stop >= end)
         expected = first
-        for number, frame in self.film.decode(self._groups[max(start - 1, 0) : last + 1]):
+        if not self.film.is_closed(self._groups[start]):
+            start = max(start - 1, 0)
+        for number, frame in self.film.decode(self._groups[start : last + 1]):
+            self._on_frame()
             if not first <= number < end or not wanted[number - first]:
                 continue
             if frame.is_corrupt:

@@ -149,6 +149,10 @@ class Film:
         """Numbers of a group's frames by their times."""
         return dict(zip(self._shown_times(group.packets), group.frames, strict=True))
 
+    def is_closed(self, group: Group) -> bool:
+        """Whether a group begins with its key frame as shown: then nothing of it needs the group before."""
+        return self.has_times and self.numbers(group).get(group.packets[0].pts) == group.frames.start
+
     def times(self) -> list[int]:
         """The times of all frames that are shown, ascending; reads the film to its end."""
         return self._shown_times([packet for packets in self._packet_groups() for packet in packets])

@@ -102,6 +102,7 @@ class InputTable:
         self.config, self.base, self.model = config, base_folder(config.input), model_size(config.model)
         self._batches: list[pa.RecordBatch] = []
         self._rows: list[tuple] = []
+        self._sizes: dict[tuple, int] = {}
         self.parts = 0
         self._films: set[int] = set()
         self._stamp = functools.lru_cache(_KNOWN_FILES)(lambda path: media_stamp(resolve(path, self.base)))
@@ -126,7 +127,7 @@ class InputTable:
                 sample.key,
                 sample.dataset,
                 sample.assigned_split(self.config.heldout_fraction),
-                planned_bytes(sample, self.config, self.model),
+                self._planned_bytes(sample),
                 sample.to_json(),
                 self.stamps(media_paths(sample)),
                 json.dumps(assessed, sort_keys=True) if assessed else "{}",
@@ -134,6 +135,13 @@ class InputTable:
         )
         if len(self._rows) == _BATCH_ROWS:
             self._flush()
+
+    def _planned_bytes(self, sample: Sample) -> int:
+        # It depends on nothing else of a sample.
+        kind = (sample.task, bool(sample.source), len(sample.references))
+        if kind not in self._sizes:
+            self._sizes[kind] = planned_bytes(sample, self.config, self.model)
+        return self._sizes[kind]
 
     def sample_json(self, row: int) -> str:
         """JSON of a sample that was added."""

@@ -68,6 +68,9 @@ class Sample:
         return json.dumps(values, ensure_ascii=False, sort_keys=True)
 
 
+_FIELDS = frozenset(f.name for f in dataclasses.fields(Sample))
+
+
 def parse_sample(line: str, where: str) -> Sample:
     """Parse and check one JSONL line.
 
@@ -94,10 +97,9 @@ def sample_of(values: dict[str, Any]) -> Sample:
     Raises:
         FieldError: naming the field and the fix, with a reason code.
     """
-    known = {f.name for f in dataclasses.fields(Sample)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        problem = f"unknown field; put it under `extra` (fields: {', '.join(known)})"
+    if not values.keys() <= _FIELDS:
+        unknown = sorted(set(values) - _FIELDS)
+        problem = f"unknown field; put it under `extra` (fields: {', '.join(sorted(_FIELDS))})"
         raise FieldError(repr(unknown[0]), problem, "invalid_sample")
     cleaned = clean_fields(values)
     missing = [name for name in ("key", "task", "dataset", "target") if not cleaned.get(name)]

@@ -78,6 +78,8 @@ def test_a_film_is_read_once_however_many_parts_are_wanted(tmp_path):
     assert len(clips) == 22
     assert all(clip.file for clip in clips)
     assert seen[-1].num_frames == 24
+    # Also while clips are encoded, which takes minutes of long ones.
+    assert len(seen) > 24
     # FFmpeg looks at a container's end, and goes back.
     assert seen[-1].num_bytes < 1.2 * path.stat().st_size + 65536
 
