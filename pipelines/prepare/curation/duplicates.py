@@ -161,12 +161,12 @@ def _candidates(table: np.ndarray, label: np.ndarray, max_distance: int) -> tupl
     hashes, owner = hashes[order], owner[order]
     kinds = label[owner]
     width, window = next((width, window) for most, width, window in TABLES if len(hashes) <= most)
-    parts = [(hashes >> np.uint64(8 * byte)) & np.uint64(255) for byte in range(NUM_BYTES)]
+    parts = hashes.view(np.uint8).reshape(len(hashes), NUM_BYTES)
     pairs = np.zeros(0, np.int64)
     for chosen in itertools.combinations(range(NUM_BYTES), width):
         keys = kinds.astype(np.uint64) << np.uint64(8 * width)
         for shift, byte in enumerate(chosen):
-            keys |= parts[byte] << np.uint64(8 * shift)
+            keys |= parts[:, byte].astype(np.uint64) << np.uint64(8 * shift)
         order = np.argsort(keys, kind="stable")
         keys, some, whose = keys[order], hashes[order], owner[order]
         found = [pairs]
