@@ -1,7 +1,6 @@
 """From a training run to a registry alias on an MLflow server with Postgres, as a user who administers nothing."""
 
 import json
-import os
 from pathlib import Path
 
 import mlflow
@@ -38,7 +37,8 @@ pytest.importorskip("psycopg2")
 
 EVALUATION = [
     "checkpoint=pretrain/t", "suites=[sample]", "data.sample=data", "judge.kind=fake", "judge.num_frames=2",
-    "generation.steps=1", "generation.kernels=eager", "inputs.bucket_classes=[64]", "inputs.num_frames=5",
+    "generation.model=tiny", "generation.steps=1", "generation.kernels=eager", "inputs.bucket_classes=[64]",
+    "inputs.num_frames=5",
 ]  # fmt: skip
 REVIEWER, REVIEWERS_PASSWORD = "ann", "a-long-enough-password"
 
@@ -57,7 +57,7 @@ def train(folder):
     """What the driver of a training job writes down, around weights that nobody trained; and held-out clips."""
     samples = [make_sample(f"edit-{n}") for n in range(4)]
     dataset = write_dataset(folder / "shards", samples)
-    run = RunFolder(folder / "runs", "pretrain", "t")
+    run = RunFolder.open(folder / "runs", "pretrain", "t")
     tracker = Tracker(run)
     tracker.log_params({"model": "tiny"})
     tracker.log_metrics({"train/loss": 1.0}, 1)
@@ -136,7 +136,7 @@ def test_from_training_to_a_registered_model_and_what_people_say_of_it(server, t
     assert said["judge"].source.source_type == "LLM_JUDGE"
     assert traces[0].data.spans[0].outputs["messages"][0]["content"]
 
-    # A person may look at once, and review after the owner of the experiment allows it.
+    # A person may look at once, and review after an administrator allows it.
     login = ("admin", server.users["MLFLOW_ADMIN_PASSWORD"])
     api = f"{server.url}/api/2.0/mlflow"
     made = requests.post(
@@ -153,7 +153,7 @@ def test_from_training_to_a_registered_model_and_what_people_say_of_it(server, t
         body = {"experiment_id": suite.info.experiment_id, "username": REVIEWER, "permission": "EDIT"}
         allowed = requests.post(
             f"{api}/experiments/permissions/create", json=body, timeout=60,
-            auth=(USER, os.environ["MLFLOW_TRACKING_PASSWORD"]),
+            auth=login,
         )  # fmt: skip
         assert allowed.status_code == 200, allowed.text
         with monkeypatch.context() as as_reviewer:
