@@ -136,7 +136,7 @@ def test_from_training_to_a_registered_model_and_what_people_say_of_it(server, t
     assert said["judge"].source.source_type == "LLM_JUDGE"
     assert traces[0].data.spans[0].outputs["messages"][0]["content"]
 
-    # A person may look at once, and review after an administrator allows it.
+    # A person may look at once, and review after the owner of the experiment allows it.
     login = ("admin", server.users["MLFLOW_ADMIN_PASSWORD"])
     api = f"{server.url}/api/2.0/mlflow"
     made = requests.post(
@@ -150,11 +150,13 @@ def test_from_training_to_a_registered_model_and_what_people_say_of_it(server, t
             assert client.get_trace(traces[0].info.trace_id)
             with pytest.raises(MlflowException, match=r"[Pp]ermission"):
                 _say(traces[0], 3)
-        body = {"experiment_id": suite.info.experiment_id, "username": REVIEWER, "permission": "EDIT"}
-        allowed = requests.post(
-            f"{api}/experiments/permissions/create", json=body, timeout=60,
-            auth=login,
-        )  # fmt: skip
+        granted = {
+            "username": REVIEWER, "resource_type": "experiment", "resource_id": suite.info.experiment_id,
+            "permission": "EDIT",
+        }  # fmt: skip
+        owner = (USER, (server.folder / PASSWORD_FILE).read_text())
+        address = f"{server.url}/api/3.0/mlflow/users/permissions/grant"
+        allowed = requests.post(address, json=granted, auth=owner, timeout=60)
         assert allowed.status_code == 200, allowed.text
         with monkeypatch.context() as as_reviewer:
             as_reviewer.setenv("MLFLOW_TRACKING_USERNAME", REVIEWER)
