@@ -27,7 +27,7 @@ SECRET_NAMES = re.compile(r"password|passwd|secret|token|access_?key|api_?key|cr
 SECRET_VALUES = {
     "private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
     "AWS access key": re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
-    "password in a URL": re.compile(r"[a-z][a-z0-9+]*://[^\s/:@$%]+:[^\s/@$%]+@"),
+    "password in a URL": re.compile(r"\b[a-z][a-z0-9+]{0,20}://[^\s/:@$%]+:[^\s/@$%]+@"),
     "bearer token": re.compile(r"\bBearer +[0-9a-zA-Z._~+/=-]{20,}"),
     "Hugging Face token": re.compile(r"\bhf_[0-9a-zA-Z]{30,}\b"),
 }
