@@ -105,7 +105,7 @@ def write(config: ImportConfig, extract_to: str) -> Counter[str]:
             sample = outcome.unfinished if isinstance(outcome, Rejected) else outcome
             if sample is not None:
                 out.write(sample.to_json() + "\n")
-            counts["" if sample is not None else outcome.reason] += 1
+            counts[outcome.reason if isinstance(outcome, Rejected) and sample is None else ""] += 1
             if sample is None:
                 rejected.append({name: getattr(outcome, name) for name in LEDGER_SCHEMA.names})
     with storage.staged(LEDGER_FILE) as path:

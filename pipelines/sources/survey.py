@@ -71,13 +71,13 @@ def survey(
     outcomes = open_source(path, chosen.name, extract_to, **options)
     looked_at = list(itertools.islice(outcomes, num_rows + 1))
     found.complete = len(looked_at) <= num_rows
-    samples = []
+    samples: list[Sample] = []
     for outcome in looked_at[:num_rows]:
-        if isinstance(outcome, Rejected) and outcome.unfinished is None:
+        sample = outcome if isinstance(outcome, Sample) else outcome.unfinished
+        if sample is None:
+            assert isinstance(outcome, Rejected)
             number, first = found.rejected.get(outcome.reason, (0, f"{outcome.where}: {outcome.detail}"))
             found.rejected[outcome.reason] = (number + 1, first)
-            continue
-        sample = outcome.unfinished if isinstance(outcome, Rejected) else outcome
         found.counts[sample.task if sample.text else f"{sample.task} without text"] += 1
         samples.append(sample)
     step = max(len(samples) / max(num_samples, 1), 1)
