@@ -73,13 +73,13 @@ def survey(
     found.complete = len(looked_at) <= num_rows
     samples: list[Sample] = []
     for outcome in looked_at[:num_rows]:
-        sample = outcome if isinstance(outcome, Sample) else outcome.unfinished
-        if sample is None:
-            assert isinstance(outcome, Rejected)
+        sample = outcome.unfinished if isinstance(outcome, Rejected) else outcome
+        if sample is not None:
+            found.counts[sample.task if sample.text else f"{sample.task} without text"] += 1
+            samples.append(sample)
+        elif isinstance(outcome, Rejected):
             number, first = found.rejected.get(outcome.reason, (0, f"{outcome.where}: {outcome.detail}"))
             found.rejected[outcome.reason] = (number + 1, first)
-        found.counts[sample.task if sample.text else f"{sample.task} without text"] += 1
-        samples.append(sample)
     step = max(len(samples) / max(num_samples, 1), 1)
     found.samples = [samples[int(i * step)] for i in range(min(num_samples, len(samples)))]
     if len(samples) > 2 and len({sample.target for sample in samples}) == 1:
