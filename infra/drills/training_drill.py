@@ -372,6 +372,8 @@ def drill_nan(rehearsal: Rehearsal) -> str:
 
 def drill_elastic(rehearsal: Rehearsal) -> str:
     """A node is lost with workers.min=1: fewer workers, the same packs."""
+    if not (rehearsal.folder / "runs" / "pretrain" / "worker-killed" / "result.json").exists():
+        drill_worker(rehearsal)
     with cluster(rehearsal, "one", "two") as (nodes, environment):
         run = rehearsal.train("elastic", "training.workers.min=1", environment=environment)
         run.wait_for_step(12)
