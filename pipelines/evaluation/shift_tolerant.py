@@ -5,38 +5,21 @@ The package ``stlpips-pytorch`` carries the trained weights; its own code needs 
 down here and only the weights are read.
 """
 
-import importlib.util
-from pathlib import Path
-
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loomvideo.platform.errors import UserError, how_to_add
+from loomvideo.pipelines.evaluation.packaged_weights import PackagedWeights
 
-PACKAGE = "stlpips-pytorch"
-_FILE = "weights/vST0.0/alex_shift_tolerant.pth"
+WEIGHTS = PackagedWeights(
+    metric="stlpips",
+    package="stlpips-pytorch",
+    module="stlpips_pytorch",
+    file="weights/vST0.0/alex_shift_tolerant.pth",
+    network="stlpips-pytorch's AlexNet",
+)
 _CONVOLUTIONS = ("net.slice1.0", "net.slice2.5", "net.slice3.9", "net.slice4.11", "net.slice5.13")
 _BLURS = ("net.slice1.1", "net.slice2.4", "net.slice3.8")
 _EPSILON = 1e-10
-
-
-def weights_file(place: str = "") -> Path:
-    """The file of weights: the one given, else that of the installed package.
-
-    Raises:
-        UserError: if there is none.
-    """
-    if place:
-        path = Path(place)
-    else:
-        found = importlib.util.find_spec("stlpips_pytorch")
-        if found is None or found.origin is None:
-            raise UserError(f"learned metrics need the package {PACKAGE}: {how_to_add('metrics')}")
-        path = Path(found.origin).parent / _FILE
-    if not path.is_file():
-        raise UserError(f"learned_weights.stlpips: file {path} not found")
-    return path
 
 
 class ShiftTolerantLPIPS(nn.Module):
@@ -95,11 +78,7 @@ def load_network(place: str = "") -> ShiftTolerantLPIPS:
     Raises:
         UserError: if there are none, or the file holds something else.
     """
-    path = weights_file(place)
-    try:
-        return ShiftTolerantLPIPS(torch.load(path, map_location="cpu", weights_only=True)).eval()
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
-        raise UserError(f"learned_weights.stlpips: {path} holds no weights of {PACKAGE}'s AlexNet ({error})") from error
+    return WEIGHTS.load(ShiftTolerantLPIPS, place)
 
 
 def _unit(x: Tensor) -> Tensor:

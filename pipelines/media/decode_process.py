@@ -5,12 +5,12 @@ import fcntl
 import os
 import select
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from loomvideo.pipelines.media.child_process import ChildProcess
 from loomvideo.pipelines.media.decode import DEFAULT_FOLDER_FPS, Backend, DecodeError, MediaInfo
 from loomvideo.pipelines.media.decode_worker import read_exactly, receive, send
 from loomvideo.platform.machine import patience
@@ -31,25 +31,17 @@ class IsolatedDecoder:
 
     def __init__(self, timeout_s: float = DECODER.seconds, backend: Backend = "auto"):
         self.timeout_s, self.backend = patience(timeout_s), backend
-        self._process: subprocess.Popen | None = None
+        self._child = ChildProcess("loomvideo.pipelines.media.decode_worker")
 
-    def start(self) -> None:
-        """Start the process now instead of at the first request."""
-        if self._process is not None and self._process.poll() is None:
-            return
-        environment = dict(os.environ)
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-        environment["OMP_NUM_THREADS"] = "1"
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "loomvideo.pipelines.media.decode_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            env=environment,
-        )
+    def start(self) -> subprocess.Popen:
+        """The process, started now instead of at the first request."""
+        if self._child.is_running:
+            return self._child.start()
+        process = self._child.start()
         # Room for the frames of a small clip: fewer switches between the processes.
         with contextlib.suppress(OSError):
-            fcntl.fcntl(self._process.stdout, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+            fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        return process
 
     def probe(self, path: str, folder_fps: float = DEFAULT_FOLDER_FPS) -> MediaInfo:
         """What a file holds.
@@ -70,17 +62,11 @@ class IsolatedDecoder:
 
     def close(self) -> None:
         """End the process."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
-            self._process.stdout.close()
-            self._process = None
+        self._child.close()
 
     def _request(self, action: str, path: str, folder_fps: float, indices: Sequence[int]) -> Iterator:
-        self.start()
-        process, answers = self._process, _Answers(self._process.stdout.fileno(), time.monotonic() + self.timeout_s)
+        process = self.start()
+        answers = _Answers(process.stdout.fileno(), time.monotonic() + self.timeout_s)
         finished = False
         try:
             send(process.stdin, (action, (path, self.backend, folder_fps), indices))

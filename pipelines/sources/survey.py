@@ -10,7 +10,7 @@ import fsspec
 
 from loomvideo.pipelines.media.decode_process import IsolatedDecoder
 from loomvideo.pipelines.media.fragments import split_fragment
-from loomvideo.pipelines.media.media_info import DecodeError
+from loomvideo.pipelines.media.media_info import DecodeError, first_line
 from loomvideo.pipelines.sources.base import Rejected, choose_format, open_source
 from loomvideo.pipelines.sources.rows import rows
 from loomvideo.pipelines.sources.samples import Sample, media_paths
@@ -133,8 +133,8 @@ def _remote(path: str) -> str:
         return f"{fs.info(inside)['size']} bytes"
     except FileNotFoundError:
         return "missing_file: no such object"
-    except Exception as error:  # of any store's client; a survey says it and goes on
-        return f"download_failed: {error}"
+    except Exception as error:  # of any store's client: it is shown beside the path, as `data prepare` would count it
+        return f"download_failed: {first_line(error)}"
 
 
 def _local(decoder: IsolatedDecoder, path: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from loomvideo.pipelines.vlm.clients import Reply
 from loomvideo.pipelines.vlm.requests import VLMMedia, VLMRequest, decode_frames
@@ -60,33 +60,29 @@ class Batcher:
 
 
 @dataclass
-class QwenVLClient:
-    """Judges and captions; loads the model at the first request.
+class BatchedClient:
+    """A model in this process, of which many threads ask and which answers them together.
 
     Attributes:
-        folder: The folder of a Qwen3-VL: ``config.json``, safetensors, ``tokenizer.json``,
-            ``preprocessor_config.json``.
+        folder: The folder of the model.
         max_tokens: Most output tokens.
         setting: The configuration key of ``folder``, for messages.
-        device: Torch device; "" spreads over the GPUs of the process where there are any.
         temperature: Sampling temperature; 0 or None takes the likeliest word.
         batch: Requests answered at once, when as many threads ask.
-        loaded: Model, vocabulary and picture sizes.
     """
 
+    kind: ClassVar[str]
     folder: str
     max_tokens: int = 1024
     setting: str = "captions.model"
-    device: str = ""
     temperature: float | None = 0.0
     batch: int = 1
-    loaded: tuple[Any, Any, Any] | None = field(default=None, repr=False)
-    _batcher: Batcher | None = field(default=None, repr=False)
+    _batcher: Batcher | None = field(default=None, repr=False, kw_only=True)
 
     def identity(self) -> dict[str, Any]:
         """See :class:`~loomvideo.pipelines.vlm.clients.VLMClient`."""
         return {
-            "kind": "qwen3_vl",
+            "kind": self.kind,
             "model": self.folder,
             "max_tokens": self.max_tokens,
             "temperature": self.temperature or 0.0,
@@ -98,6 +94,26 @@ class QwenVLClient:
             if self._batcher is None:
                 self._batcher = Batcher(self.complete_many, self.batch)
         return self._batcher.ask(request)
+
+    def complete_many(self, requests: Sequence[VLMRequest]) -> list[Reply]:
+        """Answer together."""
+        raise NotImplementedError
+
+
+@dataclass
+class QwenVLClient(BatchedClient):
+    """Judges and captions with a Qwen3-VL; loads it at the first request.
+
+    Its folder has ``config.json``, safetensors, ``tokenizer.json`` and ``preprocessor_config.json``.
+
+    Attributes:
+        device: Torch device; "" spreads over the GPUs of the process where there are any.
+        loaded: Model, vocabulary and picture sizes.
+    """
+
+    kind = "qwen3_vl"
+    device: str = field(default="", kw_only=True)
+    loaded: tuple[Any, Any, Any] | None = field(default=None, repr=False, kw_only=True)
 
     def complete_many(self, requests: Sequence[VLMRequest]) -> list[Reply]:
         """Answer together: rows padded on the left, so that each is answered as if it were alone."""

@@ -7,7 +7,6 @@ vLLM is no dependency: it pins its own torch and needs a GPU. What is called of 
 import hashlib
 import importlib.util
 import io
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from loomvideo.pipelines.vlm.clients import Reply, picture_part
-from loomvideo.pipelines.vlm.local import Batcher
+from loomvideo.pipelines.vlm.local import BatchedClient
 from loomvideo.pipelines.vlm.requests import VLMMedia, VLMRequest, decode_frames
 from loomvideo.platform.errors import UserError
 
@@ -25,7 +24,6 @@ MAX_PICTURES = 64
 """Pictures of a question that vLLM is told to make room for."""
 MAX_TOKENS_IN = 32_768
 """Length that memory is set aside for: the model's own 262,144 would not fit beside its weights on most GPUs."""
-_MAKING = threading.Lock()
 
 
 def is_installed() -> bool:
@@ -34,43 +32,18 @@ def is_installed() -> bool:
 
 
 @dataclass
-class VLLMClient:
+class VLLMClient(BatchedClient):
     """Judges with a Qwen3-VL, or any chat model of vLLM that takes pictures; loads it at the first request.
 
     Attributes:
-        folder: The folder of the model.
-        max_tokens: Most output tokens.
-        setting: The configuration key of ``folder``, for messages.
-        temperature: Sampling temperature; 0 or None takes the likeliest word.
-        batch: Requests handed over at once, when as many threads ask.
         gpus: GPUs of the process, among which the model is divided.
         engine: The loaded engine.
     """
 
-    folder: str
-    max_tokens: int = 1024
+    kind = "vllm"
     setting: str = "judge.model"
-    temperature: float | None = 0.0
-    batch: int = 1
-    gpus: float = 1.0
-    engine: Any = field(default=None, repr=False)
-    _batcher: Batcher | None = field(default=None, repr=False)
-
-    def identity(self) -> dict[str, Any]:
-        """See :class:`~loomvideo.pipelines.vlm.clients.VLMClient`."""
-        return {
-            "kind": "vllm",
-            "model": self.folder,
-            "max_tokens": self.max_tokens,
-            "temperature": self.temperature or 0.0,
-        }
-
-    def complete(self, request: VLMRequest) -> Reply:
-        """Answer; each frame is shown as a picture under its label."""
-        with _MAKING:
-            if self._batcher is None:
-                self._batcher = Batcher(self.complete_many, self.batch)
-        return self._batcher.ask(request)
+    gpus: float = field(default=1.0, kw_only=True)
+    engine: Any = field(default=None, repr=False, kw_only=True)
 
     def complete_many(self, requests: Sequence[VLMRequest]) -> list[Reply]:
         """Answer together; answers in JSON keep to the schema of their request."""

@@ -191,8 +191,8 @@ def test_isolated_decoder_gives_the_same_frames(tmp_path, decoder):
 def test_a_crash_costs_one_request(tmp_path, decoder):
     path = str(write_video(tmp_path / "a.mp4", moving_frames(9)))
     decoder.probe(path)
-    os.kill(decoder._process.pid, signal.SIGSTOP)
-    threading.Timer(0.3, os.kill, (decoder._process.pid, signal.SIGKILL)).start()
+    os.kill(decoder.start().pid, signal.SIGSTOP)
+    threading.Timer(0.3, os.kill, (decoder.start().pid, signal.SIGKILL)).start()
     with pytest.raises(DecodeError) as caught:
         decoder.probe(path)
     assert caught.value.reason == "decoder_crash"
@@ -203,7 +203,7 @@ def test_a_hang_ends_at_the_time_limit(tmp_path, decoder):
     path = str(write_video(tmp_path / "a.mp4", moving_frames(9)))
     decoder.probe(path)
     decoder.timeout_s = 1.0
-    os.kill(decoder._process.pid, signal.SIGSTOP)
+    os.kill(decoder.start().pid, signal.SIGSTOP)
     began = time.monotonic()
     with pytest.raises(DecodeError) as caught:
         decoder.probe(path)
