@@ -46,13 +46,16 @@ def film_windows(total: int, num_frames: int, overlap: int, grid: LatentGrid) ->
     Args:
         total: Frames of the film.
         num_frames: Frames of a window.
-        overlap: Frames that neighbours share.
+        overlap: Frames that neighbours share; 0 takes about a sixth of a window.
         grid: How the model's codec and patches divide pixels and frames.
 
     Raises:
         UserError: if a window is none the model can make, or neighbours share too much.
     """
     grid.check_frames("num_frames", num_frames)
+    if not overlap:
+        least = grid.covering_frames(2)
+        overlap = min(max(grid.covering_frames(num_frames // 6), least), grid.whole_frames(num_frames - 1))
     grid.check_frames("overlap", overlap)
     if not 1 <= overlap < num_frames:
         raise UserError(f"overlap={overlap}: at least 1 and less than num_frames={num_frames}")
@@ -60,7 +63,7 @@ def film_windows(total: int, num_frames: int, overlap: int, grid: LatentGrid) ->
     while windows[-1].start + num_frames < total:
         windows.append(Window(windows[-1].start + num_frames - overlap, num_frames, overlap))
     last = windows[-1]
-    left = grid.whole_frames(total - last.start + grid.temporal_stride - 1)
+    left = grid.covering_frames(total - last.start)
     windows[-1] = Window(last.start, min(num_frames, left), last.shared)
     return windows
 

@@ -89,6 +89,9 @@ def _run_here(config: GenerateConfig, request: Request) -> None:
         path = generator.write(prepared, latents)
     finally:
         generator.close()
+    if prepared.frames_left_out:
+        all_frames = prepared.num_frames + prepared.frames_left_out
+        print(f"edited the first {prepared.num_frames} of {all_frames} frames; whole=true edits all")
     if rows:
         _print_errors(rows)
     elif config.shortcuts.alone():

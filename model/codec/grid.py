@@ -49,6 +49,10 @@ class LatentGrid:
         """The largest encodable number of frames that is not above ``num_frames`` (at least 1)."""
         return (max(num_frames, 1) - 1) // self.temporal_stride * self.temporal_stride + 1
 
+    def covering_frames(self, num_frames: int) -> int:
+        """The smallest encodable number of frames that is not below ``num_frames``."""
+        return self.whole_frames(num_frames + self.temporal_stride - 1)
+
     def latent_frames(self, num_frames: int) -> int:
         """Latent frames of an encodable number of frames."""
         return (num_frames - 1) // self.temporal_stride + 1

@@ -21,6 +21,7 @@ from loomvideo.model.shortcuts import Shortcuts
 from loomvideo.model.tasks import Task, requested_task
 from loomvideo.pipelines.generation.film import edit_whole
 from loomvideo.pipelines.generation.memory import largest_work
+from loomvideo.pipelines.generation.playback import Playback
 from loomvideo.pipelines.generation.requests import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Request
 from loomvideo.pipelines.generation.results import content_hash, digest, sidecar_path, write_result
 from loomvideo.pipelines.generation.settings import Settings
@@ -40,6 +41,15 @@ class Prepared:
     task: str
     conditions: Conditions
     facts: dict[str, Any]
+    playback: Playback | None = None
+    """How an edit plays like its source; None for what has no source, or does not take after it."""
+    num_frames: int = 1
+    """Frames of the file."""
+
+    @property
+    def frames_left_out(self) -> int:
+        """Frames at the source's end that are not edited."""
+        return 0 if self.playback is None else self.playback.num_frames - self.num_frames
 
 
 class FileGenerator:
@@ -113,9 +123,11 @@ class FileGenerator:
         Raises:
             UserError: for a file that cannot be used, a size that cannot be made, or too little memory.
         """
-        if self.settings.whole:
-            return edit_whole(self, request, on_step)
-        prepared = self.prepare(request)
+        task, info = self._checked(request)
+        if self.settings.whole and info is not None and task.source == "video":
+            playback = Playback.of(request.source, info, self.settings, "video")
+            return edit_whole(self, request, task, playback, on_step)
+        prepared = self._prepared(request, task, info)
         return self.write(prepared, self.sample(prepared, on_step=on_step))
 
     def prepare(self, request: Request) -> Prepared:
@@ -124,20 +136,38 @@ class FileGenerator:
         Raises:
             UserError: as :meth:`generate`.
         """
+        return self._prepared(request, *self._checked(request))
+
+    def _checked(self, request: Request) -> tuple[Task, MediaInfo | None]:
+        """The task of a request, and what its source holds."""
         request.check()
         settings = self.settings
         settings.check()
         self.pipeline.grid.check_frames("num_frames", settings.num_frames)
         if max(settings.size()) > MAX_SIDE:
             raise UserError(f"width={settings.width} height={settings.height}: sides of at most {MAX_SIDE} are made")
-        source_info = self.probe("source", request.source) if request.source else None
-        task = requested_task(request.task, source_info.kind if source_info else None)
+        info = self.probe("source", request.source) if request.source else None
+        task = requested_task(request.task, info.kind if info else None)
         accepted = IMAGE_SUFFIXES if task.is_image else VIDEO_SUFFIXES
         if Path(request.out).suffix.lower() not in accepted:
             made = "a picture" if task.is_image else "a video"
             raise UserError(f"out={request.out}: {task.name} makes {made}, name a {' or '.join(accepted)} file")
+        return task, info
+
+    def _prepared(self, request: Request, task: Task, info: MediaInfo | None) -> Prepared:
+        settings = self.settings
+        playback, source = None, None
+        num_frames = 1 if task.is_image else settings.num_frames
         with self.memory_errors(request):
-            source = self._clip(request.source, source_info, task) if source_info else None
+            if info is not None and settings.keep:
+                playback = Playback.of(request.source, info, settings, task.makes)
+                num_frames = min(playback.num_frames, num_frames)
+                source = self.read("source", request.source, playback.indices(0, num_frames), playback.fit)
+                missing = self.pipeline.grid.covering_frames(num_frames) - num_frames
+                source = np.concatenate([source, np.repeat(source[-1:], missing, axis=0)])
+            elif info is not None:
+                source = self._clip(request.source, info, task)
+                num_frames = len(source)
             references = [self.picture(path) for path in request.refs]
             conditions = self.pipeline.encode(
                 task.name,
@@ -145,10 +175,10 @@ class FileGenerator:
                 source,
                 references,
                 None if source is not None else settings.size(),
-                1 if task.is_image else settings.num_frames,
+                num_frames,
                 settings.negative_prompt if request.negative_prompt is None else request.negative_prompt,
             )
-        return Prepared(request, task.name, conditions, self.facts(request))
+        return Prepared(request, task.name, conditions, self.facts(request), playback, num_frames)
 
     def sample(
         self,
@@ -186,17 +216,24 @@ class FileGenerator:
         Raises:
             UserError: for too little memory.
         """
-        path, grid = Path(prepared.request.out), self.pipeline.grid
-        _, frames, height, width = prepared.conditions.latent_shape
+        path, playback = Path(prepared.request.out), prepared.playback
+        _, _, rows, columns = prepared.conditions.latent_shape
         facts = {
             **prepared.facts,
             "digest": digest(prepared.facts),
             "task": prepared.task,
-            "num_frames": grid.frames(frames),
-            "size": list(grid.size(height, width)),
+            "num_frames": prepared.num_frames,
+            "size": list(playback.size if playback else self.pipeline.grid.size(rows, columns)),
         }
         with self.memory_errors(prepared.request):
-            write_result(path, self.pipeline.decode_stream(latents), facts)
+            pieces = self.pipeline.decode_stream(latents)
+            if playback is None:
+                write_result(path, pieces, facts, self.settings.fps or TARGET_FPS)
+            elif path.suffix.lower() in IMAGE_SUFFIXES:
+                write_result(path, playback.shown(pieces, 1), facts)
+            else:
+                shown = playback.shown(pieces, prepared.num_frames)
+                write_result(path, shown, facts, playback.fps, playback.colours(), playback.add_sound)
         return path
 
     def memory_errors(self, request: Request) -> contextlib.AbstractContextManager[None]:
@@ -222,24 +259,28 @@ class FileGenerator:
         return info
 
     def _clip(self, path: str, info: MediaInfo, task: Task) -> np.ndarray:
-        """Frames of the source at the published rate, brought to its bucket."""
+        """Frames of the source as training saw clips, cropped to its bucket."""
         settings = self.settings
-        window = media_window(info, task.makes, settings.buckets, settings.num_frames, self.pipeline.grid)
-        if bool(settings.width) != bool(settings.height):
-            raise UserError("width and height: set both, or neither to keep the source's shape")
-        if settings.width:
-            window = dataclasses.replace(window, size=(settings.width, settings.height))
-        return window.fit(self.read("source", path, window.indices)).numpy()
+        rate = settings.fps or TARGET_FPS
+        window = media_window(info, task.makes, settings.buckets, settings.num_frames, self.pipeline.grid, rate)
+        window = dataclasses.replace(window, size=settings.asked_size() or window.size)
+        return self.read("source", path, window.indices, window.fit)
 
     def picture(self, path: str) -> np.ndarray:
         """A reference, brought to its bucket: uint8 [height, width, 3]."""
         window = picture_window(self.probe("refs", path), self.settings.buckets)
-        return window.fit(self.read("refs", path, window.indices)).numpy()[0]
+        return self.read("refs", path, window.indices, window.fit)[0]
 
-    def read(self, key: str, path: str, indices: Sequence[int]) -> torch.Tensor:
-        """Frames of a file, uint8 [frames, height, width, 3]."""
+    def read(
+        self, key: str, path: str, indices: Sequence[int], fit: Callable[[torch.Tensor], torch.Tensor]
+    ) -> np.ndarray:
+        """Frames of a file at the size that ``fit`` gives them, uint8 [frames, height, width, 3].
+
+        They are fitted in pieces: a large source is never in memory whole.
+        """
         try:
-            return torch.from_numpy(np.concatenate(list(self.decoder.read(path, indices, TARGET_FPS))))
+            pieces = self.decoder.read(path, indices, TARGET_FPS)
+            return np.concatenate([fit(torch.from_numpy(piece)).numpy() for piece in pieces])
         except DecodeError as error:
             raise UserError(f"{key}={path}: {error}") from error
 

@@ -8,6 +8,8 @@ from loomvideo.model.shortcuts import Shortcuts
 from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
 
+MIN_FPS, MAX_FPS = 1.0, 240.0
+
 
 @dataclass
 class Settings:
@@ -18,10 +20,16 @@ class Settings:
     height: int = option(0, "height")
     default_size: list[int] = option([832, 480], "width and height where neither a source nor width and height say")
     num_frames: int = option(97, "frames of a video, at most the source's; 4k+1 with a codec of temporal stride 4")
-    whole: bool = option(
-        False, "edit the whole of a video, in windows of num_frames, at its own frame rate and size, its sound kept"
+    keep: bool = option(
+        True,
+        "edits play like their source: its size, frame rate, colour tags and sound; "
+        "false: as training saw clips, cropped to the bucket, 24 frames a second, silent",
     )
-    overlap: int = option(17, "whole: frames that neighbouring windows share, of the same form as num_frames")
+    fps: float = option(0.0, "frames a second of a video; 0 takes an edit's from its source, else 24")
+    whole: bool = option(False, "edits of videos: the whole of them, in windows of num_frames")
+    overlap: int = option(
+        0, "whole: frames that neighbouring windows share, of the same form as num_frames; 0 takes about a sixth"
+    )
     steps: int = option(50, "denoising steps")
     scale: float | None = option(None, "guidance scale; null takes the task's (2.5 for edits, 5 otherwise)")
     visual_scale: float | None = option(None, "guidance scale of media; null takes 1.5")
@@ -43,6 +51,10 @@ class Settings:
             raise UserError(f"steps={self.steps}: must be at least 1")
         if len(self.default_size) != 2:
             raise UserError(f"default_size={self.default_size}: give width and height")
+        if self.fps and not MIN_FPS <= self.fps <= MAX_FPS:
+            raise UserError(f"fps={self.fps:g}: choose {MIN_FPS:g} to {MAX_FPS:g}, or 0")
+        if self.whole and not self.keep:
+            raise UserError("whole=true: plays like its source; leave keep=true")
         self.shortcuts.check()
 
     def guidance(self, task: str) -> Guidance:
@@ -56,6 +68,16 @@ class Settings:
     def size(self) -> tuple[int, int]:
         """Width and height of what has no source."""
         return self.width or self.default_size[0], self.height or self.default_size[1]
+
+    def asked_size(self) -> tuple[int, int] | None:
+        """Width and height that were asked for; None where they are a source's.
+
+        Raises:
+            UserError: if one is set without the other.
+        """
+        if bool(self.width) != bool(self.height):
+            raise UserError("width and height: set both, or neither to keep the source's shape")
+        return (self.width, self.height) if self.width else None
 
     def facts(self) -> dict[str, Any]:
         """Everything here that determines a result, as plain values."""

@@ -74,7 +74,7 @@ class Client:
             source: A video or picture to edit.
             references: Reference pictures.
             on_progress: Called with the steps done and all.
-            settings: ``seed``, ``steps``, ``guidance_scale``, ``num_frames``, ``width``, ``height``,
+            settings: ``seed``, ``steps``, ``guidance_scale``, ``num_frames``, ``width``, ``height``, ``whole``,
                 ``negative_prompt``, ``deadline_s``.
 
         Raises:

@@ -54,6 +54,7 @@ class PageGenerator:
             width=request.width or 0,
             height=request.height or 0,
             num_frames=self._generator.pipeline.grid.whole_frames(request.num_frames or self._settings.num_frames),
+            whole=request.whole or self._settings.whole,
             steps=request.steps or self._settings.steps,
             scale=self._settings.scale if request.guidance_scale is None else request.guidance_scale,
         )

@@ -47,6 +47,8 @@ class GenerationRequest:
     num_frames: int | None = None
     width: int | None = None
     height: int | None = None
+    whole: bool = False
+    """Edit a video to its end, and not its first frames alone."""
     deadline_s: float | None = None
     """Seconds from the request after which nobody wants the result any more."""
 
@@ -79,6 +81,8 @@ def check_request(request: GenerationRequest, limits: RequestLimits, grid: Laten
         raise UserError(f"{len(request.references)} reference pictures: at most {limits.max_references}")
     if any(reference.info.kind != "image" for reference in request.references):
         raise UserError("a reference is a video: references are pictures")
+    if request.whole and (request.source is None or request.source.info.kind != "video"):
+        raise UserError("whole: is for edits of videos")
     for number in map(int, MENTION.findall(request.prompt)):
         if not 1 <= number <= len(request.references):
             raise UserError(f"the prompt mentions @Image {number}, but there are {len(request.references)} references")

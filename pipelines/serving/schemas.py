@@ -24,6 +24,8 @@ class JobBody(BaseModel):
     num_frames: int | None = None
     width: int | None = None
     height: int | None = None
+    whole: bool = False
+    """Edit a video to its end, and not its first frames alone."""
     deadline_s: float | None = Field(None, gt=0, le=86_400)
     """Seconds from now after which the result is of no use."""
 

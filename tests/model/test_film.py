@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from loomvideo.model.codec import build_codec
+from loomvideo.model.codec import LatentGrid, build_codec
 from loomvideo.model.conditioning.mllm import FrozenMLLM
 from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.film import Window, edit_film, film_windows, seam_energy
@@ -119,6 +119,11 @@ def test_seam_energy_sees_a_cut():
     film[10:] = 255 - film[10:]
     at_joints, elsewhere = seam_energy(film, [10])
     assert at_joints > 2 * elsewhere
+
+
+def test_neighbours_share_a_sixth_unless_told():
+    wan = LatentGrid(4, 16)
+    assert [film_windows(500, frames, 0, wan)[1].shared for frames in (97, 49, 9, 5)] == [17, 9, 5, 1]
 
 
 def test_windows_state_what_they_share():

@@ -75,8 +75,8 @@ def frames_of(path):
     ("task", "source", "num_refs", "shape"),
     [
         ("t2v", "", 0, (9, 64, 64, 3)),
-        ("edit", "clip with spaces é.mp4", 0, (9, 64, 96, 3)),
-        ("ref_edit", "clip with spaces é.mp4", 2, (9, 64, 96, 3)),
+        ("edit", "clip with spaces é.mp4", 0, (9, 48, 80, 3)),
+        ("ref_edit", "clip with spaces é.mp4", 2, (9, 48, 80, 3)),
         ("mi2v", "", 1, (9, 64, 64, 3)),
     ],
 )
@@ -94,7 +94,7 @@ def test_every_video_task_writes_a_playable_file(folder, generator, task, source
 def test_pictures_carry_their_facts(folder, generator, suffix):
     made = generator.generate(request(folder, "edit", f"picture-edit.{suffix}", "picture.png"))
     with Image.open(made) as picture:
-        assert picture.size == (96, 64)
+        assert picture.size == (80, 48)
         text = picture.text["loomvideo"] if suffix == "png" else picture.getexif()[0x010E]
     assert json.loads(text)["task"] == "image_edit"
 
@@ -142,10 +142,14 @@ def test_files_without_pictures_are_one_line(folder, generator, make):
 
 
 def test_slow_sources_give_all_their_frames(folder, generator):
-    """6 frames at 12 a second last as long as 11 at 24, cut to 9."""
+    """6 frames at 12 a second; as training saw them, they last as long as 11 at 24, cut to 9."""
     video = np.random.default_rng(0).integers(0, 255, (6, 48, 80, 3), dtype=np.uint8)
     write_video(folder / "slow.mp4", video, 12.0)
-    assert len(frames_of(generator.generate(request(folder, "edit", "slow-out.mp4", "slow.mp4")))) == 9
+    assert len(frames_of(generator.generate(request(folder, "edit", "slow-out.mp4", "slow.mp4")))) == 6
+    generator.settings = config(folder, keep=False)
+    made = frames_of(generator.generate(request(folder, "edit", "slow-out.mp4", "slow.mp4")))
+    generator.settings = config(folder)
+    assert np.stack(made).shape == (9, 64, 96, 3)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +204,12 @@ def test_shortcuts_print_the_error_of_each(folder, capsys):
     assert facts["settings"]["shortcuts"]["branch_refresh"] == 2
     run(config(folder, **asked, out=str(folder / "short.png"), shortcuts=shortcuts, measure_error=False))
     assert "approximate: steps=3, guidance_to=0.5" in capsys.readouterr().out
+
+
+def test_frames_left_out_are_told(folder, capsys):
+    asked = {"task": "edit", "prompt": "make it red", "source": str(folder / "clip with spaces é.mp4"), "steps": 1}
+    run(config(folder, **asked, out=str(folder / "first.mp4")))
+    assert "edited the first 9 of 14 frames; whole=true edits all" in capsys.readouterr().out
 
 
 def test_huge_pictures_are_refused(folder, generator):
@@ -326,6 +336,8 @@ def test_batch_mistakes_name_the_line(folder):
         ({"task": "t2v", "prompt": "a", "out": "a.mp4", "ranks": 3, "sequence_ranks": 2}, "must divide ranks=3"),
         ({"task": "t2v", "prompt": "a", "out": "a.mp4", "checkpoint": "nowhere"}, "checkpoint=nowhere"),
         ({"task": "t2v", "prompt": "a", "out": "a.mp4", "num_frames": 10}, "num_frames=10: must be 4k"),
+        ({"task": "t2v", "prompt": "a", "out": "a.mp4", "fps": 0.5}, "fps=0.5: choose 1 to 240, or 0"),
+        ({"task": "t2v", "prompt": "a", "out": "a.mp4", "whole": True, "keep": False}, "leave keep=true"),
     ],
 )
 def test_command_mistakes(folder, changes, message):

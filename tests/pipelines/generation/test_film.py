@@ -93,15 +93,12 @@ def test_a_source_without_sound_is_left_as_it_is(tmp_path):
     made = media.write_video(tmp_path / "made.mp4", media.moving_frames(9))
     before = made.read_bytes()
     add_sound(made, str(silent))
-    add_sound(made, str(tmp_path))
     assert made.read_bytes() == before
 
 
-def test_what_is_no_film_is_refused(generator, tmp_path):
+def test_whole_changes_nothing_for_what_is_no_film(generator, tmp_path):
     media.write_picture(tmp_path / "a.png", media.moving_frames(1)[0])
-    for request, message in (
-        (Request("t2v", "x", str(tmp_path / "a.mp4")), "whole=true: edits videos"),
-        (Request("edit", "x", str(tmp_path / "a.mp4"), str(tmp_path / "a.png")), "whole=true: edits videos"),
-    ):
-        with pytest.raises(UserError, match=message):
-            generator.generate(request)
+    made = generator.generate(Request("edit", "x", str(tmp_path / "b.png"), str(tmp_path / "a.png")))
+    assert open_media(str(made)).info.width == 64
+    with pytest.raises(UserError, match="edit makes a video"):
+        generator.generate(Request("edit", "x", str(tmp_path / "b.png"), str(with_sound(tmp_path / "film.mp4"))))

@@ -54,7 +54,7 @@ def generate(generator, **values):
     if result.media_type == "image/png":
         return steps, np.asarray(Image.open(io.BytesIO(result.content)))[None]
     with av.open(io.BytesIO(result.content)) as container:
-        assert container.streams.video[0].average_rate == 24
+        assert container.streams.video[0].average_rate == (12 if "source" in values else 24)
         return steps, np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
@@ -66,10 +66,19 @@ def test_from_words(generator, task, shape):
 
 
 def test_edits_take_shape_and_length_of_the_source(generator, clip, picture):
-    assert generate(generator, task="edit", prompt="a red dress", source=clip)[1].shape == (9, 64, 96, 3)
-    assert generate(generator, task="edit", prompt="a red dress", source=picture)[1].shape == (1, 96, 64, 3)
+    assert generate(generator, task="edit", prompt="a red dress", source=clip)[1].shape == (7, 64, 100, 3)
+    assert generate(generator, task="edit", prompt="a red dress", source=picture)[1].shape == (1, 80, 60, 3)
     parts = {"source": clip, "references": [picture]}
-    assert generate(generator, task="ref_edit", prompt="wear @Image 1", **parts)[1].shape == (9, 64, 96, 3)
+    assert generate(generator, task="ref_edit", prompt="wear @Image 1", **parts)[1].shape == (7, 64, 100, 3)
+    settings = {"width": 96, "height": 64, "num_frames": 5}
+    assert generate(generator, task="edit", prompt="a red dress", source=clip, **settings)[1].shape == (5, 64, 96, 3)
+
+
+def test_a_video_is_edited_to_its_end_where_that_is_asked(generator, clip):
+    asked = {"task": "edit", "prompt": "a red dress", "source": clip, "num_frames": 5}
+    assert len(generate(generator, **asked)[1]) == 5
+    steps, frames = generate(generator, **asked, whole=True)
+    assert (len(frames), steps[-1]) == (7, (4, 4))
 
 
 def test_references_to_video_with_settings(generator, picture):
