@@ -227,3 +227,11 @@ def test_a_path_with_spaces(tmp_path, wheels):
     made.variables = {**os.environ, "UV_FIND_LINKS": places, "UV_CACHE_DIR": str(tmp_path / "my cache")}
     made.install("torch", ["torch==2.13.0+cpu"])
     assert "torch-2.13.0+cpu" in _packages(made)
+
+
+def test_bytecode_is_compiled_where_no_process_may_keep_it(environment, wheels, capsys):
+    _wheel(wheels, "some", "1.0", {"some/__init__.py": "", "some/for_another_python.py": "print 1\n"})
+    environment.install("some", ["some==1.0"])
+    setup.compile_ahead(environment)
+    assert [path.name.partition(".")[0] for path in environment.venv.rglob("some/**/*.pyc")] == ["__init__"]
+    assert "PYTHONDONTWRITEBYTECODE" in capsys.readouterr().out
