@@ -16,6 +16,7 @@ BUILTIN_VOCAB_SIZE = 3_264
 
 
 PIPELINE_FILE = "pipeline.json"
+LEFT_OUT_KEY = "left_out"
 """Beside exported weights: which model size's codec and MLLM they were trained with."""
 
 
@@ -176,3 +177,9 @@ def stated_size(weights: str | Path) -> str | None:
     """The model size that an exported weights folder says it belongs to; None where it says nothing."""
     note = Path(weights) / PIPELINE_FILE
     return json.loads(note.read_text())["model"] if note.is_file() else None
+
+
+def stated_left_out(weights: str | Path) -> frozenset[str]:
+    """The tasks that an exported weights folder's training left out of its mixture; none where it says nothing."""
+    note = Path(weights) / PIPELINE_FILE
+    return frozenset(json.loads(note.read_text()).get(LEFT_OUT_KEY, ())) if note.is_file() else frozenset()

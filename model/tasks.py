@@ -144,6 +144,11 @@ def requested_task(name: str, source: Medium | None = None) -> Task:
     return found
 
 
+def meant(name: str) -> tuple[str, ...]:
+    """The tasks that a requested name stands for: both edits, or itself."""
+    return tuple(_EDIT_OF.values()) if name == EDIT else (name,)
+
+
 def _find(name: str, table: dict[str, Task], names: tuple[str, ...]) -> Task:
     if name not in table:
         raise UserError(f"task={name}: choose one of {', '.join(names)}")

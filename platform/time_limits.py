@@ -32,7 +32,7 @@ class TimeLimit:
 RAY_START = TimeLimit(60, "Ray's processes on this machine answer, else the start is tried again, three times in all")
 RAY_WORKER_START = TimeLimit(60, "a worker process of Ray imports the code and registers, else Ray starts another")
 SERVE_PROXY = TimeLimit(60, "Ray Serve's proxy listens, else serving ends")
-SERVE_STOP = TimeLimit(5, "a generator that is stopped ends what it makes", scaled=False)
+SERVE_STOP = TimeLimit(30, "the page writes down what its generators left, after `drain_s`")
 WORKER_GROUP_START = TimeLimit(300, "training workers import torch and start, else the next attempt takes other nodes")
 ELASTIC_GROUP_START = TimeLimit(75, "then an elastic run starts with fewer workers")
 PROCESS_GROUP = TimeLimit(1800, "ranks may be apart: one writes a checkpoint to slow storage")

@@ -25,7 +25,9 @@ class ServeConfig(ModelChoice):
         "where jobs and files are: a SQLite file, postgresql://… (better set as LOOMVIDEO_SERVE_STORE), or memory; "
         "empty: RUNS/serve/jobs.sqlite",
     )
-    drain_s: float = option(120.0, "seconds that running generations may take to end when it is told to stop")
+    drain_s: float = option(
+        120.0, "seconds that running generations may take to end when it is told to stop, or replaced"
+    )
     hosts: list[str] = option(
         [], "names it answers as, without ports; empty: loopback names on a loopback host, else all"
     )

@@ -13,6 +13,7 @@ from loomvideo.jobs.command import job_config
 from loomvideo.jobs.serving.config import ServeConfig
 from loomvideo.jobs.weights.model_choice import model_source
 from loomvideo.model.loading import ModelSource
+from loomvideo.model.sizes import stated_left_out
 from loomvideo.pipelines.serving.app import PageConfig
 from loomvideo.pipelines.serving.deployment import APPLICATION, build_application, drain
 from loomvideo.pipelines.serving.examples import read_examples
@@ -47,11 +48,16 @@ def run(config: ServeConfig) -> None:
             serve.start(http_options={"host": config.host, "port": config.port})
             serve.run(application, name=APPLICATION, route_prefix="/")
             out.print(f"serving {source.weights} on http://{config.host}:{config.port}; Ctrl-C stops it")
-            told_to_stop.wait()
-            out.print(f"stopping: running generations have {config.drain_s:g} s to end")
-            out.print(f"{drain(config.drain_s)} generations are left for the next start")
+            try:
+                told_to_stop.wait()
+                seconds = config.drain_s
+                out.print(f"stopping: running generations have {seconds:g} s to end")
+            except KeyboardInterrupt:
+                seconds = 0.0
+                out.print("stopping")
+            out.print(f"{drain(seconds)} generations are left for the next start")
         except KeyboardInterrupt:
-            out.print("stopping")
+            out.print("stopped")
         finally:
             serve.shutdown()
 
@@ -80,6 +86,7 @@ def _application(config: ServeConfig, on_host: bool = True) -> tuple[ModelSource
     negative = source.size.negative_prompt if negative is None else negative
     if negative:
         defaults["negative_prompt"] = negative
+    left_out = stated_left_out(source.weights)
     hosts = tuple(config.hosts) or (LOOPBACK_NAMES if on_host and _is_local(config.host) else ())
     page = PageConfig(
         token=_token(config),
@@ -91,9 +98,11 @@ def _application(config: ServeConfig, on_host: bool = True) -> tuple[ModelSource
         defaults=defaults,
         hosts=hosts,
         grid=source.size.grid,
-        examples=read_examples(config.examples) if config.examples else (),
+        examples=read_examples(config.examples, left_out=left_out) if config.examples else (),
+        stop_s=config.drain_s,
         # A RayService is replaced by a whole new one beside it.
-        hand_over_s=None if on_host else config.drain_s,
+        hands_over=not on_host,
+        left_out=left_out,
     )
     Users.read(page.token, page.users)  # a mistake in the file is said here, not in a replica's log
     load = functools.partial(PageGenerator.load, source, config.generation, config.requests)

@@ -14,7 +14,7 @@ import torch
 from loomvideo.jobs.training.config import TrainingJobConfig, job_schema
 from loomvideo.jobs.training.methods import recipe_class
 from loomvideo.jobs.weights.references import find_run, split_step
-from loomvideo.model.sizes import PIPELINE_FILE
+from loomvideo.model.sizes import LEFT_OUT_KEY, PIPELINE_FILE
 from loomvideo.model.weights import save_dit
 from loomvideo.pipelines.training.dit_recipe import DiTRecipe
 from loomvideo.platform.config import load_config
@@ -157,6 +157,7 @@ def export_weights(
         raise UserError(f"{output}: already holds weights or other files; name a new folder")
     state = checkpoint.weights(KINDS[kind], recipe.open_base(checkpoint.base, base))
     note = {"model": config.model, "step": checkpoint.step, "weights": kind, "run": f"{run.job}/{run.name}"}
+    note[LEFT_OUT_KEY] = sorted(task for task, weight in config.training.mixture.tasks.items() if weight == 0)
     note |= recipe.note()
     with staged_folder(output) as staged:
         save_dit(recipe.published(state), recipe.config, staged, dtype=dtype)

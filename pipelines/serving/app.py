@@ -19,7 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from loomvideo.model.codec import LatentGrid
-from loomvideo.model.tasks import REQUESTED, requested_task
+from loomvideo.model.tasks import REQUESTED, meant, requested_task
 from loomvideo.pipelines.serving.examples import PageExample
 from loomvideo.pipelines.serving.guards import check_host, check_origin
 from loomvideo.pipelines.serving.jobs import Backend, Job, JobQueue, QuotaReachedError, StoreFullError
@@ -64,8 +64,12 @@ class PageConfig:
     grid: LatentGrid | None = None
     # Offered to click.
     examples: tuple[PageExample, ...] = ()
-    # Seconds that running generations have to end when the next server asks for the store; None: it is not given away.
-    hand_over_s: float | None = None
+    # Seconds that running generations have to end when this server is stopped or replaced.
+    stop_s: float = 0.0
+    # Whether the next server may ask for the store; else it waits until this one is gone.
+    hands_over: bool = False
+    # Tasks that the checkpoint was not trained on of late.
+    left_out: frozenset[str] = frozenset()
 
 
 class Metrics:
@@ -107,20 +111,20 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        if config.hand_over_s is None:
-            await asyncio.to_thread(store.take, TAKEOVER_S)
+        if not config.hands_over:
+            await asyncio.to_thread(store.take, max(TAKEOVER_S, config.stop_s + TAKEOVER_S / 6))
         else:
             # The server before goes on until this one can generate.
             while live_generators is not None and not await live_generators():
                 await asyncio.sleep(1)
-            await asyncio.to_thread(store.take, TAKEOVER_S + config.hand_over_s, ask=True)
+            await asyncio.to_thread(store.take, TAKEOVER_S + config.stop_s, ask=True)
         queue.resume()
-        watching = asyncio.create_task(hand_over()) if config.hand_over_s is not None else None
+        watching = asyncio.create_task(hand_over()) if config.hands_over else None
         yield
         if watching is not None:
             watching.cancel()
         if not app.state.replaced:
-            await queue.drain(0)
+            await queue.drain(config.stop_s)
         reader.close()
         store.close()
 
@@ -128,8 +132,8 @@ def create_app(
         """Let the next server have the store as soon as it asks."""
         while not await asyncio.to_thread(store.is_asked_for):
             await asyncio.sleep(1)
-        logger.info("the next server takes over: running generations have %g s to end", config.hand_over_s)
-        await queue.drain(config.hand_over_s or 0.0)
+        logger.info("the next server takes over: running generations have %g s to end", config.stop_s)
+        await queue.drain(config.stop_s)
         app.state.replaced = True
         store.close()
 
@@ -224,7 +228,12 @@ def create_app(
         }
         offered = {name: requested_task(name) for name in REQUESTED}
         tasks = {
-            name: {"source": task.needs_source, "references": task.needs_references} for name, task in offered.items()
+            name: {
+                "source": task.needs_source,
+                "references": task.needs_references,
+                "trained": not config.left_out.issuperset(meant(name)),
+            }
+            for name, task in offered.items()
         }
         examples = [example.describe() for example in config.examples]
         told = {"title": config.title, "tasks": tasks, "limits": limits, "defaults": config.defaults}

@@ -93,10 +93,17 @@ def build_application(
         max_ongoing_requests=1,
         autoscaling_config=scaling,
         ray_actor_options={"num_gpus": replicas.num_gpus, "num_cpus": replicas.num_cpus},
-        graceful_shutdown_timeout_s=SERVE_STOP.here(),
+        # Serve stops generators that it replaces or no longer needs: none may lose what it makes.
+        graceful_shutdown_timeout_s=page.requests.max_run_s,
     )(GeneratorReplica)
 
-    @serve.deployment(name=PAGE, num_replicas=1, max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})
+    @serve.deployment(
+        name=PAGE,
+        num_replicas=1,
+        max_ongoing_requests=1000,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=page.stop_s + SERVE_STOP.here(),
+    )
     @serve.ingress(lambda: page_app(page))
     class Page:
         def __init__(self, generator: serve.handle.DeploymentHandle):

@@ -2,6 +2,7 @@
 
 import mimetypes
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,12 +40,15 @@ class PageExample:
         }
 
 
-def read_examples(path: str | Path, count: int = MAX_EXAMPLES) -> tuple[PageExample, ...]:
+def read_examples(
+    path: str | Path, count: int = MAX_EXAMPLES, left_out: Collection[str] = ()
+) -> tuple[PageExample, ...]:
     """The first held-out samples of every kind of edit and task, videos first.
 
     Args:
         path: A ``samples.jsonl`` with local media.
         count: Examples at most.
+        left_out: Tasks of which none is shown.
 
     Raises:
         UserError: if the file is missing or none of its samples is held out.
@@ -52,7 +56,7 @@ def read_examples(path: str | Path, count: int = MAX_EXAMPLES) -> tuple[PageExam
     file = Path(path)
     if not file.is_file():
         raise UserError(f"examples={path}: no such file; make it with `loomvideo data sample output={file.parent}`")
-    heldout = [sample for sample in read_jsonl(file) if sample.split == "heldout"]
+    heldout = [sample for sample in read_jsonl(file) if sample.split == "heldout" and sample.task not in left_out]
     if not heldout:
         raise UserError(f"examples={path}: no sample says split=heldout")
     seen: Counter[str] = Counter()

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import fcntl
 import logging
+import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -107,17 +108,24 @@ class ServiceStore:
 
     def __init__(self, place: str = MEMORY) -> None:
         self.place = place
+        # A URL's password is for nobody's eyes.
+        self.shown = re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", place)
         self._lock: IO[str] | Connection | None = None
         try:
             self._engine = _engine(place)
             # A SQLite file that is there has its tables, and another machine may be writing to it.
             if place == MEMORY or "://" in place or not Path(place).exists():
                 _TABLES.create_all(self._engine)
-        except (SQLAlchemyError, ImportError, OSError) as error:
+        except ImportError as error:
+            raise UserError(
+                f"store={self.shown}: Postgres needs the package {error.name}; make setup EXTRAS=server, or "
+                "pip install 'loomvideo[server]'"
+            ) from error
+        except (SQLAlchemyError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"store={place}: cannot be opened ({reason}); name a file, postgresql://… or {MEMORY}"
-            ) from (error)
+                f"store={self.shown}: cannot be opened ({reason}); name a file, postgresql://… or {MEMORY}"
+            ) from error
 
     def take(self, wait_s: float = 0.0, ask: bool = False) -> None:
         """Become the only server on it: two would do the same jobs.
@@ -137,7 +145,7 @@ class ServiceStore:
                 if ask and asking is None:
                     asking = self._acquire(NEXT)
                 if time.monotonic() >= end:
-                    raise UserError(f"store={self.place}: another server uses it; stop that one or name another store")
+                    raise UserError(f"store={self.shown}: another server uses it; stop that one or name another store")
                 time.sleep(0.1)
         finally:
             _release(asking)
@@ -166,7 +174,7 @@ class ServiceStore:
         except OperationalError as error:
             if full_disk_behind(error) is None:
                 raise
-            logger.error("store=%s: no space left; free some", self.place)
+            logger.error("store=%s: no space left; free some", self.shown)
             raise StoreFullError("the server has no room left: nothing was kept, tell whoever runs it") from error
 
     def add_upload(self, upload: Upload, limits: UploadLimits, owner: str = "") -> None:
@@ -183,6 +191,8 @@ class ServiceStore:
         Raises:
             UserError: if it was never its owner's or is forgotten.
         """
+        if "\0" in upload_id:  # no id, and nothing that Postgres could be asked for
+            raise UserError("that upload is gone: upload the file again")
         recent = _UPLOADS.c.created_s >= time.time() - limits.kept_s
         with self._engine.connect() as connection:
             row = connection.execute(
@@ -239,6 +249,8 @@ class ServiceStore:
 
     def job(self, job_id: str) -> Job | None:
         """A job without the content of its media; None when unknown or forgotten."""
+        if "\0" in job_id:
+            return None
         with self._engine.connect() as connection:
             row = connection.execute(select(_JOBS).where(_JOBS.c.id == job_id)).first()
             return None if row is None else _job(row, _media(connection, job_id, with_content=False))
@@ -306,7 +318,8 @@ class ServiceStore:
                 return file
             file.close()
             return None
-        connection = self._engine.connect()
+        # Without a transaction that would be open as long as the lock is held.
+        connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
         if connection.execute(text("select pg_try_advisory_lock(:key)"), {"key": LOCK_KEYS[name]}).scalar_one():
             return connection
         connection.close()
@@ -326,7 +339,8 @@ def _engine(place: str) -> Engine:
         options = {"connect_args": {"check_same_thread": False}, "poolclass": StaticPool}
         return sqlalchemy.create_engine("sqlite://", **options)
     if "://" in place:
-        return sqlalchemy.create_engine(place, pool_pre_ping=True)
+        url = re.sub(r"^postgres(ql)?://", "postgresql+psycopg2://", place)
+        return sqlalchemy.create_engine(url, pool_pre_ping=True)
     Path(place).parent.mkdir(parents=True, exist_ok=True)
     engine = sqlalchemy.create_engine(f"sqlite:///{place}")
 

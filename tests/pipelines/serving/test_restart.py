@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import secrets
 import socket
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sqlalchemy
+from fixtures.mlflow_server import own_postgres
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -38,6 +41,29 @@ async def at_once(request):
     yield Result(request.prompt.encode() + source[:4], "image/png")
 
 
+@pytest.fixture(scope="module")
+def postgres():
+    """The address of a Postgres; None where it is not installed."""
+    with own_postgres() as address:
+        yield address
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def store(request, tmp_path):
+    """A new store of either kind."""
+    if request.param == "sqlite":
+        return str(tmp_path / "new folder" / "jobs.sqlite")
+    address = request.getfixturevalue("postgres")
+    if address is None:
+        pytest.skip("needs Debian's postgresql")
+    name = f"jobs_{secrets.token_hex(4)}"
+    engine = sqlalchemy.create_engine(address, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(sqlalchemy.text(f"create database {name}"))
+    engine.dispose()
+    return f"{address.replace('+psycopg2', '').rpartition('/')[0]}/{name}"
+
+
 def png() -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(buffer, "PNG")
@@ -57,8 +83,8 @@ def wait(client, job_id, *states):
     return job
 
 
-def test_the_next_server_goes_on_with_what_is_unfinished(tmp_path):
-    config = PageConfig(store=str(tmp_path / "new folder" / "jobs.sqlite"))
+def test_the_next_server_goes_on_with_what_is_unfinished(store):
+    config = PageConfig(store=store)
     with TestClient(create_app(never, config)) as client:
         upload = client.post("/api/uploads", content=png()).json()["id"]
         running = submit(client, "one", task="edit", source=upload).json()["id"]
@@ -75,14 +101,14 @@ def test_the_next_server_goes_on_with_what_is_unfinished(tmp_path):
         assert wait(client, running, "done")["prompt"] == "one"
 
 
-def test_a_job_that_stops_the_server_is_given_up(tmp_path):
-    config = PageConfig(store=str(tmp_path / "jobs.sqlite"), requests=RequestLimits(max_attempts=2))
+def test_a_job_that_stops_the_server_is_given_up(store):
+    config = PageConfig(store=store, requests=RequestLimits(max_attempts=2))
     with TestClient(create_app(never, config)) as client:
         job = submit(client, "x").json()["id"]
         wait(client, job, "running")
-    store = ServiceStore(config.store)
-    store.start(job, attempts=2, started_s=time.time())  # as a server leaves it that was killed
-    store.close()
+    left = ServiceStore(store)
+    left.start(job, attempts=2, started_s=time.time())  # as a server leaves it that was killed
+    left.close()
     with TestClient(create_app(at_once, config)) as client:
         assert wait(client, job, "failed")["error"] == "the server stopped 2 times while it ran"
 
@@ -115,8 +141,8 @@ def test_draining_lets_the_running_end_and_keeps_the_waiting(tmp_path):
         wait(client, later, "done")
 
 
-def test_asking_twice_under_one_name_makes_one(tmp_path):
-    config = PageConfig(store=str(tmp_path / "jobs.sqlite"))
+def test_asking_twice_under_one_name_makes_one(store):
+    config = PageConfig(store=store)
     body, headers = {"task": "t2i", "prompt": "x"}, {"idempotency-key": "mine"}
     with TestClient(create_app(at_once, config)) as client:
         first = client.post("/api/jobs", json=body, headers=headers).json()["id"]
@@ -127,19 +153,37 @@ def test_asking_twice_under_one_name_makes_one(tmp_path):
         assert (refused.status_code, "idempotency-key" in refused.json()["error"]) == (422, True)
 
 
-def test_two_servers_do_not_share_a_store(tmp_path):
-    first, second = (ServiceStore(str(tmp_path / "jobs.sqlite")) for _ in range(2))
+def test_two_servers_do_not_share_a_store(store):
+    first, second = ServiceStore(store), ServiceStore(store)
     first.take()
     with pytest.raises(UserError, match="another server uses it"):
         second.take()
     first.close()
     second.take()
     second.close()
+
+
+def test_stores_that_cannot_be_opened_are_named_without_their_password(monkeypatch):
     with pytest.raises(UserError, match=r"store=nosuch://x: cannot be opened"):
         ServiceStore("nosuch://x")
+    with pytest.raises(UserError, match=r"store=postgresql://ann:\*\*\*@localhost:1/x: cannot be opened") as refused:
+        ServiceStore("postgresql://ann:secret@localhost:1/x")
+    assert "secret" not in str(refused.value)
+    monkeypatch.setitem(sys.modules, "psycopg2", None)
+    with pytest.raises(UserError, match="make setup EXTRAS=server"):
+        ServiceStore("postgresql://ann:secret@localhost:1/x")
 
 
-def test_the_next_server_takes_over_and_no_request_is_lost(tmp_path):
+def test_names_that_no_database_takes_are_unknown(store):
+    with TestClient(create_app(at_once, PageConfig(store=store))) as client:
+        assert client.get("/api/jobs/a%00b").status_code == 404
+        assert submit(client, "x", task="edit", source="a\0b").status_code == 422
+        assert submit(client, "x\0y", negative_prompt="\0").status_code in (202, 422)
+        body, odd = {"task": "t2i", "prompt": "x"}, {"idempotency-key": b"\xe9\x01"}
+        assert client.post("/api/jobs", json=body, headers=odd).is_success
+
+
+def test_the_next_server_takes_over_and_no_request_is_lost(store):
     async def short_or_long(request):
         yield Progress(1, 2)
         await asyncio.sleep(3600 if request.prompt == "long" else 0.2)
@@ -148,7 +192,7 @@ def test_the_next_server_takes_over_and_no_request_is_lost(tmp_path):
     async def one_generator():
         return 1
 
-    config = PageConfig(store=str(tmp_path / "jobs.sqlite"), hand_over_s=1.0)
+    config = PageConfig(store=store, hands_over=True, stop_s=1.0)
     with TestClient(create_app(short_or_long, config)) as old:
         long, short = (submit(old, prompt).json()["id"] for prompt in ("long", "short"))
         wait(old, short, "running", "done")
@@ -227,13 +271,13 @@ def test_mistakes_in_the_file_of_people_are_named(tmp_path, text, message):
 
 
 @pytest.mark.slow
-def test_a_hundred_clients_and_a_kill(tmp_path):
+def test_a_hundred_clients_and_a_kill(tmp_path, store):
     """Every client gets its own picture although the server is killed in the middle; none is recorded twice."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = tmp_path / "made.txt"
-    command = [sys.executable, str(SERVER), str(port), str(tmp_path / "jobs.sqlite"), str(log)]
+    command = [sys.executable, str(SERVER), str(port), store, str(log)]
     url = f"http://127.0.0.1:{port}"
 
     def ask(number):
@@ -255,9 +299,9 @@ def test_a_hundred_clients_and_a_kill(tmp_path):
         server.kill()
         server.wait()
     assert answers == [f"picture {number}".encode() for number in range(100)]
-    store = ServiceStore(str(tmp_path / "jobs.sqlite"))
-    assert store.unfinished() == []
+    kept = ServiceStore(store)
+    assert kept.unfinished() == []
+    kept.close()
     made = Counter(log.read_text().splitlines())
     # What ran when the server was killed is made again; nothing whose result was recorded is.
     assert sum(made.values()) - len(made) <= 4
-    store.close()
