@@ -6,8 +6,7 @@ levels x0 is noised again with fresh noise (Yin et al., 2024, "Improved Distribu
 """
 
 import itertools
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.flow import EPS, NUM_TRAIN_TIMESTEPS, shift_time
 from loomvideo.model.guidance import FULL
 from loomvideo.model.parallel import Ranks
-from loomvideo.model.sampler import Branch, Denoiser, OnStep, StopDenoising
+from loomvideo.model.sampler import Anchor, Branch, Denoiser, OnStep, StopDenoising
+from loomvideo.model.sizes import stated_note
 from loomvideo.platform.errors import UserError
 
 FEW_STEPS_KEY = "few_steps"
@@ -84,10 +84,12 @@ def stated_few_steps(weights: str | Path) -> FewSteps | None:
     Args:
         weights: The folder, or anything else that holds weights.
     """
-    note = Path(weights) / "pipeline.json"
-    stated = json.loads(note.read_text()).get(FEW_STEPS_KEY) if note.is_file() else None
-    if not stated:
-        return None
+    stated = stated_note(weights).get(FEW_STEPS_KEY)
+    return few_steps_of(stated) if stated else None
+
+
+def few_steps_of(stated: Mapping[str, Any]) -> FewSteps:
+    """From what a folder states."""
     return FewSteps(tuple(stated["timesteps"]), tuple(sorted(stated.get("guidance", {}).items())))
 
 
@@ -112,6 +114,7 @@ def sample_few_steps(
     few_steps: FewSteps,
     ranks: Ranks | None = None,
     on_step: OnStep | None = None,
+    anchor: Anchor | None = None,
 ) -> Tensor:
     """Denoise one video in the steps that the transformer was distilled to.
 
@@ -122,6 +125,7 @@ def sample_few_steps(
         few_steps: The levels.
         ranks: Ranks that share this generation; None for this one alone.
         on_step: What :func:`loomvideo.model.sampler.sample` takes, called with what a step predicts as latents.
+        anchor: What the first frames are drawn to; None for nothing.
 
     Returns:
         Latents, fp32, like a noise, on the model's device.
@@ -134,6 +138,8 @@ def sample_few_steps(
             latents = noised_again(latents, noises[step].to(latents), t)
         velocity = denoiser.velocities(latents, step)[FULL]
         latents = clean_from_velocity(latents, velocity, t)
+        if anchor is not None:
+            latents = anchor.pull(latents)
         if on_step is not None:
             try:
                 replaced = on_step(step, latents)

@@ -178,7 +178,7 @@ class LoomVideoPipeline(AdaptedParts):
                 self._notice(self.few_steps, shortcuts.steps or steps)
                 again = [torch.randn(noise.shape, generator=generator) for _ in self.few_steps.timesteps[1:]]
                 branch = conditions.branches[FULL]
-                return sample_few_steps(dit, [noise, *again], branch, self.few_steps, self.ranks, on_step)
+                return sample_few_steps(dit, [noise, *again], branch, self.few_steps, self.ranks, on_step, anchor)
             return sample(
                 dit,
                 noise,

@@ -127,6 +127,12 @@ class Anchor:
         weights = self.weights.to(velocity)[None, :, None, None]
         return torch.cat([first + weights * (straight - first), velocity[:, count:]], dim=1)
 
+    def pull(self, clean: Tensor) -> Tensor:
+        """What a step predicts as latents, drawn to the targets."""
+        count = self.latents.shape[1]
+        first, weights = clean[:, :count], self.weights.to(clean)[None, :, None, None]
+        return torch.cat([first + weights * (self.latents.to(clean) - first), clean[:, count:]], dim=1)
+
 
 @dataclass
 class _Group:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from loomvideo.model.codec import CodecConfig, LatentGrid
 from loomvideo.model.conditioning.config import MLLMConfig, ProcessorConfig, VisionConfig
@@ -16,8 +17,9 @@ BUILTIN_VOCAB_SIZE = 3_264
 
 
 PIPELINE_FILE = "pipeline.json"
-LEFT_OUT_KEY = "left_out"
 """Beside exported weights: which model size's codec and MLLM they were trained with."""
+LEFT_OUT_KEY = "left_out"
+"""Its tasks that the training's mixture gave no weight."""
 
 
 PUBLISHED_NEGATIVE_PROMPT = (
@@ -173,13 +175,18 @@ def with_folders(model: ModelSize, codec_folder: str, mllm_folder: str) -> Model
     return dataclasses.replace(model, codec=codec, mllm=mllm)
 
 
+def stated_note(weights: str | Path) -> dict[str, Any]:
+    """What an exported weights folder says of itself; nothing where it says nothing."""
+    note = Path(weights) / PIPELINE_FILE
+    return json.loads(note.read_text()) if note.is_file() else {}
+
+
 def stated_size(weights: str | Path) -> str | None:
     """The model size that an exported weights folder says it belongs to; None where it says nothing."""
-    note = Path(weights) / PIPELINE_FILE
-    return json.loads(note.read_text())["model"] if note.is_file() else None
+    note = stated_note(weights)
+    return note["model"] if note else None
 
 
 def stated_left_out(weights: str | Path) -> frozenset[str]:
     """The tasks that an exported weights folder's training left out of its mixture; none where it says nothing."""
-    note = Path(weights) / PIPELINE_FILE
-    return frozenset(json.loads(note.read_text()).get(LEFT_OUT_KEY, ())) if note.is_file() else frozenset()
+    return frozenset(stated_note(weights).get(LEFT_OUT_KEY, ()))

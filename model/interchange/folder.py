@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ import torch
 
 from loomvideo.model.conditioning.mllm import FrozenMLLM
 from loomvideo.model.conditioning.tokenizer import BUILTIN_FILE
+from loomvideo.model.few_steps import FEW_STEPS_KEY
 from loomvideo.model.interchange.components import EmbeddedCodec, LoomVideoTransformer3DModel
 from loomvideo.model.interchange.parts import COMPONENTS, processor_values
-from loomvideo.model.sizes import PIPELINE_FILE, ModelSize
+from loomvideo.model.sizes import LEFT_OUT_KEY, PIPELINE_FILE, ModelSize, stated_note
 from loomvideo.model.weights import load_dit
 from loomvideo.platform.errors import UserError, full_disk_named
 
@@ -58,11 +59,13 @@ def write_folder(
     transformer = LoomVideoTransformer3DModel.from_dit(load_dit(weights, size.dit, dtype=dtype, allow=allow))
     output.mkdir(parents=True, exist_ok=True)
     with full_disk_named(output):
-        _write_parts(transformer, size, output)
+        _write_parts(transformer, size, output, stated_note(weights))
     return transformer
 
 
-def _write_parts(transformer: LoomVideoTransformer3DModel, size: ModelSize, output: Path) -> None:
+def _write_parts(
+    transformer: LoomVideoTransformer3DModel, size: ModelSize, output: Path, note: Mapping[str, Any]
+) -> None:
     transformer.save_pretrained(output / COMPONENTS["dit"], max_shard_size=SHARD_SIZE)
     size.scheduler.scheduler().save_pretrained(output / "scheduler")
     index = {
@@ -73,8 +76,10 @@ def _write_parts(transformer: LoomVideoTransformer3DModel, size: ModelSize, outp
         "scheduler": ["diffusers", type(size.scheduler.scheduler()).__name__],
         "processor": processor_values(_write_mllm(size, output)),
         "negative_prompt": size.negative_prompt,
+        "few_steps": note.get(FEW_STEPS_KEY),
     }
-    (output / PIPELINE_FILE).write_text(json.dumps({"model": size.name}, indent=2) + "\n")
+    kept = {key: note[key] for key in (FEW_STEPS_KEY, LEFT_OUT_KEY) if key in note}
+    (output / PIPELINE_FILE).write_text(json.dumps({"model": size.name, **kept}, indent=2) + "\n")
     declare_pipeline(output, index)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from loomvideo.model.clips import TARGET_FPS
 from loomvideo.model.conditions import Conditions
+from loomvideo.model.few_steps import few_steps_of
 from loomvideo.model.guidance import NUM_STEPS, Guidance
 from loomvideo.model.interchange.folder import declare_pipeline
 from loomvideo.model.interchange.parts import ComponentParts, processor_of
@@ -55,6 +56,8 @@ class LoomVideoDiffusionPipeline(DiffusionPipeline):
         scheduler: Integrates the velocity; any scheduler along the flow.
         processor: Patch geometry and picture sizes of the MLLM; None for Qwen3-VL's own.
         negative_prompt: What the unconditional branch is told unless a call says; None for an empty message.
+        few_steps: What the transformer was distilled to, as its folder states it: it takes those steps, without
+            guidance. None for an ordinary one.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -69,17 +72,20 @@ class LoomVideoDiffusionPipeline(DiffusionPipeline):
         scheduler: Any,
         processor: dict[str, Any] | None = None,
         negative_prompt: str | None = None,
+        few_steps: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
             transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler
         )
-        self.register_to_config(processor=processor, negative_prompt=negative_prompt)
+        self.register_to_config(processor=processor, negative_prompt=negative_prompt, few_steps=few_steps)
         set_backend("auto")
         transformer.eval()
         self._interrupt = False
         self._pipeline = LoomVideoPipeline(
-            parts=ComponentParts(self, processor_of(processor)), negative_prompt=negative_prompt
+            parts=ComponentParts(self, processor_of(processor)),
+            negative_prompt=negative_prompt,
+            few_steps=few_steps_of(few_steps) if few_steps else None,
         )
 
     @classmethod
@@ -201,7 +207,8 @@ class LoomVideoDiffusionPipeline(DiffusionPipeline):
     def _make(
         self, conditions: Conditions, noise: Tensor, steps: int, guidance: Guidance, callback: StepCallback | None
     ) -> Tensor:
-        timesteps = self._pipeline.scheduler.build(steps).timesteps
+        few = self._pipeline.few_steps
+        timesteps = torch.tensor(few.timesteps) if few else self._pipeline.scheduler.build(steps).timesteps
         with self.progress_bar(total=len(timesteps)) as bar:
 
             def on_step(step: int, latents: Tensor) -> Tensor | None:

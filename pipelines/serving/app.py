@@ -22,7 +22,7 @@ from loomvideo.model.codec import LatentGrid
 from loomvideo.model.tasks import REQUESTED, meant, requested_task
 from loomvideo.pipelines.serving.examples import PageExample
 from loomvideo.pipelines.serving.guards import check_host, check_origin
-from loomvideo.pipelines.serving.jobs import Backend, Job, JobQueue, QuotaReachedError, StoreFullError
+from loomvideo.pipelines.serving.jobs import Backend, Job, JobQueue, QuotaReachedError, StoreAwayError, StoreFullError
 from loomvideo.pipelines.serving.requests import GenerationRequest, RequestLimits
 from loomvideo.pipelines.serving.schemas import Health, JobBody, JobState, UploadState, problems, raw_body
 from loomvideo.pipelines.serving.store import MEMORY, ServiceStore
@@ -178,6 +178,10 @@ def create_app(
     @app.exception_handler(StoreFullError)
     async def _full(request: Request, error: StoreFullError) -> JSONResponse:
         return await _http_error(request, HTTPException(507, str(error)))
+
+    @app.exception_handler(StoreAwayError)
+    async def _away(request: Request, error: StoreAwayError) -> JSONResponse:
+        return await _http_error(request, HTTPException(503, str(error), {"Retry-After": "5"}))
 
     @app.exception_handler(RequestValidationError)
     async def _malformed(request: Request, error: RequestValidationError) -> JSONResponse:

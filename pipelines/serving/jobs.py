@@ -9,7 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from loomvideo.model.codec import LatentGrid
 from loomvideo.pipelines.serving.requests import GenerationRequest, RequestLimits, check_request
@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from loomvideo.pipelines.serving.store import ServiceStore
 
 logger = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
 UNFINISHED = ("queued", "running")
+STORE_PAUSE_S = 1.0
+"""Between two questions to a store that is away."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,10 @@ class Backend(Protocol):
 
 class StoreFullError(UserError):
     """The disk under the store is full."""
+
+
+class StoreAwayError(UserError):
+    """The database of the store does not answer."""
 
 
 class QuotaReachedError(UserError):
@@ -198,7 +205,8 @@ class JobQueue:
             await asyncio.gather(*late, return_exceptions=True)
         for job in self._active.values():
             if job.status == "running":
-                self.store.put_back(job.id, job.attempts - 1)
+                with contextlib.suppress(StoreAwayError):  # then it counts as begun once more
+                    self.store.put_back(job.id, job.attempts - 1)
         return len(self._active)
 
     def position(self, job: Job) -> int:
@@ -230,6 +238,12 @@ class JobQueue:
         self._tasks[job.id] = asyncio.get_running_loop().create_task(self._follow(job, left_s))
 
     async def _follow(self, job: Job, left: float | None) -> None:
+        try:
+            await self._run(job, left)
+        finally:
+            self._tasks.pop(job.id, None)
+
+    async def _run(self, job: Job, left: float | None) -> None:
         """Run a job to its end; cancelled because the server stops, it stays in the store as it is."""
         result: Result | None = None
         try:
@@ -238,7 +252,7 @@ class JobQueue:
                 async with contextlib.aclosing(self._backend(job.request)) as events:
                     async for event in events:
                         if job.status == "queued":
-                            self._started(job)
+                            await self._started(job)
                             most = self.limits.max_run_s if left is None else min(left, self.limits.max_run_s)
                             deadline.reschedule(asyncio.get_running_loop().time() + most)
                         if isinstance(event, Progress):
@@ -253,10 +267,9 @@ class JobQueue:
         except Exception as problem:  # whatever a generator raises is the end of its job, and not of the server
             logger.exception("generation %s failed", job.id)
             status, error = "failed", one_line(problem)
-        finally:
-            self._tasks.pop(job.id, None)
         try:
-            ended = self.store.finish(job, status, error, result if status == "done" else None)
+            made = result if status == "done" else None
+            ended = await _kept(lambda: self.store.finish(job, status, error, made))
         except StoreFullError as problem:
             # Said here as long as this server runs; the store has it as unfinished, for the next one to make again.
             job.status, job.error, job.finished_s = "failed", str(problem), time.time()
@@ -268,9 +281,18 @@ class JobQueue:
             self._on_finished(job)
         self._active.pop(job.id, None)
 
-    def _started(self, job: Job) -> None:
+    async def _started(self, job: Job) -> None:
         job.status, job.started_s, job.attempts = "running", time.time(), job.attempts + 1
-        self.store.start(job.id, job.attempts, job.started_s)
+        await _kept(lambda: self.store.start(job.id, job.attempts, job.started_s))
+
+
+async def _kept(keep: Callable[[], Answer]) -> Answer:
+    """The store's answer, asked for again as long as its database is away: what was made is not lost by that."""
+    while True:
+        try:
+            return keep()
+        except StoreAwayError:
+            await asyncio.sleep(STORE_PAUSE_S)
 
 
 def _late(job: Job, limits: RequestLimits) -> str:

@@ -2,13 +2,12 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import logging
 import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import sqlalchemy
 from sqlalchemy import (
@@ -23,7 +22,6 @@ from sqlalchemy import (
     func,
     insert,
     select,
-    text,
     update,
 )
 from sqlalchemy import delete as sql_delete
@@ -32,17 +30,16 @@ from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
 from loomvideo.pipelines.media.decode import MediaInfo
-from loomvideo.pipelines.serving.jobs import UNFINISHED, Job, Result, StoreFullError
+from loomvideo.pipelines.serving.jobs import UNFINISHED, Job, Result, StoreAwayError, StoreFullError
 from loomvideo.pipelines.serving.requests import GenerationRequest, RequestLimits
+from loomvideo.pipelines.serving.store_lock import HELD, NEXT, Lock, acquire, is_held, release
 from loomvideo.pipelines.serving.uploads import Upload, UploadLimits
 from loomvideo.platform.errors import UserError, full_disk_behind
 
 logger = logging.getLogger(__name__)
 MEMORY = "memory"
-HELD, NEXT = "lock", "next"
-"""Two locks of a store: its server has one, a server that waits to take it over has the other."""
-LOCK_KEYS = {HELD: 0x10_0A_71DE0, NEXT: 0x10_0A_71DE1}
-"""Their names in a Postgres database; beside a SQLite file they are files."""
+CONNECT_S = 5
+"""Seconds that a database may take to answer a new connection."""
 _TABLES = MetaData()
 _UPLOADS = sqlalchemy.Table(
     "uploads",
@@ -110,9 +107,11 @@ class ServiceStore:
         self.place = place
         # A URL's password is for nobody's eyes.
         self.shown = re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", place)
-        self._lock: IO[str] | Connection | None = None
+        self._lock: Lock | None = None
+        self._unsure = self._is_lost = False
         try:
             self._engine = _engine(place)
+            sqlalchemy.event.listen(self._engine, "connect", self._connected)
             # A SQLite file that is there has its tables, and another machine may be writing to it.
             if place == MEMORY or "://" in place or not Path(place).exists():
                 _TABLES.create_all(self._engine)
@@ -141,14 +140,14 @@ class ServiceStore:
             return
         end, asking = time.monotonic() + wait_s, None
         try:
-            while (lock := self._acquire(HELD)) is None:
+            while (lock := acquire(self._engine, self.place, HELD)) is None:
                 if ask and asking is None:
-                    asking = self._acquire(NEXT)
+                    asking = acquire(self._engine, self.place, NEXT)
                 if time.monotonic() >= end:
                     raise UserError(f"store={self.shown}: another server uses it; stop that one or name another store")
                 time.sleep(0.1)
         finally:
-            _release(asking)
+            release(asking)
         self._lock = lock
         _TABLES.create_all(self._engine)
 
@@ -156,26 +155,57 @@ class ServiceStore:
         """Whether a server waits to take it over; one that died meanwhile does not count."""
         if self.place == MEMORY:
             return False
-        lock = self._acquire(NEXT)
-        _release(lock)
+        lock = acquire(self._engine, self.place, NEXT)
+        release(lock)
         return lock is None
 
     def close(self) -> None:
         """Let go of it."""
-        _release(self._lock)
+        release(self._lock)
         self._lock = None
         self._engine.dispose()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[Connection]:
+        with self._answering(), self._engine.begin() as connection:
+            self._be_sure()
+            yield connection
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[Connection]:
+        with self._answering(), self._engine.connect() as connection:
+            self._be_sure()
+            yield connection
+
+    @contextlib.contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Say in one line that the disk is full or the database away."""
         try:
-            with self._engine.begin() as connection:
-                yield connection
+            yield
         except OperationalError as error:
-            if full_disk_behind(error) is None:
+            if full_disk_behind(error) is not None:
+                logger.error("store=%s: no space left; free some", self.shown)
+                raise StoreFullError("the server has no room left: nothing was kept, tell whoever runs it") from error
+            if self._engine.dialect.name == "sqlite":
                 raise
-            logger.error("store=%s: no space left; free some", self.shown)
-            raise StoreFullError("the server has no room left: nothing was kept, tell whoever runs it") from error
+            logger.warning("store=%s: does not answer (%s)", self.shown, str(error).splitlines()[0])
+            raise StoreAwayError("the server's store does not answer: try again in a moment") from error
+
+    def _connected(self, connection: Any, record: Any) -> None:
+        """A new connection may mean that others were lost."""
+        self._unsure = True
+
+    def _be_sure(self) -> None:
+        """Have the lock again where a lost connection let it go: another server may have taken the store meanwhile."""
+        if not self._unsure:
+            return
+        if self._lock is not None and not is_held(self._lock):
+            self._lock, dead = acquire(self._engine, self.place, HELD), self._lock
+            release(dead)
+            self._is_lost = self._lock is None
+        if self._is_lost:
+            raise StoreAwayError("another server has taken this one's store over: ask that one")
+        self._unsure = False
 
     def add_upload(self, upload: Upload, limits: UploadLimits, owner: str = "") -> None:
         """Keep an upload; the oldest that no job needs are forgotten when there are too many bytes."""
@@ -194,7 +224,7 @@ class ServiceStore:
         if "\0" in upload_id:  # no id, and nothing that Postgres could be asked for
             raise UserError("that upload is gone: upload the file again")
         recent = _UPLOADS.c.created_s >= time.time() - limits.kept_s
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             row = connection.execute(
                 select(_UPLOADS).where(_UPLOADS.c.id == upload_id, _UPLOADS.c.owner == owner, recent)
             ).first()
@@ -251,19 +281,19 @@ class ServiceStore:
         """A job without the content of its media; None when unknown or forgotten."""
         if "\0" in job_id:
             return None
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             row = connection.execute(select(_JOBS).where(_JOBS.c.id == job_id)).first()
             return None if row is None else _job(row, _media(connection, job_id, with_content=False))
 
     def asked_as(self, owner: str, name: str) -> str | None:
         """The id of the job that somebody asked for under a name of theirs."""
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             query = select(_JOBS.c.id).where(_JOBS.c.owner == owner, _JOBS.c.asked_as == name)
             return connection.execute(query).scalar_one_or_none()
 
     def unfinished(self) -> list[Job]:
         """Jobs that have no end yet, oldest first, with their media."""
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             rows = connection.execute(
                 select(_JOBS).where(_JOBS.c.status.in_(UNFINISHED)).order_by(_JOBS.c.created_s, _JOBS.c.id)
             ).all()
@@ -272,19 +302,19 @@ class ServiceStore:
     def result(self, job_id: str) -> Result | None:
         """A finished job's file."""
         query = select(_RESULTS.c.content, _JOBS.c.media_type).join(_JOBS, _JOBS.c.id == _RESULTS.c.job)
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             row = connection.execute(query.where(_RESULTS.c.job == job_id)).first()
         return None if row is None else Result(bytes(row.content), row.media_type)
 
     def source(self, job_id: str) -> Upload | None:
         """A job's source."""
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             return _media(connection, job_id, with_content=True).get(0)
 
     def asked_since(self, owner: str, since_s: float) -> int:
         """How many jobs somebody asked for, forgotten ones counted."""
         query = select(func.count()).select_from(_ASKED).where(_ASKED.c.owner == owner, _ASKED.c.created_s >= since_s)
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             return connection.execute(query).scalar_one()
 
     def delete(self, job_id: str) -> None:
@@ -309,30 +339,6 @@ class ServiceStore:
             _delete_jobs(connection, gone)
             connection.execute(sql_delete(_ASKED).where(_ASKED.c.created_s < time.time() - 86_400))
 
-    def _acquire(self, name: str) -> IO[str] | Connection | None:
-        """One of the two locks, or None while another server has it."""
-        if self._engine.dialect.name == "sqlite":
-            file = Path(f"{self.place}.{name}").open("w")  # noqa: SIM115 - held until it is released
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return file
-            file.close()
-            return None
-        # Without a transaction that would be open as long as the lock is held.
-        connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-        if connection.execute(text("select pg_try_advisory_lock(:key)"), {"key": LOCK_KEYS[name]}).scalar_one():
-            return connection
-        connection.close()
-        return None
-
-
-def _release(lock: IO[str] | Connection | None) -> None:
-    if isinstance(lock, Connection):
-        # A lock of Postgres is held as long as the connection, which would go on living in the pool.
-        lock.invalidate()
-    if lock is not None:
-        lock.close()
-
 
 def _engine(place: str) -> Engine:
     if place == MEMORY:
@@ -340,7 +346,8 @@ def _engine(place: str) -> Engine:
         return sqlalchemy.create_engine("sqlite://", **options)
     if "://" in place:
         url = re.sub(r"^postgres(ql)?://", "postgresql+psycopg2://", place)
-        return sqlalchemy.create_engine(url, pool_pre_ping=True)
+        options = {"connect_args": {"connect_timeout": CONNECT_S}} if url.startswith("postgresql+psycopg2") else {}
+        return sqlalchemy.create_engine(url, pool_pre_ping=True, **options)
     Path(place).parent.mkdir(parents=True, exist_ok=True)
     engine = sqlalchemy.create_engine(f"sqlite:///{place}")
 

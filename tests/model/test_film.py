@@ -7,6 +7,7 @@ import torch
 from loomvideo.model.codec import LatentGrid, build_codec
 from loomvideo.model.conditioning.mllm import FrozenMLLM
 from loomvideo.model.dit import LoomVideoDiT
+from loomvideo.model.few_steps import FewSteps
 from loomvideo.model.film import Window, edit_film, film_windows, seam_energy
 from loomvideo.model.kernels import set_backend
 from loomvideo.model.pipeline import LoomVideoPipeline
@@ -64,6 +65,15 @@ def test_an_anchor_with_all_weight_is_reached_by_every_number_of_steps(pipeline)
     assert (drawn[:, 0] - target[:, 0]).abs().max() < 1e-4
     assert (drawn[:, 1] - target[:, 1]).abs().mean() > 0.1
     assert not torch.equal(drawn[:, 2:], free[:, 2:])
+
+
+def test_a_distilled_model_is_drawn_too(pipeline):
+    conditions = pipeline.encode("t2v", "a coat", size=(SIDE, SIDE), num_frames=LONG)
+    target = torch.randn(conditions.latent_shape[0], 2, *conditions.latent_shape[2:])
+    few = LoomVideoPipeline(parts=pipeline.parts, few_steps=FewSteps((1000.0, 500.0)))
+    drawn = few.sample(conditions, 2, anchor=Anchor(target, torch.tensor([1.0, 0.0])))
+    assert torch.allclose(drawn[:, 0], target[:, 0], atol=1e-5)
+    assert not torch.allclose(drawn[:, 1], target[:, 1], atol=1e-1)
 
 
 def test_a_film_of_one_window_is_the_ordinary_edit(pipeline):

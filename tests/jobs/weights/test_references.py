@@ -74,7 +74,7 @@ def test_the_weights_of_a_step_are_written_once_when_asked_for(runs):
     run, weights = find_weights("a@7", runs)
     assert (run.name, weights.name) == ("a", "step-00000007-ema")
     note = json.loads((weights / PIPELINE_FILE).read_text())
-    assert note == {"model": "tiny", "step": 7, "weights": "ema", "run": "pretrain/a"}
+    assert note == {"model": "tiny", "step": 7, "weights": "ema", "run": "pretrain/a", "left_out": []}
     assert (load_dit(weights).proj_out.weight == -state["proj_out.weight"]).all()
     written = (weights / "config.json").stat().st_mtime_ns
     assert find_weights("a@7", runs)[1] == weights

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from loomvideo.model.interchange.pipeline import LoomVideoDiffusionPipeline
 from loomvideo.model.kernels import set_backend
 from loomvideo.model.loading import ModelSource
 from loomvideo.model.pipeline import LoomVideoPipeline, load_pipeline
-from loomvideo.model.sizes import PIPELINE_FILE, model_size
+from loomvideo.model.sizes import PIPELINE_FILE, model_size, stated_left_out
 from loomvideo.model.weights import load_dit, save_dit
 from loomvideo.platform.errors import UserError
 
@@ -152,6 +153,22 @@ def test_saved_again_it_is_the_same_folder(exported, theirs, ours, tmp_path):
     again = DiffusionPipeline.from_pretrained(tmp_path / "again", trust_remote_code=True)
     for name, tensor in theirs.text_encoder.state_dict().items():
         assert torch.equal(tensor, again.text_encoder.state_dict()[name]), name
+
+
+def test_a_distilled_model_stays_one(exported, tmp_path):
+    weights = tmp_path / "weights"
+    shutil.copytree(exported / "weights", weights)
+    stated = {"timesteps": [1000.0, 500.0]}
+    (weights / PIPELINE_FILE).write_text(json.dumps({"model": "tiny", "few_steps": stated, "left_out": ["t2v"]}))
+    write_folder(weights, SIZE, tmp_path / "diffusers")
+    assert stated_left_out(tmp_path / "diffusers") == {"t2v"}
+    options = {"height": SIDE, "width": SIDE, "num_frames": 1, "output_type": "latent"}
+    seen = []
+    theirs = LoomVideoDiffusionPipeline.from_pretrained(tmp_path / "diffusers")
+    theirs.set_progress_bar_config(disable=True)
+    theirs("a coat", callback_on_step_end=lambda *call: seen.append(float(call[2])), **options)
+    assert seen == stated["timesteps"]
+    assert load_pipeline(ModelSource(str(tmp_path / "diffusers"))).num_steps(50) == 2
 
 
 def test_our_commands_read_the_folder(exported):

@@ -41,6 +41,7 @@ def test_one_of_every_kind_comes_first(file):
     assert examples[0].source.media_type == "video/mp4"
     assert [m.content for m in examples[2].references] == [b"r.png", b"r.png"]
     assert len(read_examples(file)) == 5
+    assert "t2v" not in {e.task for e in read_examples(file, left_out={"t2v"})}
 
 
 def test_missing_or_unsplit_files_are_refused(file, tmp_path):

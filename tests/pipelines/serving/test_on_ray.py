@@ -17,7 +17,7 @@ os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
 
 
 class SlowGenerator:
-    """Steps of 50 ms: ten, or a thousand for "long"; counts the requests it finished."""
+    """Steps of 50 ms: ten, a thousand for "long", 240 for "a while"; counts the requests it finished."""
 
     def __init__(self):
         self.finished = 0
@@ -25,7 +25,7 @@ class SlowGenerator:
     def generate(self, request, on_step):
         if request.prompt == "fail":
             raise UserError("width 33 is no multiple of 32")
-        steps = 1000 if request.prompt == "long" else 10
+        steps = {"long": 1000, "a while": 240}.get(request.prompt, 10)
         for step in range(steps):
             time.sleep(0.05)
             on_step(step + 1, steps)
@@ -34,7 +34,7 @@ class SlowGenerator:
 
 
 @pytest.fixture(scope="module")
-def client(ray_cluster):
+def client(ray_cluster, tmp_path_factory):
     from ray import serve
 
     from loomvideo.pipelines.serving.deployment import APPLICATION, ReplicaConfig, build_application
@@ -43,8 +43,11 @@ def client(ray_cluster):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(build_application(SlowGenerator, PageConfig(), ReplicaConfig()), name=APPLICATION, route_prefix="/")
+    page = PageConfig(store=str(tmp_path_factory.mktemp("store") / "jobs.sqlite"), stop_s=60.0)
+    application = build_application(SlowGenerator, page, ReplicaConfig())
+    serve.run(application, name=APPLICATION, route_prefix="/")
     with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        client.store = page.store
         yield client
     serve.shutdown()
 
@@ -86,6 +89,23 @@ def test_one_at_a_time_and_cancel(client):
     result = client.get(f"/api/jobs/{waiting['id']}/result").content.decode()
     # The cancelled generation stopped at a step: it is not among the finished ones.
     assert result == "second 2"
+
+
+def test_replaced_in_place_it_ends_what_it_makes(client):
+    """A new version of page and generator: the old ones make the running one, the new ones what comes later."""
+    from ray import serve
+
+    from loomvideo.pipelines.serving.deployment import APPLICATION, ReplicaConfig, build_application
+
+    running = follow(client, "a while", until=("running",))[-1]
+    page = PageConfig(title="the next", store=client.store, stop_s=60.0)
+    serve.run(build_application(SlowGenerator, page, ReplicaConfig()), name=APPLICATION, route_prefix="/")
+    assert client.get("/api/options").json()["title"] == "the next"
+    state = client.get(f"/api/jobs/{running['id']}").json()
+    assert (state["status"], state["steps"]) == ("done", 240)
+    # The old generator's count: it had finished two before.
+    assert client.get(f"/api/jobs/{running['id']}/result").content.decode() == "a while 3"
+    assert follow(client, "a coat")[-1]["status"] == "done"
 
 
 def test_told_to_stop_it_lets_the_running_end(client):

@@ -53,7 +53,10 @@ def store(request, tmp_path):
     """A new store of either kind."""
     if request.param == "sqlite":
         return str(tmp_path / "new folder" / "jobs.sqlite")
-    address = request.getfixturevalue("postgres")
+    return new_database(request.getfixturevalue("postgres"))
+
+
+def new_database(address):
     if address is None:
         pytest.skip("needs Debian's postgresql")
     name = f"jobs_{secrets.token_hex(4)}"
@@ -172,6 +175,51 @@ def test_stores_that_cannot_be_opened_are_named_without_their_password(monkeypat
     monkeypatch.setitem(sys.modules, "psycopg2", None)
     with pytest.raises(UserError, match="make setup EXTRAS=server"):
         ServiceStore("postgresql://ann:secret@localhost:1/x")
+
+
+def test_a_database_that_is_away_for_a_while_costs_nothing(postgres, monkeypatch):
+    store = new_database(postgres)
+    monkeypatch.setattr("loomvideo.pipelines.serving.jobs.STORE_PAUSE_S", 0.02)
+    gate = asyncio.Event()
+
+    async def after_the_gate(request):
+        yield Progress(1, 2)
+        await gate.wait()
+        yield Result(b"made", "image/png")
+
+    app = create_app(after_the_gate, PageConfig(store=store))
+    with TestClient(app) as client:
+        job = submit(client, "x").json()["id"]
+        wait(client, job, "running")
+        refuse(postgres, store, True)
+        answer = submit(client, "y")
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        assert "does not answer" in answer.json()["error"]
+        client.portal.call(gate.set)
+        time.sleep(0.1)
+        assert client.get(f"/api/jobs/{job}").json()["status"] == "running"
+        refuse(postgres, store, False)
+        assert wait(client, job, "done")
+        assert client.get(f"/api/jobs/{job}/result").content == b"made"
+        with pytest.raises(UserError, match="another server uses it"):  # the lock is taken again
+            ServiceStore(store).take()
+        refuse(postgres, store, True)
+        refuse(postgres, store, False)
+        other = ServiceStore(store)
+        other.take()
+        assert "another server has taken" in submit(client, "z").json()["error"]
+        other.close()
+
+
+def refuse(postgres, store, refused):
+    """End all connections to a database and let none in, or let them in again."""
+    name = store.rpartition("/")[2]
+    engine = sqlalchemy.create_engine(postgres, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(sqlalchemy.text(f"alter database {name} allow_connections {not refused}"))
+        ends = "select pg_terminate_backend(pid) from pg_stat_activity where datname = :name"
+        connection.execute(sqlalchemy.text(ends), {"name": name})
+    engine.dispose()
 
 
 def test_names_that_no_database_takes_are_unknown(store):
