@@ -4,9 +4,11 @@ from loomvideo.jobs.api import (
     EvaluationResult,
     GenerationResult,
     TrainingResult,
+    distill,
     evaluate,
     finetune_edit,
     generate,
+    prefer,
     prepare,
     pretrain,
 )
@@ -15,9 +17,11 @@ __all__ = [
     "EvaluationResult",
     "GenerationResult",
     "TrainingResult",
+    "distill",
     "evaluate",
     "finetune_edit",
     "generate",
+    "prefer",
     "prepare",
     "pretrain",
 ]

@@ -5,6 +5,7 @@ presets, keys, checks and run folders. A section is a mapping (``training={"step
 (``**{"training.steps": 100}``). Nothing heavy is imported before a function is called.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,7 +101,10 @@ def pretrain(*, preset: str = DEFAULT_PRESET, **keys: Any) -> TrainingResult:
     Raises:
         UserError: naming the key or file and the fix.
     """
-    return _train("pretrain", None, preset, keys)
+    from loomvideo.jobs.training.config import TrainingJobConfig
+    from loomvideo.jobs.training.job import run_training
+
+    return _train("pretrain", TrainingJobConfig, lambda config: run_training("pretrain", config), preset, keys)
 
 
 def finetune_edit(*, preset: str = DEFAULT_PRESET, **keys: Any) -> TrainingResult:
@@ -113,7 +117,47 @@ def finetune_edit(*, preset: str = DEFAULT_PRESET, **keys: Any) -> TrainingResul
     Raises:
         UserError: naming the key or file and the fix.
     """
-    return _train("finetune-edit", "pretrain", preset, keys)
+    from loomvideo.jobs.training.config import TrainingJobConfig
+    from loomvideo.jobs.training.job import run_training
+
+    def by(config: TrainingJobConfig) -> None:
+        run_training("finetune-edit", config, "pretrain")
+
+    return _train("finetune-edit", TrainingJobConfig, by, preset, keys)
+
+
+def distill(*, preset: str = DEFAULT_PRESET, **keys: Any) -> TrainingResult:
+    """Make a model of 1 to 8 steps from the newest (or, with ``from_run``, a named) finetune-edit run.
+
+    Args:
+        preset: ``tiny``, ``5b``, ``5b-lora`` or a YAML file.
+        keys: Configuration keys; ``loomvideo distill --help`` lists all.
+
+    Raises:
+        UserError: naming the key or file and the fix.
+    """
+    from loomvideo.jobs.training.config import DistillJobConfig
+    from loomvideo.jobs.training.job import run_training
+
+    return _train(
+        "distill", DistillJobConfig, lambda config: run_training("distill", config, "finetune-edit"), preset, keys
+    )
+
+
+def prefer(*, preset: str = DEFAULT_PRESET, **keys: Any) -> TrainingResult:
+    """Tune the newest (or, with ``from_run``, a named) finetune-edit run by preferences.
+
+    Args:
+        preset: ``tiny``, ``5b-lora`` or a YAML file.
+        keys: Configuration keys; ``loomvideo prefer --help`` lists all.
+
+    Raises:
+        UserError: naming the key or file and the fix.
+    """
+    from loomvideo.jobs.training.config import PreferJobConfig
+    from loomvideo.jobs.training.rounds import run_preference
+
+    return _train("prefer", PreferJobConfig, run_preference, preset, keys)
 
 
 def evaluate(*, preset: str = DEFAULT_PRESET, **keys: Any) -> EvaluationResult:
@@ -161,13 +205,10 @@ def generate(*, preset: str = DEFAULT_PRESET, **keys: Any) -> GenerationResult:
     return GenerationResult(tuple(Path(out) for out in outputs))
 
 
-def _train(job: str, default_parent: str | None, preset: str, keys: dict[str, Any]) -> TrainingResult:
-    from loomvideo.jobs.training.config import TrainingJobConfig
-    from loomvideo.jobs.training.job import run_training
-
-    config = _config(TrainingJobConfig, job, preset, keys)
+def _train(job: str, schema: type, train: Callable[[Any], None], preset: str, keys: dict[str, Any]) -> TrainingResult:
+    config = _config(schema, job, preset, keys)
     folder = _run_folder(config, job)
-    run_training(job, config, default_parent)
+    train(config)
     figures = folder.read_json("result.json") or {}
     return TrainingResult(f"{job}/{folder.name}", folder.path, Path(figures["weights"]), int(figures["steps"]), figures)
 

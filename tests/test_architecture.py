@@ -179,7 +179,7 @@ HEAVY = ("torch", "ray", "mlflow", "deepspeed", "transformers", "pandas", "cv2",
 @pytest.mark.parametrize(
     "statement",
     [
-        "from loomvideo.jobs import prepare, pretrain, finetune_edit, evaluate, generate",
+        "from loomvideo.jobs import prepare, pretrain, finetune_edit, distill, prefer, evaluate, generate",
         "import loomvideo.model",
         "import loomvideo.jobs.cli",
         "from loomvideo.platform.shards import ShardDataset",

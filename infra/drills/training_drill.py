@@ -87,7 +87,7 @@ def drill_notice(rehearsal: Rehearsal) -> str:
     """SIGTERM with 10 s notice, then the same command."""
     run = rehearsal.train("notice")
     run.wait_for_step(12)
-    sent = time.monotonic()
+    sent, sent_at = time.monotonic(), time.time()
     run.process.send_signal(signal.SIGTERM)
     try:
         code = run.process.wait(NOTICE_S)
@@ -99,7 +99,7 @@ def drill_notice(rehearsal: Rehearsal) -> str:
     newest = folder.newest()
     if newest is None or newest.step != max(run.steps()):
         raise DrillError(f"last recorded step {max(run.steps())}, checkpoint {newest and newest.step}")
-    written_s = (Path(newest.url) / "manifest.json").stat().st_mtime - sent
+    written_s = (Path(newest.url) / "manifest.json").stat().st_mtime - sent_at
     stopped_at = newest.step
     run = rehearsal.train("notice")
     run.finish()

@@ -58,8 +58,6 @@ def register(app: typer.Typer) -> None:
     @config_command(app, "prefer", "prefer", prefer_schema)
     def prefer(config: "PreferJobConfig") -> None:
         """Tune the newest (or named) finetune-edit run by preferences: targets over sources, or scored results."""
-        from loomvideo.jobs.training.job import run_training
-        from loomvideo.jobs.training.rounds import train_in_rounds
+        from loomvideo.jobs.training.rounds import run_preference
 
-        by_rounds = config.prefer.method == "nft"
-        run_training("prefer", config, "finetune-edit", train_in_rounds if by_rounds else None)
+        run_preference(config)

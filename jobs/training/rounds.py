@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from loomvideo.jobs.training.config import PreferJobConfig
-from loomvideo.jobs.training.job import TrainingRun
+from loomvideo.jobs.training.job import TrainingRun, run_training
 from loomvideo.jobs.weights.export import RunCheckpoints, export_weights, open_checkpoint
 from loomvideo.model.codec import build_codec
 from loomvideo.model.few_steps import stated_few_steps
@@ -79,6 +79,16 @@ class RolloutActor:
     def make(self, prompt: Prompt, number: int, folder: str) -> dict[str, Any]:
         """Results of one prompt."""
         return self.maker.make(prompt, number, Path(folder))
+
+
+def run_preference(config: PreferJobConfig) -> None:
+    """Run or continue one preference tuning: on the shards, or in rounds where ``prefer.method=nft``.
+
+    Raises:
+        UserError: for a mistake in configuration or data.
+        KeyboardInterrupt: when interrupted, after a checkpoint.
+    """
+    run_training("prefer", config, "finetune-edit", train_in_rounds if config.prefer.method == "nft" else None)
 
 
 def train_in_rounds(run: TrainingRun) -> dict[str, Any]:
