@@ -1,8 +1,8 @@
 """The training loop against a plain PyTorch loop with the same model, packs and optimiser.
 
-Run ``python benchmarks/training_loop.py [--model tiny] [--steps 60] [--workers 2]`` on an idle machine. The plain loop
-is one process with as many threads as there are workers; the loop is Ray Train with ZeRO-3 on that many one-thread
-workers. Samples are random latents of the sizes that the sample dataset has.
+Run ``python benchmarks/training_loop.py [--model tiny] [--steps 60] [--workers 2] [--stage 2]`` on an idle machine. The
+plain loop is one process with as many threads as there are workers; the loop is Ray Train with ZeRO on that many
+one-thread workers. Samples are random latents of the sizes that the sample dataset has.
 """
 
 import argparse
@@ -32,16 +32,16 @@ from loomvideo.platform.training.recipe import BaseRecipe, LossOutput
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 NUM_SAMPLES = 256
-FRAMES = {"t2i": 1, "image_edit": 1, "t2v": 5, "video_edit": 5, "ref_edit": 5, "mi2v": 5}
+FRAMES = {"t2i": 1, "image_edit": 1, "t2v": 3, "video_edit": 3, "ref_edit": 3, "mi2v": 3}
 
 
 class RandomDataset:
-    """``random://<latent side>``: latents by shape only."""
+    """``random://<tokens of a latent frame>``: latents by shape only."""
 
     digest = "random"
 
     def __init__(self, url):
-        self.side = int(url.removeprefix("random://"))
+        frame_tokens = int(url.removeprefix("random://"))
         tasks = [list(FRAMES)[number % len(FRAMES)] for number in range(NUM_SAMPLES)]
         self.index = pa.table(
             {
@@ -49,7 +49,7 @@ class RandomDataset:
                 "task": tasks,
                 "dataset": ["random"] * NUM_SAMPLES,
                 "split": ["train"] * NUM_SAMPLES,
-                "dit_tokens": [FRAMES[task] * (self.side // 2) ** 2 for task in tasks],
+                "dit_tokens": [FRAMES[task] * frame_tokens for task in tasks],
             }
         )
 
@@ -113,7 +113,7 @@ def configuration(arguments):
     config = TrainingConfig(steps=arguments.steps, precision="fp32", log_every=10)
     config.pack.tokens, config.pack.per_step = arguments.tokens, arguments.workers
     config.workers.num, config.ema.decay = arguments.workers, 0.99
-    config.checkpoint.every_steps = 10**6
+    config.checkpoint.every_steps, config.zero.stage = 10**6, arguments.stage
     return config
 
 
@@ -163,11 +163,13 @@ def main():
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=768)
-    parser.add_argument("--side", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=1650, help="work of a pack, as the tiny presets")
+    parser.add_argument("--side", type=int, default=12, help="of a latent frame")
+    parser.add_argument("--stage", type=int, default=2, help="of ZeRO, as the tiny presets")
     arguments = parser.parse_args()
     recipe = RandomRecipe(arguments.model, arguments.side)
-    url = f"random://{arguments.side}"
+    _, height, width = recipe.config.patch_size
+    url = f"random://{arguments.side // height * (arguments.side // width)}"
     plain_s, tokens = plain_step(arguments, recipe, RandomDataset(url))
     figures = {
         "parameters": sum(p.numel() for p in recipe.build_model().parameters()),

@@ -148,6 +148,7 @@ class Rehearsal:
             "training.checkpoint.every_steps": EVERY,
             "training.checkpoint.keep_last": 3,
             "evaluation.samples": "",
+            "samples.every_steps": 0,
             "doctor": "false",
         }
         values |= dict(argument.split("=", 1) for argument in arguments)
