@@ -20,7 +20,7 @@ from loomvideo.model.flow import NUM_TRAIN_TIMESTEPS
 from loomvideo.model.guidance import FULL, NUM_STEPS, Guidance
 from loomvideo.model.packing import DiTSample, PackedBatch, pack, to_patches
 from loomvideo.model.parallel import Ranks, Shard
-from loomvideo.model.shortcuts import BlockCache, Shortcuts
+from loomvideo.model.shortcuts import BlockCache, Shortcuts, Taylor
 
 if TYPE_CHECKING:
     from diffusers import UniPCMultistepScheduler
@@ -268,22 +268,23 @@ class GuidedVelocity:
     def __init__(self, denoiser: Denoiser, guidance: Guidance, timesteps: Tensor, shortcuts: Shortcuts) -> None:
         self.denoiser, self.guidance, self.shortcuts = denoiser, guidance, shortcuts
         self._timesteps = timesteps.tolist()
-        self._difference: Tensor | None = None
+        self._difference = Taylor(shortcuts.branch_order)
         self._age = 0
 
     def __call__(self, latents: Tensor, step: int) -> Tensor:
         """fp32, like ``latents`` [channels, frames, height, width]."""
         if not self.shortcuts.guides(self._timesteps[step]):
             return self.denoiser.velocities(latents, step, [FULL])[FULL]
-        refresh = self.shortcuts.branch_refresh
-        if self._difference is not None and self._age < refresh:
+        refresh, timestep = self.shortcuts.branch_refresh, self._timesteps[step]
+        if 0 < self._age < refresh:
             self._age += 1
-            return self.denoiser.velocities(latents, step, [FULL])[FULL] + self._difference
+            return self.denoiser.velocities(latents, step, [FULL])[FULL] + self._difference.at(timestep)
         names = used_branches(self.guidance, self.shortcuts)
         velocities = self.denoiser.velocities(latents, step, names)
         guided = self.guidance.combine(velocities)
         if refresh > 1:
-            self._difference, self._age = guided - velocities[FULL], 1
+            self._difference.add(timestep, guided - velocities[FULL])
+            self._age = 1
         return guided
 
 

@@ -4,6 +4,8 @@ None is on by default. ``loomvideo generate`` prints the error of each that is o
 """
 
 import dataclasses
+import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +15,8 @@ from torch import Tensor
 
 from loomvideo.model.flow import NUM_TRAIN_TIMESTEPS
 from loomvideo.platform.errors import UserError
+
+MAX_ORDER = 3
 
 
 def _key(default: Any, help: str) -> Any:
@@ -28,6 +32,9 @@ class Shortcuts:
     guidance_from: float = _key(1.0, "noise level (1 noise, 0 clean) below which guidance begins; 1 for off")
     guidance_to: float = _key(0.0, "noise level below which guidance ends, the full branch runs alone; 0 for off")
     branch_refresh: int = _key(1, "run the branches beside the full one every k steps only, keep their difference")
+    branch_order: int = _key(
+        0, "with branch_refresh: order of the Taylor polynomial that goes on with the difference; 0 keeps it"
+    )
     step_cache: float = _key(0.0, "skip the blocks after the first while it changes less than this; try 0.1")
     fp8: bool = _key(False, "matrix products of the blocks in 8-bit floats (CUDA: Ada, Hopper or newer)")
 
@@ -41,6 +48,10 @@ class Shortcuts:
             raise UserError(
                 f"shortcuts.guidance_from={self.guidance_from} guidance_to={self.guidance_to}: need 0 <= to < from <= 1"
             )
+        if not 0 <= self.branch_order <= MAX_ORDER:
+            raise UserError(f"shortcuts.branch_order={self.branch_order}: choose 0 to {MAX_ORDER}")
+        if self.branch_order and self.branch_refresh == 1:
+            raise UserError(f"shortcuts.branch_order={self.branch_order}: needs shortcuts.branch_refresh of 2 or more")
         for name, least in (("steps", 0), ("branch_refresh", 1), ("step_cache", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"shortcuts.{name}={getattr(self, name)}: must be at least {least}")
@@ -49,7 +60,8 @@ class Shortcuts:
         """Every approximation that is on, by itself, under a name such as ``step_cache=0.1``."""
         by_name = {}
         off = Shortcuts()
-        for keys in (("steps",), ("guidance_from", "guidance_to"), ("branch_refresh",), ("step_cache",), ("fp8",)):
+        for keys in (("steps",), ("guidance_from", "guidance_to"), ("branch_refresh", "branch_order"),
+                     ("step_cache",), ("fp8",)):  # fmt: skip
             values = {key: getattr(self, key) for key in keys if getattr(self, key) != getattr(off, key)}
             if values:
                 name = " ".join(f"{key}={value}" for key, value in values.items())
@@ -59,6 +71,31 @@ class Shortcuts:
     def guides(self, timestep: float) -> bool:
         """Whether a timestep is in the interval with guidance (Kynkäänniemi et al., 2024)."""
         return self.guidance_to <= timestep / NUM_TRAIN_TIMESTEPS <= self.guidance_from
+
+
+class Taylor:
+    """Goes on with a tensor that changes smoothly over the steps, by the polynomial through its last values.
+
+    It is TaylorSeer's idea (Liu et al., 2025): differences of what was computed stand for derivatives. Here they are
+    over timesteps, which are not evenly spaced.
+
+    Args:
+        order: Of the polynomial; as long as fewer values are known, of the highest that they give.
+    """
+
+    def __init__(self, order: int) -> None:
+        self._known: deque[tuple[float, Tensor]] = deque(maxlen=order + 1)
+
+    def add(self, timestep: float, value: Tensor) -> None:
+        """Remember a value that was computed."""
+        self._known.append((timestep, value))
+
+    def at(self, timestep: float) -> Tensor:
+        """The value that the polynomial has at another timestep."""
+        nodes = [known for known, _ in self._known]
+        weights = (math.prod((timestep - other) / (node - other) for other in nodes if other != node) for node in nodes)
+        terms = [weight * value for weight, (_, value) in zip(weights, self._known, strict=True)]
+        return sum(terms[1:], terms[0])
 
 
 class BlockCache:

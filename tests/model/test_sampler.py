@@ -5,7 +5,7 @@ from fixtures.dit_samples import random_model, random_sample
 from loomvideo.model.config import DiTConfig
 from loomvideo.model.guidance import FULL, UNCONDITIONAL, VISUAL, Guidance
 from loomvideo.model.packing import DiTSample, pack
-from loomvideo.model.sampler import Branch, SchedulerConfig, sample
+from loomvideo.model.sampler import Branch, GuidedVelocity, SchedulerConfig, sample
 from loomvideo.model.shortcuts import BlockCache, Shortcuts
 from loomvideo.platform.errors import UserError
 
@@ -129,6 +129,33 @@ def test_block_cache_compares_with_the_last_full_step():
     assert cache.num_skipped == 2
 
 
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_the_taylor_predictor_goes_on_with_polynomials_of_its_order(order):
+    """Two branches whose difference is a polynomial of the timestep: exact as soon as enough of it is known."""
+    timesteps = SchedulerConfig().build(12).timesteps.float()
+
+    class Known:
+        calls = 0
+
+        def velocities(self, latents, step, names):
+            self.calls += len(names)
+            t = timesteps[step].double() / 1000
+            values = {FULL: torch.sin(t), UNCONDITIONAL: torch.sin(t) - (1 + t + 3 * t**order)}
+            return {name: values[name].reshape(1) for name in names}
+
+    def errors(**keys):
+        known = Known()
+        guided = GuidedVelocity(known, Guidance(5.0), timesteps, Shortcuts(**keys))
+        exact = GuidedVelocity(Known(), Guidance(5.0), timesteps, Shortcuts())
+        return known, [abs(float(guided(None, step) - exact(None, step))) for step in range(12)]
+
+    known, made = errors(branch_refresh=3, branch_order=max(order, 1))
+    assert known.calls == 12 + 4
+    assert max(made[3 * max(order, 1) :]) < 1e-6
+    _, kept = errors(branch_refresh=3)
+    assert max(kept[3:]) > 0.1
+
+
 def test_shortcuts_by_themselves_and_bad_ones():
     shortcuts = Shortcuts(steps=10, guidance_from=0.9, guidance_to=0.1, fp8=True)
     assert shortcuts.alone() == {
@@ -137,7 +164,15 @@ def test_shortcuts_by_themselves_and_bad_ones():
         "fp8=True": Shortcuts(fp8=True),
     }
     assert Shortcuts().alone() == {}
-    for bad in (Shortcuts(branch_refresh=0), Shortcuts(guidance_to=0.5, guidance_from=0.4), Shortcuts(step_cache=-1)):
+    predicted = Shortcuts(branch_refresh=3, branch_order=2)
+    assert predicted.alone() == {"branch_refresh=3 branch_order=2": predicted}
+    for bad in (
+        Shortcuts(branch_order=1),
+        Shortcuts(branch_refresh=2, branch_order=4),
+        Shortcuts(branch_refresh=0),
+        Shortcuts(guidance_to=0.5, guidance_from=0.4),
+        Shortcuts(step_cache=-1),
+    ):
         with pytest.raises(UserError, match=r"^shortcuts\.[a-z_]+=.*$"):
             bad.check()
 
