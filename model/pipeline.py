@@ -193,6 +193,30 @@ class LoomVideoPipeline(AdaptedParts):
                 anchor=anchor,
             )
 
+    def sample_seeds(
+        self,
+        conditions: Conditions,
+        seeds: Sequence[int],
+        steps: int = NUM_STEPS,
+        guidance: Guidance | None = None,
+        batch_branches: bool = False,
+        on_step: OnStep | None = None,
+        shortcuts: Shortcuts | None = None,
+    ) -> Tensor:
+        """:meth:`sample` for several seeds in one pass: each video is what its seed gives alone.
+
+        A distilled transformer takes them one after another. The arguments are those of :meth:`sample`.
+
+        Returns:
+            Latents, fp32 [seeds, channels, frames, height, width].
+        """
+        rest = (batch_branches, on_step, shortcuts)
+        if self.few_steps is not None:
+            return torch.stack([self.sample(conditions, steps, guidance, seed, *rest) for seed in seeds])
+        shape = conditions.latent_shape
+        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        return self.sample(conditions, steps, guidance, 0, *rest, noise=noise)
+
     def num_steps(self, steps: int) -> int:
         """Denoising steps of a generation that is asked for ``steps``."""
         return steps if self.few_steps is None else self.few_steps.num_steps

@@ -149,7 +149,8 @@ class Denoiser:
 
     Args:
         model: The transformer, on the device and in the dtype to compute in.
-        latents: Latents of the shape to denoise [channels, frames, height, width].
+        latents: Latents of the shape to denoise [channels, frames, height, width], or several videos of one
+            conditioning that pass the model together: [videos, channels, frames, height, width].
         branches: Conditioning by branch name.
         timesteps: All timesteps, fp32 [steps].
         batch_branches: Pack the branches into one forward pass.
@@ -172,6 +173,7 @@ class Denoiser:
         self._branches, self._batch_branches = branches, batch_branches
         self._step_cache, self._ranks = step_cache, ranks or Ranks()
         self._like = latents.to(self.device, torch.float32)
+        self._videos = self._like if latents.ndim == 5 else self._like[None]
         self._timesteps = timesteps.to(self.device)
         self._embedding, self._modulation = model.embed_time(self._timesteps, self.dtype)
         self._groups: dict[tuple[str, ...], _Group] = {}
@@ -197,8 +199,11 @@ class Denoiser:
         return [(name,) for name in own]
 
     def _run(self, group: _Group, latents: Tensor, step: int) -> dict[str, Tensor]:
-        whole, count = group.shard.whole, len(group.names)
-        video = to_patches(latents, self.model.config.patch_size).to(self.dtype).repeat(count, 1)
+        whole, num_videos = group.shard.whole, len(self._videos)
+        count = len(group.names) * num_videos
+        videos = latents.reshape(self._videos.shape)
+        patches = torch.cat([to_patches(video, self.model.config.patch_size) for video in videos])
+        video = patches.to(self.dtype).repeat(len(group.names), 1)
         if whole.video_index is not None:
             video = whole.patches.index_copy(0, whole.video_index, video)
         rows = self._modulation[:, step, None].expand(-1, count, -1)
@@ -213,12 +218,13 @@ class Denoiser:
             time=(self._embedding[step].expand(count, -1), F.pad(rows, (0, 0, 0, 1))),
             cache=group.cache,
         )
-        return dict(zip(group.names, whole.unpack(group.shard.join(velocity.float())), strict=True))
+        made = torch.stack(whole.unpack(group.shard.join(velocity.float())))
+        return dict(zip(group.names, made.reshape(len(group.names), *self._like.shape), strict=True))
 
     def _group(self, names: tuple[str, ...]) -> _Group:
         if names not in self._groups:
             batch = self._pack([self._branches[name] for name in names])
-            contexts = self._shared_contexts(names) or self.model.keys_values(batch.mllm_states)
+            contexts = self._shared_contexts(names) or self._contexts(names)
             shard = self._ranks.shard(
                 dataclasses.replace(batch, mllm_states=batch.mllm_states[:0]), self.model.config.num_attention_heads
             )
@@ -226,31 +232,46 @@ class Denoiser:
             self._groups[names] = _Group(names, shard, contexts, cache)
         return self._groups[names]
 
+    def _contexts(self, names: tuple[str, ...]) -> list[Context]:
+        """Keys and values of branches, computed once for all videos."""
+        states = [self._branches[name].mllm_states.to(self.device, self.dtype) for name in names]
+        lengths, num_videos = [state.shape[1] for state in states], len(self._videos)
+
+        def for_each(tensor: Tensor) -> Tensor:
+            if num_videos == 1:
+                return tensor
+            return torch.cat([part for branch in tensor.split(lengths) for part in [branch] * num_videos])
+
+        pairs = self.model.keys_values(torch.cat(states, dim=1))
+        return [(for_each(key), for_each(value)) for key, value in pairs]
+
     def _shared_contexts(self, names: tuple[str, ...]) -> list[Context] | None:
         """Keys and values of one branch as a part of those of a group that holds it."""
         for group in self._groups.values():
             if len(names) == 1 and names[0] in group.names:
-                lengths, index = group.shard.whole.cross_plan.key_lengths, group.names.index(names[0])
+                lengths, count = group.shard.whole.cross_plan.key_lengths, len(self._videos)
+                index = group.names.index(names[0]) * count
                 start = sum(lengths[:index])
-                part = slice(start, start + lengths[index])
+                part = slice(start, start + sum(lengths[index : index + count]))
                 return [(key[part], value[part]) for key, value in group.contexts]
         return None
 
     def _pack(self, branches: Sequence[Branch]) -> PackedBatch:
-        """Pack branches that share latents."""
+        """Pack branches that share latents, each with every video."""
 
         def on_device(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(self.device, torch.float32)
 
         samples = [
             DiTSample(
-                latents=self._like,
+                latents=video,
                 timestep=NUM_TRAIN_TIMESTEPS,
                 mllm_states=branch.mllm_states.to(self.device, self.dtype),
                 source=on_device(branch.source),
                 references=[on_device(reference) for reference in branch.references],
             )
             for branch in branches
+            for video in self._videos
         ]
         return pack(samples, self.model.config.patch_size).to(self.device, self.dtype)
 
@@ -308,11 +329,11 @@ def sample(
     ranks: Ranks | None = None,
     anchor: Anchor | None = None,
 ) -> Tensor:
-    """Denoise one video.
+    """Denoise one video, or several of one conditioning together.
 
     Args:
         model: The transformer, on the device and in the dtype to compute in.
-        initial_noise: Standard normal [channels, frames, height, width].
+        initial_noise: Standard normal [channels, frames, height, width], or with an axis of videos before.
         branches: Conditioning by branch name; those of ``guidance.weights()`` are used.
         guidance: Scales.
         steps: Denoising steps; ``shortcuts.steps`` takes their place where it is set.
@@ -323,7 +344,7 @@ def sample(
         shortcuts: Approximations; None for none. ``fp8`` is the model's own matter
             (:func:`loomvideo.model.float8.float8_blocks`).
         ranks: Ranks that share this generation, each calling this with the same noise; None for this one alone.
-        anchor: What the first frames are drawn to; None for nothing.
+        anchor: What the first frames of one video are drawn to; None for nothing.
 
     Returns:
         Latents, fp32, like ``initial_noise``, on the model's device; with ``ranks`` the same on each.

@@ -15,6 +15,7 @@ class _RequestKeys:
     source: str = option("", "video or picture to edit")
     refs: list[str] = option([], "reference pictures")
     seed: int = option(0, "seed of the noise; the same seed gives the same file")
+    seeds: list[int] = option([], "several results of one request, a file a seed: OUT gets -SEED before its suffix")
     batch: str = option(
         "", "JSONL file of task, prompt, out, source, refs, negative_prompt, seed a line; done ones are kept"
     )

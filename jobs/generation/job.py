@@ -31,12 +31,18 @@ def run(config: GenerateConfig) -> None:
             raise UserError(f"{key}={getattr(config, key)}: must be at least 1")
     if config.ranks % config.sequence_ranks:
         raise UserError(f"sequence_ranks={config.sequence_ranks}: must divide ranks={config.ranks}")
+    if config.seeds and (config.batch or config.ranks > 1 or config.whole):
+        raise UserError("seeds: are for one request on one process; leave out batch, ranks and whole")
+    if len(set(config.seeds)) < len(config.seeds):
+        raise UserError(f"seeds={config.seeds}: names one twice")
     if config.whole and config.ranks > 1:
         raise UserError(f"ranks={config.ranks}: whole=true edits on one process; set ranks=1")
     source = model_source(config)
     source.size.grid.check_frames("num_frames", config.num_frames)
     if config.batch or config.ranks > 1:
         _run_on_ray(config, requests, refused)
+    elif config.seeds:
+        _run_seeds(config, requests[0])
     else:
         _run_here(config, requests[0])
 
@@ -97,6 +103,23 @@ def _run_here(config: GenerateConfig, request: Request) -> None:
     elif config.shortcuts.alone():
         print(f"approximate: {', '.join(config.shortcuts.alone())}; measure_error=true prints the error")
     print(path)
+
+
+def _run_seeds(config: GenerateConfig, request: Request) -> None:
+    out = Path(request.out)
+    requests = [
+        dataclasses.replace(request, seed=seed, out=str(out.with_name(f"{out.stem}-{seed}{out.suffix}")))
+        for seed in config.seeds
+    ]
+    generator = FileGenerator.load(model_source(config, drop_exact=True), config, [request])
+    try:
+        with bars() as bar:
+            task = bar.add_task("denoising", total=None)
+            made = generator.generate_seeds(requests, lambda step, total: bar.update(task, completed=step, total=total))
+            paths = list(made)
+    finally:
+        generator.close()
+    print("\n".join(map(str, paths)))
 
 
 def _print_peaks(source: ModelSource, work: Work) -> None:

@@ -210,6 +210,35 @@ class FileGenerator:
                 shortcuts=shortcuts,
             )
 
+    def generate_seeds(
+        self, requests: Sequence[Request], on_step: Callable[[int, int], None] | None = None
+    ) -> Iterator[Path]:
+        """Generate files of requests that differ in nothing but ``seed`` and ``out``: files are read and encoded once.
+
+        Args:
+            requests: One a seed; ``batch_seeds`` of them are denoised in one pass.
+            on_step: Called after each step with the steps done and all.
+
+        Raises:
+            UserError: as :meth:`generate`.
+        """
+        settings, prepared = self.settings, self.prepare(requests[0])
+        passes = [requests[start:][: settings.batch_seeds] for start in range(0, len(requests), settings.batch_seeds)]
+        steps = self.pipeline.num_steps(settings.shortcuts.steps or settings.steps)
+        for number, together in enumerate(passes):
+
+            def count(step: int, latents: torch.Tensor, number: int = number) -> None:
+                if on_step:
+                    on_step(number * steps + step + 1, len(passes) * steps)
+
+            with self.memory_errors(together[0]):
+                made = self.pipeline.sample_seeds(
+                    prepared.conditions, [request.seed for request in together], settings.steps,
+                    settings.guidance(prepared.task), settings.batch_branches, count, settings.shortcuts,
+                )  # fmt: skip
+            for request, latents in zip(together, made, strict=True):
+                yield self.write(dataclasses.replace(prepared, request=request, facts=self.facts(request)), latents)
+
     def write(self, prepared: Prepared, latents: torch.Tensor) -> Path:
         """Decode latents and write the file, decoding while it is encoded.
 

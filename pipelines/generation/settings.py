@@ -37,6 +37,7 @@ class Settings:
         None, "what the unconditional branch is told; null takes the model size's own (5b: the published text)"
     )
     batch_branches: bool = option(False, "run the guidance branches in one pass: faster for small videos, more memory")
+    batch_seeds: int = option(1, "seeds that are denoised in one pass: faster for small videos, more memory")
     shortcuts: Shortcuts = option(Shortcuts, "")
 
     def check(self) -> None:
@@ -49,6 +50,8 @@ class Settings:
             raise UserError(f"num_frames={self.num_frames}: must be at least 1")
         if self.steps < 1:
             raise UserError(f"steps={self.steps}: must be at least 1")
+        if self.batch_seeds < 1:
+            raise UserError(f"batch_seeds={self.batch_seeds}: must be at least 1")
         if len(self.default_size) != 2:
             raise UserError(f"default_size={self.default_size}: give width and height")
         if self.fps and not MIN_FPS <= self.fps <= MAX_FPS:

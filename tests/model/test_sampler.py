@@ -75,6 +75,17 @@ def test_equal_to_the_plain_path(batch_branches, guidance, references):
 
 
 @pytest.mark.parametrize("batch_branches", [False, True])
+@pytest.mark.parametrize("shortcuts", [Shortcuts(), Shortcuts(guidance_to=0.9)])
+def test_several_videos_in_one_pass_are_what_each_is_alone(batch_branches, shortcuts):
+    model = random_model(CONFIG)
+    initial, branches = make_branches()
+    noises = torch.stack([initial, initial.flip(0), 2 * initial])
+    made = sample(model, noises, branches, Guidance(2.5, 1.5), 4, None, batch_branches, shortcuts=shortcuts)
+    alone = [sample(model, noise, branches, Guidance(2.5, 1.5), 4, shortcuts=shortcuts) for noise in noises]
+    torch.testing.assert_close(made, torch.stack(alone), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_branches", [False, True])
 @pytest.mark.parametrize(
     "shortcuts",
     [Shortcuts(branch_refresh=3), Shortcuts(guidance_to=0.9), Shortcuts(branch_refresh=2, guidance_from=0.98)],

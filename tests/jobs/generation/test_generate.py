@@ -206,6 +206,20 @@ def test_shortcuts_print_the_error_of_each(folder, capsys):
     assert "approximate: steps=3, guidance_to=0.5" in capsys.readouterr().out
 
 
+def test_several_seeds_are_what_each_is_alone(folder, capsys):
+    asked = {"task": "t2i", "prompt": "a red dress", "steps": 2}
+    run(config(folder, **asked, out=str(folder / "many.png"), seeds=[3, 5, 8], batch_seeds=2))
+    assert [Path(line).name for line in capsys.readouterr().out.split()] == [f"many-{seed}.png" for seed in (3, 5, 8)]
+    run(config(folder, **asked, out=str(folder / "one.png"), seed=5))
+    one, many = (np.asarray(Image.open(folder / name)).astype(int) for name in ("one.png", "many-5.png"))
+    assert np.abs(one - many).max() <= 1
+    assert json.loads(sidecar_path(str(folder / "many-5.png")).read_text())["seed"] == 5
+    with pytest.raises(UserError, match="names one twice"):
+        run(config(folder, **asked, out="x.png", seeds=[1, 1]))
+    with pytest.raises(UserError, match="leave out batch, ranks and whole"):
+        run(config(folder, **asked, out="x.png", seeds=[1], ranks=2))
+
+
 def test_frames_left_out_are_told(folder, capsys):
     asked = {"task": "edit", "prompt": "make it red", "source": str(folder / "clip with spaces é.mp4"), "steps": 1}
     run(config(folder, **asked, out=str(folder / "first.mp4")))
