@@ -80,7 +80,7 @@ class Taylor:
     over timesteps, which are not evenly spaced.
 
     Args:
-        order: Of the polynomial; as long as fewer values are known, of the highest that they give.
+        order: The order of the polynomial; as long as fewer values are known, it is the highest that they give.
     """
 
     def __init__(self, order: int) -> None:
