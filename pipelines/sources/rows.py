@@ -9,7 +9,8 @@ import json
 import lzma
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ PACKED = (".gz", ".bz2", ".xz")
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 TABLES = (*SUFFIXES, *(suffix + packed for suffix in SUFFIXES[:-1] for packed in PACKED))
 DELIMITERS = ",;\t|"
+MOST_LINES_A_ROW = 1000
+"""Of a table: a quotation mark that closes no sooner was forgotten."""
 
 Row = dict[str, Any]
 Entry = tuple[str, Row] | Rejected
@@ -144,27 +147,60 @@ def _csv_rows(root: Root, file: str, name: str, dataset: str) -> Iterator[Entry]
     _, delimiter = header(root, file)
     names: list[str] = []
     with root.open(file, newline="") as opened:
-        reader = csv.reader(opened, delimiter=delimiter)
-        while True:
-            try:
-                cells = next(reader, None)
-            except csv.Error as error:
-                yield Rejected(f"{name}:{reader.line_num}", dataset, "invalid_field", str(error))
+        for number, cells in _records(opened, delimiter):
+            if isinstance(cells, str):
+                yield Rejected(f"{name}:{number}", dataset, "invalid_field", cells)
                 continue
-            if cells is None:
-                break
             if not any(value.strip() for value in cells) or (not names and _names_delimiter(delimiter.join(cells))):
                 continue
             if not names:
                 names = _unique([value.strip() for value in cells])
             elif len(cells) != len(names):
                 detail = f"expected {len(names)} columns, found {len(cells)}"
-                yield Rejected(f"{name}:{reader.line_num}", dataset, "invalid_field", detail)
+                yield Rejected(f"{name}:{number}", dataset, "invalid_field", detail)
             else:
                 row = {column: cell(value) for column, value in zip(names, cells, strict=True)}
-                yield f"{name}:{reader.line_num}", row
+                yield f"{name}:{number}", row
     if not names:
         yield Rejected(name, dataset, "unreadable_table", "no header line")
+
+
+def _records(lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
+    """The last line's number and the cells of every record, or what is wrong with it.
+
+    A quotation mark that is never closed costs its own line, not all lines up to the next mark.
+    """
+    ahead: deque[str] = deque()
+    source, taken, number = iter(lines), list[str](), 0
+
+    def counted() -> Iterator[str]:
+        nonlocal number
+        while len(taken) < MOST_LINES_A_ROW and (line := ahead.popleft() if ahead else next(source, None)) is not None:
+            taken.append(line)
+            number += 1
+            yield line
+
+    reader = csv.reader(counted(), delimiter=delimiter, strict=True)
+    while True:
+        taken.clear()
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            if len(taken) > 1:
+                ahead.extendleft(reversed(taken[1:]))
+                number -= len(taken) - 1
+                yield number, "a quotation mark opens a cell and is not closed"
+                reader = csv.reader(counted(), delimiter=delimiter, strict=True)
+                continue
+            try:
+                # Marks inside a cell of one line harm nothing.
+                cells = next(csv.reader(taken, delimiter=delimiter))
+            except csv.Error:
+                yield number, str(error)
+                continue
+        if cells is None:
+            return
+        yield number, cells
 
 
 def _jsonl_rows(root: Root, file: str, name: str, dataset: str) -> Iterator[Entry]:

@@ -17,8 +17,9 @@ import pytest
 from loomvideo.pipelines.prepare.config import PrepareConfig
 from loomvideo.pipelines.prepare.inputs import read_inputs
 from loomvideo.pipelines.sources import Rejected, open_source
-from loomvideo.pipelines.sources.base import Root
+from loomvideo.pipelines.sources.base import Root, locate
 from loomvideo.pipelines.sources.fields import KEY_PATTERN
+from loomvideo.pipelines.sources.rows import rows
 from loomvideo.pipelines.sources.samples import read_jsonl
 from loomvideo.platform.errors import UserError
 
@@ -394,3 +395,21 @@ def test_a_table_that_is_none_ends_a_command_that_names_it_and_costs_itself_in_a
     bad, good = read(tmp_path, "table")
     assert isinstance(bad, Rejected)
     assert good.caption == "x"
+
+
+@pytest.mark.parametrize(
+    "after", ["", 'e.mp4,"a ""red"" dress"\n', "f.mp4,plain\n" * 1500], ids=["end", "mark", "long"]
+)
+def test_a_quotation_mark_that_is_not_closed_costs_its_line_alone(tmp_path, after):
+    text = (
+        'video,caption\na.mp4,"two\nlines"\nb.mp4,"never closed\nc.mp4,a "red" coat\nd.mp4,"quoted" loosely\n' + after
+    )
+    (tmp_path / "t.csv").write_text(text)
+    found = list(rows(locate(str(tmp_path / "t.csv")), "t.csv", "d"))
+    kept = [entry for entry in found if not isinstance(entry, Rejected)]
+    (lost,) = [entry for entry in found if isinstance(entry, Rejected)]
+    assert (lost.where, lost.reason) == (f"{tmp_path}/t.csv:4", "invalid_field")
+    assert "is not closed" in lost.detail
+    assert [row["video"] for _, row in kept[:3]] == ["a.mp4", "c.mp4", "d.mp4"]
+    assert len(kept) == 3 + after.count("mp4")
+    assert [where.rpartition(":")[2] for where, _ in kept[:3]] == ["3", "5", "6"]
