@@ -78,15 +78,19 @@ class Tracker:
     ):
         self.folder = folder
         self.uri = uri or default_tracking_uri(folder.root)
+        known = folder.read_json("mlflow.json")
         try:
             with full_disk_named(self.uri), _alone(self.uri):
                 self._client = MlflowClient(tracking_uri=_patient(self.uri))
                 self.experiment_id = self._open_experiment(experiment or f"loomvideo/{folder.job}")
-            self.run_id = self._open_run(tags or {}, parent_run_id)
+            known_id = known["run_id"] if known and known["tracking_uri"] == self.uri else None
+            self.run_id = self._open_run(known_id, tags or {}, parent_run_id)
         except (MlflowException, OSError) as error:
             reason = str(error).strip().splitlines()[0][:300]
             fix = f"start the server, or unset it to keep a local store in {folder.root}"
             raise UserError(f"MLFLOW_TRACKING_URI={self.uri}: {reason}; {fix}") from error
+        # A run folder that is gone is no mistake in the tracking URI.
+        folder.write_json("mlflow.json", {"tracking_uri": self.uri, "run_id": self.run_id})
         self._queue: queue.Queue[list[Metric] | None] = queue.Queue()
         self._warned = False
         self._refused: set[str] = set()
@@ -108,19 +112,16 @@ class Tracker:
                 raise
             return experiment.experiment_id
 
-    def _open_run(self, tags: dict[str, str], parent_run_id: str | None) -> str:
-        known = self.folder.read_json("mlflow.json")
-        if known and known["tracking_uri"] == self.uri:
-            self._client.update_run(known["run_id"], status="RUNNING")
+    def _open_run(self, known_id: str | None, tags: dict[str, str], parent_run_id: str | None) -> str:
+        if known_id:
+            self._client.update_run(known_id, status="RUNNING")
             for key, value in tags.items():
-                self._client.set_tag(known["run_id"], key, value)
-            return known["run_id"]
+                self._client.set_tag(known_id, key, value)
+            return known_id
         tags = tags | {"loomvideo.run_folder": str(self.folder.path)}
         if parent_run_id:
             tags["mlflow.parentRunId"] = parent_run_id
-        run = self._client.create_run(self.experiment_id, run_name=self.folder.name, tags=tags)
-        self.folder.write_json("mlflow.json", {"tracking_uri": self.uri, "run_id": run.info.run_id})
-        return run.info.run_id
+        return self._client.create_run(self.experiment_id, run_name=self.folder.name, tags=tags).info.run_id
 
     def log_params(self, params: dict[str, Any]) -> None:
         """Log parameters; ones that a resumed run already has keep their first value, changes become tags."""

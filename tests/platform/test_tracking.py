@@ -1,5 +1,6 @@
 import json
 import logging
+import shutil
 import socket
 
 import pytest
@@ -144,6 +145,12 @@ def test_an_absent_server_costs_copies_of_files_and_not_the_job(folder, monkeypa
     assert "does not learn that it is FINISHED" in caplog.text
     with pytest.raises(FileNotFoundError):
         tracker.log_artifact(folder.path / "missing")
+
+
+def test_a_run_folder_that_is_gone_is_no_mistake_of_the_tracking_uri(folder):
+    shutil.rmtree(folder.path)
+    with pytest.raises(FileNotFoundError, match=str(folder.path)):
+        Tracker(folder)
 
 
 @pytest.mark.parametrize(
