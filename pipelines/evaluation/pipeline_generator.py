@@ -13,6 +13,7 @@ import numpy as np
 from loomvideo.model import adapters
 from loomvideo.model.code_version import kernels_version, sampler_version
 from loomvideo.model.conditions import without_source
+from loomvideo.model.fingerprints import folder_fingerprint
 from loomvideo.model.guidance import Guidance
 from loomvideo.model.loading import ModelSource
 from loomvideo.model.pipeline import LoomVideoPipeline, load_pipeline
@@ -107,7 +108,11 @@ class ModelGenerator:
 
 
 def model_fingerprint(options: ModelOptions) -> str:
-    """Hash of the checkpoint's files (name, size, content), of settings that change results, and of the code."""
+    """Hash of the files of checkpoint, codec and MLLM, of settings that change results, and of the code.
+
+    Raises:
+        UserError: for files that are not there.
+    """
     path = Path(options.source.weights)
     if not path.exists():
         raise UserError(f"checkpoint {path}: no such file or folder")
@@ -120,4 +125,9 @@ def model_fingerprint(options: ModelOptions) -> str:
     settings |= {"sampler_version": sampler_version(), "kernels_version": kernels_version()}
     # The same files elsewhere are the same model.
     settings["source"] |= {"weights": "", "lora": adapters.fingerprints(options.source.lora)}
+    for key in ("codec_folder", "mllm_folder"):
+        if folder := settings["source"][key]:
+            if not Path(folder).is_dir():
+                raise UserError(f"generation.{key}={folder}: no such folder")
+            settings["source"][key] = folder_fingerprint(folder)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:20]

@@ -50,6 +50,23 @@ def test_evaluation_computes_with_the_kernels_it_is_told(weights):
     assert model_fingerprint(ModelOptions(source, SamplerSettings(negative_prompt="blurry"))) != generator.fingerprint
 
 
+def test_codec_and_mllm_are_told_apart_by_content_and_not_by_place(weights, tmp_path):
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+
+    def found(codec_folder):
+        return model_fingerprint(ModelOptions(ModelSource(str(weights), codec_folder=str(codec_folder))))
+
+    first = found(folder)
+    moved = folder.rename(tmp_path / "elsewhere")
+    assert found(moved) == first
+    (moved / "config.json").write_text("[]")
+    assert found(moved) != first
+    with pytest.raises(UserError, match=r"generation\.codec_folder=.*vae: no such folder"):
+        found(folder)
+
+
 def test_a_folder_that_does_not_say_its_size(weights):
     with pytest.raises(UserError, match="name its size with model="):
         load_pipeline(ModelSource(str(weights)))
