@@ -24,7 +24,16 @@ from loomvideo.pipelines.serving.examples import PageExample
 from loomvideo.pipelines.serving.guards import check_host, check_origin
 from loomvideo.pipelines.serving.jobs import Backend, Job, JobQueue, QuotaReachedError, StoreAwayError, StoreFullError
 from loomvideo.pipelines.serving.requests import GenerationRequest, RequestLimits
-from loomvideo.pipelines.serving.schemas import Health, JobBody, JobState, UploadState, problems, raw_body
+from loomvideo.pipelines.serving.schemas import (
+    Health,
+    JobBody,
+    JobState,
+    UploadState,
+    files,
+    job_schema,
+    problems,
+    raw_body,
+)
 from loomvideo.pipelines.serving.store import MEMORY, ServiceStore
 from loomvideo.pipelines.serving.uploads import Upload, UploadLimits, UploadReader
 from loomvideo.pipelines.serving.users import User, Users
@@ -243,7 +252,12 @@ def create_app(
         told = {"title": config.title, "tasks": tasks, "limits": limits, "defaults": config.defaults}
         return told | {"examples": examples}
 
-    @app.get("/api/examples/{number}/{name}", dependencies=guarded, responses=problems(404))
+    @app.get(
+        "/api/examples/{number}/{name}",
+        dependencies=guarded,
+        response_class=Response,
+        responses=files("image/*", "video/*") | problems(404),
+    )
     async def example(number: int, name: str) -> Response:
         found = config.examples[number] if 0 <= number < len(config.examples) else None
         media = {} if found is None else {str(index): media for index, media in enumerate(found.references)}
@@ -277,7 +291,7 @@ def create_app(
         status_code=202,
         response_model=JobState,
         responses=problems(413, 429, 503),
-        openapi_extra=raw_body("application/json", schema=JobBody.model_json_schema()),
+        openapi_extra=raw_body("application/json", schema=job_schema(config.requests)),
     )
     async def submit(
         request: Request, user: Asking, idempotency_key: Annotated[str | None, Header(max_length=100)] = None
@@ -291,7 +305,7 @@ def create_app(
         values |= {"source": source, "references": references}
         quotas = user.quotas(config.requests.max_active_per_user, config.requests.max_per_day_per_user)
         try:
-            job = queue.submit(GenerationRequest(**values), user.name, quotas, idempotency_key)
+            job = queue.submit(GenerationRequest(**values), user.name, quotas, idempotency_key or None)
         except asyncio.QueueFull as error:
             message = "too many generations are waiting: try again in a few minutes"
             raise HTTPException(429, message, {"Retry-After": "60"}) from error
@@ -303,18 +317,28 @@ def create_app(
     async def status(job: KnownJob) -> dict:
         return _describe(job, queue)
 
-    @app.get("/api/jobs/{job_id}/result", dependencies=guarded, responses=problems(404, 409))
+    @app.get(
+        "/api/jobs/{job_id}/result",
+        dependencies=guarded,
+        response_class=Response,
+        responses=files("image/png", "video/mp4") | problems(404, 409),
+    )
     async def result(job: KnownJob) -> Response:
         made = await asyncio.to_thread(store.result, job.id)
         if made is None:
             raise HTTPException(409, f"the generation is {job.status}")
         return Response(made.content, media_type=made.media_type)
 
-    @app.get("/api/jobs/{job_id}/source", dependencies=guarded, responses=problems(404))
+    @app.get(
+        "/api/jobs/{job_id}/source",
+        dependencies=guarded,
+        response_class=Response,
+        responses=files("image/*", "video/*") | problems(404, 409),
+    )
     async def source(job: KnownJob) -> Response:
         original = await asyncio.to_thread(store.source, job.id)
         if original is None:
-            raise HTTPException(404, "the generation had no source")
+            raise HTTPException(409, "the generation had no source")
         return Response(original.content, media_type=original.media_type)
 
     @app.delete("/api/jobs/{job_id}", dependencies=guarded, status_code=204, responses=problems(404))
@@ -331,7 +355,7 @@ def _methods(app: FastAPI, path: str) -> set[str]:
 
 
 def _uploads(store: ServiceStore, ids: Sequence[str | None], limits: UploadLimits, owner: str) -> list[Upload | None]:
-    return [store.upload(upload_id, limits, owner) if upload_id else None for upload_id in ids]
+    return [None if upload_id is None else store.upload(upload_id, limits, owner) for upload_id in ids]
 
 
 async def _body(request: Request, most: int) -> bytes:

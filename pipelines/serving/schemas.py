@@ -5,12 +5,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from loomvideo.model.tasks import EDIT, TASKS
+from loomvideo.pipelines.serving.requests import RequestLimits
 
 
 class JobBody(BaseModel):
     """A request as the page sends it; ``source`` and ``references`` are ids of uploads."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     # The document says what is accepted; the refusals' own words come from checks that know the limits.
     task: str = Field(json_schema_extra={"enum": [EDIT, *TASKS]})
@@ -74,6 +75,24 @@ class Refusal(BaseModel):
     """Why a request was refused, in one line."""
 
     error: str
+
+
+def job_schema(limits: RequestLimits) -> dict[str, Any]:
+    """The document of :class:`JobBody` with what this server accepts."""
+    schema = JobBody.model_json_schema()
+    numbers = {"steps": limits.max_steps, "num_frames": limits.max_frames, "width": limits.max_side,
+               "height": limits.max_side}  # fmt: skip
+    for name, most in numbers.items():
+        schema["properties"][name]["anyOf"][0] |= {"minimum": 1, "maximum": most}
+    schema["properties"]["prompt"]["maxLength"] = limits.max_prompt_characters
+    schema["properties"]["references"]["maxItems"] = limits.max_references
+    return schema
+
+
+def files(*media_types: str) -> dict[int | str, dict[str, Any]]:
+    """An answer that is a file, for a path's ``responses``."""
+    binary = {"schema": {"type": "string", "format": "binary"}}
+    return {200: {"description": "The file", "content": dict.fromkeys(media_types, binary)}}
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -169,6 +169,11 @@ def test_refused_requests(client, mp4):
         ({"task": "t2v", "prompt": "x", "width": 64}, "give both"),
         ({"task": "t2v", "prompt": "x", "width": 60, "height": 64}, "multiples of 32"),
         ({"task": "t2v", "prompt": "x", "seed": -1}, "seed: Input should be greater"),
+        ({"task": "edit", "prompt": "x", "source": picture, "whole": True}, "whole: is for edits of videos"),
+        ({"task": "edit", "prompt": "x", "source": video, "whole": 1}, "whole: Input should be a valid boolean"),
+        ({"task": "t2i", "prompt": "x", "guidance_scale": False}, "guidance_scale: Input should be a valid number"),
+        ({"task": "t2i", "prompt": "x", "steps": "5"}, "steps: Input should be a valid integer"),
+        ({"task": "mi2v", "prompt": "x", "references": [""]}, "upload the file again"),
     ]
     for body, message in cases:
         assert message in refusal(client.post("/api/jobs", json=body), 422)
@@ -213,7 +218,10 @@ def test_openapi_says_bodies_answers_and_errors(client):
     for status in ("401", "403", "413", "415", "421", "422", "429"):
         assert job["responses"][status]["content"]["application/json"]["schema"]["$ref"].endswith("/Refusal")
     assert "application/octet-stream" in paths["/api/uploads"]["post"]["requestBody"]["content"]
-    assert "edit" in job["requestBody"]["content"]["application/json"]["schema"]["properties"]["task"]["enum"]
+    taken = job["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    assert "edit" in taken["task"]["enum"]
+    assert taken["steps"]["anyOf"][0] == {"type": "integer", "minimum": 1, "maximum": 100}
+    assert set(paths["/api/jobs/{job_id}/result"]["get"]["responses"]["200"]["content"]) == {"image/png", "video/mp4"}
     assert client.options("/api/jobs/x").headers["allow"] == "DELETE, GET"
     documented = paths["/metrics"]["get"]["responses"]["200"]["content"]
     assert client.get("/metrics").headers["content-type"] in documented
