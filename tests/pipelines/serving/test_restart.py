@@ -59,6 +59,7 @@ def store(request, tmp_path):
 def new_database(address):
     if address is None:
         pytest.skip("needs Debian's postgresql")
+    pytest.importorskip("psycopg2")
     name = f"jobs_{secrets.token_hex(4)}"
     engine = sqlalchemy.create_engine(address, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
