@@ -74,14 +74,14 @@ def validate(
 ) -> None:
     """Check manifests, images and scripts without a cluster; exit code 1 when something is wrong."""
     from loomvideo.platform.cluster.profile import ClusterProfile
-    from loomvideo.platform.cluster.validate import Report, lint, validate_folder
+    from loomvideo.platform.cluster.validate import Report, linting, validate_folder
 
     report = Report()
     if folder:
         validate_folder(folder, ClusterProfile.kubernetes_version, report)
     else:
-        _validate_profiles(cluster, changes, report)
-        lint(Path(), report)
+        with linting(Path(), report):
+            _validate_profiles(cluster, changes, report)
     for reason in report.skipped:
         print(f"skipped: {reason}")
     for problem in report.problems:
@@ -102,13 +102,13 @@ def _validate_profiles(cluster: str | None, changes: list[str] | None, report: "
         raise UserError(f"{PROFILES}: no profiles; run from a checkout of the repository or give --cluster PATH")
     with tempfile.TemporaryDirectory(dir=".", prefix=".validate-") as scratch:
         for name in names:
-            if load_profile(name, changes or []).existing:
+            own = load_profile(name, changes or [])
+            if own.existing:
                 report.checked += 1
                 continue
-            own = load_profile(name, changes or []).queue.kind
             # A profile that chose its queue is checked with it, one without with every kind.
-            for kind in QUEUES if own == "plain" else (own,):
-                queue = [] if changes or own != "plain" else [f"queue.kind={kind}", "queue.name=training"]
+            for kind in QUEUES if own.queue.kind == "plain" else (own.queue.kind,):
+                queue = [] if changes or own.queue.kind != "plain" else [f"queue.kind={kind}", "queue.name=training"]
                 profile = load_profile(name, [*queue, *(changes or [])])
                 served = [job for job in RAY_JOBS if any(job in group.jobs for group in profile.groups)]
                 jobs = tuple(ray_job(profile, job, "check") for job in served)

@@ -1,10 +1,12 @@
 """Check manifests, images and scripts without a cluster: schemas, operators' rules, cross references, secrets, lint."""
 
+import contextlib
 import itertools
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import which
@@ -177,26 +179,29 @@ def secrets_in(text: str) -> list[str]:
     return [kind for kind, pattern in SECRET_VALUES.items() if pattern.search(text)]
 
 
-def lint(root: Path, report: Report) -> None:
-    """Lint the repository's Dockerfiles and shell scripts."""
+@contextlib.contextmanager
+def linting(root: Path, report: Report) -> Iterator[None]:
+    """Lint the repository's Dockerfiles and shell scripts beside what is done meanwhile; reported at the end."""
     infra = root / "infra"
-    _lint_files(report, "hadolint", sorted(infra.rglob("Dockerfile*")), _hadolint_options)
-    _lint_files(report, "shellcheck", sorted(infra.rglob("*.sh")), lambda path: ["--format=gcc"])
-
-
-def _hadolint_options(path: Path) -> list[str]:
     # Debian's package versions leave the archive with every update; the base image's digest is what pins them.
-    return ["--no-color", "--ignore=DL3008"]
-
-
-def _lint_files(report: Report, tool: str, files: list[Path], options: Callable[[Path], list[str]]) -> None:
-    executable = find_tool(tool)
-    if executable is None:
-        _skip(report, f"{tool}: not installed ({how_to_add('dev')})")
-        return
-    for path in files:
-        result = subprocess.run([executable, *options(path), str(path)], capture_output=True, text=True)
-        report.add(str(path), result.stdout.splitlines() if result.returncode else [])
+    tools = {
+        "hadolint": (["--no-color", "--ignore=DL3008"], sorted(infra.rglob("Dockerfile*"))),
+        "shellcheck": (["--format=gcc"], sorted(infra.rglob("*.sh"))),
+    }
+    with ThreadPoolExecutor(1) as beside:
+        linted: list[tuple[Path, Future[subprocess.CompletedProcess[str]]]] = []
+        for tool, (options, files) in tools.items():
+            executable = find_tool(tool)
+            if executable is None:
+                _skip(report, f"{tool}: not installed ({how_to_add('dev')})")
+                continue
+            for path in files:
+                command = [executable, *options, str(path)]
+                linted.append((path, beside.submit(subprocess.run, command, capture_output=True, text=True)))
+        yield
+        for path, running in linted:
+            result = running.result()
+            report.add(str(path), result.stdout.splitlines() if result.returncode else [])
 
 
 def find_tool(name: str) -> str | None:

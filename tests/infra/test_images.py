@@ -29,7 +29,11 @@ def instructions(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_packages_come_from_the_locks(path):
     """By the environment script, or by pip held to the locks; a tool outside them has its version in the line."""
-    scripts = [found for line in instructions(path) for found in re.findall(r"environment\.py ([^&]*)", line)]
+    scripts = [
+        found
+        for line in instructions(path)
+        for found in re.findall(r"python\S* infra/setup/environment\.py ([^&]*)", line)
+    ]
     for words in scripts:
         extras = [word for word in re.sub(r"--(venv|accelerator|part) \S+|--\S+", "", words).split() if word]
         assert set(extras) <= set(EXTRAS)
