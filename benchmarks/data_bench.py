@@ -55,6 +55,7 @@ def plain_loop(samples: Path, folder: Path, count: int, bucket: int) -> dict[str
     from loomvideo.pipelines.prepare import encode
     from loomvideo.pipelines.prepare.geometry import plan_clips
     from loomvideo.pipelines.prepare.inputs import read_inputs
+    from loomvideo.pipelines.prepare.load import LoadedSample
 
     torch.set_num_threads(1)
     config = config_for(samples, folder / "plain", count, bucket)
@@ -71,7 +72,7 @@ def plain_loop(samples: Path, folder: Path, count: int, bucket: int) -> dict[str
             references = [opened[path].info for path in sample.references]
             source = opened[sample.source].info if sample.source else None
             clips = plan_clips(sample, opened[sample.target].info, source, references, config.clips, config.seed, grid)
-            loaded = encode.LoadedSample(sample, clips, 24.0, 24.0, {})
+            loaded = LoadedSample(sample, clips, 24.0, 24.0, {})
             loaded.target = [_clip(opened[sample.target], clips.target[0], clips.bucket, resize_and_crop)]
             if sample.source:
                 loaded.source = [_clip(opened[sample.source], clips.source[0], clips.bucket, resize_and_crop)]

@@ -15,7 +15,8 @@ import torch
 from loomvideo.model.sizes import model_size
 from loomvideo.pipelines.media.files import base_folder
 from loomvideo.pipelines.prepare.config import ClipOptions, FeatureOptions, PrepareConfig
-from loomvideo.pipelines.prepare.encode import SampleEncoder, SampleLoader
+from loomvideo.pipelines.prepare.encode import SampleEncoder
+from loomvideo.pipelines.prepare.load import SampleLoader
 from loomvideo.pipelines.sources.samples import read_jsonl
 from loomvideo.pipelines.training.config import ObjectiveConfig
 from loomvideo.pipelines.training.recipe import LoomVideoRecipe

@@ -10,6 +10,7 @@ from rich.progress import TaskID
 from loomvideo.pipelines.prepare.builder import SHARED_TASK
 from loomvideo.pipelines.prepare.config import PrepareConfig
 from loomvideo.pipelines.prepare.job import UP_TO_DATE, PrepareResult, prepare
+from loomvideo.pipelines.prepare.load_ahead import decoders_for
 from loomvideo.pipelines.prepare.report import write_report
 from loomvideo.pipelines.prepare.units import UnitReport
 from loomvideo.platform.config import flatten
@@ -22,6 +23,8 @@ from loomvideo.platform.tracking import Tracker
 
 # Stages before the builders and the figure that counts their samples.
 _KINDS = {"assess": "assessed", "caption": "captioned"}
+# Encoders that wait less are what limits.
+_BUSY = 0.9
 
 
 class PrepareProgress:
@@ -63,16 +66,25 @@ class PrepareProgress:
         total = self._total
         if report["unit"] == SHARED_TASK:
             return ""
+        whole_s = max(total["wait_s"] + total["encode_s"] + total["hold_s"], 1e-9)
         figures = {
             "written": total["written"],
             "lost": total["lost"],
             "megabytes": total["num_bytes"] / 1e6,
             "samples_per_s": total["written"] / seconds,
-            "decode_wait_share": total["wait_s"] / max(total["wait_s"] + total["encode_s"], 1e-9),
+            "decode_wait_share": total["wait_s"] / whole_s,
+            "encoder_busy_share": total["encode_s"] / whole_s,
+            "write_wait_share": total["hold_s"] / whole_s,
+            "decoders_needed": decoders_for(total["load_s"], total["encode_s"]),
+            "decoders": report["decoders"],
         }
         self._track(figures, total["written"] + total["lost"])
-        limit = "decoding" if total["wait_s"] > total["encode_s"] else "encoding"
-        return f"{figures['samples_per_s']:.1f} samples/s, {figures['megabytes']:.0f} MB, {limit} limits"
+        busy, awaited = figures["encoder_busy_share"], "decoding" if total["wait_s"] > total["hold_s"] else "writing"
+        limit = "encoding" if busy >= _BUSY else awaited
+        return (
+            f"{figures['samples_per_s']:.1f} samples/s, {figures['megabytes']:.0f} MB, {limit} limits: encoders "
+            f"{busy:.0%} busy, {report['decoders']} decoders a builder"
+        )
 
 
 class PrepareRun:

@@ -139,9 +139,12 @@ def plan(
     if cost.measured:
         stages = ", ".join(f"{name} {value:.3g}" for name, value in cost.measured.items())
         out.print(f"measured on this machine: {stages}")
-        limit = "decoding" if cost.measured["load_s"] > cost.measured["encode_s"] else "encoding"
-        rate = 1 / max(cost.measured["load_s"], cost.measured["encode_s"])
+        needed, allowed = int(cost.measured["decoders"]), 1 + config.workers.decoders
+        limit = "decoding" if needed > allowed else "encoding"
+        rate = 1 / cost.measured["sample_s"]
         unit = "GPU" if config.workers.gpus else "worker"
+        out.print(f"{needed} core{'s' if needed > 1 else ''} to decode feed a {unit}; workers.decoders="
+                  f"{config.workers.decoders} and its own allow {allowed}")  # fmt: skip
         out.print(f"{rate:.2f} samples/s a worker, {limit} limits; {cost.hours(workers):.2f} h on {workers}, "
                   f"{cost.hours(1):.2f} {unit}-hours")  # fmt: skip
     else:

@@ -91,6 +91,12 @@ class Attempt:
             self._note["sample"] = key
             self._write()
 
+    def rest(self) -> None:
+        """Note that no sample is worked on: what ends the process from now on is another shard's."""
+        if self._note["sample"]:
+            self._note["sample"] = ""
+            self._write()
+
     def end(self) -> None:
         """Take the note away."""
         self._storage.delete(self._path)
@@ -130,7 +136,7 @@ class Watch:
                     f"{self.limits.max_loss:g} of {self.num_inputs}; {most} of them on {where}; stopped early, "
                     "finished shards are kept"
                 )
-        if report.get("fault"):
+        if report.get("fault") and not report.get("handed_back"):
             self._faults[place] += 1
             if self._faults[place] >= self.limits.device_faults:
                 raise UserError(

@@ -53,8 +53,14 @@ class WorkerOptions:
     count: int = option(0, "builders at most; 0: as many as the cluster has, or gets, room for")
     cpus: float = option(1.0, "CPUs a builder reserves")
     gpus: float = option(0.0, "GPUs a builder reserves")
+    decoders: int = option(
+        0, "decoders elsewhere that a builder may start, as many as keep its encoders busy; it has one of its own"
+    )
+    decoder_cpus: float = option(1.0, "CPUs that such a decoder reserves, on any node; it works in one thread")
     decode_timeout_s: float = option(60.0, "longest time for one read of one file")
-    prefetch: int = option(2, "decoded samples held ready by a builder")
+    ready_bytes: int = option(
+        1_000_000_000, "pixels of samples that wait for a builder's encoders or are being decoded for them, at most"
+    )
 
 
 @dataclass
@@ -130,12 +136,14 @@ class PrepareConfig:
             "clips.windows": self.clips.windows,
             "shards.max_samples": self.shards.max_samples,
             "shards.target_bytes": self.shards.target_bytes,
-            "workers.prefetch": self.workers.prefetch,
+            "workers.ready_bytes": self.workers.ready_bytes,
             "limits.attempts": self.limits.attempts,
             "limits.device_faults": self.limits.device_faults,
         }.items():
             if value < 1:
                 raise UserError(f"{key}={value}: must be at least 1")
+        if self.workers.decoders < 0:
+            raise UserError(f"workers.decoders={self.workers.decoders}: must be at least 0")
         self.stages.check()
         self.captions.check()
         layers, num_layers = self.features.layers, model_size(self.model).dit.num_layers

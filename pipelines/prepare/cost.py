@@ -8,10 +8,12 @@ from loomvideo.model.sizes import ModelSize, model_size, with_folders
 from loomvideo.pipelines.media.decode import DecodeError
 from loomvideo.pipelines.media.files import base_folder
 from loomvideo.pipelines.prepare.config import PrepareConfig
-from loomvideo.pipelines.prepare.encode import SampleEncoder, SampleLoader
+from loomvideo.pipelines.prepare.encode import SampleEncoder
 from loomvideo.pipelines.prepare.estimate import estimated_bytes, estimated_tokens
 from loomvideo.pipelines.prepare.geometry import Filtered
 from loomvideo.pipelines.prepare.inputs import read_inputs
+from loomvideo.pipelines.prepare.load import SampleLoader
+from loomvideo.pipelines.prepare.load_ahead import decoders_for
 from loomvideo.pipelines.prepare.stages import ENCODE
 from loomvideo.platform.shards.storage import Storage
 
@@ -43,7 +45,8 @@ class CostEstimate:
         num_samples: Samples in the input.
         num_shards: Shards of the plan.
         modes: What each feature mode costs.
-        measured: Seconds a sample of one worker, by stage; empty when the encoders cannot run here.
+        measured: Seconds a sample of one worker, by stage, and ``decoders``, how many of one core each keep it busy;
+            empty when the encoders cannot run here.
         losses: Reason codes met in the measured samples.
         recompute_s: Seconds a sample to run the MLLM while training instead of reading its features.
         recommended: Feature mode.
@@ -63,8 +66,7 @@ class CostEstimate:
         """Duration with this many workers; nan when nothing was measured."""
         if not self.measured:
             return float("nan")
-        slowest = max(self.measured["load_s"], self.measured["encode_s"])
-        return self.num_samples * slowest / workers / 3600
+        return self.num_samples * self.measured["sample_s"] / workers / 3600
 
 
 def estimate_cost(
@@ -142,4 +144,8 @@ def _measure(
         loader.close()
     if not done:
         return {}, losses
-    return {"start_s": start_s, "load_s": load_s / done, "encode_s": encode_s / done, "samples": done}, losses
+    load_s, encode_s = load_s / done, encode_s / done
+    decoders = decoders_for(load_s, encode_s)
+    sample_s = max(load_s / min(decoders, 1 + config.workers.decoders), encode_s)
+    found = {"start_s": start_s, "load_s": load_s, "encode_s": encode_s, "sample_s": sample_s, "decoders": decoders}
+    return found | {"samples": done}, losses

@@ -7,8 +7,9 @@ from loomvideo.model.sizes import model_size, with_folders
 from loomvideo.pipelines.prepare.caption_stage import caption_recipe
 from loomvideo.pipelines.prepare.config import PrepareConfig
 from loomvideo.pipelines.prepare.curate import assess_recipe
-from loomvideo.pipelines.prepare.encode import TENSORS_VERSION, encoder_identity
+from loomvideo.pipelines.prepare.encode import encoder_identity
 from loomvideo.pipelines.prepare.geometry import PIXELS_VERSION
+from loomvideo.pipelines.prepare.load import TENSORS_VERSION
 from loomvideo.platform.config import flatten
 from loomvideo.platform.shards.manifest import Manifest
 from loomvideo.platform.shards.plan import digest

@@ -10,7 +10,7 @@ stage    reads                  writes                                    worker
 =======  =====================  ========================================  =================================
 assess   frames of all samples  ``work/curation``: scores, decisions      CPUs; off unless ``curate=true``
 caption  some frames            ``work/captions``: texts                  a model's GPU, or one asks a server
-encode   clips, texts, scores   ``shards/*.tar``, ``work/records``        a GPU and the CPUs that feed it
+encode   clips, texts, scores   ``shards/*.tar``, ``work/records``        GPUs, and CPUs anywhere that feed them
 =======  =====================  ========================================  =================================
 """
 
@@ -153,7 +153,8 @@ ENCODE = Stage(
     folder=RECORD_FOLDER,
     worker=ShardBuilder,
     on=lambda config: True,
-    pool=lambda config: Pool(config.workers.count, config.workers.cpus, config.workers.gpus),
+    # Two: one is encoded while the other is fetched or uploaded.
+    pool=lambda config: Pool(config.workers.count, config.workers.cpus, config.workers.gpus, rows=2),
     dealing=lambda config: Dealing("", config.shards.max_samples, config.shards.target_bytes, config.seed),
     recipe=encode_recipe,
     asked=lambda inputs, config: inputs,

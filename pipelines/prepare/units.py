@@ -94,14 +94,18 @@ class UnitReport(TypedDict):
         written: Samples in the shard.
         lost: Planned samples that are not in it.
         num_bytes: Size of the shard.
-        wait_s: Seconds spent waiting for decoded samples.
+        wait_s: Seconds in which the encoders waited for decoded samples.
         encode_s: Seconds spent encoding.
+        hold_s: Seconds in which the encoders waited for the writer.
+        load_s: Seconds that decoders took for the shard's samples.
+        decoders: Decoders that the builder had at the end.
         wall_s: Seconds of the whole unit.
         feature_error: The largest relative error of a layer's stored states.
         members: How many members were made and kept, as ``made.NAME`` and ``kept.NAME``; Ray fills what another
             unit has with None.
         lost_by_reason: Quarantined samples by reason, likewise.
         fault: The error of a device that failed; empty for a unit that is done.
+        handed_back: Whether it failed in another unit, and this one was not tried.
         where: Node and device of the worker.
     """
 
@@ -116,11 +120,15 @@ class UnitReport(TypedDict):
     num_bytes: NotRequired[int]
     wait_s: NotRequired[float]
     encode_s: NotRequired[float]
+    hold_s: NotRequired[float]
+    load_s: NotRequired[float]
+    decoders: NotRequired[int]
     wall_s: NotRequired[float]
     feature_error: NotRequired[float]
     members: NotRequired[dict[str, int | None]]
     lost_by_reason: NotRequired[dict[str, int | None]]
     fault: NotRequired[str]
+    handed_back: NotRequired[bool]
     where: NotRequired[str]
 
 

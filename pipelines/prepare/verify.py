@@ -12,7 +12,8 @@ from loomvideo.model.codec import LatentGrid
 from loomvideo.model.sizes import model_size, with_folders
 from loomvideo.pipelines.media.files import base_folder
 from loomvideo.pipelines.prepare.config import PrepareConfig
-from loomvideo.pipelines.prepare.encode import SampleEncoder, SampleLoader
+from loomvideo.pipelines.prepare.encode import SampleEncoder
+from loomvideo.pipelines.prepare.load import SampleLoader
 from loomvideo.pipelines.prepare.pools import Pool, map_on_actors
 from loomvideo.pipelines.sources.samples import Sample
 from loomvideo.platform.shards.layers import expanded

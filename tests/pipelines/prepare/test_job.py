@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,8 @@ from loomvideo.model.codec import build_codec
 from loomvideo.model.sizes import model_size
 from loomvideo.pipelines.prepare.config import ClipOptions, LimitOptions
 from loomvideo.pipelines.prepare.job import prepare
+from loomvideo.pipelines.prepare.load import LoadedSample
+from loomvideo.pipelines.prepare.loading import Decoder, mapped
 from loomvideo.pipelines.sources.samples import write_jsonl
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.reader import ShardDataset
@@ -185,8 +189,8 @@ def test_changed_text_redoes_one_shard_and_only_its_features(raw, tmp_path, buil
     def no_decoding(*arguments):
         raise AssertionError("pixels were decoded again")
 
-    monkeypatch.setattr("loomvideo.pipelines.prepare.encode.SampleLoader._windows", no_decoding)
-    monkeypatch.setattr("loomvideo.pipelines.prepare.encode.SampleLoader._picture", no_decoding)
+    monkeypatch.setattr("loomvideo.pipelines.prepare.load.SampleLoader._windows", no_decoding)
+    monkeypatch.setattr("loomvideo.pipelines.prepare.load.SampleLoader._picture", no_decoding)
     assert prepare(config).reason == "rebuilt: changed input"
     after = ShardDataset.open(tmp_path)
     assert built == [after.index.column("shard")[after.rows_by_key["sample-003"]].as_py()]
@@ -217,7 +221,7 @@ def test_stale_configuration_says_why(raw, tmp_path, built):
     assert result.reused_shards == 0
     # Worker settings change nothing that is written.
     config = prepare_config(raw[0], tmp_path, clips=ClipOptions(num_frames=5, buckets=[64]))
-    config.workers.prefetch = 5
+    config.workers.ready_bytes = 1
     assert prepare(config).reason == "up to date"
 
 
@@ -299,9 +303,43 @@ def test_a_decoder_that_is_not_installed_is_named(raw, tmp_path, monkeypatch):
         prepare_config(raw[0], tmp_path, decoder="decord").check()
 
 
+def test_two_shards_at_a_time_and_decoders_elsewhere_change_no_byte(raw, tmp_path, monkeypatch, finished):
+    places = []
+
+    class InThisProcess(Decoder):
+        def wait(self):
+            places.append(self.place())
+
+        def load(self, plan):
+            # As through the object store: what comes back may not be written to.
+            loaded = pickle.loads(pickle.dumps(super().load(pickle.loads(pickle.dumps(plan)))))
+            return mapped(loaded, torch.from_numpy) if isinstance(loaded, LoadedSample) else loaded
+
+        def close(self):
+            self._loader.close()
+
+    def run(stage, config, work):
+        worker = stage.worker(config)
+        with ThreadPoolExecutor(2) as threads:
+            reports.extend(threads.map(worker, work))
+        worker.close()
+        return reports
+
+    reports = []
+    monkeypatch.setattr("loomvideo.pipelines.prepare.builder.DecoderHandle", InThisProcess)
+    monkeypatch.setattr("loomvideo.pipelines.prepare.job.run_stage", run)
+    config = prepare_config(raw[0], tmp_path)
+    config.workers.decoders = 2
+    prepare(config)
+    assert len(places) == 2
+    assert max(report["decoders"] for report in reports) >= 1
+    assert sum(report["load_s"] for report in reports) > 0
+    assert checksums(tmp_path) == checksums(finished.storage.root)
+
+
 def test_on_a_ray_cluster(raw, tmp_path, ray_cluster, finished):
     config = prepare_config(raw[0], tmp_path)
-    config.workers.count = 2
+    config.workers.count, config.workers.decoders, config.workers.decoder_cpus = 1, 2, 0.0
     reports = []
     result = prepare(config, on_progress=lambda report, total: reports.append((report["unit"], total)))
     assert len(reports) == result.built_shards + 1 == reports[0][1]
