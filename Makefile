@@ -15,7 +15,7 @@ SUITES ?= sample
 CHECKPOINT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev lock check-lock FORCE lint format check test test-pages test-fast fuzz sample-data shards pretrain finetune-edit distill prefer evaluate serve demo readme-strip codec mlflow bench clean render submit validate doctor mlflow-server rehearse rehearse-fresh drill drill-training image kernels bench-data bench-kernels bench-generation bench-training bench-gpu
+.PHONY: help setup setup-dev lock check-lock FORCE lint format check test test-pages test-fast fuzz sample-data shards pretrain finetune-edit distill prefer evaluate serve demo readme-strip codec mlflow bench clean render submit validate doctor mlflow-server rehearse rehearse-fresh drill drill-training image kernels bench-data bench-prepare bench-kernels bench-generation bench-training bench-gpu
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -170,6 +170,9 @@ bench-data: sample-data ## the data path against plain loops and other writers, 
 	$(BIN)/python benchmarks/data_bench.py $(DATA)/samples.jsonl $(ARGS)
 	$(if $(ARGS),,$(BIN)/python benchmarks/driver_scale.py)
 	$(if $(ARGS),,$(BIN)/python benchmarks/driver_scale.py --membership 300000)
+
+bench-prepare: $(VENV)/.setup ## how busy encoders are on 8 and 64 logical GPUs, decoding and encoding asleep: ARGS=--gpus 8 --kill 90
+	$(BIN)/python benchmarks/rehearse_prepare.py $(ARGS)
 
 bench-kernels: $(VENV)/.setup ## time every kernel against eager and torch.compile: ARGS=--no-compile
 	$(BIN)/python benchmarks/kernels_cpu.py $(ARGS)

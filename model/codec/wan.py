@@ -101,14 +101,18 @@ class WanVAE:
 
     @torch.no_grad()
     def encode(self, video: torch.Tensor) -> LatentMoments:
-        """Video ``[batch, 3, 4k+1, height, width]`` in [-1, 1] to fp32 moments ``[batch, channels, k+1, h, w]``."""
+        """Video ``[batch, 3, 4k+1, height, width]`` in [-1, 1] to fp32 moments ``[batch, channels, k+1, h, w]``.
+
+        As many of the batch as the memory limit allows are encoded together.
+        """
         check_video_shape(video, self.temporal_stride, self.spatial_stride)
         frames = 1 + (video.shape[2] - 1) // self.temporal_stride
         height, width = (side // self.spatial_stride for side in video.shape[3:])
         plan = self.plan("encoder", frames, height, width)
         moments = torch.empty(len(video), 2 * self.latent_channels, frames, height, width, device=self.model.device)
-        for one, out in zip(video.split(1), moments.split(1), strict=True):
-            _fill(out, 1, plan, lambda rows, columns, one=one: self._encode_tile(one, rows, columns, plan.chunk))
+        together = self._together(plan, height, width)
+        for some, out in zip(video.split(together), moments.split(together), strict=True):
+            _fill(out, 1, plan, lambda rows, columns, some=some: self._encode_tile(some, rows, columns, plan.chunk))
         mean, log_variance = moments.chunk(2, dim=1)
         std = torch.exp(0.5 * log_variance.clamp(-30, 20))  # the clamp of diffusers' posterior
         return LatentMoments((mean - self._mean) / self._std, std / self._std)
@@ -158,6 +162,12 @@ class WanVAE:
             else:
                 width = max(width * 3 // 4, min(width, MIN_TILE))
         return TilePlan(1, height, width)
+
+    def _together(self, plan: TilePlan, height: int, width: int) -> int:
+        """Videos that are encoded together: one where a single one is cut into tiles."""
+        if (plan.tile_height, plan.tile_width) != (height, width):
+            return 1
+        return max(int(self.memory_limit_bytes // (self._bytes_per_cell("encoder", plan.chunk) * height * width)), 1)
 
     def _encode_tile(self, video: torch.Tensor, rows: slice, columns: slice, chunk: int) -> Iterator[torch.Tensor]:
         rows, columns = (slice(s.start * self.spatial_stride, s.stop * self.spatial_stride) for s in (rows, columns))

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from loomvideo.pipelines.captions.frames import Frames
 from loomvideo.pipelines.captions.options import CaptionOptions
 from loomvideo.pipelines.captions.requests import caption_request
 from loomvideo.pipelines.captions.schema import InvalidAnswerError, parse_answer
@@ -52,8 +51,8 @@ class CaptionResult:
         return self.status in ("made", "cached", "existing")
 
 
-# Decoded target and source (None without one), uint8 [frames, height, width, 3].
-ReadFrames = Callable[[Sample], tuple[np.ndarray, np.ndarray | None]]
+# Decodes what of a sample is shown: the fields of Frames, those of the end left out where there are none.
+ReadFrames = Callable[[Sample], tuple]
 
 
 def build_client(options: CaptionOptions) -> VLMClient:
@@ -133,11 +132,12 @@ class Captioner:
             status = "existing" if sample.text else "no_text"
             return CaptionResult(sample.key, "", status)
         try:
-            target, source = read_frames(sample)
+            target, source, references = Frames(*read_frames(sample))
         except DecodeError as error:
             return CaptionResult(sample.key, "", error.reason, detail=str(error))
         structured = self.options.backend != "transformers"
-        request = caption_request(sample, self.options.mode, target, source, self._sampling, structured)
+        mode = self.options.mode
+        request = caption_request(sample, mode, target, source, self._sampling, structured, references)
         fields: dict[str, Any] = {}
 
         def check(reply: Reply) -> None:

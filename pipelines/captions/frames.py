@@ -1,6 +1,7 @@
 """The frames of a sample that a model is shown: few, spread over the clip, small."""
 
 import threading
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -9,6 +10,20 @@ from loomvideo.pipelines.media.decode_process import IsolatedDecoder
 from loomvideo.pipelines.media.files import local_copies, resolve
 from loomvideo.pipelines.sources.samples import Sample
 from loomvideo.platform.time_limits import DECODER
+
+
+class Frames(NamedTuple):
+    """What of a sample is shown.
+
+    Attributes:
+        target: uint8 [frames, height, width, 3].
+        source: The same of the source, None without one.
+        references: The first frame of each reference, [1, height, width, 3].
+    """
+
+    target: np.ndarray
+    source: np.ndarray | None = None
+    references: tuple[np.ndarray, ...] = ()
 
 
 class FrameReader:
@@ -27,21 +42,26 @@ class FrameReader:
         # One decoder for all threads: waiting for answers takes them longer than decoding.
         self._lock = threading.Lock()
 
-    def __call__(self, sample: Sample) -> tuple[np.ndarray, np.ndarray | None]:
-        """Target and source (None without one), uint8 [frames, height, width, 3].
+    def __call__(self, sample: Sample) -> Frames:
+        """The frames of target, source and references.
 
         Raises:
             DecodeError: with a reason code.
         """
-        paths = [resolve(path, self.base) for path in (sample.target, sample.source) if path]
+        target = resolve(sample.target, self.base)
+        source = resolve(sample.source, self.base) if sample.source else None
+        references = [resolve(path, self.base) for path in sample.references]
         fps = float(sample.extra.get("fps", 24.0))
-        with local_copies(paths) as copies, self._lock:
-            read = [self._read(copies[path], fps) for path in paths]
-        return read[0], read[1] if len(read) > 1 else None
+        with local_copies([target, *([source] if source else []), *references]) as copies, self._lock:
+            return Frames(
+                self._read(copies[target], fps, self.num_frames),
+                self._read(copies[source], fps, self.num_frames) if source else None,
+                tuple(self._read(copies[path], fps, 1) for path in references),
+            )
 
-    def _read(self, path: str, fps: float) -> np.ndarray:
+    def _read(self, path: str, fps: float, count: int) -> np.ndarray:
         info = self._decoder.probe(path, fps)
-        chosen = np.linspace(0, info.num_frames - 1, min(self.num_frames, info.num_frames)).round().astype(int)
+        chosen = np.linspace(0, info.num_frames - 1, min(count, info.num_frames)).round().astype(int)
         scale = min(1.0, self.max_side / max(info.width, info.height))
         size = (max(1, round(info.width * scale)), max(1, round(info.height * scale)))
         chunks = self._decoder.read(path, [int(i) for i in chosen], fps)

@@ -21,6 +21,7 @@ from loomvideo.pipelines.vlm.requests import FrameSampling
 # Texts of a few sentences: requests in flight matter more than their length.
 _BATCH_ROWS = 16
 _DECODERS_A_MODEL = 4
+_MOST_REFERENCES = 8
 _ANY = '{"type": "object"}'
 Generate = Callable[[Any], Any]
 
@@ -36,12 +37,12 @@ class RequestWriter:
         """``{sample}`` to ``{sample, code, digest, messages, schema, failure}``, JSON where structured."""
         sample = stored_sample(row["sample"])
         try:
-            target, source = self.reader(sample)
+            target, source, references = self.reader(sample)
         except DecodeError as error:
             failure = json.dumps({"status": error.reason, "detail": str(error)})
             return {**row, "code": "", "digest": "", "messages": "[]", "schema": _ANY, "failure": failure}
         sampling = FrameSampling(self.options.num_frames, self.options.max_side)
-        request = caption_request(sample, self.options.mode, target, source, sampling)
+        request = caption_request(sample, self.options.mode, target, source, sampling, references=references)
         content: list[dict[str, Any]] = []
         for media in request.media:
             content.append({"type": "text", "text": f"{media.label}:"})
@@ -134,7 +135,7 @@ def _vllm(options: CaptionOptions, workers: CaptionWorkers) -> Generate:
 
     config = vLLMEngineProcessorConfig(
         model_source=options.model,
-        engine_kwargs={"limit_mm_per_prompt": {"image": 2 * options.num_frames}},
+        engine_kwargs={"limit_mm_per_prompt": {"image": 2 * options.num_frames + _MOST_REFERENCES}},
         concurrency=workers.count,
         batch_size=_BATCH_ROWS,
         prepare_multimodal_stage={"enabled": True},

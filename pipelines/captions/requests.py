@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,11 @@ _TASKS = {
     "that a person would give to get from the first to the second: one imperative sentence, as specific as what can be "
     "seen, without naming the pictures.",
 }
+
+_REFERENCES = (
+    "The pictures called Reference were given to whoever made it: where what they show is used, say so in words that a "
+    "person understands who sees them in this order, such as 'the dress in the first picture'."
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ def caption_request(
     source: np.ndarray | None,
     sampling: FrameSampling,
     structured: bool = True,
+    references: Sequence[np.ndarray] = (),
 ) -> CaptionRequest:
     """Ask about a sample.
 
@@ -73,6 +80,7 @@ def caption_request(
         source: The source of an edit; needed for instructions.
         sampling: Which frames are shown, how large.
         structured: Whether the server takes a JSON schema; the wording asks for JSON in any case.
+        references: uint8 [1, height, width, 3] each.
 
     Raises:
         ValueError: for an instruction of a sample that is no edit.
@@ -83,9 +91,13 @@ def caption_request(
             raise ValueError(f"{sample.key}: an instruction needs source and target")
         media += (encode_media("Before editing", source, sampling),)
     media += (encode_media("After editing" if media else "Shown", target, sampling),)
+    media += tuple(
+        encode_media(f"Reference {number}", picture, sampling) for number, picture in enumerate(references, 1)
+    )
     hashed = [PROMPT_VERSION, mode, [(m.label, m.digest) for m in media]]
     digest = hashlib.sha256(json.dumps(hashed).encode()).hexdigest()
     form = schema.answer_schema(mode, request_code(sample.key, digest))
-    text = f"{_TASKS[mode]}\nAnswer with nothing but JSON of this schema: {json.dumps(form)}"
+    asked = f"{_TASKS[mode]} {_REFERENCES}" if references else _TASKS[mode]
+    text = f"{asked}\nAnswer with nothing but JSON of this schema: {json.dumps(form)}"
     parts = labelled(text, media)
     return CaptionRequest(parts, tuple(form["properties"]), structured, sample_key=sample.key, mode=mode, digest=digest)

@@ -1,7 +1,7 @@
 """The accounts of a prepare job: every input sample's fate, the ledger of losses, and when losses are too many."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -12,7 +12,7 @@ from loomvideo.pipelines.prepare.outcomes import Outcome
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.manifest import QUARANTINE_FILE
 from loomvideo.platform.shards.storage import Storage
-from loomvideo.platform.shards.writer import ShardRecord, write_table
+from loomvideo.platform.shards.writer import StoredRecord, write_table
 
 QUARANTINE_SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("key", "dataset", "outcome", "stage", "reason")]
@@ -43,11 +43,11 @@ class Accounts:
         """Input samples of all datasets."""
         return sum(count["inputs"] for count in self.counts.values())
 
-    def add(self, record: ShardRecord) -> None:
+    def add(self, record: StoredRecord) -> None:
         """Count what a shard holds and what of its plan it does not."""
-        for entry in pc.value_counts(record.index.column("dataset")):
-            self._count(entry["values"].as_py())["written"] += entry["counts"].as_py()
-        for loss in record.losses:
+        for dataset, count in record.counts().items():
+            self._count(dataset)["written"] += count
+        for loss in record.facts["losses"]:
             self._lose(Outcome(**loss))
 
     def _lose(self, loss: Outcome) -> None:
@@ -60,11 +60,18 @@ class Accounts:
         return self.counts.setdefault(dataset, empty)
 
 
-def write_quarantine(storage: Storage, losses: Sequence[Outcome], inputs: Inputs) -> None:
-    """Write the ledger: a row a sample that was not written, with the sample where it is known."""
-    bare = pa.array([loss.key for loss in losses if loss.sample is None], pa.string())
-    found = inputs.table.select(["key", "sample"]).filter(pc.is_in(inputs.table.column("key"), bare))
-    known = dict(zip(found.column("key").to_pylist(), found.column("sample").to_pylist(), strict=True))
+def write_quarantine(
+    storage: Storage, losses: Sequence[Outcome], planned: Callable[[set[str]], dict[str, str]]
+) -> None:
+    """Write the ledger: a row a sample that was not written, with the sample where it is known.
+
+    Args:
+        storage: The dataset folder.
+        losses: The losses.
+        planned: The samples, as JSON, that a plan has of some keys.
+    """
+    bare = {loss.key for loss in losses if loss.sample is None}
+    known = planned(bare) if bare else {}
     columns = {
         name: [getattr(loss, name) for loss in losses] for name in QUARANTINE_SCHEMA.names if name != "sample"
     } | {"sample": [loss.sample or known.get(loss.key) for loss in losses]}

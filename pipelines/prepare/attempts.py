@@ -85,9 +85,14 @@ class Attempt:
         """Keys of samples in which a worker died, and where."""
         return self._note["crashed"]
 
+    @property
+    def is_repeated(self) -> bool:
+        """Whether an earlier attempt at the unit did not end."""
+        return self._note["number"] > 1
+
     def begin(self, key: str) -> None:
         """Note the sample, if workers have died on this unit."""
-        if self._note["number"] > 1:
+        if self.is_repeated:
             self._note["sample"] = key
             self._write()
 

@@ -6,12 +6,14 @@ by a thread of its own, beside the encoding of the next. Shards and slots are th
 builders nor that of decoders changes a byte.
 """
 
+import itertools
 import json
+import logging
 import os
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,10 +46,14 @@ from loomvideo.platform.shards.sample import ShardSample
 from loomvideo.platform.shards.storage import Storage
 from loomvideo.platform.shards.writer import stored_record, write_shard, write_shared
 
+logger = logging.getLogger(__name__)
+
 SHARED_TASK = "shared"
 SHARED_RECORD = "work/shared.json"
 # Encoded samples that wait for the writer: a large one is written while the next is encoded.
 _ENCODED_AHEAD = 1
+# A sample of the plan, what it was loaded as, and the seconds that took.
+Item = tuple[PlannedSample, Loaded, float]
 
 
 class ShardBuilder:
@@ -177,23 +183,24 @@ class ShardBuilder:
             turn.begin()
             self._check_device()
             marked = time.perf_counter()
-            for plan, loaded, load_s in turn.queued:
+            for batch in _batches(turn.queued, self.config.features.batch):
                 began = time.perf_counter()
                 turn.wait_s += began - marked
-                kept = loaded.kept if isinstance(loaded, LoadedSample) else ()
-                encoded = self._encoded(plan, loaded, split, attempt)
+                found = self._encoded(batch, split, attempt)
                 marked = time.perf_counter()
                 turn.encode_s += marked - began
+                load_s = sum(load_s for _, _, load_s in batch)
                 turn.load_s += load_s
-                self.ahead.encoded(load_s, marked - began)
-                if isinstance(encoded, Outcome):
-                    losses.append(encoded.to_dict())
-                    continue
-                if encoded.key != plan.sample.key:
-                    raise RuntimeError(f"encoded {encoded.key} where {plan.sample.key} was planned")
-                members.update(f"{'kept' if member in kept else 'made'}.{member}" for member in encoded.tensors)
-                errors.append(encoded.metadata.get("feature_error"))
-                yield plan.slot, encoded
+                self.ahead.encoded(load_s / len(batch), (marked - began) / len(batch))
+                for (plan, loaded, _), encoded in zip(batch, found, strict=True):
+                    if isinstance(encoded, Outcome):
+                        losses.append(encoded.to_dict())
+                        continue
+                    if encoded.key != plan.sample.key:
+                        raise RuntimeError(f"encoded {encoded.key} where {plan.sample.key} was planned")
+                    members.update(f"{'kept' if name in loaded.kept else 'made'}.{name}" for name in encoded.tensors)
+                    errors.append(encoded.metadata.get("feature_error"))
+                    yield plan.slot, encoded
                 written = time.perf_counter()
                 turn.hold_s += written - marked
                 marked = written
@@ -206,24 +213,59 @@ class ShardBuilder:
         if self._fault:
             raise DeviceFaultError(self._fault)
 
-    def _encoded(self, plan: PlannedSample, loaded: Loaded, split: str, attempt: Attempt) -> ShardSample | Outcome:
-        if isinstance(loaded, Outcome):
-            return loaded
-        sample = plan.sample
-        if sample.key in attempt.crashed:
-            message = f"its process died on {attempt.crashed[sample.key]}"
-            return lost(sample, "quarantined", "encode", "repeated_crash", message)
-        attempt.begin(sample.key)
+    def _encoded(self, batch: Sequence[Item], split: str, attempt: Attempt) -> list[ShardSample | Outcome]:
+        """What came of each sample of a batch."""
+        found: dict[int, ShardSample | Outcome] = {}
+        asked: dict[int, tuple[PlannedSample, LoadedSample]] = {}
+        for number, (plan, loaded, _) in enumerate(batch):
+            if isinstance(loaded, Outcome):
+                found[number] = loaded
+            elif plan.sample.key in attempt.crashed:
+                message = f"its process died on {attempt.crashed[plan.sample.key]}"
+                found[number] = lost(plan.sample, "quarantined", "encode", "repeated_crash", message)
+            else:
+                asked[number] = plan, loaded
+        alone = len(asked) < 2
+        if alone or attempt.is_repeated:
+            # Workers have died on this shard: each is tried alone, to see on which, before it counts together.
+            encoded = [self._encoded_alone(plan, loaded, split, attempt) for plan, loaded in asked.values()]
+        if not alone:
+            encoded = self._encoded_together(list(asked.values()), split, attempt)
+        found |= dict(zip(asked, encoded, strict=True))
+        return [found[number] for number in range(len(batch))]
+
+    def _encoded_together(
+        self, asked: Sequence[tuple[PlannedSample, LoadedSample]], split: str, attempt: Attempt
+    ) -> list[ShardSample | Outcome]:
+        try:
+            found = self.encoder.encode_together([(loaded, plan.assessed) for plan, loaded in asked], split)
+        except Exception as error:
+            self._raise_device_fault(error, attempt)
+            logger.warning("a batch of %d samples from %s on: %s", len(asked), asked[0][0].sample.key, error)
+            return [self._encoded_alone(plan, loaded, split, attempt) for plan, loaded in asked]
+        invalid = ("quarantined", "encode", "invalid_sample")
+        return [
+            lost(plan.sample, *invalid, str(one)) if isinstance(one, UserError) else one
+            for (plan, _), one in zip(asked, found, strict=True)
+        ]
+
+    def _encoded_alone(
+        self, plan: PlannedSample, loaded: LoadedSample, split: str, attempt: Attempt
+    ) -> ShardSample | Outcome:
+        attempt.begin(plan.sample.key)
         try:
             return self.encoder.encode(loaded, split, plan.assessed)
         except UserError as error:
-            return lost(sample, "quarantined", "encode", "invalid_sample", str(error))
+            return lost(plan.sample, "quarantined", "encode", "invalid_sample", str(error))
         except Exception as error:
-            if is_device_fault(error):
-                attempt.rest()
-                raise DeviceFaultError(traceback.format_exc(limit=-4)) from error
+            self._raise_device_fault(error, attempt)
             # Of models and libraries. One sample must not end the run; a fault of all ends it through limits.max_loss.
-            return lost(sample, "quarantined", "encode", "encode_error", traceback.format_exc(limit=-4))
+            return lost(plan.sample, "quarantined", "encode", "encode_error", traceback.format_exc(limit=-4))
+
+    def _raise_device_fault(self, error: Exception, attempt: Attempt) -> None:
+        if is_device_fault(error):
+            attempt.rest()
+            raise DeviceFaultError(traceback.format_exc(limit=-4)) from error
 
     def _planned(self, row: WorkRow) -> list[PlannedSample]:
         """The unit's samples, with where they lie now: in the unit's own shard, or in those they are moved from."""
@@ -239,3 +281,10 @@ class ShardBuilder:
             )
             for entry in read_planned(self.storage, row)
         ]
+
+
+def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """So many at a time, by their number in the plan: what is lost leaves a gap and moves none."""
+    items = iter(items)
+    while batch := list(itertools.islice(items, size)):
+        yield batch

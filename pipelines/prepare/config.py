@@ -35,6 +35,9 @@ class FeatureOptions:
     )
     dtype: str = option("bf16", "stored features as bf16, fp8 (unit RMS rows) or int8 (rows)")
     layers: list[int] = option([], "layers that are stored, 0 first; empty: all; others are read as the nearest stored")
+    batch: int = option(
+        1, "samples of a shard encoded together, in slot order; another number makes other last bits, and nothing stale"
+    )
     max_error: float = option(0.1, "largest relative error of features as read in any layer; above it the run stops")
 
 
@@ -134,6 +137,7 @@ class PrepareConfig:
         model_size(self.model).grid.check_frames("clips.num_frames", self.clips.num_frames)
         for key, value in {
             "clips.windows": self.clips.windows,
+            "features.batch": self.features.batch,
             "shards.max_samples": self.shards.max_samples,
             "shards.target_bytes": self.shards.target_bytes,
             "workers.ready_bytes": self.workers.ready_bytes,

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -22,12 +23,15 @@ from loomvideo.pipelines.prepare.config import FeatureOptions
 from loomvideo.pipelines.prepare.features import FeatureError, keeps_states, stored_members, streamed_members
 from loomvideo.pipelines.prepare.load import LoadedSample, prompt_kind
 from loomvideo.pipelines.sources.samples import Sample
+from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.sample import ShardSample
 
 logger = logging.getLogger(__name__)
 
 # What is said of the mllm member; kept with it.
 MLLM_METADATA = ("mllm_index", "mllm_tokens", "features", "feature_error")
+# Pixels of clips that go to the codec together: those of the longest published clip alone, and so its memory.
+_TOGETHER_PIXELS = 121 * 640 * 640
 
 
 class SampleEncoder:
@@ -87,7 +91,6 @@ class SampleEncoder:
         inputs = build_inputs("t2i", "", None, [], "null", self.tokenizer, self.processor)
         return {"null": self.mllm.encode([inputs])[0].to("cpu", torch.bfloat16)}
 
-    @torch.no_grad()
     def encode(self, loaded: LoadedSample, split: str, assessed: dict[str, Any] | None = None) -> ShardSample:
         """Encode what is not kept, and describe the sample.
 
@@ -99,18 +102,50 @@ class SampleEncoder:
         Raises:
             UserError: if the MLLM cannot be told the sample.
         """
+        (encoded,) = self.encode_together([(loaded, assessed)], split)
+        if isinstance(encoded, UserError):
+            raise encoded
+        return encoded
+
+    @torch.no_grad()
+    def encode_together(
+        self, batch: Sequence[tuple[LoadedSample, dict[str, Any] | None]], split: str
+    ) -> list[ShardSample | UserError]:
+        """Encode several samples: clips of one shape together, and prompts of similar length.
+
+        On the same device the same batch makes the same bytes; another batch makes the same values up to rounding.
+
+        Args:
+            batch: The samples, each with what curation found.
+            split: The split that their metadata states.
+
+        Returns:
+            The samples, and an error for each that the MLLM cannot be told.
+        """
+        asked: list[dict[str, MLLMInputs] | UserError] = []
+        for loaded, _ in batch:
+            try:
+                asked.append({} if "mllm" in loaded.kept else self._mllm_inputs(loaded))
+            except UserError as error:
+                asked.append(error)
+        valid = [number for number, inputs in enumerate(asked) if not isinstance(inputs, UserError)]
+        tensors = self._latents([batch[number][0] for number in valid])
+        texts = self._mllm_members([(batch[number][0], asked[number]) for number in valid])
+        found: list[ShardSample | UserError] = list(asked)
+        for number, latents, (members, metadata) in zip(valid, tensors, texts, strict=True):
+            loaded, assessed = batch[number]
+            found[number] = self._described(loaded, latents | members, metadata, split, assessed)
+        return found
+
+    def _described(
+        self,
+        loaded: LoadedSample,
+        tensors: dict[str, dict[str, Tensor]],
+        mllm_metadata: dict[str, Any],
+        split: str,
+        assessed: dict[str, Any] | None,
+    ) -> ShardSample:
         sample, clips = loaded.sample, loaded.clips
-        tensors = dict(loaded.kept)
-        if loaded.target and "target" not in tensors:
-            tensors["target"] = self._moments(loaded.target)
-        if loaded.source and "source" not in tensors:
-            tensors["source"] = self._moments(loaded.source)
-        if loaded.references and "refs" not in tensors:
-            tensors["refs"] = self._moments([reference[None] for reference in loaded.references])
-        if "mllm" in loaded.kept:
-            mllm_metadata = {k: loaded.kept_metadata[k] for k in MLLM_METADATA if k in loaded.kept_metadata}
-        else:
-            tensors["mllm"], mllm_metadata = self._mllm_members(loaded)
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors["target"].items() if name.startswith("mean.")}
         _, frames, height, width = shapes["mean.0"]
         metadata = {
@@ -146,46 +181,96 @@ class SampleEncoder:
         t, h, w = self.patch_size
         return (frames // t) * (height // h) * (width // w)
 
-    def _moments(self, windows: Sequence[Tensor]) -> dict[str, Tensor]:
-        """``mean.{w}`` and, unless all zero, ``std.{w}`` [C, f, h, w] in bf16; one clip at a time, for memory."""
-        moments, deviations = {}, {}
-        for number, frames in enumerate(windows):
-            video = (frames.to(self.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1).to(self.dtype)
-            mean, std = self.codec.encode(video)
-            moments[f"mean.{number}"] = mean[0].to("cpu", torch.bfloat16)
-            deviations[f"std.{number}"] = std[0].to("cpu", torch.bfloat16)
-        return moments | (deviations if any(std.any() for std in deviations.values()) else {})
+    def _latents(self, batch: Sequence[LoadedSample]) -> list[dict[str, dict[str, Tensor]]]:
+        """The latent members of each sample, kept ones among them."""
+        found = [{name: part for name, part in loaded.kept.items() if name != "mllm"} for loaded in batch]
+        windows: dict[tuple[int, str], Sequence[Tensor]] = {}
+        for number, loaded in enumerate(batch):
+            pictures = [reference[None] for reference in loaded.references]
+            members = {"target": loaded.target, "source": loaded.source, "refs": pictures}
+            windows |= {(number, name): part for name, part in members.items() if part and name not in found[number]}
+        if windows:
+            # The clips of a sample alone go one by one, as they always did: its bytes stay what they were.
+            moments = iter(self._moments([clip for part in windows.values() for clip in part], len(batch) > 1))
+            for (number, name), part in windows.items():
+                found[number][name] = _member([next(moments) for _ in part])
+        return found
 
-    def _mllm_members(self, loaded: LoadedSample) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        sample = loaded.sample
+    def _moments(self, windows: Sequence[Tensor], together: bool) -> list[tuple[Tensor, Tensor]]:
+        """Mean and deviation [C, f, h, w] in bf16 of each clip; those of one shape may go to the codec together."""
+        shapes: dict[tuple[int, ...], list[int]] = {}
+        for number, frames in enumerate(windows):
+            shapes.setdefault(tuple(frames.shape), []).append(number)
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for shape, numbers in shapes.items():
+            size = max(_TOGETHER_PIXELS // math.prod(shape[:3]), 1) if together else 1
+            for some in (numbers[start : start + size] for start in range(0, len(numbers), size)):
+                frames = torch.stack([windows[number] for number in some])
+                video = (frames.to(self.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1).to(self.dtype)
+                mean, std = self.codec.encode(video)
+                pairs = zip(mean.to("cpu", torch.bfloat16), std.to("cpu", torch.bfloat16), strict=True)
+                found |= dict(zip(some, pairs, strict=True))
+        return [found[number] for number in range(len(windows))]
+
+    def _mllm_inputs(self, loaded: LoadedSample) -> dict[str, MLLMInputs]:
         # Without a source the message is the same for every window.
         sources = loaded.source if loaded.source else [None]
-        has_media = bool(loaded.source or loaded.references)
-        variants = ("full", "visual") if has_media else ("full",)
-        inputs = {
-            f"{variant}.{i}": self._inputs(sample, source, loaded.references, variant)
+        variants = ("full", "visual") if _has_media(loaded) else ("full",)
+        return {
+            f"{variant}.{i}": self._inputs(loaded.sample, source, loaded.references, variant)
             for i, source in enumerate(sources)
             for variant in variants
         }
-        keep = keeps_states(self.features.mode, has_media)
-        metadata = {
-            "mllm_index": list(range(len(sources))) if loaded.source else [0] * len(loaded.clips.starts),
-            "mllm_tokens": max(entry.num_tokens for entry in inputs.values()),
-            "features": "stored" if keep else "streamed",
-        }
-        if not keep:
-            return streamed_members(inputs, self.processor), metadata
-        states = dict(zip(inputs, self.mllm.encode(list(inputs.values())), strict=True))
+
+    def _mllm_members(
+        self, batch: Sequence[tuple[LoadedSample, dict[str, MLLMInputs]]]
+    ) -> list[tuple[dict[str, dict[str, Tensor]], dict[str, Any]]]:
+        """The MLLM's member of each sample, and its metadata; of no inputs it is kept."""
+        wanted = [inputs for loaded, inputs in batch if keeps_states(self.features.mode, _has_media(loaded))]
+        prompts_of = [entry for inputs in wanted for entry in inputs.values()]
+        states = iter(self.mllm.encode(prompts_of)) if prompts_of else iter(())
+        found = []
+        for loaded, inputs in batch:
+            if not inputs:
+                metadata = {k: loaded.kept_metadata[k] for k in MLLM_METADATA if k in loaded.kept_metadata}
+                found.append(({"mllm": loaded.kept["mllm"]}, metadata))
+                continue
+            keep = keeps_states(self.features.mode, _has_media(loaded))
+            windows = len(loaded.clips.starts)
+            metadata = {
+                "mllm_index": list(range(len(loaded.source))) if loaded.source else [0] * windows,
+                "mllm_tokens": max(entry.num_tokens for entry in inputs.values()),
+                "features": "stored" if keep else "streamed",
+            }
+            if keep:
+                member, error = self._stored({name: next(states) for name in inputs})
+                found.append(({"mllm": member}, metadata | error))
+            else:
+                found.append(({"mllm": streamed_members(inputs, self.processor)}, metadata))
+        return found
+
+    def _stored(self, states: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         members = stored_members(states, self.features.dtype, self.features.layers)
-        if self.features.dtype != "bf16" or self.features.layers:
-            metadata["feature_error"] = self.error.measure(states, members, self.features.layers)
-        return members, metadata
+        if self.features.dtype == "bf16" and not self.features.layers:
+            return members, {}
+        return members, {"feature_error": self.error.measure(states, members, self.features.layers)}
 
     def _inputs(
         self, sample: Sample, source: Tensor | None, references: list[Tensor], variant: prompts.Variant
     ) -> MLLMInputs:
         kind = prompt_kind(sample)
         return build_inputs(kind, sample.text, source, references, variant, self.tokenizer, self.processor)
+
+
+def _member(moments: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """``mean.{w}`` and, unless all are zero, ``std.{w}``."""
+    means = {f"mean.{number}": mean for number, (mean, _) in enumerate(moments)}
+    deviations = {f"std.{number}": std for number, (_, std) in enumerate(moments)}
+    return means | (deviations if any(std.any() for std in deviations.values()) else {})
+
+
+def _has_media(loaded: LoadedSample) -> bool:
+    return bool(loaded.sample.source or loaded.sample.references)
 
 
 def encoder_identity(model: ModelSize, on_gpu: bool) -> str:

@@ -21,6 +21,7 @@ from loomvideo.platform.shards.storage import Storage
 
 CACHE_FOLDER = "work/inputs"
 _LOSSES = b"loomvideo.losses"
+_ROWS_IN_A_GROUP = 16_384
 
 
 def cache_name(config: PrepareConfig, removed: set[str]) -> str | None:
@@ -58,7 +59,11 @@ def keep(storage: Storage, name: str, table: pa.Table, losses: list[Outcome]) ->
     """Write table and losses, and delete those of other names."""
     text = json.dumps([loss.to_dict() for loss in losses])
     with storage.staged(f"{CACHE_FOLDER}/{name}") as path:
-        pq.write_table(table.replace_schema_metadata({_LOSSES: text}), path, compression="zstd")
+        schema = table.schema.with_metadata({_LOSSES: text})
+        # A few rows at a time: the writer holds a group as it is encoded beside the table.
+        with pq.ParquetWriter(path, schema, compression="zstd") as out:
+            for batch in table.to_batches(_ROWS_IN_A_GROUP):
+                out.write_batch(batch.replace_schema_metadata(schema.metadata))
     for other in storage.names(CACHE_FOLDER):
         if other != name:
             storage.delete(f"{CACHE_FOLDER}/{other}")

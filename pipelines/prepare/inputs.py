@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from loomvideo.model.sizes import model_size
 from loomvideo.pipelines.media.files import base_folder, media_stamp, resolve
@@ -143,12 +144,16 @@ class InputTable:
             self._sizes[kind] = planned_bytes(sample, self.config, self.model)
         return self._sizes[kind]
 
-    def sample_json(self, row: int) -> str:
-        """JSON of a sample that was added."""
-        batch, position = divmod(row, _BATCH_ROWS)
-        if batch < len(self._batches):
-            return self._batches[batch].column("sample")[position].as_py()
-        return self._rows[position][4]
+    def sample_of_key(self, key: str) -> str | None:
+        """JSON of the sample of that key, None if none was added; looks through all of them."""
+        for row in self._rows:
+            if row[0] == key:
+                return row[4]
+        for batch in self._batches:
+            position = pc.index(batch.column("key"), key).as_py()
+            if position >= 0:
+                return batch.column("sample")[position].as_py()
+        return None
 
     def stamps(self, paths: Iterable[str]) -> str:
         """JSON of what a sample's files look like now: ``{path: [size, time]}`` of local ones that exist."""
@@ -211,7 +216,8 @@ def read_inputs(config: PrepareConfig, storage: Storage | None = None, keep_tabl
 def _read(config: PrepareConfig, removed: set[str]) -> Inputs:
     base = base_folder(config.input) + "/"
     collected = InputTable(config)
-    rows: dict[str, int] = {}
+    # Hashes: keys themselves, with the dictionary that finds their rows, would take half of the driver's memory.
+    known: set[int] = set()
     losses: list[Outcome] = []
     taken_down = 0
     # Where workers on other nodes reach them too.
@@ -229,12 +235,13 @@ def _read(config: PrepareConfig, removed: set[str]) -> Inputs:
             taken_down += 1
             losses.append(Outcome(sample.key, sample.dataset, "removed", "read", "tombstone", "removed by request"))
             continue
-        if sample.key in rows:
-            same = _squeezed(stored_sample(collected.sample_json(rows[sample.key]))) == _squeezed(sample)
+        first = collected.sample_of_key(sample.key) if hash(sample.key) in known else None
+        if first is not None:
+            same = _squeezed(stored_sample(first)) == _squeezed(sample)
             kind, reason = ("duplicates", "repeated_line") if same else ("quarantined", "repeated_key")
             losses.append(Outcome(sample.key, sample.dataset, kind, "read", reason, f"key {sample.key} again"))
             continue
-        rows[sample.key] = len(collected)
+        known.add(hash(sample.key))
         collected.add(sample)
     if collected.parts > _MANY_PARTS and collected.parts > 2 * collected.films:
         logger.warning(
@@ -242,7 +249,7 @@ def _read(config: PrepareConfig, removed: set[str]) -> Inputs:
             "`loomvideo data cut input=%s output=…` reads each once and writes clips and a sample file for `prepare`",
             config.input, collected.parts, collected.films, config.input,
         )  # fmt: skip
-    if not rows and not taken_down:
+    if not known and not taken_down:
         first = f"; first: {losses[0].message}" if losses else ""
         raise UserError(f"input={config.input}: no valid sample in it{first}")
     return collected.finish(losses)

@@ -13,7 +13,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import Any
 
 from loomvideo.model.sizes import model_size
@@ -32,6 +32,7 @@ from loomvideo.pipelines.prepare.units import (
     WorkRow,
     commit_plan,
     committed_files,
+    planned_samples,
     remove_unplanned,
 )
 from loomvideo.platform.config import to_yaml
@@ -47,7 +48,7 @@ from loomvideo.platform.shards.manifest import (
 )
 from loomvideo.platform.shards.plan import digest
 from loomvideo.platform.shards.storage import Storage
-from loomvideo.platform.shards.writer import ShardRecord, finish_dataset
+from loomvideo.platform.shards.writer import StoredRecord, finish_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -152,19 +153,18 @@ class _Run:
             plan = stage.plan(storage, inputs, config, self.again, self.redeal)
             if stage is ENCODE:
                 return self._encode(plan, inputs, recipe)
-            self._work_through(stage, plan, len(inputs.losses))
+            if plan.stale:
+                work, num_inputs = commit_plan(storage, plan, self._run), len(plan.table) + len(inputs.losses)
+                self._work_through(stage, plan, work, num_inputs)
             inputs = stage.after(read_all(storage, stage.folder, committed_files(storage, plan)), inputs, config)
         raise AssertionError("encoding is every configuration's last stage")
 
-    def _work_through(self, stage: Stage, plan: UnitPlan, num_lost: int, more: list[WorkRow] | None = None) -> None:
-        """Commit a stage's plan and do what is stale, and further rows."""
-        if not plan.stale and not more:
-            return
-        work = [*(more or ()), *commit_plan(self.storage, plan, self._run)]
+    def _work_through(self, stage: Stage, plan: UnitPlan, work: list[WorkRow], num_inputs: int) -> None:
+        """Do the rows of a committed plan, then remove what it does not have."""
         if self._session is not None:
             self._stack.enter_context(self._session())
             self._session = None
-        watch, left = Watch(self.config.limits, len(plan.table) + num_lost), work
+        watch, left = Watch(self.config.limits, num_inputs), work
         failed: dict[str, tuple[str, str]] = {}
         for _ in range(self.config.limits.attempts):
             failed = self._pass(stage, left, len(work), watch)
@@ -209,14 +209,21 @@ class _Run:
             # Without its manifest the folder is no finished dataset while its shards change.
             storage.delete(MANIFEST_FILE)
             storage.delete(INDEX_FILE)
-        self._work_through(ENCODE, plan, len(inputs.losses), shared)
-        files = committed_files(storage, plan)
-        manifest = _finish(storage, self.config, inputs, recipe, files, _shared_sha256(storage, shared_recipe))
-        _remove_other_shards(storage, plan)
-        if not plan.stale:
-            # Samples left, and no shard that stays lost one: the plan is another though nothing was to do.
-            commit_plan(storage, plan)
+        # Even where nothing is stale: samples that left may have left no shard that stays.
+        work = [*shared, *commit_plan(storage, plan, self._run)]
+        accounts = Accounts(inputs)
+        facts = {"digest": inputs.digest, "samples": len(inputs), "rejected": len(inputs.losses)}
+        # What workers and accounts need of the samples from here on lies in the plan's files.
+        plan.table = inputs.table = plan.table.schema.empty_table()
+        plan.was = None
+        if work:
+            self._work_through(ENCODE, plan, work, accounts.num_inputs)
+        else:
             remove_unplanned(storage, plan)
+        files = committed_files(storage, plan)
+        shared_sha256 = _shared_sha256(storage, shared_recipe)
+        manifest = _finish(storage, self.config, accounts, facts, recipe, files, shared_sha256)
+        _remove_other_shards(storage, plan)
         num_built = len(plan.stale)
         return PrepareResult(manifest, num_built, len(plan.units) - num_built, self._seconds, reason, self.work)
 
@@ -268,25 +275,28 @@ def _remove_other_shards(storage: Storage, plan: UnitPlan) -> None:
 
 
 def _finish(
-    storage: Storage, config: PrepareConfig, inputs: Inputs, recipe: dict[str, str], files: list[str], shared: str
+    storage: Storage,
+    config: PrepareConfig,
+    accounts: Accounts,
+    inputs: dict[str, Any],
+    recipe: dict[str, str],
+    files: list[str],
+    shared: str,
 ) -> Manifest:
-    """Close the accounts, then write index and manifest from the records, each let go when it is added."""
-    accounts = Accounts(inputs)
+    """Close the accounts, then write index and manifest from the records, which are held as they are stored."""
     encoders: set[str] = set()
     devices: set[str] = set()
     errors: list[dict[str, Any] | None] = []
-
-    def records() -> Iterator[ShardRecord]:
-        for file, data in zip(files, read_all(storage, ENCODE.folder, files), strict=True):
-            record = ShardRecord.from_bytes(data, f"{storage.url}/{ENCODE.folder}/{file}")
-            accounts.add(record)
-            encoders.add(json.dumps(record.facts["encoders"], sort_keys=True))
-            devices.add(record.facts.get("device", "cpu"))
-            errors.append(record.facts.get("feature_error"))
-            yield record
-
-    entries = list(records())
-    write_quarantine(storage, accounts.losses, inputs)
+    records = []
+    for file, data in zip(files, read_all(storage, ENCODE.folder, files), strict=True):
+        record = StoredRecord(data, f"{storage.url}/{ENCODE.folder}/{file}")
+        records.append(record)
+        accounts.add(record)
+        facts = record.facts["facts"]
+        encoders.add(json.dumps(facts["encoders"], sort_keys=True))
+        devices.add(facts.get("device", "cpu"))
+        errors.append(facts.get("feature_error"))
+    write_quarantine(storage, accounts.losses, lambda keys: planned_samples(storage, ENCODE.name, keys))
     check_losses(accounts, config)
     if len(encoders) > 1:
         raise RuntimeError(f"shards of one dataset come from different encoders: {' and '.join(sorted(encoders))}")
@@ -296,7 +306,7 @@ def _finish(
         )
     return finish_dataset(
         storage,
-        entries,
+        records,
         config=manifest_config(config),
         encoders=json.loads(encoders.pop()) if encoders else {},
         devices=sorted(devices),
@@ -308,7 +318,7 @@ def _finish(
             "error": combined_error(errors),
         },
         counts=accounts.counts,
-        inputs={"digest": inputs.digest, "samples": len(inputs), "rejected": len(inputs.losses)},
+        inputs=inputs,
         recipe=recipe,
         shared_sha256=shared,
     )

@@ -21,8 +21,8 @@ NOT_IN_MANIFEST = (
     "captions.concurrency", "captions.per_minute", "captions.max_attempts", "captions.timeout_s",
 )  # fmt: skip
 # Texts are part of the samples and assessments are kept beside them: what made them is no part of a shard's recipe.
-# How samples are dealt is: they stay where they were dealt first.
-_NOT_IN_RECIPE = (*NOT_IN_MANIFEST, "captions.", "stages.", "curate", "shards.")
+# How samples are dealt is none either: they stay where they were dealt first. Other last bits make nothing stale.
+_NOT_IN_RECIPE = (*NOT_IN_MANIFEST, "captions.", "stages.", "curate", "shards.", "features.batch")
 
 
 def encode_parts(config: PrepareConfig) -> dict[str, str]:

@@ -156,7 +156,8 @@ class UnitPlan:
     Attributes:
         stage: Name of the stage.
         folder: The folder of its results.
-        table: The samples, of :data:`~loomvideo.pipelines.prepare.inputs.SAMPLE_SCHEMA`.
+        table: The samples, of :data:`~loomvideo.pipelines.prepare.inputs.SAMPLE_SCHEMA`; without rows once the plan is
+            committed and they are let go.
         units: The units, with the rows of the table that each holds, in slot order.
         recipes: The recipes of the units.
         was: Unit that the earlier plan placed each sample in, where that differs; None if it never does.
@@ -204,19 +205,19 @@ def plan_units(
     placed = was_before = None
     if before is not None:
         found = pc.index_in(table.column("key"), before.column("key"))
-        placed, was_before = before.column("unit").take(found), before.column("was").take(found)
-    splits = [dealing.name] * len(table) if dealing.name else table.column("split").to_pylist()
+        placed, was_before = _names(before.column("unit").take(found)), _names(before.column("was").take(found))
+    splits = [dealing.name] * len(table) if dealing.name else _names(table.column("split"))
     units = plan_shards(
         table.column("key").to_pylist(),
         splits,
-        table.column("num_bytes").to_pylist(),
+        table.column("num_bytes").to_numpy(),
         dealing.target_bytes,
         dealing.max_samples,
         dealing.seed,
-        None if placed is None or redeal else placed.to_pylist(),
+        None if redeal else placed,
         () if before is None else pc.unique(before.column("unit")).to_pylist(),
     )
-    was = None if placed is None else _moved(units, placed, was_before, committed)
+    was = None if placed is None or was_before is None else _moved(units, placed, was_before, committed)
     recipes = [digest(*parts, unit.name, rows) for unit, rows in zip(units, _content(table, units), strict=True)]
     stale = [
         number
@@ -226,12 +227,18 @@ def plan_units(
     return UnitPlan(stage, folder, table, units, recipes, was, committed, stale)
 
 
+def _names(column: pa.ChunkedArray) -> list[str | None]:
+    """A column of few different values as a list that holds each of them once."""
+    encoded = column.combine_chunks().dictionary_encode()
+    names = [*encoded.dictionary.to_pylist(), None]
+    return [names[code] for code in encoded.indices.fill_null(len(names) - 1).to_numpy()]
+
+
 def _moved(
-    units: list[PlannedShard], placed: pa.ChunkedArray, was: pa.ChunkedArray, committed: Collection[str]
+    units: list[PlannedShard], earlier: list[str | None], unfinished: list[str | None], committed: Collection[str]
 ) -> pa.ChunkedArray | None:
     """Where samples lay that lie elsewhere now, or that an unfinished run was to move."""
-    found: list[str | None] = [None] * len(placed)
-    earlier, unfinished = placed.to_pylist(), was.to_pylist()
+    found: list[str | None] = [None] * len(earlier)
     anything = False
     for unit in units:
         for row in unit.rows.tolist():
@@ -317,6 +324,17 @@ def planned_files(storage: Storage, stage: str) -> list[str]:
     if not storage.exists(_plan_list(stage)):
         return []
     return [f"{PLAN_FOLDER}/{name}" for name in json.loads(storage.read_bytes(_plan_list(stage)))]
+
+
+def planned_samples(storage: Storage, stage: str, keys: set[str]) -> dict[str, str]:
+    """JSON of the samples of these keys that the plan has, by key; one of its files is held at a time."""
+    found: dict[str, str] = {}
+    wanted = pa.array(sorted(keys), pa.string())
+    for data in storage.read_many(planned_files(storage, stage)):
+        table = pq.read_table(pa.BufferReader(data), columns=["key", "sample"])
+        table = table.filter(pc.is_in(table.column("key"), wanted))
+        found |= dict(zip(table.column("key").to_pylist(), table.column("sample").to_pylist(), strict=True))
+    return found
 
 
 def read_planned(storage: Storage, row: WorkRow) -> list[PlannedRow]:

@@ -1,13 +1,18 @@
 """``index.parquet``: one row a sample, so that mixing, packing and range reads need no tar scan."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from loomvideo.platform.shards.sample import MEMBERS, METADATA, SamplePlace, ShardSample
 
 SCORE_PREFIX = "score_"
+_ROWS_IN_A_GROUP = 65_536
 _FIXED = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -82,18 +87,73 @@ def place_columns(place: SamplePlace) -> dict[str, Any]:
 
 def index_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     """Rows as a table: the fixed columns, then one float64 ``score_*`` column for every score that occurs."""
-    scores = sorted({name for row in rows for name in row if name.startswith(SCORE_PREFIX)})
-    schema = pa.schema([*_FIXED, *(pa.field(name, pa.float64()) for name in scores)])
+    schema = _schema({name for row in rows for name in row if name.startswith(SCORE_PREFIX)})
     return pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
 
 
 def joined(tables: Sequence[pa.Table]) -> pa.Table:
     """Index tables as one, in order; scores that one lacks are null."""
-    if not tables:
-        return index_table([])
-    table = pa.concat_tables(tables, promote_options="default")
-    scores = sorted(name for name in table.column_names if name.startswith(SCORE_PREFIX))
-    schema = pa.schema([*_FIXED, *(pa.field(name, pa.float64()) for name in scores)])
+    schema = _schema({name for table in tables for name in score_columns(table.schema)})
+    return pa.concat_tables([schema.empty_table(), *(_conformed(table, schema) for table in tables)]).combine_chunks()
+
+
+def score_columns(schema: pa.Schema) -> list[str]:
+    """The columns of scores."""
+    return [name for name in schema.names if name.startswith(SCORE_PREFIX)]
+
+
+def _schema(scores: Iterable[str]) -> pa.Schema:
+    return pa.schema([*_FIXED, *(pa.field(name, pa.float64()) for name in sorted(scores))])
+
+
+def _conformed(table: pa.Table, schema: pa.Schema) -> pa.Table:
     # Columns that were read from Parquet carry its field numbers: the same rows shall make the same file.
-    columns = [table[name].cast(field.type) for name, field in zip(schema.names, schema, strict=True)]
-    return pa.Table.from_arrays(columns, schema=schema).combine_chunks()
+    columns = [
+        table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(len(table), field.type)
+        for field in schema
+    ]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+class IndexWriter:
+    """Writes the index file from one shard's rows after another; the rows of some shards are held, not all.
+
+    Args:
+        path: The file.
+        scores: Score columns of all tables that will come.
+    """
+
+    def __init__(self, path: Path, scores: Iterable[str]):
+        self._path, self._schema = path, _schema(scores)
+        self._out = pq.ParquetWriter(path, self._schema, compression="zstd")
+        self._held: list[pa.Table] = []
+        self._hashes: list[np.ndarray] = []
+
+    def add(self, table: pa.Table) -> None:
+        """Append the rows of a shard."""
+        self._held.append(_conformed(table, self._schema))
+        keys = table.column("key").to_pylist()
+        self._hashes.append(np.fromiter(map(hash, keys), np.int64, len(keys)))
+        if sum(map(len, self._held)) >= _ROWS_IN_A_GROUP:
+            self._flush()
+
+    def close(self) -> None:
+        """Finish the file.
+
+        Raises:
+            RuntimeError: if a key came twice.
+        """
+        self._flush()
+        self._out.close()
+        hashes = np.concatenate(self._hashes) if self._hashes else np.empty(0, np.int64)
+        if len(np.unique(hashes)) == len(hashes):
+            return
+        found = pc.value_counts(pq.read_table(self._path, columns=["key"]).column("key"))
+        repeated = found.filter(pc.greater(found.field("counts"), 1))
+        if len(repeated):
+            raise RuntimeError(f"key {repeated.field('values')[0].as_py()!r} was written twice")
+
+    def _flush(self) -> None:
+        if self._held:
+            self._out.write_table(pa.concat_tables(self._held).combine_chunks(), row_group_size=2 * _ROWS_IN_A_GROUP)
+        self._held = []

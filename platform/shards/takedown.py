@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from loomvideo.platform.errors import UserError
-from loomvideo.platform.shards.index import joined
+from loomvideo.platform.shards.index import joined, score_columns
 from loomvideo.platform.shards.manifest import MANIFEST_FILE, Manifest, shard_path
 from loomvideo.platform.shards.reader import ShardDataset, read_placed
 from loomvideo.platform.shards.sample import ShardSample
@@ -70,7 +70,7 @@ def remove(url: str, ids: Collection[str], known: Iterable[tuple[str, set[str]]]
     storage.write_bytes(TOMBSTONES_FILE, known.encode())
     index = dataset.index.filter(pc.invert(pc.is_in(dataset.index.column("key"), pa.array(sorted(found)))))
     storage.delete(MANIFEST_FILE)
-    publish(storage, _without(dataset, found), index)
+    publish(storage, _without(dataset, found), [index], score_columns(index.schema))
     return sorted(found)
 
 
@@ -121,7 +121,7 @@ def compact(url: str) -> list[str]:
     table = joined([rows, *(record.index for record in records.values())])
     table = table.take(pc.sort_indices(table, [("shard", "ascending"), ("slot", "ascending")]))
     shards = [shard for shard in shards if shard.num_samples]
-    publish(storage, dataclasses.replace(manifest, shards=shards, removed=[]), table)
+    publish(storage, dataclasses.replace(manifest, shards=shards, removed=[]), [table], score_columns(table.schema))
     return sorted(affected)
 
 

@@ -1,10 +1,11 @@
 """Writing shards: each is staged, renamed and only then recorded; what is not recorded does not exist."""
 
+import contextlib
 import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards import tensors as safetensors
 from loomvideo.platform.shards.commits import Commit, commits
-from loomvideo.platform.shards.index import index_row, index_table, joined
+from loomvideo.platform.shards.index import IndexWriter, index_row, index_table, score_columns
 from loomvideo.platform.shards.interop import write_interop
 from loomvideo.platform.shards.manifest import (
     INDEX_FILE,
@@ -61,6 +62,16 @@ class ShardRecord:
         return ShardEntry(self.name, self.split, self.sha256, self.num_bytes, len(self.index))
 
     @property
+    def num_samples(self) -> int:
+        """Samples in the shard."""
+        return len(self.index)
+
+    @property
+    def scores(self) -> list[str]:
+        """Score columns of the index rows."""
+        return score_columns(self.index.schema)
+
+    @property
     def rows(self) -> list[dict[str, Any]]:
         """Index rows as dictionaries."""
         return self.index.to_pylist()
@@ -85,12 +96,58 @@ class ShardRecord:
         Raises:
             UserError: naming ``where`` if it is damaged.
         """
-        try:
-            table = pq.read_table(io.BytesIO(data), use_threads=False)
-            facts = json.loads(table.schema.metadata[_FACTS])
-            return ShardRecord(index=table.replace_schema_metadata(None), **facts)
-        except (pa.ArrowException, KeyError, OSError, TypeError, ValueError) as error:
-            raise UserError(f"{where}: damaged; delete it and run again, its shard is made anew") from error
+        stored = StoredRecord(data, where)
+        with _damage_named(where):
+            return ShardRecord(index=stored.index, **stored.facts)
+
+
+class StoredRecord:
+    """A record as it is stored, of which no more is parsed than is asked for: of thousands, all are held at a time.
+
+    Args:
+        data: What :meth:`ShardRecord.to_bytes` made.
+        where: Its file, for messages.
+
+    Raises:
+        UserError: naming ``where`` if it is damaged.
+    """
+
+    def __init__(self, data: bytes, where: str):
+        self._data, self._where = data, where
+        with _damage_named(where):
+            schema = pq.read_schema(io.BytesIO(data))
+            self.facts: dict[str, Any] = json.loads(schema.metadata[_FACTS])
+            self.num_samples = pq.read_metadata(io.BytesIO(data)).num_rows
+        self.scores = score_columns(schema)
+
+    @property
+    def entry(self) -> ShardEntry:
+        """The manifest's line for this shard."""
+        named = (self.facts[name] for name in ("name", "split", "sha256", "num_bytes"))
+        return ShardEntry(*named, self.num_samples)
+
+    @property
+    def index(self) -> pa.Table:
+        """The index rows."""
+        return self._read(None)
+
+    def counts(self) -> dict[str, int]:
+        """Samples by dataset."""
+        found = pc.value_counts(self._read(["dataset"]).column("dataset"))
+        return {entry["values"].as_py(): entry["counts"].as_py() for entry in found}
+
+    def _read(self, columns: list[str] | None) -> pa.Table:
+        with _damage_named(self._where):
+            table = pq.read_table(io.BytesIO(self._data), columns=columns, use_threads=False)
+        return table.replace_schema_metadata(None)
+
+
+@contextlib.contextmanager
+def _damage_named(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, KeyError, OSError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: damaged; delete it and run again, its shard is made anew") from error
 
 
 def write_shard(
@@ -188,37 +245,43 @@ def write_table(storage: Storage, path: str, table: pa.Table) -> str:
     return hashlib.sha256(sink.getbuffer()).hexdigest()
 
 
-def finish_dataset(storage: Storage, records: Iterable[ShardRecord], **manifest_fields: Any) -> Manifest:
+def finish_dataset(storage: Storage, records: Iterable["ShardRecord | StoredRecord"], **fields: Any) -> Manifest:
     """Write the index and, last of all, the manifest from the records of all shards.
 
     Args:
         storage: The dataset folder.
-        records: The records of all shards, in manifest order; each is let go when its rows are taken.
-        manifest_fields: The other fields of :class:`Manifest`.
+        records: The records of all shards, in manifest order.
+        fields: The other fields of :class:`Manifest`.
 
     Raises:
         RuntimeError: if the counts do not add up.
     """
-    entries, tables = [], []
-    for record in records:
-        if len(record.index):
-            entries.append(record.entry)
-            tables.append(record.index)
-    return publish(storage, Manifest(entries, **manifest_fields), joined(tables))
+    kept = [record for record in records if record.num_samples]
+    scores = {name for record in kept for name in record.scores}
+    return publish(storage, Manifest([record.entry for record in kept], **fields), (r.index for r in kept), scores)
 
 
-def publish(storage: Storage, manifest: Manifest, index: pa.Table) -> Manifest:
+def publish(storage: Storage, manifest: Manifest, index: Iterable[pa.Table], scores: Collection[str]) -> Manifest:
     """Write index and other readers' files and, last of all, the manifest with the index's checksum.
+
+    Args:
+        storage: The dataset folder.
+        manifest: The manifest.
+        index: Index rows in order, each table let go when it is written.
+        scores: Score columns that occur in them.
 
     Raises:
         RuntimeError: if a key is in the index twice or the counts do not add up.
     """
-    if pc.count_distinct(index.column("key")).as_py() != len(index):
-        found = pc.value_counts(index.column("key"))
-        repeated = next(entry["values"].as_py() for entry in found if entry["counts"].as_py() > 1)
-        raise RuntimeError(f"key {repeated!r} was written twice")
     check_counts(manifest.counts)
-    manifest = dataclasses.replace(manifest, index_sha256=write_table(storage, INDEX_FILE, index))
+    with storage.staged(INDEX_FILE) as path:
+        out = IndexWriter(path, scores)
+        for table in index:
+            out.add(table)
+        out.close()
+        with path.open("rb") as written:
+            sha256 = hashlib.file_digest(written, "sha256").hexdigest()
+    manifest = dataclasses.replace(manifest, index_sha256=sha256)
     write_interop(storage, manifest)
     storage.write_bytes(MANIFEST_FILE, manifest.to_json().encode())
     return manifest

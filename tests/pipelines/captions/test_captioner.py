@@ -128,6 +128,23 @@ def test_instructions_are_written_from_pairs(tmp_path):
         captioner(tmp_path, Model(), mode="instruction").caption(sample(1), frames)
 
 
+def test_references_are_shown_by_name(tmp_path):
+    edit = Sample("n1", "ref_edit", "d", "t.mp4", source="s.mp4", references=["a.png", "b.png"])
+    model, picture = Model(), np.full((1, 32, 32, 3), 7, np.uint8)
+    run = captioner(tmp_path, model, mode="instruction").run(
+        [edit], lambda one: (*frames(one), (picture, picture + 90))
+    )
+    ((made, _),) = run
+    assert made.instruction == "make it darker"
+    (request,) = model.requests
+    labels = ["Before editing", "After editing", "Reference 1", "Reference 2"]
+    assert [media.label for media in request.media] == labels
+    assert [len(media.frames) for media in request.media[2:]] == [1, 1]
+    assert "such as 'the dress in the first picture'" in request.text
+    ((_, alone),) = captioner(tmp_path, Model(), mode="instruction").run([edit], frames)
+    assert alone.digest != request.digest
+
+
 def test_existing_texts_are_kept(tmp_path):
     model = Model()
     kept = captioner(tmp_path, model).caption(sample(1, caption="mine"), frames)

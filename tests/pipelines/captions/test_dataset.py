@@ -99,8 +99,11 @@ def test_nothing_at_the_end_is_a_mistake(raw):
 def test_frames_are_few_small_and_spread(tmp_path):
     write_clip(tmp_path / "a.mp4", [np.full((64, 96, 3), 10 * i, np.uint8) for i in range(21)])
     reader = FrameReader(3, 48, base=str(tmp_path))
-    target, source = reader(Sample("a", "t2v", "d", "a.mp4", caption="x"))
+    write_picture(tmp_path / "dress.png", np.full((96, 64, 3), 200, np.uint8))
+    assert reader(Sample("a", "t2v", "d", "a.mp4", caption="x"))[1:] == (None, ())
+    target, source, references = reader(Sample("a", "mi2v", "d", "a.mp4", references=["dress.png"] * 2))
     assert source is None
+    assert [picture.shape for picture in references] == [(1, 48, 32, 3)] * 2
     assert target.shape == (3, 32, 48, 3)
     assert np.abs(target.mean((1, 2, 3)) - [0, 100, 200]).max() < 4
     with pytest.raises(DecodeError):

@@ -97,7 +97,7 @@ def test_a_changed_threshold_assesses_again_and_encodes_nothing_twice(curated, m
     built.clear()
     config.stages.pairs.min_change = 0.0
     monkeypatch.setattr("loomvideo.pipelines.prepare.encode.SampleEncoder._moments", None)
-    monkeypatch.setattr("loomvideo.pipelines.prepare.encode.SampleEncoder._mllm_members", None)
+    monkeypatch.setattr("loomvideo.pipelines.prepare.encode.SampleEncoder._mllm_inputs", None)
     monkeypatch.setattr("loomvideo.pipelines.prepare.curate.SampleAssessor._clip", refuse)
     config.stages.keep_reasons = ["black"]
     result = prepare(config)

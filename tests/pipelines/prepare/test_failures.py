@@ -92,17 +92,19 @@ def test_losses_of_one_reason_end_the_run_early_and_name_the_machine(job, monkey
     assert len(calls) < 8
 
 
-def test_a_sample_that_kills_its_process_is_left_out_at_the_third_attempt(job, monkeypatch):
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_sample_that_kills_its_process_is_left_out_at_the_third_attempt(job, monkeypatch, batch):
     config, _, _ = job
-    original, deaths = SampleEncoder.encode, []
+    original, deaths = SampleEncoder._described, []
 
-    def encode(self, loaded, split, assessed=None):
+    def described(self, loaded, *rest):
         if loaded.sample.key == "sample-003":
             deaths.append(loaded.sample.key)
             raise KeyboardInterrupt
-        return original(self, loaded, split, assessed)
+        return original(self, loaded, *rest)
 
-    monkeypatch.setattr(SampleEncoder, "encode", encode)
+    monkeypatch.setattr(SampleEncoder, "_described", described)
+    config.features.batch = batch
     monkeypatch.setattr("loomvideo.pipelines.prepare.job.os.urandom", lambda size: b"the same run")
     config.limits = LimitOptions(max_loss=0.5)
     for _ in range(2):

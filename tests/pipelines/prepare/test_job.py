@@ -14,7 +14,8 @@ from fixtures.raw import prepare_config, raw_samples, without_ray
 
 from loomvideo.model.codec import build_codec
 from loomvideo.model.sizes import model_size
-from loomvideo.pipelines.prepare.config import ClipOptions, LimitOptions
+from loomvideo.pipelines.prepare.config import ClipOptions, FeatureOptions, LimitOptions
+from loomvideo.pipelines.prepare.encode import SampleEncoder
 from loomvideo.pipelines.prepare.job import prepare
 from loomvideo.pipelines.prepare.load import LoadedSample
 from loomvideo.pipelines.prepare.loading import Decoder, mapped
@@ -289,6 +290,7 @@ def test_short_clips_are_filtered(raw, tmp_path, built):
         ({"model": "huge"}, "model=huge: choose one of"),
         ({"decoder": "x"}, "decoder=x: choose one of auto, decord, pyav"),
         ({"clips": ClipOptions(num_frames=10)}, "clips.num_frames=10: must be 4k.1, for example 9"),
+        ({"features": FeatureOptions(batch=0)}, "features.batch=0: must be at least 1"),
         ({"clips": ClipOptions(windows=0)}, "clips.windows=0: must be at least 1"),
     ],
 )
@@ -335,6 +337,41 @@ def test_two_shards_at_a_time_and_decoders_elsewhere_change_no_byte(raw, tmp_pat
     assert max(report["decoders"] for report in reports) >= 1
     assert sum(report["load_s"] for report in reports) > 0
     assert checksums(tmp_path) == checksums(finished.storage.root)
+
+
+def test_batches_make_the_same_members_up_to_rounding(raw, tmp_path, built, monkeypatch, finished):
+    from loomvideo.model.codec.learned import LearnedCodec
+
+    original, sizes = LearnedCodec.encode, []
+    monkeypatch.setattr(LearnedCodec, "encode", lambda self, video: sizes.append(len(video)) or original(self, video))
+    config = prepare_config(raw[0], tmp_path)
+    config.features.batch = 3
+    prepare(config)
+    assert max(sizes) > 1
+    dataset = ShardDataset.open(tmp_path)
+    assert dataset.index.column("key") == finished.index.column("key")
+    for row in range(len(dataset)):
+        stored, alone = dataset.read(row), finished.read(row)
+        assert stored.metadata == alone.metadata
+        for member, tensors in alone.tensors.items():
+            for name, tensor in tensors.items():
+                torch.testing.assert_close(stored.tensors[member][name], tensor, atol=0.02, rtol=0.02)
+    assert prepare(prepare_config(raw[0], tmp_path)).reason == "up to date"
+
+
+def test_a_batch_that_fails_costs_the_sample_that_fails(raw, tmp_path, built, monkeypatch):
+    original = SampleEncoder.encode_together
+
+    def encode_together(self, batch, split):
+        if any(loaded.sample.key == "sample-003" for loaded, _ in batch):
+            raise RuntimeError("shapes differ")
+        return original(self, batch, split)
+
+    monkeypatch.setattr(SampleEncoder, "encode_together", encode_together)
+    config = prepare_config(raw[0], tmp_path, limits=LimitOptions(max_loss=0.5))
+    config.features.batch = 4
+    assert prepare(config).summary()["written"] == 11
+    assert {key: row["reason"] for key, row in losses(tmp_path).items()} == {"sample-003": "encode_error"}
 
 
 def test_on_a_ray_cluster(raw, tmp_path, ray_cluster, finished):

@@ -135,7 +135,7 @@ def test_dealing_anew_copies_what_is_encoded(prepared, monkeypatch):
     before = ShardDataset.open(config.output)
     old = {key: before.read(row) for key, row in before.rows_by_key.items()}
     monkeypatch.setattr("loomvideo.pipelines.prepare.encode.SampleEncoder._moments", None)
-    monkeypatch.setattr("loomvideo.pipelines.prepare.encode.SampleEncoder._mllm_members", None)
+    monkeypatch.setattr("loomvideo.pipelines.prepare.encode.SampleEncoder._mllm_inputs", None)
     result = prepare(config, redeal=True)
     assert result.reason == "dealt anew"
     assert result.work["made.target"] == 0
