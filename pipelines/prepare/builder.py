@@ -37,7 +37,7 @@ from loomvideo.pipelines.prepare.loading import (
     pixel_bytes,
 )
 from loomvideo.pipelines.prepare.outcomes import Outcome
-from loomvideo.pipelines.prepare.turns import Turn, Turns
+from loomvideo.pipelines.prepare.turns import EncoderTurn, Turns
 from loomvideo.pipelines.prepare.units import UnitReport, WorkRow, read_planned
 from loomvideo.pipelines.sources.samples import stored_sample
 from loomvideo.platform.errors import UserError
@@ -120,7 +120,7 @@ class ShardBuilder:
                 turn.queued.drop()
         return self._report(row["unit"], turn, started) | found
 
-    def _build(self, row: WorkRow, planned: list[PlannedSample], turn: Turn) -> dict[str, Any]:
+    def _build(self, row: WorkRow, planned: list[PlannedSample], turn: EncoderTurn) -> dict[str, Any]:
         if row["unit"] == SHARED_TASK:
             turn.begin()
             self._check_device()
@@ -147,7 +147,7 @@ class ShardBuilder:
             "lost_by_reason": {**reasons},
         }
 
-    def _report(self, unit: str, turn: Turn, started: float) -> UnitReport:
+    def _report(self, unit: str, turn: EncoderTurn, started: float) -> UnitReport:
         return {
             "stage": "encode",
             "unit": unit,
@@ -171,7 +171,7 @@ class ShardBuilder:
     def _encode(
         self,
         split: str,
-        turn: Turn,
+        turn: EncoderTurn,
         members: Counter[str],
         losses: list[dict[str, Any]],
         facts: dict[str, Any],

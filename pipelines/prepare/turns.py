@@ -15,13 +15,13 @@ class Turns:
         self._free_since = time.perf_counter()
         self._ended: set[int] = set()
 
-    def take(self, queue: Callable[[], Any] = lambda: None) -> "Turn":
+    def take(self, queue: Callable[[], Any] = lambda: None) -> "EncoderTurn":
         """A turn behind those taken before; ``queue`` is called at the same moment, and its result kept in the turn."""
         with self._changed:
             queued = queue()
             self._taken += 1
             self._open += 1
-            return Turn(self, self._taken - 1, queued)
+            return EncoderTurn(self, self._taken - 1, queued)
 
     def wait_until_over(self) -> None:
         """Wait until nothing that has taken a turn is worked on."""
@@ -48,7 +48,7 @@ class Turns:
             self._changed.notify_all()
 
 
-class Turn:
+class EncoderTurn:
     """A shard's turn at the encoders, and what their time in it went to.
 
     Attributes:
@@ -74,7 +74,7 @@ class Turn:
             self._is_over = True
             self._turns._end(self._number)
 
-    def __enter__(self) -> "Turn":
+    def __enter__(self) -> "EncoderTurn":
         return self
 
     def __exit__(self, *exception: object) -> None:
