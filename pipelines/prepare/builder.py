@@ -239,7 +239,7 @@ class ShardBuilder:
     ) -> list[ShardSample | Outcome]:
         try:
             found = self.encoder.encode_together([(loaded, plan.assessed) for plan, loaded in asked], split)
-        except Exception as error:
+        except Exception as error:  # of models and libraries: each sample is tried alone, to see whose it is
             self._raise_device_fault(error, attempt)
             logger.warning("a batch of %d samples from %s on: %s", len(asked), asked[0][0].sample.key, error)
             return [self._encoded_alone(plan, loaded, split, attempt) for plan, loaded in asked]
