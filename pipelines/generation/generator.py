@@ -199,6 +199,11 @@ class FileGenerator:
         settings = self.settings
         shortcuts = settings.shortcuts if shortcuts is None else shortcuts
         steps = self.pipeline.num_steps(shortcuts.steps or settings.steps)
+
+        def count(step: int, latents: torch.Tensor) -> None:
+            if on_step:
+                on_step(step + 1, steps)
+
         with self.memory_errors(prepared.request):
             return self.pipeline.sample(
                 prepared.conditions,
@@ -206,7 +211,7 @@ class FileGenerator:
                 settings.guidance(prepared.task),
                 prepared.request.seed,
                 settings.batch_branches,
-                on_step=(lambda step, _: on_step(step + 1, steps)) if on_step else None,
+                on_step=count,
                 shortcuts=shortcuts,
             )
 
