@@ -430,3 +430,47 @@ def test_page_in_a_browser(tmp_path, mp4):
         page.evaluate("document.querySelector('#again').click()")
         assert page.evaluate("document.querySelector('#prompt').value").strip() == "Dress her in @Image 2"
         assert page.errors == []
+
+
+@requires_browser
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 390])
+def test_every_task_in_a_browser(tmp_path, mp4, width):
+    """Each is chosen, filled in, sent and shown, and nothing is wider than the screen."""
+    clip, picture = tmp_path / "clip.mp4", tmp_path / "picture.png"
+    clip.write_bytes(mp4)
+    picture.write_bytes(png())
+    config = PageConfig(defaults={"num_frames": 5}, left_out=frozenset({"t2v"}))
+    with served(create_app(generate, config)) as url, browser_page(tmp_path / "profile", width) as page:
+        page.send(
+            "Emulation.setDeviceMetricsOverride", width=width, height=844, deviceScaleFactor=1, mobile=width < 500
+        )
+        page.open(url)
+        page.wait_for("document.querySelectorAll('#tasks label').length === 5")
+        tasks = page.evaluate("[...document.querySelectorAll('#tasks input')].map((input) => input.value)")
+        assert tasks[-1] == "t2v"
+        for count, task in enumerate(tasks, 1):
+            page.evaluate(f"document.querySelector('#task-{task}').click()")
+            assert page.evaluate("document.querySelector('#untrained').hidden") == (task != "t2v")
+            shown = {part: not page.evaluate(f"document.querySelector('#{part}-part').hidden")
+                     for part in ("source", "reference")}  # fmt: skip
+            assert shown == {"source": "edit" in task, "reference": task in ("ref_edit", "mi2v")}
+            if shown["source"] and not page.evaluate("document.querySelectorAll('#source-media .chip').length"):
+                page.choose_files("#source-file", clip)
+                page.wait_for("document.querySelectorAll('#source-media .chip').length === 1")
+            if shown["reference"] and not page.evaluate("document.querySelectorAll('#reference-media img').length"):
+                page.choose_files("#reference-file", picture)
+                page.wait_for("document.querySelectorAll('#reference-media img').length === 1")
+            page.wait_for("!document.querySelector('#submit').disabled")
+            page.evaluate(f"document.querySelector('#prompt').value = 'task {task}'")
+            if task == "edit":
+                assert page.evaluate("document.querySelector('#whole-hint').textContent").startswith("Edit all 0.4 s")
+                page.evaluate("document.querySelector('#whole').click()")
+            page.evaluate("document.querySelector('#submit').click()")
+            done = f"document.querySelectorAll('#history .item').length === {count} && "
+            page.wait_for(done + "document.querySelector('#history .state').textContent.endsWith('done')")
+            page.wait_for("!document.querySelector('#player').hidden")
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+        sent = page.evaluate("JSON.parse(localStorage.jobs).map((job) => [job.task, Boolean(job.body.whole)])")
+        assert dict(sent)["edit"]
+        assert page.errors == []
