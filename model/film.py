@@ -63,8 +63,11 @@ def film_windows(total: int, num_frames: int, overlap: int, grid: LatentGrid) ->
     while windows[-1].start + num_frames < total:
         windows.append(Window(windows[-1].start + num_frames - overlap, num_frames, overlap))
     last = windows[-1]
-    left = grid.covering_frames(total - last.start)
-    windows[-1] = Window(last.start, min(num_frames, left), last.shared)
+    if len(windows) == 1:
+        return [Window(0, min(num_frames, grid.covering_frames(total)), 0)]
+    # The last one begins earlier in place of being shorter: a model edits few frames otherwise than many.
+    back = (last.start + num_frames - total) // grid.temporal_stride * grid.temporal_stride
+    windows[-1] = Window(last.start - back, num_frames, last.shared + back)
     return windows
 
 

@@ -137,4 +137,4 @@ def test_neighbours_share_a_sixth_unless_told():
 
 
 def test_windows_state_what_they_share():
-    assert film_windows(LONG + 1, LONG, SHARED, GRID)[1] == Window(LONG - SHARED, SHARED + STRIDE, SHARED)
+    assert film_windows(LONG + 1, LONG, SHARED, GRID)[1] == Window(STRIDE, LONG, LONG - STRIDE)
