@@ -159,10 +159,12 @@ class JobQueue:
             QuotaReachedError: if its owner has too many.
             asyncio.QueueFull: if too many wait.
         """
+        check_request(request, self.limits, self._grid)
         known = self.store.asked_as(owner, asked_as) if asked_as else None
         if known is not None and (before := self.get(known)) is not None:
+            if before.request.identity() != request.identity():
+                raise UserError("idempotency-key: stands for another request already; send a new one")
             return before
-        check_request(request, self.limits, self._grid)
         if self.num_waiting >= self.limits.max_waiting:
             raise asyncio.QueueFull
         self._check_quotas(owner, quotas or (self.limits.max_active_per_user, self.limits.max_per_day_per_user))

@@ -1,7 +1,7 @@
 """What may be asked for: one generation, and the limits on it."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from loomvideo.model.codec import LatentGrid
 from loomvideo.model.tasks import requested_task
@@ -51,6 +51,12 @@ class GenerationRequest:
     """Edit a video to its end, and not its first frames alone."""
     deadline_s: float | None = None
     """Seconds from the request after which nobody wants the result any more."""
+
+    def identity(self) -> tuple:
+        """What tells requests apart; of files, which they are."""
+        files = (self.source.id if self.source else None, tuple(reference.id for reference in self.references))
+        rest = (getattr(self, field.name) for field in fields(self) if field.name not in ("source", "references"))
+        return (*files, *rest)
 
 
 def check_request(request: GenerationRequest, limits: RequestLimits, grid: LatentGrid | None = None) -> None:

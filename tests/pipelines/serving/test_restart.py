@@ -153,6 +153,8 @@ def test_asking_twice_under_one_name_makes_one(store):
         wait(client, first, "done")
         assert client.post("/api/jobs", json=body, headers=headers).json()["id"] == first
         assert client.post("/api/jobs", json=body).json()["id"] != first
+        other = client.post("/api/jobs", json=body | {"prompt": "y"}, headers=headers)
+        assert (other.status_code, "another request" in other.json()["error"]) == (422, True)
         unnamed = [client.post("/api/jobs", json=body, headers={"idempotency-key": ""}).json()["id"] for _ in "ab"]
         assert unnamed[0] != unnamed[1]
         refused = client.post("/api/jobs", json=body, headers={"idempotency-key": "x" * 101})
