@@ -5,6 +5,7 @@ once, and how many steps were computed again. A full disk is a small tmpfs on th
 last two drills use a Ray cluster of several nodes on this machine. Results: a Markdown table and ``drills.json``.
 
     python infra/drills/training_drill.py --folder /tmp/drill --shards SHARDS [--only worker,driver]
+    python infra/drills/training_drill.py --folder /tmp/drill --shards SHARDS --job distill --weights WEIGHTS
 """
 
 import argparse
@@ -23,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 from local_cluster import LocalCluster
-from training_rehearsal import EVERY, HANG_S, NOTICE_S, STEPS, DrillError, Rehearsal, Run
+from training_rehearsal import EVERY, HANG_S, JOBS, NOTICE_S, STEPS, DrillError, Rehearsal, Run
 
 from loomvideo.platform.shards.tensors import HEADER_SIZE_BYTES, parse_header
 from loomvideo.platform.training.checkpoint_folder import CheckpointFolder
@@ -113,7 +114,7 @@ def drill_notice(rehearsal: Rehearsal) -> str:
 def drill_disk(rehearsal: Rehearsal) -> str:
     """A full disk while a checkpoint is written."""
     size_mb = sum(f.stat().st_size for f in _a_checkpoint(rehearsal).iterdir()) / 1e6
-    folder = rehearsal.folder / "runs" / "pretrain" / "disk-full" / "checkpoints"
+    folder = rehearsal.run_path("disk-full") / "checkpoints"
     folder.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o"]
     subprocess.run([*mount, f"size={int(1.5 * size_mb) + 1}m", "none", folder], check=True)
@@ -139,7 +140,7 @@ def drill_disk(rehearsal: Rehearsal) -> str:
 
 def drill_bit(rehearsal: Rehearsal) -> str:
     """One flipped bit in the newest checkpoint, then the same command with more steps."""
-    source = rehearsal.folder / "runs" / "pretrain" / "worker-killed"
+    source = rehearsal.run_path("worker-killed")
     name = "bit-flipped"
     shutil.copytree(source, source.with_name(name), ignore=shutil.ignore_patterns(".ray", "mlflow.json"))
     folder = CheckpointFolder(source.with_name(name) / "checkpoints")
@@ -206,7 +207,7 @@ def drill_elastic(rehearsal: Rehearsal) -> str:
         run.finish()
     run.check_complete()
     run.expect("2 workers", "1 workers")
-    reference = [r["keys_digest"] for r in Run("worker-killed", rehearsal.folder, run.process).records()]
+    reference = [r["keys_digest"] for r in Run("worker-killed", rehearsal.folder, run.process, rehearsal.job).records()]
     if [record["keys_digest"] for record in run.records()] != reference:
         raise DrillError("other samples than on two workers")
     return f"2 workers to 1 at step {run.continued_at()}; all {STEPS} steps of the same samples as on two workers"
@@ -248,7 +249,7 @@ def _has_worker(nodes: LocalCluster, name: str) -> bool:
 
 
 def _a_checkpoint(rehearsal: Rehearsal) -> Path:
-    folder = CheckpointFolder(rehearsal.folder / "runs" / "pretrain" / "worker-killed" / "checkpoints")
+    folder = CheckpointFolder(rehearsal.run_path("worker-killed") / "checkpoints")
     return Path(folder.at(folder.steps()[-1]))
 
 
@@ -298,17 +299,22 @@ def main() -> int:
     parser.add_argument("--shards", type=Path, required=True, help="dataset prepared for the tiny preset")
     parser.add_argument("--only", default=",".join(DRILLS), help=f"of {', '.join(DRILLS)}; disk, bit and elastic "
                         "compare with worker's run, which is made first where the folder has none")  # fmt: skip
+    parser.add_argument("--job", choices=list(JOBS), default="pretrain", help="what is broken; shard and nan know the "
+                        "order in which pretrain draws")  # fmt: skip
+    parser.add_argument("--weights", type=Path, help="weights folder that distill and prefer start from")
     options = parser.parse_args()
+    if options.job != "pretrain" and not options.weights:
+        parser.error(
+            f"--job {options.job}: name the editor that it starts from, --weights runs/finetune-edit/…/weights"
+        )
     # Both ways of being stopped take everything down again.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     options.folder.mkdir(parents=True, exist_ok=True)
-    rehearsal = Rehearsal(options.folder.absolute(), options.shards.absolute())
+    weights = options.weights and options.weights.absolute()
+    rehearsal = Rehearsal(options.folder.absolute(), options.shards.absolute(), options.job, weights)
     names = options.only.split(",")
-    if (
-        COMPARED & set(names)
-        and not (rehearsal.folder / "runs" / "pretrain" / "worker-killed" / "result.json").exists()
-    ):
+    if COMPARED & set(names) and not (rehearsal.run_path("worker-killed") / "result.json").exists():
         names = ["worker", *(name for name in names if name != "worker")]
     results = []
     try:

@@ -27,6 +27,22 @@ NOTICE_S = 10.0
 HANG_S = 30
 STEPS, EVERY = 40, 5
 PACK_TOKENS, PACKS = 864, 2
+JOBS: dict[str, dict[str, object]] = {
+    "pretrain": {},
+    # Some steps of the critic before the student's first.
+    "distill": {"distill.critic_warmup": 4},
+    # Two rounds of generated results, with a lost worker in the first or the second.
+    "prefer": {
+        "prefer.method": "nft",
+        "prefer.nft.rounds": 2,
+        "prefer.nft.steps_per_round": STEPS // 2,
+        "prefer.nft.prompts": 6,
+        "prefer.nft.repeats": 2,
+        "prefer.nft.sampler_steps": 2,
+        "prefer.nft.actors": 1,
+    },
+}
+"""Jobs that are broken, and what keeps them short."""
 
 
 class DrillError(Exception):
@@ -41,18 +57,20 @@ class Run:
         name: The name of the run.
         folder: All runs' folder.
         process: The job.
+        job: Its name.
         started: The time at which it was started.
     """
 
     name: str
     folder: Path
     process: subprocess.Popen
+    job: str = "pretrain"
     started: float = field(default_factory=time.monotonic)
 
     @property
     def path(self) -> Path:
         """The run's folder."""
-        return self.folder / "runs" / "pretrain" / self.name
+        return self.folder / "runs" / self.job / self.name
 
     @property
     def log(self) -> str:
@@ -128,16 +146,18 @@ class Rehearsal:
     Args:
         folder: New; keeps runs, logs and results.
         shards: Dataset prepared for the tiny preset.
+        job: Of :data:`JOBS`.
+        weights: The weights folder that the job starts from; None for its own.
     """
 
-    def __init__(self, folder: Path, shards: Path):
-        self.folder, self.shards = folder, shards
+    def __init__(self, folder: Path, shards: Path, job: str = "pretrain", weights: Path | None = None):
+        self.folder, self.shards, self.job, self.weights = folder, shards, job, weights
         self.runs: list[Run] = []
         self.environment = os.environ | {"OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
 
     def train(self, name: str, *arguments: str, shards: Path | None = None, environment: dict | None = None) -> Run:
         """Start a job, or the same one again; later arguments win."""
-        command = [sys.executable, "-m", "loomvideo.jobs.cli", "pretrain", f"data.shards=[{shards or self.shards}]"]
+        command = [sys.executable, "-m", "loomvideo.jobs.cli", self.job, f"data.shards=[{shards or self.shards}]"]
         values = {
             "run": name,
             "runs": self.folder / "runs",
@@ -150,7 +170,10 @@ class Rehearsal:
             "evaluation.samples": "",
             "samples.every_steps": 0,
             "doctor": "false",
+            **JOBS[self.job],
         }
+        if self.weights:
+            values["from_weights"] = self.weights
         values |= dict(argument.split("=", 1) for argument in arguments)
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
@@ -160,9 +183,13 @@ class Rehearsal:
                 stderr=log,
                 start_new_session=True,
             )
-        run = Run(name, self.folder, process)
+        run = Run(name, self.folder, process, self.job)
         self.runs.append(run)
         return run
+
+    def run_path(self, name: str) -> Path:
+        """The folder of a run."""
+        return self.folder / "runs" / self.job / name
 
     def copy_of_shards(self, name: str) -> Path:
         """A copy of the dataset that may be damaged; unchanged files are shared."""
