@@ -2,8 +2,9 @@
 
     python benchmarks/few_steps.py TEACHER STUDENT data/sample/samples.jsonl --steps 20 --count 4 --seeds 3
 
-``edit_psnr_db`` is against the target (edits alone), ``diversity`` the mean distance of two seeds' results in grey
-levels, both with a standard error over samples of the paired difference; CPU seconds are those of this process.
+``edit_psnr_db`` is against the target (edits alone), with the standard error over samples of the paired difference;
+``colour`` the share of results whose garment has the colour asked for, where one is; ``diversity`` the mean distance of
+two seeds' results in grey levels, the student's over the teacher's; CPU seconds are those of this process.
 """
 
 import argparse
@@ -19,14 +20,14 @@ from loomvideo.model.loading import ModelSource
 from loomvideo.model.pipeline import LoomVideoPipeline, load_pipeline
 from loomvideo.model.tasks import TASKS
 from loomvideo.pipelines.evaluation.inputs import InputOptions, LoadedItem, load_item
-from loomvideo.pipelines.evaluation.metrics import psnr_db
+from loomvideo.pipelines.evaluation.measures import measure
 from loomvideo.pipelines.evaluation.suites import own
 
 
 def measured(
     pipeline: LoomVideoPipeline, inputs: LoadedItem, steps: int, scale: float, seeds: int
-) -> tuple[float, float, float]:
-    """PSNR against the target, distance between seeds and CPU seconds of a result."""
+) -> tuple[float, float, float, float]:
+    """PSNR against the target, share of right garment colours, distance between seeds and CPU seconds of a result."""
     item = inputs.item
     conditions = pipeline.encode(
         item.task, item.text, inputs.source, list(inputs.references), inputs.size, inputs.num_frames
@@ -36,12 +37,13 @@ def measured(
     latents = [pipeline.sample(conditions, steps, guidance, seed) for seed in range(seeds)]
     seconds = (time.process_time() - started) / seeds
     videos = [pipeline.decode(each) for each in latents]
-    psnr = float("nan")
-    if inputs.target is not None and inputs.source is not None:
-        psnr = float(np.mean([psnr_db(video, inputs.target) for video in videos]))
+    values = [measure(video, inputs) for video in videos] if inputs.source is not None else [{}]
+    psnr, colour = (
+        float(np.mean([each.get(name, np.nan) for each in values])) for name in ("edit_psnr_db", "garment_colour_right")
+    )
     pairs = itertools.combinations(videos, 2)
     distance = float(np.mean([np.abs(a.astype(np.float32) - b).mean() for a, b in pairs]))
-    return psnr, distance, seconds
+    return psnr, colour, distance, seconds
 
 
 def main() -> None:
@@ -67,7 +69,7 @@ def main() -> None:
         num_frames=options.frames, text_size=(options.bucket, options.bucket),
     )  # fmt: skip
     print(f"teacher {options.steps} steps, scale {options.scale:g}; student {student.few_steps.describe()}")
-    print("task | samples | edit PSNR dB teacher, student, difference ± error | diversity student/teacher | CPU s")
+    print("task | samples | edit PSNR dB teacher, student, difference ± error | colour | diversity | CPU s")
     for task in TASKS:
         items = [item for item in manifest.items if item.task == task][: options.count]
         rows = []
@@ -78,13 +80,14 @@ def main() -> None:
         if not rows:
             continue
         table = np.array(rows)
-        (psnr, other), apart = table[:, :, 0].mean(0), table[:, 1, 0] - table[:, 0, 0]
+        apart = table[:, 1, 0] - table[:, 0, 0]
         error = apart.std(ddof=1) / len(apart) ** 0.5 if len(apart) > 1 else float("nan")
-        diversity = table[:, 1, 1].mean() / table[:, 0, 1].mean()
-        seconds = table[:, :, 2].mean(0)
+        (psnr, _, spread, seconds), (other, _, own_spread, own_seconds) = table.mean(0)[0], table.mean(0)[1]
+        asked = table[~np.isnan(table[:, 0, 1]), :, 1]
+        colours = f"{asked[:, 0].mean():.2f}, {asked[:, 1].mean():.2f} of {len(asked)}" if len(asked) else "-"
         print(
-            f"{task} | {len(rows)} | {psnr:.2f}, {other:.2f}, {apart.mean():+.2f} ± {error:.2f} | {diversity:.2f} | "
-            f"{seconds[0]:.2f}, {seconds[1]:.2f} ({seconds[0] / seconds[1]:.1f}x less)",
+            f"{task} | {len(rows)} | {psnr:.2f}, {other:.2f}, {apart.mean():+.2f} ± {error:.2f} | {colours} | "
+            f"{own_spread / spread:.2f} | {seconds:.2f}, {own_seconds:.2f} ({seconds / own_seconds:.1f}x less)",
             flush=True,
         )
 
