@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray.exceptions import RpcError
 from ray.train import FailureConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -17,7 +18,7 @@ from ray.train.v2._internal.execution.failure_handling.default import DefaultFai
 from ray.util.state import list_actors
 from ray.util.state.exception import RayStateApiException
 
-from loomvideo.platform.time_limits import RAY_STATE, RESIZE_GRACE, STOP_GRACE
+from loomvideo.platform.time_limits import RAY_START, RAY_STATE, RESIZE_GRACE, STOP_GRACE
 
 logger = logging.getLogger(__name__)
 
@@ -25,11 +26,18 @@ POLL_INTERVAL_S = 0.25
 
 
 def _has_state_api() -> bool:
-    try:
-        list_actors(limit=1, timeout=round(RAY_STATE.here()))
-    except (RayStateApiException, ConnectionError):
-        return False
-    return True
+    ends = time.monotonic() + RAY_START.here()
+    while True:
+        try:
+            list_actors(limit=1, timeout=round(RAY_STATE.here()))
+        except (RayStateApiException, ConnectionError):
+            return False
+        except RpcError:
+            # Ray gives its own server a few seconds, which no setting changes and a busy machine may need.
+            if time.monotonic() > ends:
+                raise
+        else:
+            return True
 
 
 class FailuresInWindow(DefaultFailurePolicy):

@@ -10,6 +10,7 @@ import sys
 import pyarrow as pa
 import pytest
 from helpers.toy_training import ToyDataset, ToyRecipe
+from ray.exceptions import RpcError
 from ray.train import FailureConfig
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
 from ray.train.v2.api.exceptions import WorkerGroupError
@@ -315,3 +316,18 @@ def test_gpu_workers_allocate_in_segments_that_grow(tmp_path, monkeypatch):
     assert _worker_environment(config, folder)["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")
     assert _worker_environment(config, folder)["PYTORCH_ALLOC_CONF"] == "backend:native"
+
+
+def test_a_busy_cluster_is_asked_again_whether_it_has_a_dashboard(monkeypatch):
+    answers = [RpcError("Timed out while waiting for GCS to become available."), [], ConnectionError("no dashboard")]
+
+    def ask(**options):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(ray_trainer, "list_actors", ask)
+    assert ray_trainer._has_state_api()
+    assert not ray_trainer._has_state_api()
+    assert answers == []
