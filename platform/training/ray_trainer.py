@@ -27,9 +27,11 @@ POLL_INTERVAL_S = 0.25
 
 def _has_state_api() -> bool:
     ends = time.monotonic() + RAY_START.here()
+    # Without it Ray asks the newest cluster of the machine, which may be somebody else's.
+    address = ray.get_runtime_context().gcs_address
     while True:
         try:
-            list_actors(limit=1, timeout=round(RAY_STATE.here()))
+            list_actors(address, limit=1, timeout=round(RAY_STATE.here()))
         except (RayStateApiException, ConnectionError):
             return False
         except RpcError:

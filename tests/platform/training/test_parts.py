@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -321,13 +322,16 @@ def test_gpu_workers_allocate_in_segments_that_grow(tmp_path, monkeypatch):
 def test_a_busy_cluster_is_asked_again_whether_it_has_a_dashboard(monkeypatch):
     answers = [RpcError("Timed out while waiting for GCS to become available."), [], ConnectionError("no dashboard")]
 
-    def ask(**options):
+    def ask(address, **options):
+        assert address == "10.0.0.1:6379"
         answer = answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     monkeypatch.setattr(ray_trainer, "list_actors", ask)
+    context = SimpleNamespace(gcs_address="10.0.0.1:6379")
+    monkeypatch.setattr(ray_trainer.ray, "get_runtime_context", lambda: context)
     assert ray_trainer._has_state_api()
     assert not ray_trainer._has_state_api()
     assert answers == []
