@@ -236,6 +236,8 @@ class ArtifactStore:
 
     def _install(self, folder: Path, name: str) -> Path:
         path = self.cache_dir / name
+        # Of an image, built by root and read by its user; who may enter a cache is up to its own folder.
+        folder.chmod(0o755)
         give_name(folder, path, MANIFEST)
         return path
 

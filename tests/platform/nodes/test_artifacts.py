@@ -191,7 +191,9 @@ def test_unusable_shared_storage_does_not_stop_a_build_but_is_noted(tmp_path):
 
 
 def test_prebuilt_folders_come_first_and_are_never_written(tmp_path):
-    ArtifactStore(tmp_path / "image").get(KEY, write_thing)
+    built = ArtifactStore(tmp_path / "image").get(KEY, write_thing)
+    # By root, for the image's user.
+    assert built.path.stat().st_mode & 0o777 == 0o755
     store = ArtifactStore(tmp_path / "cache", prebuilt_dirs=[tmp_path / "image"])
     assert store.get(KEY, refuse).origin == "prebuilt"
     assert not (tmp_path / "cache").exists()
