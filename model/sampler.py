@@ -296,15 +296,15 @@ class GuidedVelocity:
         """fp32, like ``latents`` [channels, frames, height, width]."""
         if not self.shortcuts.guides(self._timesteps[step]):
             return self.denoiser.velocities(latents, step, [FULL])[FULL]
-        refresh, timestep = self.shortcuts.branch_refresh, self._timesteps[step]
+        refresh = self.shortcuts.branch_refresh
         if 0 < self._age < refresh:
             self._age += 1
-            return self.denoiser.velocities(latents, step, [FULL])[FULL] + self._difference.at(timestep)
+            return self.denoiser.velocities(latents, step, [FULL])[FULL] + self._difference.at(step)
         names = used_branches(self.guidance, self.shortcuts)
         velocities = self.denoiser.velocities(latents, step, names)
         guided = self.guidance.combine(velocities)
         if refresh > 1:
-            self._difference.add(timestep, guided - velocities[FULL])
+            self._difference.add(step, guided - velocities[FULL])
             self._age = 1
         return guided
 

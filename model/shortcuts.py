@@ -76,24 +76,24 @@ class Shortcuts:
 class Taylor:
     """Goes on with a tensor that changes smoothly over the steps, by the polynomial through its last values.
 
-    It is TaylorSeer's idea (Liu et al., 2025): differences of what was computed stand for derivatives. Here they are
-    over timesteps, which are not evenly spaced.
+    It is TaylorSeer's idea (Liu et al., 2025): differences of what was computed at earlier steps stand for derivatives
+    over the number of the step. (Over timesteps, which lie far apart at the end, the polynomial overshoots.)
 
     Args:
         order: The order of the polynomial; as long as fewer values are known, it is the highest that they give.
     """
 
     def __init__(self, order: int) -> None:
-        self._known: deque[tuple[float, Tensor]] = deque(maxlen=order + 1)
+        self._known: deque[tuple[int, Tensor]] = deque(maxlen=order + 1)
 
-    def add(self, timestep: float, value: Tensor) -> None:
+    def add(self, step: int, value: Tensor) -> None:
         """Remember a value that was computed."""
-        self._known.append((timestep, value))
+        self._known.append((step, value))
 
-    def at(self, timestep: float) -> Tensor:
-        """The value that the polynomial has at another timestep."""
+    def at(self, step: int) -> Tensor:
+        """The value that the polynomial has at another step."""
         nodes = [known for known, _ in self._known]
-        weights = (math.prod((timestep - other) / (node - other) for other in nodes if other != node) for node in nodes)
+        weights = (math.prod((step - other) / (node - other) for other in nodes if other != node) for node in nodes)
         terms = [weight * value for weight, (_, value) in zip(weights, self._known, strict=True)]
         return sum(terms[1:], terms[0])
 

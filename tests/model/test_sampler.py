@@ -142,7 +142,7 @@ def test_block_cache_compares_with_the_last_full_step():
 
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_the_taylor_predictor_goes_on_with_polynomials_of_its_order(order):
-    """Two branches whose difference is a polynomial of the timestep: exact as soon as enough of it is known."""
+    """Two branches whose difference is a polynomial of the step: exact as soon as enough of it is known."""
     timesteps = SchedulerConfig().build(12).timesteps.float()
 
     class Known:
@@ -150,7 +150,7 @@ def test_the_taylor_predictor_goes_on_with_polynomials_of_its_order(order):
 
         def velocities(self, latents, step, names):
             self.calls += len(names)
-            t = timesteps[step].double() / 1000
+            t = torch.tensor(step / 12, dtype=torch.float64)
             values = {FULL: torch.sin(t), UNCONDITIONAL: torch.sin(t) - (1 + t + 3 * t**order)}
             return {name: values[name].reshape(1) for name in names}
 
