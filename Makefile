@@ -183,6 +183,7 @@ bench-model: $(VENV)/.setup-dev ## a mixed pack through the transformer against 
 bench-gpu: ## one GPU, nine minutes, torch and Triton alone: kernels, 5B steps, memory against the plan
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) benchmarks/gpu.py --write-docs $(ARGS)
 
-bench-generation: $(VENV)/.setup ## denoising steps a second by task against a plain loop; Scale-and-Add against concatenation
+bench-generation: $(VENV)/.setup ## denoising steps a second by task against a plain loop, shortcuts, memory; Scale-and-Add against concatenation
 	$(BIN)/python benchmarks/generation.py $(ARGS)
+	$(BIN)/python benchmarks/generation_memory.py
 	$(BIN)/python benchmarks/scale_and_add.py
