@@ -209,7 +209,7 @@ def rehearse(kind, num_gpus, arguments, before=False):
     (folder / "log").mkdir()
     rows = [
         {"key": f"clip-{n:07d}", "task": "t2v", "dataset": "d", "target": f"{n}.mp4", "caption": "x", "split": "train"}
-        for n in range(num_gpus * SHARD_SAMPLES * (arguments.shards // 2 if before else arguments.shards))
+        for n in range(num_gpus * SHARD_SAMPLES * (max(arguments.shards // 2, 1) if before else arguments.shards))
     ]
     (folder / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     config = job_config(PrepareConfig, "data-prepare", [

@@ -1,7 +1,6 @@
 """Planned samples to pixels, wherever a decoder runs: in the builder itself, or in an actor on another node.
 
-Pixels cross Ray's object store, so a decoder may run on any node: what that costs beside decoding them is measured in
-docs/benchmarks.md.
+Pixels cross Ray's object store, so a decoder may run on any node: docs/benchmarks.md has what a GPU takes of them.
 """
 
 import dataclasses
