@@ -15,7 +15,7 @@ SUITES ?= sample
 CHECKPOINT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev lock check-lock FORCE lint format check test test-pages test-fast fuzz sample-data shards pretrain finetune-edit distill prefer evaluate serve demo readme-strip codec mlflow bench clean render submit validate doctor mlflow-server rehearse rehearse-fresh drill drill-training image kernels bench-data bench-prepare bench-kernels bench-generation bench-training bench-gpu
+.PHONY: help setup setup-dev lock check-lock FORCE lint format check test test-pages test-fast fuzz sample-data shards pretrain finetune-edit distill prefer evaluate serve demo readme-strip codec mlflow bench clean render submit validate doctor mlflow-server rehearse rehearse-fresh drill drill-training image kernels bench-data bench-prepare bench-cluster bench-kernels bench-generation bench-training bench-gpu
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -173,6 +173,11 @@ bench-data: sample-data ## the data path against plain loops and other writers, 
 
 bench-prepare: $(VENV)/.setup ## how busy encoders are on 8 and 64 logical GPUs, decoding and encoding asleep: ARGS=--gpus 8 --kill 90
 	$(BIN)/python benchmarks/rehearse_prepare.py $(ARGS)
+
+bench-cluster: $(VENV)/.setup ## shards, builders and dying nodes against the driver's memory and CPU, on nodes of Ray's own: ARGS=
+	$(BIN)/python benchmarks/cluster_scale.py --nodes 0 --shards 1000 5000 20000 $(ARGS)
+	$(if $(ARGS),,$(BIN)/python benchmarks/cluster_scale.py --shards 480 --builders 4 16 48 --nodes 4 --sleep 15)
+	$(if $(ARGS),,$(BIN)/python benchmarks/cluster_scale.py --shards 1200 --builders 20 --nodes 20 --sleep 4 --loss 0.05)
 
 bench-kernels: $(VENV)/.setup ## time every kernel against eager and torch.compile: ARGS=--no-compile
 	$(BIN)/python benchmarks/kernels_cpu.py $(ARGS)

@@ -109,7 +109,7 @@ def start_local(num_cpus: int, **options: Any) -> None:
         earlier = {child.pid for child in psutil.Process().children()}
         try:
             # Without an address Ray would join whatever other cluster this machine runs.
-            with _nodes_may_be_late():
+            with nodes_may_be_late():
                 ray.init(
                     address="local", num_cpus=num_cpus, include_dashboard=False, logging_level="warning", **options
                 )
@@ -133,7 +133,7 @@ def start_local(num_cpus: int, **options: Any) -> None:
 
 
 @contextlib.contextmanager
-def _nodes_may_be_late() -> Iterator[None]:
+def nodes_may_be_late() -> Iterator[None]:
     """Ray gives a node 30 s to register, and no setting changes that: its look-up is made to wait instead.
 
     Not for one that ended: the raylet leaves when its agents were not there in the 15 s that it gives them.

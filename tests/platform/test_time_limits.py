@@ -188,6 +188,6 @@ def test_a_node_that_registers_late_is_waited_for(monkeypatch):
 
     monkeypatch.setattr(services, "get_node", look_up)
     monkeypatch.setattr(ray_session.time, "sleep", lambda seconds: None)
-    with ray_session._nodes_may_be_late():
+    with ray_session.nodes_may_be_late():
         assert services.get_node("127.0.0.1:1", "id") == {"labels": {}}
     assert services.get_node is look_up
