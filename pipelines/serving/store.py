@@ -34,7 +34,7 @@ from loomvideo.pipelines.serving.jobs import UNFINISHED, Job, Result, StoreAwayE
 from loomvideo.pipelines.serving.requests import GenerationRequest, RequestLimits
 from loomvideo.pipelines.serving.store_lock import HELD, NEXT, Lock, acquire, is_held, release
 from loomvideo.pipelines.serving.uploads import Upload, UploadLimits
-from loomvideo.platform.errors import UserError, full_disk_behind
+from loomvideo.platform.errors import UserError, full_disk_behind, how_to_add
 
 logger = logging.getLogger(__name__)
 MEMORY = "memory"
@@ -117,8 +117,7 @@ class ServiceStore:
                 _TABLES.create_all(self._engine)
         except ImportError as error:
             raise UserError(
-                f"store={self.shown}: Postgres needs the package {error.name}; make setup EXTRAS=server, or "
-                "pip install 'loomvideo[server]'"
+                f"store={self.shown}: Postgres needs the package {error.name}: {how_to_add('server')}"
             ) from error
         except (SQLAlchemyError, OSError) as error:
             reason = str(error).splitlines()[0]
