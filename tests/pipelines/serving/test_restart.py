@@ -172,6 +172,7 @@ def test_two_servers_do_not_share_a_store(store):
 
 
 def test_stores_that_cannot_be_opened_are_named_without_their_password(monkeypatch):
+    pytest.importorskip("psycopg2")
     with pytest.raises(UserError, match=r"store=nosuch://x: cannot be opened"):
         ServiceStore("nosuch://x")
     with pytest.raises(UserError, match=r"store=postgresql://ann:\*\*\*@localhost:1/x: cannot be opened") as refused:
