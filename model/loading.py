@@ -48,6 +48,7 @@ class ModelSource:
         memory_bytes: What ``auto`` may use; 0 takes what is free.
         lora: Adapters, ``FILE`` or ``FILE:STRENGTH`` each.
         codec_limit_bytes: Activations that the codec may have; 0 for its own limit.
+        decode_beside: A result is decoded while the next one is denoised, which needs memory for both.
     """
 
     weights: str
@@ -64,6 +65,7 @@ class ModelSource:
     memory_bytes: int = 0
     codec_limit_bytes: int = 0
     lora: tuple[str, ...] = ()
+    decode_beside: bool = False
 
     def check(self) -> None:
         """Refuse what does not go together.
@@ -83,6 +85,9 @@ class ModelSource:
             parse_choice(choice)
         if self.compile and self.memory not in (AUTO, "resident"):
             raise UserError(f"compile=true: blocks would be compiled at every load; use it with memory=resident, "
+                            f"not {self.memory}")  # fmt: skip
+        if self.decode_beside and self.memory not in (AUTO, "resident"):
+            raise UserError(f"decode_beside=true: codec and transformer work at once; use it with memory=resident, "
                             f"not {self.memory}")  # fmt: skip
 
     def absolute(self) -> "ModelSource":
@@ -135,8 +140,9 @@ def fitted(source: ModelSource, work: Work) -> ModelSource:
         return source
     available = source.memory_bytes or available_bytes(device_of(source.device))
     peak = choose_mode(source_peaks(source, work), available)
-    if source.compile and peak.mode != "resident":
-        raise UserError(f"compile=true: needs memory=resident, and only memory={peak.mode} fits; set compile=false")
+    for key in ("compile", "decode_beside"):
+        if getattr(source, key) and peak.mode != "resident":
+            raise UserError(f"{key}=true: needs memory=resident, and only memory={peak.mode} fits; set {key}=false")
     limit = codec_limit(peak, available, source.size.codec.memory_limit_bytes)
     return dataclasses.replace(source, memory=peak.mode, codec_limit_bytes=limit)
 
@@ -144,7 +150,7 @@ def fitted(source: ModelSource, work: Work) -> ModelSource:
 def source_peaks(source: ModelSource, work: Work) -> list[Peak]:
     """What each way of using memory would need at most for this work."""
     num_bytes = dtype_on(device_of(source.device)).itemsize
-    return peaks(source.size, work, source.mllm_bits, source.dit_bits, num_bytes)
+    return peaks(source.size, work, source.mllm_bits, source.dit_bits, num_bytes, source.decode_beside)
 
 
 def available_bytes(device: torch.device) -> int:

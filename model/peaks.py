@@ -78,7 +78,9 @@ class Peak:
         return max(self.encode, self.denoise, self.decode)
 
 
-def peaks(size: ModelSize, work: Work, mllm_bits: int = 16, dit_bits: int = 16, num_bytes: int = 2) -> list[Peak]:
+def peaks(
+    size: ModelSize, work: Work, mllm_bits: int = 16, dit_bits: int = 16, num_bytes: int = 2, beside: bool = False
+) -> list[Peak]:
     """The peak of every mode, fastest mode first.
 
     Args:
@@ -87,6 +89,7 @@ def peaks(size: ModelSize, work: Work, mllm_bits: int = 16, dit_bits: int = 16, 
         mllm_bits: Bits of the MLLM's decoder weights.
         dit_bits: Bits of the transformer's block weights.
         num_bytes: Bytes of other weights and activations: 2 for bf16.
+        beside: Whether a result is decoded while the next one is encoded and denoised, where all weights are resident.
     """
     dit, mllm = _dit_weights(size.dit), _mllm_weights(size.mllm)
     codec = num_bytes * WAN_VAE_PARAMETERS if size.codec.kind == "wan" else 0
@@ -101,7 +104,8 @@ def peaks(size: ModelSize, work: Work, mllm_bits: int = 16, dit_bits: int = 16, 
         mllm_bytes = mllm.on_device(mode, mllm_bits, num_bytes)
         if mode == "resident":
             everything = dit_bytes + mllm_bytes + codec
-            found.append(Peak(mode, everything + encode, everything + denoise, everything + decode))
+            meanwhile = max(encode, denoise) if beside else 0
+            found.append(Peak(mode, everything + encode, everything + denoise, everything + decode + meanwhile))
         else:
             found.append(Peak(mode, mllm_bytes + encode, dit_bytes + denoise, codec + decode))
     return found

@@ -2,6 +2,7 @@
 
 import dataclasses
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
@@ -10,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from loomvideo.jobs.generation.config import GenerateConfig
-from loomvideo.jobs.weights.model_choice import model_source
 from loomvideo.model.parallel import Ranks
+from loomvideo.pipelines.generation.beside import WriterBeside
 from loomvideo.pipelines.generation.generator import FileGenerator
 from loomvideo.pipelines.generation.requests import Request
 from loomvideo.platform.errors import UserError
@@ -27,12 +28,14 @@ class GeneratorActor:
 
     def __init__(self, config: GenerateConfig):
         self.config, self.rank = config, 0
+        self._denoising = threading.Lock()
 
     def load(self, requests: Sequence[Request] = ()) -> str:
         """Load the model for these requests; returns where the ranks of a group with this one as the first can meet."""
         device = device_for(self.config.gpus, "gpus").type
-        source = dataclasses.replace(model_source(self.config, drop_exact=True), device=device)
+        source = dataclasses.replace(self.config.model_source(drop_exact=True), device=device)
         self.generator = FileGenerator.load(source, self.config, requests)
+        self._beside = WriterBeside(self.generator) if self.config.decode_beside else None
         import ray
 
         with socket.socket() as probe:
@@ -53,9 +56,13 @@ class GeneratorActor:
             if self.config.whole:
                 self.generator.generate(request)
                 return "done", ""
-            prepared = self.generator.prepare(request)
-            latents = self.generator.sample(prepared)
-            if self.rank == 0:
+            with self._denoising:
+                prepared = self.generator.prepare(request)
+                latents = self.generator.sample(prepared)
+                written = self._beside.write(prepared, latents) if self._beside else None
+            if written is not None:
+                written.result()
+            elif self.rank == 0:
                 self.generator.write(prepared, latents)
         except UserError as error:
             if self.config.gpus:
@@ -102,7 +109,8 @@ class GeneratorGroup:
     def _start(self) -> None:
         import ray
 
-        actor = ray.remote(num_gpus=self.config.gpus, num_cpus=1)(GeneratorActor)
+        at_once = requests_at_once(self.config)
+        actor = ray.remote(num_gpus=self.config.gpus, num_cpus=1, max_concurrency=at_once)(GeneratorActor)
         self.actors = [actor.remote(self.config) for _ in range(self.config.ranks)]
         try:
             address, *_ = ray.get([actor.load.remote(self._requests) for actor in self.actors])
@@ -120,6 +128,11 @@ class GeneratorGroup:
         self._start()
 
 
+def requests_at_once(config: GenerateConfig) -> int:
+    """Requests that a group has at a time: one is denoised, and with ``decode_beside`` another one written."""
+    return 2 if config.decode_beside else 1
+
+
 def generate_all(config: GenerateConfig, requests: Sequence[Request]) -> Iterator[tuple[Request, Outcome]]:
     """Make every request on ``config.workers`` groups; results come in the order of the requests."""
     groups: SimpleQueue[GeneratorGroup] = SimpleQueue()
@@ -131,8 +144,10 @@ def generate_all(config: GenerateConfig, requests: Sequence[Request]) -> Iterato
         finally:
             groups.put(group)
 
-    with ThreadPoolExecutor(min(config.workers, len(requests))) as threads:
+    workers, at_once = min(config.workers, len(requests)), requests_at_once(config)
+    with ThreadPoolExecutor(workers * at_once) as threads:
         start: Callable[[int], GeneratorGroup] = lambda _: GeneratorGroup(config, requests)  # noqa: E731
-        for group in threads.map(start, range(min(config.workers, len(requests)))):
-            groups.put(group)
+        for group in threads.map(start, range(workers)):
+            for _ in range(at_once):
+                groups.put(group)
         yield from zip(requests, threads.map(make, requests), strict=True)

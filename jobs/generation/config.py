@@ -1,10 +1,15 @@
 """The configuration of ``loomvideo generate``."""
 
+import dataclasses
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from loomvideo.jobs.weights.model_choice import ModelChoice
+from loomvideo.jobs.weights.model_choice import ModelChoice, model_source
 from loomvideo.pipelines.generation.settings import Settings
 from loomvideo.platform.config import option
+
+if TYPE_CHECKING:
+    from loomvideo.model.loading import ModelSource
 
 
 @dataclass
@@ -30,3 +35,14 @@ class GenerateConfig(Settings, ModelChoice, _RequestKeys):
     ranks: int = option(1, "processes that share each generation, dividing its branches")
     sequence_ranks: int = option(1, "neighbouring ranks that divide the tokens of a branch instead")
     gpus: float = option(0.0, "GPUs a process, for a batch or several ranks")
+    decode_beside: bool = option(
+        False, "batch, seeds: decode and write a file while the next one is denoised; memory for both (see --dry-run)"
+    )
+
+    def model_source(self, drop_exact: bool = False) -> "ModelSource":
+        """The checkpoint, and how it is loaded.
+
+        Raises:
+            UserError: as :func:`model_source`.
+        """
+        return dataclasses.replace(model_source(self, drop_exact), decode_beside=self.decode_beside)

@@ -4,9 +4,9 @@ import dataclasses
 from pathlib import Path
 
 from loomvideo.jobs.generation.config import GenerateConfig
-from loomvideo.jobs.weights.model_choice import model_source
 from loomvideo.model.loading import ModelSource, available_bytes, fitted, source_peaks
 from loomvideo.model.peaks import GIB, Work
+from loomvideo.pipelines.generation.beside import WriterBeside
 from loomvideo.pipelines.generation.generator import FileGenerator
 from loomvideo.pipelines.generation.memory import largest_work
 from loomvideo.pipelines.generation.requests import Request, read_requests
@@ -37,7 +37,12 @@ def run(config: GenerateConfig) -> None:
         raise UserError(f"seeds={config.seeds}: names one twice")
     if config.whole and config.ranks > 1:
         raise UserError(f"ranks={config.ranks}: whole=true edits on one process; set ranks=1")
-    source = model_source(config)
+    if config.decode_beside and not (config.batch or config.seeds):
+        raise UserError("decode_beside=true: there is no next result to denoise; set batch= or seeds=")
+    if config.decode_beside and (config.whole or config.ranks > 1):
+        raise UserError("decode_beside=true: is for results that one process makes at once; leave out whole and ranks")
+    source = config.model_source()
+    source.check()
     source.size.grid.check_frames("num_frames", config.num_frames)
     if config.batch or config.ranks > 1:
         _run_on_ray(config, requests, refused)
@@ -54,7 +59,7 @@ def preview(config: GenerateConfig) -> None:
         UserError: as :func:`run`, for what needs no file.
     """
     config.check()
-    source = model_source(config)
+    source = config.model_source()
     requests = list(read_requests(Path(config.batch))) if config.batch else []
     if not requests and config.task:
         requests = [single_request(config)]
@@ -73,7 +78,7 @@ def single_request(config: GenerateConfig) -> Request:
 
 def _run_here(config: GenerateConfig, request: Request) -> None:
     measures = config.measure_error and bool(config.shortcuts.alone()) and not config.whole
-    generator = FileGenerator.load(model_source(config, drop_exact=not measures), config, [request])
+    generator = FileGenerator.load(config.model_source(drop_exact=not measures), config, [request])
     rows: list[ShortcutError] = []
     try:
         if config.whole:
@@ -111,13 +116,20 @@ def _run_seeds(config: GenerateConfig, request: Request) -> None:
         dataclasses.replace(request, seed=seed, out=str(out.with_name(f"{out.stem}-{seed}{out.suffix}")))
         for seed in config.seeds
     ]
-    generator = FileGenerator.load(model_source(config, drop_exact=True), config, [request])
+    generator = FileGenerator.load(config.model_source(drop_exact=True), config, [request])
+    beside = WriterBeside(generator) if config.decode_beside else None
     try:
         with bars() as bar:
             task = bar.add_task("denoising", total=None)
-            made = generator.generate_seeds(requests, lambda step, total: bar.update(task, completed=step, total=total))
+            made = generator.generate_seeds(
+                requests,
+                lambda step, total: bar.update(task, completed=step, total=total),
+                beside.write if beside else None,
+            )
             paths = list(made)
     finally:
+        if beside:
+            beside.close()
         generator.close()
     print("\n".join(map(str, paths)))
 
@@ -181,7 +193,7 @@ def _run_on_ray(config: GenerateConfig, requests: list[Request], refused: list[s
 
 def _absolute_config(config: GenerateConfig) -> GenerateConfig:
     """The same configuration for actors, which may run in another folder."""
-    source = model_source(config).absolute()
+    source = config.model_source().absolute()
     folders = {"codec_folder": source.codec_folder, "mllm_folder": source.mllm_folder, "lora": list(source.lora)}
     return dataclasses.replace(config, checkpoint=source.weights, model=source.model, **folders)
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -216,13 +217,17 @@ class FileGenerator:
             )
 
     def generate_seeds(
-        self, requests: Sequence[Request], on_step: Callable[[int, int], None] | None = None
+        self,
+        requests: Sequence[Request],
+        on_step: Callable[[int, int], None] | None = None,
+        write: Callable[[Prepared, torch.Tensor], Future[Path]] | None = None,
     ) -> Iterator[Path]:
         """Generate files of requests that differ in nothing but ``seed`` and ``out``: files are read and encoded once.
 
         Args:
             requests: One a seed; ``batch_seeds`` of them are denoised in one pass.
             on_step: Called after each step with the steps done and all.
+            write: Begins to write a result, which ends while the next pass is denoised; None writes it at once.
 
         Raises:
             UserError: as :meth:`generate`.
@@ -230,6 +235,7 @@ class FileGenerator:
         settings, prepared = self.settings, self.prepare(requests[0])
         passes = [requests[start:][: settings.batch_seeds] for start in range(0, len(requests), settings.batch_seeds)]
         steps = self.pipeline.num_steps(settings.shortcuts.steps or settings.steps)
+        pending: list[Future[Path]] = []
         for number, together in enumerate(passes):
 
             def count(step: int, latents: torch.Tensor, number: int = number) -> None:
@@ -241,8 +247,15 @@ class FileGenerator:
                     prepared.conditions, [request.seed for request in together], settings.steps,
                     settings.guidance(prepared.task), settings.batch_branches, count, settings.shortcuts,
                 )  # fmt: skip
+            yield from (written.result() for written in pending)
+            pending = []
             for request, latents in zip(together, made, strict=True):
-                yield self.write(dataclasses.replace(prepared, request=request, facts=self.facts(request)), latents)
+                result = dataclasses.replace(prepared, request=request, facts=self.facts(request))
+                if write is None:
+                    yield self.write(result, latents)
+                else:
+                    pending.append(write(result, latents))
+        yield from (written.result() for written in pending)
 
     def write(self, prepared: Prepared, latents: torch.Tensor) -> Path:
         """Decode latents and write the file, decoding while it is encoded.

@@ -100,5 +100,9 @@ def test_the_fastest_way_that_fits_is_chosen():
     assert codec_limit(full, 80 * GIB, 12 * GIB) == 12 * GIB
     assert tight.mode == "resident"
     assert 4 * GIB <= codec_limit(tight, 34 * GIB, 12 * GIB) < 8 * GIB
+    beside = peaks(SIZE, EDIT, beside=True)
+    assert choose_mode(beside, 80 * GIB).mode == "resident"
+    assert beside[0].num_bytes > found[0].decode + 2 * GIB
+    assert beside[1:] == found[1:]
     with pytest.raises(UserError, match=r"no way fits into 2\.0 GiB .*mllm_bits=4"):
         choose_mode(found, 2 * GIB)

@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from loomvideo.jobs.generation.config import GenerateConfig
 from loomvideo.jobs.generation.job import run
 from loomvideo.jobs.weights.model_choice import model_source
 from loomvideo.model.dit import LoomVideoDiT
+from loomvideo.model.pipeline import LoomVideoPipeline
 from loomvideo.model.shortcuts import Shortcuts
 from loomvideo.model.sizes import model_size
 from loomvideo.model.weights import save_dit
@@ -220,6 +223,57 @@ def test_several_seeds_are_what_each_is_alone(folder, capsys):
         run(config(folder, **asked, out="x.png", seeds=[1], ranks=2))
 
 
+def test_a_result_is_written_while_the_next_one_is_denoised(folder, monkeypatch):
+    asked = {"task": "t2i", "prompt": "a red dress", "steps": 1}
+    plain = config(folder, **asked, seeds=[1, 2, 3])
+    run(dataclasses.replace(plain, out=str(folder / "after.png")))
+    sample, write = LoomVideoPipeline.sample_seeds, FileGenerator.write
+    begun = {seed: threading.Event() for seed in plain.seeds}
+
+    def denoise(pipeline, conditions, seeds, *arguments):
+        begun[seeds[0]].set()
+        return sample(pipeline, conditions, seeds, *arguments)
+
+    def write_once_the_next_began(generator, prepared, latents):
+        assert begun[min(prepared.request.seed + 1, 3)].wait(60), "the next one waits for this file"
+        return write(generator, prepared, latents)
+
+    monkeypatch.setattr(LoomVideoPipeline, "sample_seeds", denoise)
+    monkeypatch.setattr(FileGenerator, "write", write_once_the_next_began)
+    run(dataclasses.replace(plain, out=str(folder / "beside.png"), decode_beside=True))
+    for seed in plain.seeds:
+        after, beside = (np.asarray(Image.open(folder / f"{name}-{seed}.png")) for name in ("after", "beside"))
+        assert np.array_equal(after, beside)
+
+
+def test_an_actor_denoises_one_and_writes_another(folder, monkeypatch):
+    actor = GeneratorActor(config(folder, steps=1, decode_beside=True))
+    actor.load()
+    asked = [request(folder, "t2i", f"actor-{number}.png", seed=number) for number in (1, 2, 3)]
+    sample, write = FileGenerator.sample, FileGenerator.write
+    begun, another_began = [], threading.Semaphore(0)
+
+    def denoise(generator, prepared):
+        begun.append(prepared.request.seed)
+        if len(begun) > 1:
+            another_began.release()
+        return sample(generator, prepared)
+
+    def write_once_another_began(generator, prepared, latents):
+        assert prepared.request.seed in begun[2:] or another_began.acquire(timeout=60), "the next one waits"
+        if prepared.request.seed == 2:
+            raise UserError("out=actor-2.png: a full disk")
+        return write(generator, prepared, latents)
+
+    monkeypatch.setattr(FileGenerator, "sample", denoise)
+    monkeypatch.setattr(FileGenerator, "write", write_once_another_began)
+    with ThreadPoolExecutor(2) as threads:
+        outcomes = list(threads.map(actor.generate, asked))
+    actor.generator.close()
+    assert outcomes == [("done", ""), ("failed", "out=actor-2.png: a full disk"), ("done", "")]
+    assert [Path(item.out).is_file() for item in asked] == [True, False, True]
+
+
 def test_frames_left_out_are_told(folder, capsys):
     asked = {"task": "edit", "prompt": "make it red", "source": str(folder / "clip with spaces é.mp4"), "steps": 1}
     run(config(folder, **asked, out=str(folder / "first.mp4")))
@@ -352,6 +406,11 @@ def test_batch_mistakes_name_the_line(folder):
         ({"task": "t2v", "prompt": "a", "out": "a.mp4", "num_frames": 10}, "num_frames=10: must be 4k"),
         ({"task": "t2v", "prompt": "a", "out": "a.mp4", "fps": 0.5}, "fps=0.5: choose 1 to 240, or 0"),
         ({"task": "t2v", "prompt": "a", "out": "a.mp4", "whole": True, "keep": False}, "leave keep=true"),
+        ({"task": "t2v", "prompt": "a", "out": "a.mp4", "decode_beside": True}, "no next result"),
+        (
+            {"task": "t2v", "prompt": "a", "out": "a.mp4", "seeds": [1], "decode_beside": True, "memory": "offload"},
+            "use it with memory=resident, not offload",
+        ),
     ],
 )
 def test_command_mistakes(folder, changes, message):
