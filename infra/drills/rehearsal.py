@@ -19,6 +19,7 @@ from local_cluster import LocalCluster, free_port
 from node_network import Loopback, Namespaces, can_make_namespaces
 
 from loomvideo.platform.cluster.mlflow_server import PASSWORD_FILE, USER, Server, prepare_server
+from loomvideo.platform.machine import patience
 
 REPO = Path(__file__).resolve().parents[2]
 PATIENCE_S = 300
@@ -164,20 +165,22 @@ class Rehearsal:
 
     def wait_for(self, what: str, ready: Callable[[], bool], run: str | None = None) -> None:
         """Wait for a condition; a job that ends early is an error."""
-        deadline = time.monotonic() + PATIENCE_S
+        limit = patience(PATIENCE_S)
+        deadline = time.monotonic() + limit
         while not ready():
             if run and self.jobs[run].poll() is not None:
                 raise DrillError(f"{what}: the job ended with {self.jobs[run].returncode}: {self.tail(run)}")
             if time.monotonic() > deadline:
-                raise DrillError(f"{what}: not within {PATIENCE_S} s")
+                raise DrillError(f"{what}: not within {limit:.0f} s")
             time.sleep(0.5)
 
     def finish(self, run: str, expected: int = 0) -> None:
         """Wait for a job's end; its exit code, as the submitting person sees it, must be the expected one."""
         try:
-            code = self.jobs.pop(run).wait(PATIENCE_S)
+            limit = patience(PATIENCE_S)
+            code = self.jobs.pop(run).wait(limit)
         except subprocess.TimeoutExpired as error:
-            raise DrillError(f"{run}: not finished within {PATIENCE_S} s: {self.tail(run)}") from error
+            raise DrillError(f"{run}: not finished within {limit:.0f} s: {self.tail(run)}") from error
         if code != expected:
             raise DrillError(f"{run}: exit code {code}, expected {expected}: {self.tail(run)}")
 
