@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -252,11 +253,19 @@ def _content(table: pa.Table, units: list[PlannedShard]) -> Iterator[str]:
     """All that is known of each unit's samples, as one text; some units at a time, for memory."""
     columns = table.select(["sample", "assessed", "media"])
     for start in range(0, len(units), _UNITS_IN_A_PART):
-        for unit in units[start : start + _UNITS_IN_A_PART]:
-            rows = columns.take(pa.array(unit.rows))
+        for rows in _members(columns, units[start : start + _UNITS_IN_A_PART]):
             yield "\n".join(
                 "\t".join(row) for row in zip(*(column.to_pylist() for column in rows.columns), strict=True)
             )
+
+
+def _members(table: pa.Table, units: list[PlannedShard]) -> Iterator[pa.Table]:
+    """The rows of each unit, taken for all of them at once: a take goes through the whole table."""
+    rows = table.take(pa.array(np.concatenate([unit.rows for unit in units])))
+    start = 0
+    for unit in units:
+        yield rows.slice(start, len(unit.rows))
+        start += len(unit.rows)
 
 
 def commit_plan(storage: Storage, plan: UnitPlan, run: str = "") -> list[WorkRow]:
@@ -275,8 +284,7 @@ def commit_plan(storage: Storage, plan: UnitPlan, run: str = "") -> list[WorkRow
                 storage.staged(f"{PLAN_FOLDER}/{name}") as path,
                 pq.ParquetWriter(path, _PLAN_SCHEMA, compression="zstd") as out,
             ):
-                for unit, earlier in zip(units, was, strict=True):
-                    part = plan.table.take(pa.array(unit.rows))
+                for unit, earlier, part in zip(units, was, _members(plan.table, units), strict=True):
                     columns = [pa.array([unit.name] * len(part)), pa.array(range(len(part)), pa.int32())]
                     columns += [pa.array(earlier, pa.string()), *part.columns]
                     out.write_table(pa.table(columns, schema=_PLAN_SCHEMA))
