@@ -120,14 +120,19 @@ class LocalCluster:
         """Start a worker node, with custom resources if any, and wait until the head counts it."""
         options = (f"--address={self.gcs_address}", f"--num-cpus={num_cpus}", "--object-store-memory=100000000")
         options += (f"--resources={json.dumps(resources)}",) if resources else ()
-        alive = self.num_alive()
+        # Not their number: one that was just killed may still count.
+        known = self._alive()
         self._start(name, *options)
-        self._wait(name, "/api/v0/nodes", lambda _: self.num_alive() > alive)
+        self._wait(name, "/api/v0/nodes", lambda _: bool(self._alive() - known))
 
     def num_alive(self) -> int:
         """Nodes that the head counts as alive."""
+        return len(self._alive())
+
+    def _alive(self) -> set[str]:
+        """Names of the nodes that the head counts as alive."""
         nodes = self._get("/api/v0/nodes").json()["data"]["result"]["result"]
-        return sum(node["state"] == "ALIVE" for node in nodes)
+        return {node["node_id"] for node in nodes if node["state"] == "ALIVE"}
 
     def _get(self, page: str) -> requests.Response:
         return requests.get(self.address + page, headers={"Authorization": f"Bearer {self.token}"}, timeout=30)
