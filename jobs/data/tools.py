@@ -191,14 +191,34 @@ def verify(
 
 def report(
     folder: DatasetFolder,
-    samples: Annotated[int, typer.Option(help="samples shown")] = 24,
-) -> None:
-    """Write DIR/report.html: accounts, losses, distributions and contact sheets in one file."""
-    from loomvideo.pipelines.prepare.report import write_report
+    samples: Annotated[
+        int, typer.Option(help="samples of which strips of frames are stored, spread over outcomes, reasons and tasks")
+    ] = 240,
+    seconds: Annotated[float, typer.Option(help="begin no strip after so many seconds")] = 600.0,
+    serve: Annotated[
+        bool,
+        typer.Option(
+            "--serve", help="show it on this machine's loopback, with media that a page does not reach by itself: "
+            "object stores, parts of films, other codecs; an up-to-date report is not written again"
+        ),
+    ] = False,
+    port: Annotated[int, typer.Option(help="port of --serve")] = 8765,
+) -> None:  # fmt: skip
+    """Write DIR/report.html and DIR/report/: accounts, losses, distributions, and a gallery of all samples to filter.
+
+    The page opens from a file or any static server that has both; rows are loaded as they are looked at.
+    """
+    from loomvideo.pipelines.gallery.report import is_current, write_report
     from loomvideo.platform.shards.reader import ShardDataset
 
     dataset = ShardDataset.open(folder)
-    print(write_report(dataset, samples))
+    if not serve or not is_current(dataset):
+        print(write_report(dataset, samples, seconds))
+    if serve:
+        from loomvideo.pipelines.gallery.server import create_app, run_app
+
+        print(f"http://localhost:{port}/ shows {folder}; end with Ctrl-C", flush=True)
+        run_app(create_app(folder), port)
 
 
 def remove(
@@ -206,12 +226,17 @@ def remove(
     source: Annotated[list[str], typer.Option(help="key, group, media path, source_id or sku; repeatable")],
 ) -> None:
     """Take samples down: hidden at once and left out by later prepares; `data compact` rewrites their tars."""
+    from loomvideo.pipelines.gallery.report import remove_report
     from loomvideo.pipelines.prepare.identities import planned_identities
     from loomvideo.platform.shards.storage import Storage
     from loomvideo.platform.shards.takedown import remove
 
-    keys = remove(folder, source, planned_identities(Storage(folder)))
+    storage = Storage(folder)
+    keys = remove(folder, source, planned_identities(storage))
+    # It names and shows what was taken down.
+    remove_report(storage)
     print(f"{folder}: removed {len(keys)} samples: {', '.join(keys[:10])}{' …' if len(keys) > 10 else ''}")
+    print(f"the report, which showed them, is gone too; `loomvideo data report {folder}` writes it anew")
 
 
 def compact(
