@@ -24,26 +24,10 @@ from fixtures.browser import CHROMIUM, browser_page
 
 TASKS = ("video_edit", "t2v", "image_edit", "ref_edit", "mi2v", "t2i")
 REASONS = ("no_op", "temporal_offset", "blurred", "missing_file", "near_duplicate")
-WORDS = [
-    "a",
-    "woman",
-    "in",
-    "red",
-    "blue",
-    "striped",
-    "dress",
-    "walks",
-    "before",
-    "forest",
-    "brick",
-    "wall",
-    "beach",
-    "city",
-    "night",
-    "coat",
-    "jacket",
-    "shirt",
-]
+WORDS = (
+    "a", "woman", "in", "red", "blue", "striped", "dress", "walks", "before", "forest", "brick", "wall", "beach",
+    "city", "night", "coat", "jacket", "shirt",
+)  # fmt: skip
 SHOWN = "document.body.dataset.shown === (location.hash || '#')"
 VIEWS = {
     "first page": "",
