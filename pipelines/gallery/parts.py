@@ -168,7 +168,7 @@ def sampled(codes: np.ndarray, count: int) -> list[int]:
     """Row numbers of at most so many rows, as evenly as can be over all combinations of outcome, reason and task.
 
     Args:
-        codes: As :meth:`GalleryWriter.codes` gives them.
+        codes: What :meth:`GalleryWriter.codes` gives.
         count: Rows at most.
     """
     if not len(codes) or count <= 0:

@@ -1,21 +1,18 @@
 """The rows of the gallery: every sample that was written, in the order of the index, then every one that was not.
 
-Written samples come from the index, their texts and media from the plan, shard by shard: both are in the same order, so
-no more than a part of the plan is held. Left-out samples come from the ledger.
+Written samples come from the index and their texts from the plan, shard by shard: both are in the same order, so no
+more than a shard's part of the plan is held. Left-out samples come from the ledger.
 """
 
 import json
 from collections.abc import Iterator
 from typing import Any, TypedDict
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from loomvideo.pipelines.prepare.curate import assessments
 from loomvideo.pipelines.prepare.outcomes import Outcome
 from loomvideo.pipelines.prepare.quarantine import ledger
 from loomvideo.pipelines.prepare.stages import ASSESS, ENCODE
-from loomvideo.pipelines.prepare.units import planned_files
+from loomvideo.pipelines.prepare.units import PlannedUnits, planned_files
 from loomvideo.platform.shards.commits import commits, read_all
 from loomvideo.platform.shards.index import SCORE_PREFIX
 from loomvideo.platform.shards.manifest import QUARANTINE_FILE
@@ -26,7 +23,10 @@ WRITTEN = "written"
 # Long prompts are cut: what a card and the view of one sample can show.
 _TEXT_CHARACTERS = 2000
 _MESSAGE_CHARACTERS = 400
-_FIELDS = ("key", "shard", "dataset", "task", "split", "group", "licence", "width", "height", "num_frames", "fps")
+_FIELDS = (
+    "key", "dataset", "task", "split", "group", "licence", "width", "height", "num_frames", "fps",
+    "media_target", "media_source", "media_references",
+)  # fmt: skip
 
 
 class GalleryRow(TypedDict):
@@ -78,22 +78,27 @@ def gallery_rows(dataset: ShardDataset) -> Iterator[GalleryRow]:
 
 
 def has_plan(storage: Storage) -> bool:
-    """Whether texts and media can be read without opening shards."""
+    """Whether texts can be read without opening shards."""
     return bool(planned_files(storage, ENCODE.name))
 
 
 def _written(dataset: ShardDataset) -> Iterator[GalleryRow]:
-    index = dataset.index
+    index = dataset.whole_index()
     scores = [name for name in index.column_names if name.startswith(SCORE_PREFIX)]
     columns = index.select([*_FIELDS, *scores])
     start = 0
-    plan = _Plan(dataset.storage)
+    plan = PlannedUnits(dataset.storage, ENCODE.name, ["key", "sample", "assessed"])
     for shard in dataset.manifest.shards:
         rows = columns.slice(start, shard.num_samples).to_pylist()
         start += shard.num_samples
-        planned = plan.unit(shard.name)
+        planned = {row["key"]: row for row in plan.rows(shard.name)}
         for row in rows:
-            sample, noted = planned.get(row["key"], ({}, ""))
+            known = planned.get(row["key"], {})
+            sample = json.loads(known.get("sample", "{}"))
+            noted = ", ".join(json.loads(known.get("assessed") or "{}").get("reasons", ()))
+            if row["media_target"] is not None:
+                media = {"target": row["media_target"], "source": row["media_source"]}
+                sample |= media | {"references": row["media_references"]}
             yield GalleryRow(
                 key=row["key"],
                 dataset=row["dataset"],
@@ -120,35 +125,6 @@ def _told(sample: dict[str, Any]) -> dict[str, Any]:
         "source": sample.get("source"),
         "references": sample.get("references", []),
     }
-
-
-class _Plan:
-    """The samples of a plan, unit by unit in the order of their names; of what lies behind, nothing is held."""
-
-    def __init__(self, storage: Storage):
-        self._units = self._read(storage)
-        self._next = next(self._units, None)
-
-    def unit(self, name: str) -> dict[str, tuple[dict[str, Any], str]]:
-        """``{key: (sample, what curation noted)}`` of a unit, empty where the plan has none; names ascend."""
-        while self._next is not None and self._next[0] < name:
-            self._next = next(self._units, None)
-        if self._next is None or self._next[0] != name:
-            return {}
-        return {
-            key: (json.loads(sample), ", ".join(json.loads(assessed or "{}").get("reasons", ())))
-            for key, sample, assessed in zip(*(column.to_pylist() for column in self._next[1].columns), strict=True)
-        }
-
-    @staticmethod
-    def _read(storage: Storage) -> Iterator[tuple[str, pa.Table]]:
-        for data in storage.read_many(planned_files(storage, ENCODE.name)):
-            part = pq.ParquetFile(pa.BufferReader(data))
-            # A row group is a unit.
-            for group in range(part.num_row_groups):
-                table = part.read_row_group(group, ["unit", "key", "sample", "assessed"])
-                if len(table):
-                    yield table.column("unit")[0].as_py(), table.select(["key", "sample", "assessed"])
 
 
 def _left_out(storage: Storage) -> Iterator[GalleryRow]:

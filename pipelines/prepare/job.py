@@ -22,6 +22,7 @@ from loomvideo.pipelines.prepare.attempts import ATTEMPT_FOLDER, Watch
 from loomvideo.pipelines.prepare.builder import SHARED_RECORD, SHARED_TASK
 from loomvideo.pipelines.prepare.config import PrepareConfig
 from loomvideo.pipelines.prepare.features import combined_error
+from loomvideo.pipelines.prepare.identities import Identified
 from loomvideo.pipelines.prepare.inputs import Inputs, read_inputs
 from loomvideo.pipelines.prepare.recipe import manifest_config, recipe_parts, why_stale
 from loomvideo.pipelines.prepare.stages import ENCODE, STAGES, Stage, run_stage, stages_of
@@ -307,6 +308,7 @@ def _finish(
     return finish_dataset(
         storage,
         records,
+        Identified(storage),
         config=manifest_config(config),
         encoders=json.loads(encoders.pop()) if encoders else {},
         devices=sorted(devices),

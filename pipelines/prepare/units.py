@@ -345,6 +345,36 @@ def planned_samples(storage: Storage, stage: str, keys: set[str]) -> dict[str, s
     return found
 
 
+class PlannedUnits:
+    """The samples of the plan that a stage wrote last, unit by unit; of what lies behind or ahead, nothing is held.
+
+    Args:
+        storage: The dataset folder.
+        stage: Name of the stage.
+        columns: Columns of the plan that are asked for.
+    """
+
+    def __init__(self, storage: Storage, stage: str, columns: Sequence[str]):
+        self._columns = list(columns)
+        self._units = self._read(storage.read_many(planned_files(storage, stage)))
+        self._next = next(self._units, None)
+
+    def rows(self, unit: str) -> list[dict[str, Any]]:
+        """The rows of a unit, none where the plan does not have it; names must ascend from call to call."""
+        while self._next is not None and self._next[0] < unit:
+            self._next = next(self._units, None)
+        return self._next[1].to_pylist() if self._next is not None and self._next[0] == unit else []
+
+    def _read(self, files: Iterator[bytes]) -> Iterator[tuple[str, pa.Table]]:
+        for data in files:
+            part = pq.ParquetFile(pa.BufferReader(data))
+            # A row group is a unit.
+            for group in range(part.num_row_groups):
+                table = part.read_row_group(group, ["unit", *self._columns])
+                if len(table):
+                    yield table.column("unit")[0].as_py(), table.select(self._columns)
+
+
 def read_planned(storage: Storage, row: WorkRow) -> list[PlannedRow]:
     """The samples of a unit of a plan, in slot order."""
 

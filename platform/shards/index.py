@@ -36,8 +36,15 @@ _FIXED = pa.schema(
         pa.field("group", pa.string()),
         pa.field("licence", pa.string()),
         *(pa.field(f"fingerprint_{member}", pa.string()) for member in (METADATA, *MEMBERS)),
+        # Null in datasets from before they were kept, until a prepare fills them in.
+        pa.field("media_target", pa.string()),
+        pa.field("media_source", pa.string()),
+        pa.field("media_references", pa.list_(pa.string())),
+        pa.field("source_ids", pa.list_(pa.string())),
     ]
 )
+IDENTITY_COLUMNS = ("media_target", "media_source", "media_references", "source_ids")
+"""What a sample can be asked for by, besides key and group; training reads the index without them."""
 
 
 def index_row(sample: ShardSample, shard: str, slot: int, place: SamplePlace) -> dict[str, Any]:
@@ -71,7 +78,20 @@ def index_row(sample: ShardSample, shard: str, slot: int, place: SamplePlace) ->
     }
     row |= {f"fingerprint_{member}": fingerprints.get(member) for member in (METADATA, *MEMBERS)}
     row |= {f"{SCORE_PREFIX}{name}": float(value) for name, value in metadata.get("scores", {}).items()}
+    media = metadata.get("media")
+    if media is not None:
+        row |= identity_columns(
+            media.get("target"), media.get("source"), media.get("references", []), metadata.get("extra", {})
+        )
     return row
+
+
+def identity_columns(
+    target: str | None, source: str | None, references: Sequence[str], extra: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The columns :data:`IDENTITY_COLUMNS` of a sample with such media paths and ``extra`` fields."""
+    ids = [str(extra[name]) for name in ("source_id", "sku") if extra.get(name)]
+    return dict(zip(IDENTITY_COLUMNS, (target, source, list(references), ids), strict=True))
 
 
 def place_columns(place: SamplePlace) -> dict[str, Any]:

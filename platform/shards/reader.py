@@ -31,7 +31,8 @@ class ShardDataset:
     """A finished dataset. Reads are thread-safe and the object can be pickled to workers.
 
     Attributes:
-        index: One row a sample, in shard and slot order; see :mod:`loomvideo.platform.shards.index`.
+        index: One row a sample, in shard and slot order; see :mod:`loomvideo.platform.shards.index`. Media paths and
+            source ids are in :meth:`whole_index` alone.
         manifest: The table of contents.
     """
 
@@ -49,7 +50,7 @@ class ShardDataset:
         if not storage.exists(MANIFEST_FILE):
             raise UserError(f"{url}: no {MANIFEST_FILE}, so no finished dataset; run `loomvideo data prepare`")
         manifest = Manifest.from_json(storage.read_bytes(MANIFEST_FILE), f"{url}/{MANIFEST_FILE}")
-        index = _index(storage, manifest)
+        index = _index(storage, manifest, whole=False)
         if len(index) != manifest.num_samples:
             raise UserError(f"{url}: {INDEX_FILE} has {len(index)} rows, the manifest {manifest.num_samples} samples")
         return ShardDataset(storage, manifest, index)
@@ -61,6 +62,16 @@ class ShardDataset:
     def digest(self) -> str:
         """Names the content of the whole dataset."""
         return self.manifest.digest
+
+    def whole_index(self) -> pa.Table:
+        """The index with media paths and source ids, read anew; null in datasets from before they were kept.
+
+        Raises:
+            UserError: if its file has changed since the dataset was opened.
+        """
+        from loomvideo.platform.shards.index import joined
+
+        return joined([_index(self.storage, self.manifest, whole=True)])
 
     @functools.cached_property
     def rows_by_key(self) -> dict[str, int]:
@@ -136,15 +147,19 @@ def read_placed(
     return ShardSample(place["key"], metadata, tensors)
 
 
-def _index(storage: Storage, manifest: Manifest) -> pa.Table:
+def _index(storage: Storage, manifest: Manifest, whole: bool) -> pa.Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
+
+    from loomvideo.platform.shards.index import IDENTITY_COLUMNS
 
     data = storage.read_bytes(INDEX_FILE)
     if manifest.index_sha256 and hashlib.sha256(data).hexdigest() != manifest.index_sha256:
         raise UserError(f"{storage.url}/{INDEX_FILE}: checksum differs from the manifest's; {_MADE_AGAIN}")
     try:
-        return pq.read_table(io.BytesIO(data))
+        names = pq.read_schema(io.BytesIO(data)).names
+        wanted = names if whole else [name for name in names if name not in IDENTITY_COLUMNS]
+        return pq.read_table(io.BytesIO(data), columns=wanted)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{storage.url}/{INDEX_FILE}: not readable; {_MADE_AGAIN}") from error
 

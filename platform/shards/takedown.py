@@ -9,11 +9,12 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from loomvideo.platform.errors import UserError
-from loomvideo.platform.shards.index import joined, score_columns
+from loomvideo.platform.shards.index import IDENTITY_COLUMNS, identity_columns, joined, score_columns
 from loomvideo.platform.shards.manifest import MANIFEST_FILE, Manifest, shard_path
 from loomvideo.platform.shards.reader import ShardDataset, read_placed
 from loomvideo.platform.shards.sample import ShardSample
@@ -32,30 +33,33 @@ def tombstones(storage: Storage) -> set[str]:
 
 def identities(key: str, group: str, media: Collection[str | None], extra: Mapping[str, Any]) -> set[str]:
     """What a sample can be asked for by: key, group, media paths, and its ``extra.source_id`` or ``extra.sku``."""
-    named = {str(extra[name]) for name in ("source_id", "sku") if extra.get(name)}
+    named = identity_columns("", None, (), extra)["source_ids"]
     return {key, *named, *(path for path in media if path)} | ({group} if group else set())
 
 
 def remove(url: str, ids: Collection[str], known: Iterable[tuple[str, set[str]]] = ()) -> list[str]:
     """Hide every sample that one of the identities names; returns their keys.
 
+    The index says what samples can be asked for by. Of those that it does not say it of, because they were written
+    before it did, ``known`` may, and of the rest the shards are read, a request each.
+
     Args:
         url: The dataset folder.
         ids: Keys, groups, media paths, source ids, SKUs.
-        known: Keys with what their samples can be asked for by, as a plan has them; of other samples the shards are
-            read, a request each.
+        known: Keys with what their samples can be asked for by, as a plan has them.
 
     Raises:
         UserError: if an identity names no sample.
     """
     dataset = ShardDataset.open(url)
-    storage, wanted = dataset.storage, set(ids)
-    shards = dict(zip(dataset.index.column("key").to_pylist(), dataset.index.column("shard").to_pylist(), strict=True))
-    found: dict[str, str] = {}
-    matched: set[str] = set()
+    storage, wanted, index = dataset.storage, set(ids), dataset.whole_index()
+    named, matched = _named(index, wanted)
+    found = dict(zip(named.column("key").to_pylist(), named.column("shard").to_pylist(), strict=True))
+    unsaid = index.filter(pc.is_null(index["media_target"])).select(["key", "shard"])
+    shards = dict(zip(unsaid.column("key").to_pylist(), unsaid.column("shard").to_pylist(), strict=True))
     seen: set[str] = set()
     # What is left when all that is known has been looked at is read.
-    for key, names in itertools.chain(known, _read_identities(dataset, seen)):
+    for key, names in itertools.chain(known, _read_identities(dataset, shards, seen)) if shards else ():
         if key not in shards:
             continue
         seen.add(key)
@@ -66,17 +70,37 @@ def remove(url: str, ids: Collection[str], known: Iterable[tuple[str, set[str]]]
     unknown = sorted(wanted - matched)
     if unknown:
         raise UserError(f"{url}: no sample has key, group, media path, source_id or sku {unknown[0]!r}")
-    known = json.dumps({"ids": sorted(tombstones(storage) | wanted)}, indent=1) + "\n"
-    storage.write_bytes(TOMBSTONES_FILE, known.encode())
-    index = dataset.index.filter(pc.invert(pc.is_in(dataset.index.column("key"), pa.array(sorted(found)))))
+    text = json.dumps({"ids": sorted(tombstones(storage) | wanted)}, indent=1) + "\n"
+    storage.write_bytes(TOMBSTONES_FILE, text.encode())
+    index = index.filter(pc.invert(pc.is_in(index.column("key"), pa.array(sorted(found), pa.string()))))
     storage.delete(MANIFEST_FILE)
     publish(storage, _without(dataset, found), [index], score_columns(index.schema))
     return sorted(found)
 
 
-def _read_identities(dataset: ShardDataset, seen: Collection[str]) -> Iterator[tuple[str, set[str]]]:
-    """What the samples that nobody has seen yet say of themselves in their shards."""
-    unseen = [row for key, row in dataset.rows_by_key.items() if key not in seen]
+def _named(index: pa.Table, wanted: Collection[str]) -> tuple[pa.Table, set[str]]:
+    """The rows whose columns hold one of the identities, and those of them that any row holds."""
+    # An empty group is none.
+    ids = pa.array(sorted(name for name in wanted if name), pa.string())
+    hit = np.zeros(len(index), bool)
+    matched: set[str] = set()
+    for name in ("key", "group", *IDENTITY_COLUMNS):
+        column = index[name].combine_chunks()
+        if pa.types.is_list(column.type):
+            rows, values = pc.list_parent_indices(column), pc.list_flatten(column)
+        else:
+            rows, values = None, column
+        found = pc.is_in(values, ids)
+        matched |= set(pc.unique(values.filter(found)).to_pylist())
+        hit[rows.filter(found).to_numpy() if rows is not None else found.to_numpy(zero_copy_only=False)] = True
+    return index.filter(pa.array(hit)), matched
+
+
+def _read_identities(
+    dataset: ShardDataset, keys: Collection[str], seen: Collection[str]
+) -> Iterator[tuple[str, set[str]]]:
+    """What samples that nobody has seen yet say of themselves in their shards."""
+    unseen = [dataset.rows_by_key[key] for key in keys if key not in seen]
     for row in unseen:
         metadata = dataset.read(row, select=lambda member, name: False).metadata
         media = metadata.get("media", {})
@@ -105,7 +129,7 @@ def compact(url: str) -> list[str]:
     if not manifest.removed:
         return []
     affected = manifest.removed_by_shard
-    records = {}
+    records, index = {}, dataset.whole_index()
     # Without its manifest the folder is no finished dataset while its shards change.
     storage.delete(MANIFEST_FILE)
     for name, keys in affected.items():
@@ -117,7 +141,7 @@ def compact(url: str) -> list[str]:
             storage, name, record.split, _stored(storage, name, kept), record.recipe, record.losses, record.facts
         )
     shards = [records[shard.name].entry if shard.name in records else shard for shard in manifest.shards]
-    rows = dataset.index.filter(pc.invert(pc.is_in(dataset.index.column("shard"), pa.array(sorted(affected)))))
+    rows = index.filter(pc.invert(pc.is_in(index.column("shard"), pa.array(sorted(affected)))))
     table = joined([rows, *(record.index for record in records.values())])
     table = table.take(pc.sort_indices(table, [("shard", "ascending"), ("slot", "ascending")]))
     shards = [shard for shard in shards if shard.num_samples]

@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -245,12 +245,18 @@ def write_table(storage: Storage, path: str, table: pa.Table) -> str:
     return hashlib.sha256(sink.getbuffer()).hexdigest()
 
 
-def finish_dataset(storage: Storage, records: Iterable["ShardRecord | StoredRecord"], **fields: Any) -> Manifest:
+def finish_dataset(
+    storage: Storage,
+    records: Iterable["ShardRecord | StoredRecord"],
+    complete: Callable[[str, pa.Table], pa.Table] = lambda name, table: table,
+    **fields: Any,
+) -> Manifest:
     """Write the index and, last of all, the manifest from the records of all shards.
 
     Args:
         storage: The dataset folder.
         records: The records of all shards, in manifest order.
+        complete: Fills in, of a shard's name and index rows, what records from before it was kept lack.
         fields: The other fields of :class:`Manifest`.
 
     Raises:
@@ -258,7 +264,8 @@ def finish_dataset(storage: Storage, records: Iterable["ShardRecord | StoredReco
     """
     kept = [record for record in records if record.num_samples]
     scores = {name for record in kept for name in record.scores}
-    return publish(storage, Manifest([record.entry for record in kept], **fields), (r.index for r in kept), scores)
+    index = (complete(record.entry.name, record.index) for record in kept)
+    return publish(storage, Manifest([record.entry for record in kept], **fields), index, scores)
 
 
 def publish(storage: Storage, manifest: Manifest, index: Iterable[pa.Table], scores: Collection[str]) -> Manifest:

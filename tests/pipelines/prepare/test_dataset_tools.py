@@ -1,10 +1,13 @@
 """Before and after a prepare: plan, diff, verify, report, quarantine, take-downs, other readers' files."""
 
+import hashlib
 import json
 import shutil
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
@@ -22,9 +25,10 @@ from loomvideo.pipelines.prepare.staleness import stale_parts
 from loomvideo.pipelines.prepare.verify import verify, verify_on_actors
 from loomvideo.pipelines.sources.samples import read_jsonl
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.shards.index import IDENTITY_COLUMNS
 from loomvideo.platform.shards.reader import ShardDataset
 from loomvideo.platform.shards.storage import Storage
-from loomvideo.platform.shards.takedown import compact, identities, remove
+from loomvideo.platform.shards.takedown import _named, compact, identities, remove
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +74,6 @@ def test_verify_finds_changed_bytes(copied):
 
 
 def test_verify_finds_a_wrong_offset_and_a_lost_count(copied):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     table = pq.read_table(copied[0] / "index.parquet")
     rows = table.to_pylist()
     rows[0]["member_offsets"][0] += 512
@@ -170,7 +171,77 @@ def test_tars_are_verified_by_actors_as_by_this_process(copied, monkeypatch):
     assert [problem.where for problem in found] == [f"shards/{first.name}", f"shards/{second.name}"]
 
 
-def test_a_take_down_finds_samples_in_the_plan_and_reads_no_shard(copied):
+def forget_identities(folder):
+    """Make index and records what they were before they held media paths and source ids."""
+    for file in [folder / "index.parquet", *(folder / "work/records").iterdir()]:
+        table = pq.read_table(file)
+        pq.write_table(table.drop_columns(list(IDENTITY_COLUMNS)), file)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["index_sha256"] = hashlib.sha256((folder / "index.parquet").read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_the_index_says_what_a_sample_can_be_asked_for_by(copied):
+    folder, _, _ = copied
+    dataset = ShardDataset.open(folder)
+    # Training holds the index of all samples: without texts that it never looks at.
+    assert not set(IDENTITY_COLUMNS) & set(dataset.index.column_names)
+    whole = dataset.whole_index()
+    assert whole.drop_columns(list(IDENTITY_COLUMNS)).equals(dataset.index)
+    for row, entry in enumerate(whole.to_pylist()):
+        media = dataset.read(row).metadata["media"]
+        named = {"target": entry["media_target"], "source": entry["media_source"]}
+        assert media == named | {"references": entry["media_references"]}
+    for tar in folder.glob("shards/*.tar"):
+        tar.unlink()
+
+    def never():
+        raise AssertionError("the plan is not needed")
+        yield
+
+    picture = next(row for row in whole.to_pylist() if row["media_references"])
+    assert remove(folder, [picture["media_references"][0]], never()) == [picture["key"]]
+    with pytest.raises(UserError, match="no sample has key, group, media path, source_id or sku ''"):
+        remove(folder, [""])
+
+
+def test_source_ids_are_found_in_the_index():
+    names, texts = ["key", "shard", "group", "media_target", "media_source"], [pa.string()] * 5
+    lists = dict.fromkeys(("media_references", "source_ids"), pa.list_(pa.string()))
+    index = pa.Table.from_pylist(
+        [
+            {"key": "a", "group": "", "media_target": "a.mp4", "media_references": [], "source_ids": ["17"]},
+            {"key": "b", "group": "g", "media_target": "b.mp4", "media_references": ["r.png", "s.png"]},
+            {"key": "c", "group": "g", "media_target": None, "media_references": [], "source_ids": ["x", "17"]},
+        ],
+        schema=pa.schema({**dict(zip(names, texts, strict=True)), **lists}),
+    )
+    wanted = {"17": ["a", "c"], "g": ["b", "c"], "s.png": ["b"], "b.mp4": ["b"], "c": ["c"], "": [], "q": []}
+    for name, keys in wanted.items():
+        found, matched = _named(index, {name})
+        assert found.column("key").to_pylist() == keys, name
+        assert matched == ({name} if keys else set())
+
+
+def test_an_index_from_before_opens_and_the_next_change_fills_it_in(copied):
+    folder, config, _ = copied
+    whole = ShardDataset.open(folder).whole_index()
+    before, tars = ShardDataset.open(folder), {tar: tar.read_bytes() for tar in folder.glob("shards/*.tar")}
+    forget_identities(folder)
+    old = ShardDataset.open(folder)
+    assert old.index.equals(before.index)
+    assert old.digest == before.digest
+    assert old.whole_index()["media_target"].null_count == len(old)
+    assert list(verify(old)) == []
+    shard = before.manifest.shards[0].name
+    prepare(config, again=[shard])
+    filled = ShardDataset.open(folder)
+    assert filled.whole_index().equals(whole)
+    assert filled.digest == before.digest
+    assert {tar: tar.read_bytes() for tar in folder.glob("shards/*.tar")} == tars
+
+
+def test_a_take_down_from_an_index_of_before_looks_at_the_plan_then_at_shards(copied):
     folder, _, _ = copied
     known = dict(planned_identities(Storage(folder)))
     dataset = ShardDataset.open(folder)
@@ -179,6 +250,9 @@ def test_a_take_down_finds_samples_in_the_plan_and_reads_no_shard(copied):
     media = metadata["media"]
     paths = [media["target"], media["source"], *media["references"]]
     assert known[metadata["key"]] == identities(metadata["key"], metadata["group"], paths, metadata["extra"])
+    forget_identities(folder)
+    other = dataset.read(1).metadata
+    assert remove(folder, [other["media"]["target"]]) == [other["key"]]
     for tar in folder.glob("shards/*.tar"):
         tar.unlink()
     assert remove(folder, [media["target"]], known.items()) == [metadata["key"]]
