@@ -48,7 +48,7 @@ def rows(count: int) -> Iterator[GalleryRow]:
         yield GalleryRow(
             key=f"clip-{number:07d}-{number * 2654435761 % 2**32:08x}", dataset=f"set-{number % 7}",
             task=TASKS[number % 6], split="" if lost else "train", outcome="filtered" if lost else "written",
-            reason=REASONS[number // 10 % 5] if lost else "", message="", group=f"group-{number // 4}", licence="CC0-1.0",
+            reason=REASONS[number // 10 % 5] if lost else "", message="", group=f"group-{number // 4}", licence="CC0",
             text=" ".join(WORDS[i] for i in random.integers(0, len(WORDS), 14)),
             size=None if lost else [832, 480], frames=None if lost else 81, fps=None if lost else 16.0,
             target=f"{path}-target.mp4", source=f"{path}-source.mp4" if edit else None, references=[],
