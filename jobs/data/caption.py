@@ -37,7 +37,12 @@ def run(config: CaptionDatasetConfig) -> None:
 
             stack.enter_context(ray_session())
             ask = (ask_actors if config.captions.backend == "transformers" else ask_ray_llm)(config.workers)
-        result = caption_dataset(config, ask, lambda done, total: bar.update(task, completed=done, total=total))
+        result = caption_dataset(
+            config,
+            ask,
+            lambda done, total: bar.update(task, completed=done, total=total),
+            lambda cost: bar.console.print(f"{cost} (estimated; answers in {config.captions.cache} cost nothing)"),
+        )
     write(result, Storage(config.output))
     counts = Counter((row["status"], row["written"]) for row in result.ledger)
     title = f"{config.output}: {len(result.samples)} of {len(result.ledger)} samples have a text"

@@ -149,6 +149,8 @@ def plan(
                   f"{cost.hours(1):.2f} {unit}-hours")  # fmt: skip
     else:
         out.print("nothing measured: the encoders' weights are not here, or --probes 0")
+    if cost.captions is not None:
+        out.print(f"texts: {cost.captions} (answers in {config.captions.cache} cost nothing)", soft_wrap=True)
     if cost.losses:
         out.print("losses among them: " + ", ".join(f"{count} {reason}" for reason, count in cost.losses.items()))
     out.print(f"recommended: features {cost.recommended}: {cost.why}", soft_wrap=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from loomvideo.pipelines.captions.frames import Frames
 from loomvideo.pipelines.captions.options import CaptionOptions
-from loomvideo.pipelines.captions.requests import caption_request
+from loomvideo.pipelines.captions.requests import CaptionRequest, caption_request
 from loomvideo.pipelines.captions.schema import InvalidAnswerError, parse_answer
 from loomvideo.pipelines.media.decode import DecodeError
 from loomvideo.pipelines.sources.samples import Sample
@@ -32,7 +32,7 @@ class CaptionResult:
         key: The key of the sample.
         digest: The digest of what was asked; "" when nothing was.
         status: ``made``, ``cached``, ``existing``, or the reason there is none: ``invalid_answer``, ``mixed_up``,
-            ``blocked``, ``timeout``, …
+            ``not_verified``, ``blocked``, ``timeout``, …
         fields: The answer: ``sentence`` or ``instruction``, and attributes.
         model: The model that answered.
         detail: One line about a failure.
@@ -138,6 +138,14 @@ class Captioner:
         structured = self.options.backend != "transformers"
         mode = self.options.mode
         request = caption_request(sample, mode, target, source, self._sampling, structured, references)
+        result = self._ask(request)
+        if not (self.options.verify and result.succeeded):
+            return result
+        text = result.fields["instruction"]
+        again = caption_request(sample, "verify", target, source, self._sampling, structured, references, text)
+        return verified(result, self._ask(again))
+
+    def _ask(self, request: CaptionRequest) -> CaptionResult:
         fields: dict[str, Any] = {}
 
         def check(reply: Reply) -> None:
@@ -154,6 +162,17 @@ class Captioner:
             check(answer.reply)
         status = "cached" if answer.cached else "made"
         return CaptionResult(request.sample_key, request.digest, status, fields, answer.reply.model)
+
+
+def verified(result: CaptionResult, second: CaptionResult) -> CaptionResult:
+    """An instruction with what came of the second question about it; without its text when the answer was not yes."""
+    if not second.succeeded:
+        return dataclasses.replace(result, status=second.status, fields={}, detail=f"second question: {second.detail}")
+    verdict, reason = second.fields["verdict"], second.fields["reason"]
+    if verdict != "yes":
+        detail = f"{verdict}: {reason} (instruction: {result.fields['instruction']})"
+        return dataclasses.replace(result, status="not_verified", fields={}, detail=detail)
+    return dataclasses.replace(result, fields=result.fields | {"verified": reason})
 
 
 def with_text(sample: Sample, result: CaptionResult, mode: str) -> Sample:

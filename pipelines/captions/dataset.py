@@ -12,6 +12,7 @@ from typing import Any, TypedDict
 
 from loomvideo.model.tasks import TASKS
 from loomvideo.pipelines.captions.captioner import Captioner, CaptionResult, with_text
+from loomvideo.pipelines.captions.cost import CaptionCost, caption_cost, check_budget
 from loomvideo.pipelines.captions.frames import FrameReader
 from loomvideo.pipelines.captions.options import CaptionOptions, CaptionWorkers
 from loomvideo.pipelines.sources import Rejected, open_source
@@ -72,7 +73,10 @@ Progress = Callable[[int, int], None]
 
 
 def caption_dataset(
-    config: CaptionDatasetConfig, ask: Callable[[CaptionOptions, list[Sample]], Asked], progress: Progress | None = None
+    config: CaptionDatasetConfig,
+    ask: Callable[[CaptionOptions, list[Sample]], Asked],
+    progress: Progress | None = None,
+    before: Callable[[CaptionCost], None] = lambda cost: None,
 ) -> CaptionedDataset:
     """Read a dataset and make its texts.
 
@@ -80,9 +84,10 @@ def caption_dataset(
         config: The configuration of the job.
         ask: :func:`ask_server`, :func:`ask_actors` for a model that runs here, or ``ray_llm.ask_ray_llm``.
         progress: Called with the number of answers and of questions.
+        before: Called with the estimated cost before the first question.
 
     Raises:
-        UserError: for bad input, or when no sample has a text at the end.
+        UserError: for bad input, a cost over the budget, or when no sample has a text at the end.
     """
     config.captions.check()
     entries = [_unfinished(e) for e in open_source(config.input, config.format, **config.format_options)]
@@ -90,6 +95,9 @@ def caption_dataset(
     if len({sample.key for sample in samples}) != len(samples):
         raise UserError(f"input={config.input}: two samples have the same key")
     asked = [sample for sample in samples if asked_for(sample, config.captions)]
+    cost = caption_cost(asked, config.captions)
+    check_budget(cost, config.captions)
+    before(cost)
     answers: dict[str, tuple[Sample, CaptionResult]] = {}
     for sample, result in ask(config.captions, asked):
         answers[result.key] = (sample, result)

@@ -29,6 +29,12 @@ class CaptionOptions:
     max_attempts: int = option(5, "calls before a failure counts")
     timeout_s: float = option(120.0, "seconds before a call is given up")
     max_tokens: int = option(1024, "tokens of an answer at most")
+    verify: bool = option(
+        False, "instruction: ask again, whether it leads from source to target; others have the reason `not_verified`"
+    )
+    input_usd: float = option(0.0, "price of a million input tokens, for the estimate before the first question")
+    output_usd: float = option(0.0, "price of a million output tokens")
+    budget_usd: float = option(0.0, "an estimate above it ends the command before the first question; 0: no limit")
     num_frames: int = option(8, "frames of a video that are shown")
     max_side: int = option(768, "longer side of the frames shown")
 
@@ -37,6 +43,12 @@ class CaptionOptions:
         for key, value, valid in (("backend", self.backend, BACKENDS), ("mode", self.mode, MODES)):
             if value not in valid:
                 raise UserError(f"captions.{key}={value}: choose one of {', '.join(valid)}")
+        if self.verify and self.mode != "instruction":
+            raise UserError(f"captions.verify=true: is about instructions, not captions.mode={self.mode}; leave it out")
+        if min(self.input_usd, self.output_usd, self.budget_usd) < 0:
+            raise UserError("captions: input_usd, output_usd and budget_usd must be at least 0")
+        if self.budget_usd and not self.input_usd + self.output_usd:
+            raise UserError("captions.budget_usd: needs captions.input_usd and output_usd, the prices of the model")
         if min(self.concurrency, self.max_attempts, self.num_frames) < 1:
             raise UserError("captions: concurrency, max_attempts and num_frames must be at least 1")
         if self.backend == "vllm" and importlib.util.find_spec("vllm") is None:

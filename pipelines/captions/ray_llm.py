@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from loomvideo.pipelines.captions.captioner import CaptionResult, with_text
+from loomvideo.pipelines.captions.captioner import CaptionResult, verified, with_text
 from loomvideo.pipelines.captions.frames import FrameReader
 from loomvideo.pipelines.captions.options import CaptionOptions, CaptionWorkers
 from loomvideo.pipelines.captions.requests import caption_request
@@ -34,7 +34,7 @@ class RequestWriter:
         self.reader = FrameReader(options.num_frames, options.max_side, base)
 
     def __call__(self, row: dict[str, str]) -> dict[str, str]:
-        """``{sample}`` to ``{sample, code, digest, messages, schema, failure}``, JSON where structured."""
+        """``{sample, instruction}`` to ``{…, code, digest, messages, schema, failure}``, JSON where structured."""
         sample = stored_sample(row["sample"])
         try:
             target, source, references = self.reader(sample)
@@ -42,7 +42,10 @@ class RequestWriter:
             failure = json.dumps({"status": error.reason, "detail": str(error)})
             return {**row, "code": "", "digest": "", "messages": "[]", "schema": _ANY, "failure": failure}
         sampling = FrameSampling(self.options.num_frames, self.options.max_side)
-        request = caption_request(sample, self.options.mode, target, source, sampling, references=references)
+        mode = "verify" if row["instruction"] else self.options.mode
+        request = caption_request(
+            sample, mode, target, source, sampling, references=references, text=row["instruction"]
+        )
         content: list[dict[str, Any]] = []
         for media in request.media:
             content.append({"type": "text", "text": f"{media.label}:"})
@@ -82,29 +85,57 @@ def ask_ray_llm(
                 yield sample, CaptionResult(sample.key, "", "existing")
             else:
                 waiting.append(sample)
-        for attempt in range(options.max_attempts):
-            again = []
-            for sample, result in _round(options, waiting, base, engine, decoders):
-                last = attempt + 1 == options.max_attempts
-                if result.status in ("invalid_answer", "mixed_up", "server_error") and not last:
-                    again.append(sample)
-                else:
-                    yield with_text(sample, result, options.mode), result
-            waiting = again
-            if not waiting:
-                return
+        first: dict[str, CaptionResult] = {}
+        sure = []
+        for sample, result in _until_answered(options, waiting, {}, base, engine, decoders):
+            if options.verify and result.succeeded:
+                first[sample.key] = result
+                sure.append(sample)
+            else:
+                yield with_text(sample, result, options.mode), result
+        instructions = {key: result.fields["instruction"] for key, result in first.items()}
+        for sample, second in _until_answered(options, sure, instructions, base, engine, decoders):
+            result = verified(first[sample.key], second)
+            yield with_text(sample, result, options.mode), result
 
     return ask
 
 
+def _until_answered(
+    options: CaptionOptions,
+    waiting: list[Sample],
+    instructions: dict[str, str],
+    base: str,
+    engine: Generate,
+    decoders: int,
+) -> Iterator[tuple[Sample, CaptionResult]]:
+    """Ask about samples, those whose answers fail once more; about their instructions where they have one."""
+    for attempt in range(options.max_attempts):
+        again = []
+        for sample, result in _round(options, waiting, instructions, base, engine, decoders):
+            last = attempt + 1 == options.max_attempts
+            if result.status in ("invalid_answer", "mixed_up", "server_error") and not last:
+                again.append(sample)
+            else:
+                yield sample, result
+        waiting = again
+        if not waiting:
+            return
+
+
 def _round(
-    options: CaptionOptions, samples: list[Sample], base: str, engine: Generate, decoders: int
+    options: CaptionOptions,
+    samples: list[Sample],
+    instructions: dict[str, str],
+    base: str,
+    engine: Generate,
+    decoders: int,
 ) -> Iterator[tuple[Sample, CaptionResult]]:
     import ray
 
     if not samples:
         return
-    rows = [{"sample": sample.to_json()} for sample in samples]
+    rows = [{"sample": sample.to_json(), "instruction": instructions.get(sample.key, "")} for sample in samples]
     requests = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // _BATCH_ROWS)).map(
         RequestWriter,
         fn_constructor_args=(options, base),
@@ -123,7 +154,7 @@ def _result(sample: Sample, row: dict[str, Any], options: CaptionOptions) -> Cap
     if row.get("__inference_error__"):
         return dataclasses.replace(failed, detail=str(row["__inference_error__"])[:500])
     try:
-        fields = parse_answer(row["generated_text"], options.mode, row["code"])
+        fields = parse_answer(row["generated_text"], "verify" if row["instruction"] else options.mode, row["code"])
     except InvalidAnswerError as error:
         status = "mixed_up" if error.mixed_up else "invalid_answer"
         return dataclasses.replace(failed, status=status, detail=str(error))
@@ -151,7 +182,7 @@ def _vllm(options: CaptionOptions, workers: CaptionWorkers) -> Generate:
         return {"messages": messages, "sampling_params": limits}
 
     def after(row: dict[str, Any]) -> dict[str, Any]:
-        names = ("sample", "digest", "code", "failure", "generated_text", "__inference_error__")
+        names = ("sample", "instruction", "digest", "code", "failure", "generated_text", "__inference_error__")
         return {name: row.get(name) or "" for name in names}
 
     return build_processor(config, preprocess=before, postprocess=after)

@@ -13,18 +13,23 @@ from loomvideo.pipelines.captions import schema
 from loomvideo.pipelines.sources.samples import Sample
 from loomvideo.pipelines.vlm.requests import FrameSampling, VLMMedia, VLMRequest, encode_media, labelled
 
-# Part of every request's digest: raise it when a wording below changes.
-PROMPT_VERSION = 1
+# Part of every request's digest: raise a mode's when its wording below or its schema changes.
+PROMPT_VERSIONS = {"caption": 1, "fashion": 2, "instruction": 1, "verify": 1}
 
-_TASKS = {
+TASK_WORDS = {
     "caption": "Describe what is shown in one or two plain sentences: who or what, clothes, place, motion of the "
     "subject and of the camera. Say only what can be seen.",
     "fashion": "List the garments that are worn or shown, the main one first, with the closest words of the "
-    "vocabulary, then the background and the motion, then one fluent sentence that says all of it. Say only what can "
-    "be seen.",
+    "vocabulary, then the background, the motion, what of the subject is in the picture and the light, then one fluent "
+    "sentence that says all of it. Say only what can be seen.",
     "instruction": "The first pictures show a video or picture before editing, the second after. Write the instruction "
     "that a person would give to get from the first to the second: one imperative sentence, as specific as what can be "
     "seen, without naming the pictures.",
+    "verify": "The first pictures show a video or picture before editing, the second after. Somebody says that this "
+    "instruction leads from the first to the second: {text}\nLook for what it asks for, and for changes that it does "
+    "not ask for. Say in one sentence what is missing, wrong or not asked for, then judge: yes, when the second "
+    "pictures are what the instruction asks for; partly, when something is missing or something else changed too; no, "
+    "when they are not.",
 }
 
 _REFERENCES = (
@@ -39,7 +44,7 @@ class CaptionRequest(VLMRequest):
 
     Attributes:
         sample_key: The sample.
-        mode: ``caption``, ``fashion`` or ``instruction``.
+        mode: ``caption``, ``fashion``, ``instruction`` or ``verify``.
         digest: Hash of the mode, the wording and the pictures: of all that the answer depends on.
     """
 
@@ -70,6 +75,7 @@ def caption_request(
     sampling: FrameSampling,
     structured: bool = True,
     references: Sequence[np.ndarray] = (),
+    text: str = "",
 ) -> CaptionRequest:
     """Ask about a sample.
 
@@ -81,12 +87,13 @@ def caption_request(
         sampling: Which frames are shown, how large.
         structured: Whether the server takes a JSON schema; the wording asks for JSON in any case.
         references: uint8 [1, height, width, 3] each.
+        text: The instruction that ``verify`` is about.
 
     Raises:
         ValueError: for an instruction of a sample that is no edit.
     """
     media: tuple[VLMMedia, ...] = ()
-    if mode == "instruction":
+    if mode in ("instruction", "verify"):
         if source is None or not TASKS[sample.task].needs_source:
             raise ValueError(f"{sample.key}: an instruction needs source and target")
         media += (encode_media("Before editing", source, sampling),)
@@ -94,10 +101,11 @@ def caption_request(
     media += tuple(
         encode_media(f"Reference {number}", picture, sampling) for number, picture in enumerate(references, 1)
     )
-    hashed = [PROMPT_VERSION, mode, [(m.label, m.digest) for m in media]]
+    hashed = [PROMPT_VERSIONS[mode], mode, [(m.label, m.digest) for m in media], *([text] if text else [])]
     digest = hashlib.sha256(json.dumps(hashed).encode()).hexdigest()
     form = schema.answer_schema(mode, request_code(sample.key, digest))
-    asked = f"{_TASKS[mode]} {_REFERENCES}" if references else _TASKS[mode]
-    text = f"{asked}\nAnswer with nothing but JSON of this schema: {json.dumps(form)}"
-    parts = labelled(text, media)
+    asked = TASK_WORDS[mode].replace("{text}", json.dumps(text, ensure_ascii=False))
+    asked += f" {_REFERENCES}" if references and mode != "verify" else ""
+    question = f"{asked}\nAnswer with nothing but JSON of this schema: {json.dumps(form)}"
+    parts = labelled(question, media)
     return CaptionRequest(parts, tuple(form["properties"]), structured, sample_key=sample.key, mode=mode, digest=digest)

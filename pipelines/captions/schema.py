@@ -22,6 +22,13 @@ FABRICS = (
 )  # fmt: skip
 FITS = ("slim", "regular", "loose", "oversized", "flared", "unknown")
 NECKLINES = ("round", "v-neck", "collar", "turtleneck", "off-shoulder", "halter", "square", "hood", "none", "unknown")
+SLEEVES = ("sleeveless", "short", "half", "three-quarter", "long", "none", "unknown")
+LENGTHS = ("cropped", "hip", "thigh", "knee", "midi", "ankle", "floor", "none", "unknown")
+CLOSURES = ("none", "buttons", "zip", "snaps", "hooks", "laces", "belt", "wrap", "drawstring", "buckle", "unknown")
+LOGOS = ("none", "small", "large", "all over", "unknown")
+FRAMINGS = ("face", "upper body", "knees up", "full body", "detail", "product alone", "other")
+LIGHTS = ("soft studio", "hard studio", "daylight", "backlight", "indoor", "night", "mixed", "unknown")
+VERDICTS = ("yes", "partly", "no")
 MOTIONS = ("still", "standing", "walking", "turning", "posing", "sitting", "dancing", "running", "other")
 
 GARMENT_SCHEMA: dict[str, Any] = {
@@ -33,26 +40,35 @@ GARMENT_SCHEMA: dict[str, Any] = {
         "fabric": {"enum": list(FABRICS)},
         "fit": {"enum": list(FITS)},
         "neckline": {"enum": list(NECKLINES)},
+        "sleeve": {"enum": list(SLEEVES)},
+        "length": {"enum": list(LENGTHS)},
+        "closure": {"enum": list(CLOSURES)},
+        "logo": {"enum": list(LOGOS)},
     },
-    "required": ["category", "colour", "pattern", "fabric", "fit", "neckline"],
     "additionalProperties": False,
 }
+GARMENT_SCHEMA["required"] = list(GARMENT_SCHEMA["properties"])
 
 
 def answer_schema(mode: str, code: str) -> dict[str, Any]:
     """The schema of an answer; ``id`` must come back as it was sent.
 
     Args:
-        mode: ``caption``, ``fashion`` or ``instruction``.
+        mode: ``caption``, ``fashion``, ``instruction``, or ``verify`` for the second question about an instruction.
         code: The code of the request, see :func:`~loomvideo.pipelines.captions.requests.CaptionRequest.code`.
     """
     sentence = {"type": "string", "minLength": 8, "maxLength": 2000}
     properties: dict[str, Any] = {"id": {"enum": [code]}}
+    if mode == "verify":
+        properties |= {"reason": sentence, "verdict": {"enum": list(VERDICTS)}}
+        return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
     if mode == "fashion":
         properties |= {
             "garments": {"type": "array", "items": GARMENT_SCHEMA, "minItems": 1, "maxItems": 8},
             "background": {"type": "string", "minLength": 2, "maxLength": 200},
             "motion": {"enum": list(MOTIONS)},
+            "framing": {"enum": list(FRAMINGS)},
+            "light": {"enum": list(LIGHTS)},
         }
     properties["instruction" if mode == "instruction" else "sentence"] = sentence
     return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}

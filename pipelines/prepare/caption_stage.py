@@ -7,16 +7,18 @@ what it had not asked.
 
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator
 
 import pyarrow as pa
 
 from loomvideo.pipelines.captions import Captioner, CaptionResult, with_text
+from loomvideo.pipelines.captions.cost import caption_cost, check_budget
 from loomvideo.pipelines.captions.dataset import asked_for
 from loomvideo.pipelines.captions.frames import FrameReader
 from loomvideo.pipelines.captions.ray_llm import ask_ray_llm
-from loomvideo.pipelines.captions.requests import PROMPT_VERSION
+from loomvideo.pipelines.captions.requests import PROMPT_VERSIONS
 from loomvideo.pipelines.media.files import base_folder
 from loomvideo.pipelines.prepare.config import PrepareConfig
 from loomvideo.pipelines.prepare.inputs import Inputs, InputTable
@@ -27,9 +29,13 @@ from loomvideo.pipelines.sources.samples import Sample, stored_sample
 from loomvideo.platform.shards.plan import digest
 from loomvideo.platform.shards.storage import Storage
 
+logger = logging.getLogger(__name__)
 CAPTION_FOLDER = "work/captions"
 # What may differ without another answer.
-_NOT_IN_RECIPE = ("base_url", "api_key_env", "cache", "concurrency", "per_minute", "max_attempts", "timeout_s")
+_NOT_IN_RECIPE = (
+    "base_url", "api_key_env", "cache", "concurrency", "per_minute", "max_attempts", "timeout_s",
+    "input_usd", "output_usd", "budget_usd",
+)  # fmt: skip
 
 
 class CaptionWorker:
@@ -86,7 +92,10 @@ def asked_inputs(inputs: Inputs, config: PrepareConfig) -> Inputs:
 def caption_recipe(config: PrepareConfig) -> str:
     """Names all that the texts depend on besides the samples."""
     options = {k: v for k, v in dataclasses.asdict(config.captions).items() if k not in _NOT_IN_RECIPE}
-    return digest("captions", PROMPT_VERSION, json.dumps(options, sort_keys=True))
+    if not options["verify"]:
+        # Results of before there was a second question are the same without one.
+        del options["verify"]
+    return digest("captions", PROMPT_VERSIONS[config.captions.mode], json.dumps(options, sort_keys=True))
 
 
 def caption_pool(config: PrepareConfig) -> Pool:
@@ -96,7 +105,15 @@ def caption_pool(config: PrepareConfig) -> Pool:
 
 
 def run_captions(config: PrepareConfig, work: list[WorkRow]) -> Iterator[UnitReport]:
-    """Ask for the texts of units on the Ray cluster; yields a report a unit."""
+    """Ask for the texts of units on the Ray cluster; yields a report a unit.
+
+    Raises:
+        UserError: if the estimate passes ``captions.budget_usd``.
+    """
+    storage = Storage(config.output)
+    cost = caption_cost((sample for row in work for sample in _samples(storage, row)), config.captions)
+    check_budget(cost, config.captions)
+    logger.warning("captions: %s (estimated; answers in %s cost nothing)", cost, config.captions.cache)
     # A relative folder means the same to actors on this machine, wherever they run.
     # The limit of a provider is one for all of them.
     share = config.captions.per_minute / max(min(config.caption_workers.count or len(work), len(work)), 1)

@@ -5,6 +5,8 @@ import time
 from dataclasses import dataclass
 
 from loomvideo.model.sizes import ModelSize, model_size, with_folders
+from loomvideo.pipelines.captions.cost import CaptionCost, caption_cost
+from loomvideo.pipelines.captions.dataset import asked_for
 from loomvideo.pipelines.media.decode import DecodeError
 from loomvideo.pipelines.media.files import base_folder
 from loomvideo.pipelines.prepare.config import PrepareConfig
@@ -61,6 +63,8 @@ class CostEstimate:
     recompute_s: float
     recommended: str
     why: str
+    captions: CaptionCost | None = None
+    """Of the texts that a model would be asked for; None when there are none to ask for."""
 
     def hours(self, workers: int) -> float:
         """Duration with this many workers; nan when nothing was measured."""
@@ -97,7 +101,10 @@ def estimate_cost(
     measured, losses = _measure(config, model, samples[:: max(len(samples) // max(num_probes, 1), 1)],
                                 num_probes)  # fmt: skip
     recommended, why = _recommend(modes, recompute_s)
-    return CostEstimate(len(samples), num_shards, modes, measured, losses, recompute_s, recommended, why)
+    captions = None
+    if config.captions.backend != "existing":
+        captions = caption_cost((s for s in samples if asked_for(s, config.captions)), config.captions)
+    return CostEstimate(len(samples), num_shards, modes, measured, losses, recompute_s, recommended, why, captions)
 
 
 def _recommend(modes: list[ModeCost], recompute_s: float) -> tuple[str, str]:

@@ -11,6 +11,7 @@ MEANINGS = {
     "invalid_sample": "fields that do not fit together, such as an edit without a source",
     "missing_media": "a row without picture or video",
     "unpaired": "a file without its other half",
+    "not_verified": "the second question was not answered yes: correct the instruction, or set captions.verify=false",
     "no_text": "no caption or instruction: write one, or let captions.backend write it",
     "repeated_line": "the same sample again; one was kept",
     "repeated_key": "another sample with the same key: give it its own",

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from loomvideo.pipelines.captions import Captioner, CaptionOptions
+from loomvideo.pipelines.captions.cost import caption_cost, check_budget
 from loomvideo.pipelines.captions.schema import InvalidAnswerError, answer_schema, parse_answer
 from loomvideo.pipelines.evaluation.judges.fake import FakeJudgeServer
 from loomvideo.pipelines.sources.samples import Sample
@@ -19,7 +20,8 @@ from loomvideo.pipelines.vlm.requests import VLMRequest, decode_frames
 from loomvideo.platform.errors import UserError
 
 GARMENT = {"category": "dress", "colour": "red", "pattern": "plain", "fabric": "silk", "fit": "flared",
-           "neckline": "round"}  # fmt: skip
+           "neckline": "round", "sleeve": "short", "length": "knee", "closure": "zip", "logo": "none"}  # fmt: skip
+LOOK = {"background": "a studio", "motion": "walking", "framing": "full body", "light": "soft studio"}
 
 
 def sample(number: int, **fields) -> Sample:
@@ -57,9 +59,12 @@ class Model:
         level = round(float(decode_frames(request.media[-1]).mean()) / 10)
         answer = {"id": request.code, "sentence": f"a grey field of level {level}"}
         if request.mode == "fashion":
-            answer |= {"garments": [GARMENT], "background": "a studio", "motion": "walking"}
+            answer |= {"garments": [GARMENT]} | LOOK
         if request.mode == "instruction":
             answer = {"id": request.code, "instruction": "make it darker"}
+        if request.mode == "verify":
+            verdict = "yes" if level % 2 else "partly"
+            answer = {"id": request.code, "reason": f"level {level} was asked for", "verdict": verdict}
         return Reply(json.dumps(answer), "m1", 1, 1, 0.0)
 
 
@@ -128,6 +133,49 @@ def test_instructions_are_written_from_pairs(tmp_path):
         captioner(tmp_path, Model(), mode="instruction").caption(sample(1), frames)
 
 
+def test_instructions_that_a_second_question_does_not_confirm_are_lost_with_its_words(tmp_path):
+    pairs = [sample(number, task="video_edit", source="s.mp4") for number in (1, 2)]
+    model = Model()
+    for expected in ("made", "cached"):
+        run = captioner(tmp_path, model, mode="instruction", verify=True).run(pairs, frames)
+        (good, made), (bad, lost) = sorted(run, key=lambda item: item[0].key)
+        assert (good.instruction, made.status) == ("make it darker", expected)
+        assert good.extra["captions"]["attributes"] == {"verified": "level 1 was asked for"}
+        assert (bad.instruction, lost.status) == (None, "not_verified")
+        assert lost.detail == "partly: level 2 was asked for (instruction: make it darker)"
+    assert len(model.requests) == 4
+    again = [request for request in model.requests if request.mode == "verify"]
+    assert all('"make it darker"' in request.text for request in again)
+    broken = Model("", VLMError("blocked", retryable=False))
+    broken.failures[0] = None
+    result = captioner(tmp_path / "other", broken, mode="instruction", verify=True).caption(pairs[0], frames)
+    assert (result.status, result.fields) == ("blocked", {})
+    with pytest.raises(UserError, match=r"captions.verify=true: is about instructions, not captions.mode=fashion"):
+        captioner(tmp_path, model, mode="fashion", verify=True)
+
+
+def test_the_cost_is_known_before_the_first_question():
+    clips = [sample(1), sample(2, caption="has one"), sample(3, task="t2i")]
+    edit = sample(4, task="ref_edit", source="s.mp4", references=["a.png"])
+    options = CaptionOptions("openai", "caption", num_frames=8, per_minute=1.0, input_usd=2.0, output_usd=10.0)
+    cost = caption_cost(clips, options)
+    assert cost.questions == 2
+    pictures = 258 * (8 + 1)
+    assert pictures < cost.tokens_in < pictures + 2 * 200
+    assert cost.usd == pytest.approx((2 * cost.tokens_in + 10 * cost.tokens_out) / 1e6)
+    assert cost.hours == pytest.approx(2 / 60)
+    assert "2 questions" in str(cost)
+    twice = caption_cost([edit], dataclasses.replace(options, mode="instruction", verify=True))
+    assert twice.questions == 2
+    assert twice.tokens_in > 2 * 258 * (8 + 8 + 1)
+    check_budget(cost, options)
+    with pytest.raises(UserError, match=r"captions.budget_usd=0.001: 2 questions, .* USD.* are estimated; raise it"):
+        check_budget(cost, dataclasses.replace(options, budget_usd=0.001))
+    with pytest.raises(UserError, match=r"needs captions.input_usd and output_usd"):
+        CaptionOptions(budget_usd=1.0).check()
+    assert caption_cost(clips, CaptionOptions()).questions == 0
+
+
 def test_references_are_shown_by_name(tmp_path):
     edit = Sample("n1", "ref_edit", "d", "t.mp4", source="s.mp4", references=["a.png", "b.png"])
     model, picture = Model(), np.full((1, 32, 32, 3), 7, np.uint8)
@@ -160,6 +208,8 @@ def test_existing_texts_are_kept(tmp_path):
     ("change", "where"),
     [
         ({"garments": [GARMENT | {"colour": "reddish"}]}, "garments/0/colour"),
+        ({"garments": [{k: v for k, v in GARMENT.items() if k != "sleeve"}]}, "garments/0: 'sleeve' is a required"),
+        ({"light": "nice"}, "light"),
         ({"garments": []}, "garments"),
         ({"motion": None}, "motion"),
         ({"sentence": "short"}, "sentence"),
@@ -170,10 +220,8 @@ def test_the_schema_holds(change, where):
     good = {
         "id": "x",
         "garments": [GARMENT],
-        "background": "a beach",
-        "motion": "walking",
         "sentence": "a red dress walks",
-    }
+    } | LOOK
     assert parse_answer("```json\n" + json.dumps(good) + "\n```", "fashion", "x")["motion"] == "walking"
     with pytest.raises(InvalidAnswerError, match=where):
         parse_answer(json.dumps(good | change), "fashion", "x")

@@ -1,5 +1,6 @@
 """Captions as a stage of the prepare job: made once, redone with the model, and nothing but what depends on them."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -76,6 +77,7 @@ def test_actors_that_ask_a_server_take_no_gpu_and_share_its_limit(captioned, mon
         return iter(())
 
     monkeypatch.setattr("loomvideo.pipelines.prepare.caption_stage.map_on_actors", note)
+    monkeypatch.setattr("loomvideo.pipelines.prepare.caption_stage._samples", lambda storage, row: [])
     for num_units in (2, 8):
         list(run_captions(config, [{"unit": str(number)} for number in range(num_units)]))
     # Two units keep two of the three busy.
@@ -147,6 +149,23 @@ def test_a_failed_text_is_a_loss_that_can_be_retried(captioned):
     assert asked == ["sample-003"]
 
 
+def test_a_cost_over_the_budget_ends_it_before_the_first_question(captioned, monkeypatch, caplog):
+    config, samples, *_ = captioned
+    started = []
+    module = "loomvideo.pipelines.prepare.caption_stage"
+    monkeypatch.setattr(f"{module}.map_on_actors", lambda *arguments: iter(started.append(arguments) or ()))
+    clips = [dataclasses.replace(sample, caption=None) for sample in samples if sample.task == "t2v"]
+    monkeypatch.setattr(f"{module}._samples", lambda storage, row: clips)
+    config.captions.input_usd, config.captions.budget_usd = 1000.0, 0.5
+    with pytest.raises(UserError, match=rf"captions.budget_usd=0.5: {2 * len(clips)} questions, .* USD are estimated"):
+        list(run_captions(config, [{"unit": "a"}, {"unit": "b"}]))
+    assert started == []
+    config.captions.budget_usd = 50.0
+    list(run_captions(config, [{"unit": "a"}, {"unit": "b"}]))
+    assert len(started) == 1
+    assert f"captions: {2 * len(clips)} questions" in caplog.text
+
+
 def test_without_the_stage_missing_texts_are_losses(captioned):
     config, _, _, asked, _ = captioned
     config.captions.backend = "existing"
@@ -192,14 +211,36 @@ def test_engines_in_the_cluster_are_asked_again_for_what_fails(ray_cluster, tmp_
     assert results["sample-001"][0].caption == "1 pictures"
 
 
+@pytest.mark.slow
+def test_engines_in_the_cluster_are_asked_a_second_time(ray_cluster, tmp_path):
+    samples = raw_samples(tmp_path / "raw", 6)
+    options = CaptionOptions("openai", "instruction", "m", overwrite=True, num_frames=2, max_side=32, verify=True)
+
+    def generate(dataset):
+        def answer(row):
+            made = {"id": row["code"], "instruction": "make it darker"}
+            verdict = "no" if f'"{edits[0].key}"' in row["sample"] else "yes"
+            second = {"id": row["code"], "reason": "it is the same", "verdict": verdict}
+            text = json.dumps(second if row["instruction"] else made)
+            return {**row, "generated_text": text, "__inference_error__": ""}
+
+        return dataset.map(answer)
+
+    edits = [sample for sample in samples if TASKS[sample.task].needs_source]
+    ask = ask_ray_llm(CaptionWorkers(), str(tmp_path / "raw"), generate)
+    results = {sample.key: result for sample, result in ask(options, edits)}
+    assert [results[sample.key].status for sample in edits] == ["not_verified"] + ["made"] * (len(edits) - 1)
+    assert results[edits[1].key].fields == {"instruction": "make it darker", "verified": "it is the same"}
+
+
 def test_a_file_that_does_not_decode_is_its_own_failure(tmp_path):
     samples = raw_samples(tmp_path / "raw", 2)
     (tmp_path / "raw" / samples[1].target).unlink()
     options = CaptionOptions("openai", "caption", num_frames=2, max_side=32)
     writer = RequestWriter(options, str(tmp_path / "raw"))
-    row = writer({"sample": samples[1].to_json()})
+    row = writer({"sample": samples[1].to_json(), "instruction": ""})
     assert json.loads(row["failure"])["status"] == "missing_file"
-    row = writer({"sample": samples[0].to_json()})
+    row = writer({"sample": samples[0].to_json(), "instruction": ""})
     content = json.loads(row["messages"])[0]["content"]
     assert [part["type"] for part in content] == ["text", "image_url", "image_url", "text"]
     assert row["code"] in content[-1]["text"]
