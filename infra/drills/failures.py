@@ -14,7 +14,6 @@ ENDLESS = 20_000
 # Enough to be sure that a run goes on.
 SOME_STEPS = 8
 CUT_S = 30
-SETTLED_S = 10
 MLFLOW_AWAY_S = 60
 OUTAGE_S = 15
 ERROR_RATE = 0.2
@@ -71,18 +70,23 @@ def fail_network(rehearsal: Rehearsal) -> str:
     rehearsal.cluster.pause(LOST_NODE)
     time.sleep(CUT_S)
     rehearsal.cluster.go_on(LOST_NODE)
-    time.sleep(SETTLED_S)
-    given_up = rehearsal.cluster.num_alive() < 1 + len(WORKERS)
-    if given_up:
-        # Its Ray ends by itself as soon as it hears so; on Kubernetes its pod is then started anew.
-        rehearsal.cluster.kill(LOST_NODE)
-        rehearsal.cluster.start_worker(LOST_NODE)
-        rehearsal.wait_for_words(RUN, "continuing at step", starts + 1)
-    goes_on = _goes_on(rehearsal)
+    goal, given_up = max(rehearsal.steps(RUN)) + SOME_STEPS, False
+
+    def goes_on() -> bool:
+        nonlocal given_up
+        if not given_up and rehearsal.cluster.num_alive() < 1 + len(WORKERS):
+            # Its Ray ends by itself as soon as it hears so; on Kubernetes its pod is then started anew.
+            rehearsal.cluster.kill(LOST_NODE)
+            rehearsal.cluster.start_worker(LOST_NODE)
+            given_up = True
+        return max(rehearsal.steps(RUN)) >= goal
+
+    rehearsal.wait_for(f"{RUN} at step {goal}", goes_on, RUN)
+    steps = rehearsal.check_steps(RUN)
     how = "waited and went on"
     if _num_continued(rehearsal) > starts:
         how = f"the head gave the node up, {_continued(rehearsal)}" if given_up else _continued(rehearsal)
-    return f"cut off at step {at}, {how}; {goes_on}"
+    return f"cut off at step {at}, {how}; {steps}"
 
 
 def fail_mlflow(rehearsal: Rehearsal) -> str:
