@@ -9,6 +9,7 @@ from loomvideo.pipelines.training.config import DistillConfig, FeaturePoolConfig
 from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.nodes.config import KernelConfig
+from loomvideo.platform.shards.reading import ReadingConfig
 from loomvideo.platform.training.config import TrainingConfig
 
 
@@ -17,6 +18,7 @@ class DataConfig:
     """What is trained on."""
 
     shards: list[str] = option([], "dataset folders or URLs made by `loomvideo data prepare`")
+    reading: ReadingConfig = option(ReadingConfig, "")
 
 
 @dataclass
@@ -91,6 +93,7 @@ class TrainingJobConfig:
                 f"samples.every_steps={self.samples.every_steps}: samples are made from checkpoints; use a multiple of "
                 f"training.checkpoint.every_steps={self.training.checkpoint.every_steps}"
             )
+        self.data.reading.check()
         self.objective.check()
         self.training.check()
 

@@ -45,7 +45,7 @@ from loomvideo.platform.runs import RunFolder
 from loomvideo.platform.shards.reader import ShardDataset
 from loomvideo.platform.tracking import Tracker
 from loomvideo.platform.training.beside import CheckpointTask
-from loomvideo.platform.training.driver import train
+from loomvideo.platform.training.driver import open_shards, train
 from loomvideo.platform.training.progress import COMPUTES_FILE, WARNINGS_FILE
 
 logger = logging.getLogger(__name__)
@@ -195,6 +195,7 @@ def _train_on_shards(run: TrainingRun) -> dict[str, Any]:
         run.config.data.shards,
         run.folder,
         run.tracker,
+        open_dataset=partial(open_shards, reading=run.config.data.reading),
         predict=predictor(run.config, run.model, run.datasets),
         checkpoint_tasks=run.tasks,
     )

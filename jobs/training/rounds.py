@@ -8,6 +8,7 @@ new weights through Ray's object store, from one process that reads them once.
 import dataclasses
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -124,7 +125,7 @@ def train_in_rounds(run: TrainingRun) -> dict[str, Any]:
             urls,
             run.folder,
             run.tracker,
-            open_dataset=open_round_or_shards,
+            open_dataset=partial(open_round_or_shards, reading=config.data.reading),
             last_step=(number + 1) * nft.steps_per_round,
             checkpoint_tasks=run.tasks,
         )

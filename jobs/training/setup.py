@@ -35,7 +35,11 @@ def with_absolute_paths(config: TrainingJobConfig) -> TrainingJobConfig:
         from_weights=absolute(config.from_weights),
         codec_folder=absolute(config.codec_folder),
         mllm_folder=absolute(config.mllm_folder),
-        data=dataclasses.replace(config.data, shards=[absolute(url) for url in config.data.shards]),
+        data=dataclasses.replace(
+            config.data,
+            shards=[absolute(url) for url in config.data.shards],
+            reading=dataclasses.replace(config.data.reading, cache=absolute(config.data.reading.cache)),
+        ),
         evaluation=dataclasses.replace(config.evaluation, samples=absolute(config.evaluation.samples)),
     )
 

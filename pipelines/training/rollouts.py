@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,10 @@ from loomvideo.pipelines.training.config import NFTConfig
 from loomvideo.pipelines.training.dit_recipe import DiTRecipe
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.reader import ShardDataset
+from loomvideo.platform.shards.reading import ReadingConfig, ReadTally
 from loomvideo.platform.shards.sample import ShardSample
 from loomvideo.platform.training.randomness import SampleRandom, stream
+from loomvideo.platform.training.recipe import RemoteDataset
 
 ROUND_FILE, INDEX_FILE = "round.json", "index.parquet"
 KEPT_COLUMNS = (
@@ -275,6 +277,10 @@ class RoundDataset:
     def _parents(self) -> list[Any]:
         return [self._open_parent(url) for url in self.facts["datasets"]]
 
+    def tally(self) -> ReadTally:
+        """What this process has asked of object stores for the conditioning so far."""
+        return sum((parent.tally() for parent in self._parents if isinstance(parent, RemoteDataset)), ReadTally())
+
     def read(self, row: int, select: Callable[[str, str], bool] | None = None) -> ShardSample:
         """The parent's sample of the round's window with the generated latents as its target."""
         place = self.index.slice(row, 1).to_pylist()[0]
@@ -299,6 +305,7 @@ def is_finished(folder: Path) -> bool:
     return (folder / ROUND_FILE).is_file()
 
 
-def open_round_or_shards(url: str) -> Any:
-    """A round's folder as a :class:`RoundDataset`, anything else as shards."""
-    return RoundDataset(url) if "://" not in url and is_finished(Path(url)) else ShardDataset.open(url)
+def open_round_or_shards(url: str, reading: ReadingConfig | None = None) -> Any:
+    """A round's folder as a :class:`RoundDataset`, anything else as shards, object stores asked as ``reading`` says."""
+    open_parent = partial(ShardDataset.open, reading=reading)
+    return RoundDataset(url, open_parent) if "://" not in url and is_finished(Path(url)) else open_parent(url)

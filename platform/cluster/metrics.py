@@ -37,6 +37,7 @@ SINGLE = {
     "speed/samples_per_s": ExportedGauge("samples_per_second", "Trained samples a second, all workers"),
     "speed/step_s": ExportedGauge("step_seconds", "Duration of a step"),
     "speed/data_wait_share": ExportedGauge("data_wait_share", "Share of a step spent waiting for data"),
+    "speed/read_s": ExportedGauge("read_seconds", "Seconds of loader threads reading a step's samples"),
     "speed/tflops_per_worker": ExportedGauge("tflops_per_worker", "Model TFLOP/s a worker, without recomputation"),
     "speed/mfu": ExportedGauge("mfu", "Model FLOPs utilisation: share of the accelerators' dense bf16 peak"),
     "checkpoint/age_s": ExportedGauge("checkpoint_age_seconds", "Seconds since the newest whole checkpoint"),
@@ -55,6 +56,7 @@ SINGLE = {
 }
 FAMILIES = {
     "loss_by_task": ExportedGauge("loss_by_task", "Mean loss by task", "task"),
+    "reading": ExportedGauge("reading", "What all workers asked of object stores since their start", "figure"),
     "plan": ExportedGauge("planned", "What loomvideo plan predicts", "figure"),
     "loss_by_noise": ExportedGauge(
         "loss_by_noise", "Mean loss by quarter of the timesteps, 0 the least noise", "noise"

@@ -51,6 +51,8 @@ def dequantize(values: Tensor, scale: Tensor | None, dtype: torch.dtype | None =
 
 def restore(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A member's tensors with every ``name`` that has a ``name.scale`` multiplied out."""
+    if not any(name.endswith(SCALE_SUFFIX) for name in tensors):
+        return tensors
     return {
         name: dequantize(tensor, tensors[name + SCALE_SUFFIX]) if name + SCALE_SUFFIX in tensors else tensor
         for name, tensor in tensors.items()

@@ -5,16 +5,20 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards import tensors as safetensors
+from loomvideo.platform.shards.fetch import RangeFetcher
 from loomvideo.platform.shards.layers import expanded
 from loomvideo.platform.shards.manifest import INDEX_FILE, MANIFEST_FILE, SHARED_FILE, Manifest, shard_path
+from loomvideo.platform.shards.places import Places
 from loomvideo.platform.shards.quantize import SCALE_SUFFIX, restore
+from loomvideo.platform.shards.reading import ReadingConfig, ReadTally
 from loomvideo.platform.shards.sample import METADATA, ShardSample
 from loomvideo.platform.shards.storage import Storage
 
@@ -24,7 +28,9 @@ if TYPE_CHECKING:  # both take long to import, and this is part of the door
 
 Selection = Callable[[str, str], bool]
 _MADE_AGAIN = f"delete {MANIFEST_FILE} and run `loomvideo data prepare` again, which keeps finished shards"
-PLACE_COLUMNS = ("key", "shard", "offset", "num_bytes", "members", "member_offsets", "member_bytes")
+HEAD_BYTES = 16_384
+"""Read of a member to learn where its tensors lie; a header that is longer costs another read."""
+_SAMPLES_AT_A_TIME = 64
 
 
 class ShardDataset:
@@ -34,14 +40,23 @@ class ShardDataset:
         index: One row a sample, in shard and slot order; see :mod:`loomvideo.platform.shards.index`. Media paths and
             source ids are in :meth:`whole_index` alone.
         manifest: The table of contents.
+        reading: How ranges of shards are asked of an object store.
     """
 
-    def __init__(self, storage: Storage, manifest: Manifest, index: pa.Table):
+    def __init__(self, storage: Storage, manifest: Manifest, index: pa.Table, reading: ReadingConfig | None = None):
         self.storage, self.manifest, self.index = storage, manifest, index
+        self.reading = reading or ReadingConfig()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("storage", "manifest", "index", "reading")}
 
     @staticmethod
-    def open(url: str | Path) -> ShardDataset:
+    def open(url: str | Path, reading: ReadingConfig | None = None) -> ShardDataset:
         """Open a dataset folder, local or any fsspec URL.
+
+        Args:
+            url: The folder.
+            reading: How ranges of shards are asked of an object store; local files are read as they are.
 
         Raises:
             UserError: if there is no finished dataset, or its parts do not belong together.
@@ -53,7 +68,7 @@ class ShardDataset:
         index = _index(storage, manifest, whole=False)
         if len(index) != manifest.num_samples:
             raise UserError(f"{url}: {INDEX_FILE} has {len(index)} rows, the manifest {manifest.num_samples} samples")
-        return ShardDataset(storage, manifest, index)
+        return ShardDataset(storage, manifest, index, reading)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -78,6 +93,23 @@ class ShardDataset:
         """The index row of every key."""
         return {key: row for row, key in enumerate(self.index.column("key").to_pylist())}
 
+    @functools.cached_property
+    def places(self) -> Places:
+        """Where the sample of every row lies."""
+        return Places(self.index)
+
+    @functools.cached_property
+    def ranges(self) -> Storage | RangeFetcher:
+        """What reads byte ranges of shards."""
+        if self.storage.is_local:
+            return self.storage
+        digests = {shard.path: shard.sha256 for shard in self.manifest.shards}
+        return RangeFetcher(self.storage, self.reading, digests)
+
+    def tally(self) -> ReadTally:
+        """What this process has asked of an object store for the samples so far; nothing for local files."""
+        return self.ranges.tally() if isinstance(self.ranges, RangeFetcher) else ReadTally()
+
     def read(self, row: int, select: Selection | None = None) -> ShardSample:
         """Read one sample without scanning its tar.
 
@@ -90,8 +122,21 @@ class ShardDataset:
         Raises:
             UserError: if the tar is missing or shorter than the index says.
         """
-        place = {name: self.index.column(name)[row].as_py() for name in PLACE_COLUMNS}
-        sample = read_placed(self.storage, shard_path(place["shard"]), place, select)
+        place = self.places[row]
+        return self._whole_layers(read_placed(self.ranges, shard_path(place["shard"]), place, select))
+
+    def metadata(self, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """The metadata of samples, in their order; what neighbours in a shard say is read together.
+
+        Raises:
+            UserError: if a tar is missing or shorter than the index says, or damaged.
+        """
+        for first in range(0, len(rows), _SAMPLES_AT_A_TIME):
+            places = [self.places[row] for row in rows[first : first + _SAMPLES_AT_A_TIME]]
+            for shard, group in itertools.groupby(places, key=lambda place: place["shard"]):
+                yield from _metadata(self.ranges, shard_path(shard), list(group))
+
+    def _whole_layers(self, sample: ShardSample) -> ShardSample:
         layers = self.manifest.features.get("layers")
         if layers and "mllm" in sample.tensors:
             sample.tensors["mllm"] = expanded(sample.tensors["mllm"], layers, self.manifest.features["num_layers"])
@@ -112,14 +157,18 @@ class ShardDataset:
 
 
 def read_placed(
-    storage: Storage, path: str, place: Mapping[str, Any], select: Selection | None = None, raw: bool = False
+    storage: Storage | RangeFetcher,
+    path: str,
+    place: Mapping[str, Any],
+    select: Selection | None = None,
+    raw: bool = False,
 ) -> ShardSample:
     """Read the sample that an index row describes from a tar.
 
     Args:
-        storage: The dataset folder.
+        storage: The dataset folder, or what reads ranges in it.
         path: The path of the tar in it.
-        place: The columns :data:`PLACE_COLUMNS` of the row.
+        place: The columns :data:`~loomvideo.platform.shards.places.PLACE_COLUMNS` of the row.
         select: Which tensors to read; by default all.
         raw: Leave eight-bit features as stored, with their scales.
 
@@ -135,13 +184,9 @@ def read_placed(
     except UserError:
         raise
     except (KeyError, RecursionError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{storage.url}/{path}: damaged at {place['key']} ({error}); run `loomvideo data verify`"
-        ) from error
+        raise _damaged(storage, path, place, error) from error
     if key != place["key"]:
-        raise UserError(
-            f"{storage.url}/{path}: holds {key} where the index has {place['key']}; run `loomvideo data verify`"
-        )
+        raise _displaced(storage, path, place, key)
     if not raw:
         tensors = {name: restore(part) for name, part in tensors.items()}
     return ShardSample(place["key"], metadata, tensors)
@@ -168,37 +213,79 @@ _Content: TypeAlias = "tuple[dict, dict[str, dict[str, Tensor]]]"
 
 
 def _read_whole(
-    storage: Storage, path: str, start: int, num_bytes: int, members: dict[str, tuple[int, int]]
+    storage: Storage | RangeFetcher, path: str, start: int, num_bytes: int, members: dict[str, tuple[int, int]]
 ) -> _Content:
     (data,) = storage.read_ranges(path, [(start, num_bytes)])
     content = {name: memoryview(data)[o - start : o - start + n] for name, (o, n) in members.items()}
     tensors = {name: safetensors.parse(part) for name, part in content.items() if name != METADATA}
-    return json.loads(bytes(content[METADATA])), tensors
+    return json.loads(str(content[METADATA], "utf-8")), tensors
 
 
 def _read_selected(
-    storage: Storage, path: str, start: int, num_bytes: int, members: dict[str, tuple[int, int]], select: Selection
+    storage: Storage | RangeFetcher,
+    path: str,
+    start: int,
+    num_bytes: int,
+    members: dict[str, tuple[int, int]],
+    select: Selection,
 ) -> _Content:
+    size_bytes, whole_bytes = safetensors.HEADER_SIZE_BYTES, max(HEAD_BYTES, getattr(storage, "whole_bytes", 0))
     wanted = [name for name in members if name != METADATA]
-    head_size = safetensors.HEADER_SIZE_BYTES
-    ranges = [members[METADATA], *((members[name][0], head_size) for name in wanted)]
-    metadata, *sizes = storage.read_ranges(path, ranges)
-    lengths = [int.from_bytes(size, "little") for size in sizes]
-    for name, length in zip(wanted, lengths, strict=True):
-        if length > members[name][1] - head_size:
-            raise ValueError(f"{name} has a header of {length} bytes")
-    headers = storage.read_ranges(
-        path, [(members[name][0] + head_size, length) for name, length in zip(wanted, lengths, strict=True)]
+    # A small member is read whole at once: on an object store a second request costs more than its bytes.
+    sizes = {name: n if (n := members[name][1]) <= whole_bytes else HEAD_BYTES for name in wanted}
+    metadata, *heads = storage.read_ranges(
+        path, [members[METADATA], *((members[name][0], sizes[name]) for name in wanted)]
     )
+    begun = {name: memoryview(head) for name, head in zip(wanted, heads, strict=True)}
+    lengths = {name: int.from_bytes(head[:size_bytes], "little") for name, head in begun.items()}
+    for name, length in lengths.items():
+        if length > members[name][1] - size_bytes:
+            raise ValueError(f"{name} has a header of {length} bytes")
+    longer = [name for name in wanted if size_bytes + lengths[name] > sizes[name]]
+    if longer:
+        again = storage.read_ranges(path, [(members[name][0], size_bytes + lengths[name]) for name in longer])
+        begun |= {name: memoryview(head) for name, head in zip(longer, again, strict=True)}
     entries, ranges = [], []
-    for name, length, header in zip(wanted, lengths, headers, strict=True):
-        base = members[name][0] + head_size + length
-        for tensor, entry in safetensors.parse_header(header, members[name][1] - head_size - length).items():
-            if select(name, tensor.removesuffix(SCALE_SUFFIX)):
-                begin, end = entry["data_offsets"]
-                entries.append((name, tensor, entry))
-                ranges.append((base + begin, end - begin))
     tensors: dict[str, dict[str, Tensor]] = {}
-    for (name, tensor, entry), data in zip(entries, storage.read_ranges(path, ranges), strict=True):
+    for name, head in begun.items():
+        first = size_bytes + lengths[name]
+        for tensor, entry in safetensors.parse_header(head[size_bytes:first], members[name][1] - first).items():
+            if not select(name, tensor.removesuffix(SCALE_SUFFIX)):
+                continue
+            begin, end = (first + bound for bound in entry["data_offsets"])
+            if end <= len(head):
+                tensors.setdefault(name, {})[tensor] = safetensors.tensor_from(entry, head[begin:end])
+            else:
+                entries.append((name, tensor, entry))
+                ranges.append((members[name][0] + begin, end - begin))
+    for (name, tensor, entry), data in zip(entries, storage.read_ranges(path, ranges) if ranges else (), strict=True):
         tensors.setdefault(name, {})[tensor] = safetensors.tensor_from(entry, data)
-    return json.loads(bytes(metadata)), tensors
+    return json.loads(str(metadata, "utf-8")), tensors
+
+
+def _metadata(
+    storage: Storage | RangeFetcher, path: str, places: Sequence[Mapping[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    extents = []
+    for place in places:
+        number = place["members"].index(METADATA)
+        extents.append((place["member_offsets"][number], place["member_bytes"][number]))
+    for place, text in zip(places, storage.read_ranges(path, extents), strict=True):
+        try:
+            metadata = json.loads(str(text, "utf-8"))
+            key = metadata["key"]
+        except (KeyError, RecursionError, TypeError, ValueError) as error:
+            raise _damaged(storage, path, place, error) from error
+        if key != place["key"]:
+            raise _displaced(storage, path, place, key)
+        yield metadata
+
+
+def _damaged(storage: Storage | RangeFetcher, path: str, place: Mapping[str, Any], error: Exception) -> UserError:
+    return UserError(f"{storage.url}/{path}: damaged at {place['key']} ({error}); run `loomvideo data verify`")
+
+
+def _displaced(storage: Storage | RangeFetcher, path: str, place: Mapping[str, Any], key: str) -> UserError:
+    return UserError(
+        f"{storage.url}/{path}: holds {key} where the index has {place['key']}; run `loomvideo data verify`"
+    )

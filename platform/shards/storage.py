@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 
 from loomvideo.platform.errors import UserError, full_disk_behind, full_disk_named
 
@@ -145,8 +146,8 @@ class Storage:
         named = ((entry["name"].rstrip("/").rsplit("/", 1)[-1], entry) for entry in entries if entry["type"] == "file")
         return {name: entry["size"] for name, entry in named if name and not _is_temporary(name)}
 
-    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytearray]:
-        """Read ``(start, size)`` ranges of one file; thread-safe.
+    def read_ranges(self, path: str, ranges: Sequence[tuple[int, int]]) -> list[bytearray | memoryview]:
+        """Read ``(start, size)`` ranges of one file into memory that may be written; thread-safe.
 
         Raises:
             UserError: if the file is missing or ends before a range does.
@@ -168,9 +169,9 @@ class Storage:
                 raise UserError(f"{self.url}/{path}: wanted {size} bytes at {start}, file gave {len(part)}")
         return parts
 
-    def _read_local(self, path: str, start: int, size: int) -> bytearray:
-        buffer = bytearray(size)
-        view, done = memoryview(buffer), 0
+    def _read_local(self, path: str, start: int, size: int) -> memoryview:
+        # A bytearray would be filled with zeros first.
+        view, done = memoryview(np.empty(size, np.uint8)), 0
         descriptor = self._duplicate_descriptor(path)
         try:
             while done < size:
@@ -180,9 +181,7 @@ class Storage:
                 done += count
         finally:
             os.close(descriptor)
-        view.release()
-        del buffer[done:]
-        return buffer
+        return view[:done]
 
     def _duplicate_descriptor(self, path: str) -> int:
         # A duplicate, so that an eviction by another thread cannot close the file under a read.

@@ -101,8 +101,7 @@ def _read_identities(
 ) -> Iterator[tuple[str, set[str]]]:
     """What samples that nobody has seen yet say of themselves in their shards."""
     unseen = [dataset.rows_by_key[key] for key in keys if key not in seen]
-    for row in unseen:
-        metadata = dataset.read(row, select=lambda member, name: False).metadata
+    for metadata in dataset.metadata(unseen):
         media = metadata.get("media", {})
         paths = [media.get("target"), media.get("source"), *media.get("references", [])]
         yield metadata["key"], identities(metadata["key"], metadata.get("group", ""), paths, metadata.get("extra", {}))

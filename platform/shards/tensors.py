@@ -10,6 +10,7 @@ import functools
 import json
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # torch takes seconds to import, and opening a dataset needs none
@@ -73,7 +74,7 @@ def serialized(tensors: Mapping[str, Tensor]) -> tuple[list[bytes | memoryview],
     return [head, *data], len(head) + position
 
 
-def parse_header(text: bytes | bytearray | memoryview, num_bytes: int | None = None) -> dict[str, dict]:
+def parse_header(text: bytes | bytearray | memoryview, num_bytes: int | None = None) -> Mapping[str, Mapping]:
     """``{name: {dtype, shape, data_offsets}}`` from the JSON part of a file; offsets count from its end.
 
     Args:
@@ -83,8 +84,14 @@ def parse_header(text: bytes | bytearray | memoryview, num_bytes: int | None = N
     Raises:
         ValueError: if it is none, or describes what cannot be there.
     """
+    return _parsed_header(bytes(text), num_bytes)
+
+
+# Samples of one shape have one header: most of a dataset's are among the last thousand.
+@functools.lru_cache(1024)
+def _parsed_header(text: bytes, num_bytes: int | None) -> Mapping[str, Mapping]:
     try:
-        header = json.loads(bytes(text))
+        header = json.loads(text)
         header.pop("__metadata__", None)
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
@@ -93,28 +100,29 @@ def parse_header(text: bytes | bytearray | memoryview, num_bytes: int | None = N
                 raise ValueError(f"tensor {name!r} does not fit its place")
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"no safetensors header: {error}") from error
-    return header
+    return MappingProxyType(header)
 
 
-def tensor_from(entry: Mapping, data: bytearray) -> Tensor:
-    """A tensor that owns ``data``, the bytes of one header entry."""
+def tensor_from(entry: Mapping, data: bytearray | memoryview) -> Tensor:
+    """A tensor that shares the memory of ``data``, the bytes of one header entry, which must be writable."""
     import torch
 
     dtype = _dtypes()[entry["dtype"]]
-    if not data:
+    if not len(data):
         return torch.empty(entry["shape"], dtype=dtype)
-    return torch.frombuffer(data, dtype=dtype).reshape(entry["shape"])
+    return torch.frombuffer(data, dtype=dtype).view(*entry["shape"] or ((),))
 
 
 def parse(data: bytearray | bytes | memoryview) -> dict[str, Tensor]:
-    """All tensors of a file in memory.
+    """All tensors of a file in memory, which they share where it is writable.
 
     Raises:
         ValueError: if it is none.
     """
-    start = HEADER_SIZE_BYTES + int.from_bytes(data[:HEADER_SIZE_BYTES], "little")
-    header = parse_header(data[HEADER_SIZE_BYTES:start], len(data) - start)
-    return {
-        name: tensor_from(entry, bytearray(data[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]]))
-        for name, entry in header.items()
-    }
+    view = memoryview(data)
+    if view.readonly:
+        view = memoryview(bytearray(data))
+    start = HEADER_SIZE_BYTES + int.from_bytes(view[:HEADER_SIZE_BYTES], "little")
+    header = parse_header(view[HEADER_SIZE_BYTES:start], len(view) - start)
+    places = ((name, entry, entry["data_offsets"]) for name, entry in header.items())
+    return {name: tensor_from(entry, view[start + begin : start + end]) for name, entry, (begin, end) in places}

@@ -15,6 +15,7 @@ from ray.train.torch import TorchConfig
 
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.runs import CONFIG_FILE, RunFolder
+from loomvideo.platform.shards.reading import ReadingConfig
 from loomvideo.platform.shards.storage import Storage
 from loomvideo.platform.time_limits import (
     ELASTIC_GROUP_START,
@@ -88,7 +89,7 @@ def train(
     elastic = 0 < config.workers.min < config.workers.num
     start = ELASTIC_GROUP_START if elastic else WORKER_GROUP_START
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(round(start.here())))
-    open_dataset = open_dataset or _open_shards
+    open_dataset = open_dataset or open_shards
     for url in datasets:
         open_dataset(url)
     checkpoints = _prepare_checkpoints(config, run_folder)
@@ -150,10 +151,11 @@ def train(
     return progress.result()
 
 
-def _open_shards(url: str) -> TrainingDataset:
+def open_shards(url: str, reading: ReadingConfig | None = None) -> TrainingDataset:
+    """A dataset folder of shards; ``reading`` says how an object store is asked."""
     from loomvideo.platform.shards.reader import ShardDataset
 
-    return ShardDataset.open(url)
+    return ShardDataset.open(url, reading)
 
 
 def _prepare_checkpoints(config: TrainingConfig, run_folder: RunFolder) -> str:

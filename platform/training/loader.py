@@ -29,6 +29,7 @@ class LoadedStep:
         state: The planner's state after this step.
         fill, imbalance: How full the step's packs are, and how unevenly they lie over all ranks.
         wait_s: How long the consumer waited for it.
+        read_s: Seconds that loader threads spent reading the samples of this rank's packs, summed over threads.
     """
 
     step: int
@@ -38,6 +39,7 @@ class LoadedStep:
     fill: float
     imbalance: float
     wait_s: float = 0.0
+    read_s: float = 0.0
 
     @property
     def keys(self) -> list[str]:
@@ -145,8 +147,9 @@ class StepLoader:
             self._put(self._planned, (step, draws, state, mine))
         self._put(self._planned, None)
 
-    def _load(self, draw: Draw) -> Any:
-        return load_draw(self._recipe, self._datasets, draw, self._seed)
+    def _load(self, draw: Draw) -> tuple[Any, float]:
+        taken: list[float] = []
+        return load_draw(self._recipe, self._datasets, draw, self._seed, taken.append), sum(taken)
 
     def _collate(self) -> None:
         while not self._stop.is_set():
@@ -159,16 +162,30 @@ class StepLoader:
                 return
             step, draws, state, mine = item
             packs = [(self._collated(futures), counts) for futures, counts in mine]
+            read_s = sum(future.result()[1] for futures, _ in mine for future in futures)
             fill, imbalance = fill_and_imbalance(draws, self._planner.config)
-            self._put(self._ready, LoadedStep(step, packs, draws, state, fill, imbalance))
+            self._put(self._ready, LoadedStep(step, packs, draws, state, fill, imbalance, read_s=read_s))
 
     def _collated(self, futures: list[Future]) -> Pack:
-        pack = self._recipe.collate([future.result() for future in futures])
+        pack = self._recipe.collate([future.result()[0] for future in futures])
         return pack.pin_memory() if self._pin_memory and hasattr(pack, "pin_memory") else pack
 
 
-def load_draw(recipe: Recipe, datasets: Sequence[TrainingDataset], draw: Draw, seed: int) -> Any:
+def load_draw(
+    recipe: Recipe,
+    datasets: Sequence[TrainingDataset],
+    draw: Draw,
+    seed: int,
+    on_read: Callable[[float], Any] = lambda seconds: None,
+) -> Any:
     """The example of one draw.
+
+    Args:
+        recipe: Reads and loads.
+        datasets: The run's datasets.
+        draw: Which sample and visit.
+        seed: The run's seed.
+        on_read: Told how many seconds reading took.
 
     Raises:
         SampleError: naming the key, from whatever went wrong.
@@ -178,7 +195,9 @@ def load_draw(recipe: Recipe, datasets: Sequence[TrainingDataset], draw: Draw, s
     random = SampleRandom(seed, draw.key, draw.visit)
     try:
         with torch.no_grad():
+            began = time.perf_counter()
             sample = recipe.read(dataset, draw.row, row, random)
+            on_read(time.perf_counter() - began)
             return recipe.load_example(draw.dataset, row, sample, random)
     except Exception as error:  # whatever is wrong with a sample, its key is told
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

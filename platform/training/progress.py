@@ -62,6 +62,8 @@ class TrainingProgress:
         self._latest: list[dict[str, Any]] = []
         self._tags: dict[tuple[str, str], list[float]] = {}
         self._peak_memory_bytes = 0
+        # What every rank has read of object stores since its start.
+        self._reading: dict[int, dict[str, int]] = {}
         self._checkpoint_age_s = 0.0
         self._failed_checkpoint = -1
         self._computes_with = folder.read_json(COMPUTES_FILE) or {}
@@ -117,6 +119,8 @@ class TrainingProgress:
             entry = self._tags.setdefault((name, value), [0.0, 0.0])
             entry[0] += loss_sum
             entry[1] += elements
+        if report.get("reading"):
+            self._reading[report["rank"]] = report["reading"]
         if report.get("warnings"):
             self._warn(report["warnings"])
         if report.get("system"):
@@ -130,6 +134,7 @@ class TrainingProgress:
         for record in report["steps"]:
             for name in ("step_s", "data_wait_s", "compute_s", "update_s", "tokens", "flops", "samples", "fill"):
                 self._totals[name] += record[name]
+            self._totals["read_s"] += record.get("read_s", 0.0)
             self._totals["steps"] += 1
             self._totals["worker_s"] += record["step_s"] * self._world_size
         self._latest = _of_model(report["steps"])[-1:] or self._latest
@@ -184,6 +189,8 @@ class TrainingProgress:
             "speed/samples_per_s": sum(record["samples"] for record in records) / seconds,
             "speed/step_s": seconds / len(records),
             "speed/data_wait_share": sum(record["data_wait_s"] for record in records) / seconds,
+            # Of records of an earlier version too.
+            "speed/read_s": sum(record.get("read_s", 0.0) for record in records) / len(records),
             "checkpoint/age_s": self._checkpoint_age_s,
             "packs/fill": sum(record["fill"] for record in records) / len(records),
             "run/worker_hours": self._worker_hours(),
@@ -207,6 +214,8 @@ class TrainingProgress:
         for (name, value), (loss_sum, number) in self._tags.items():
             metrics[f"train/{value}" if name == FIGURE else f"loss_by_{name}/{value}"] = loss_sum / number
         self._tags = {}
+        for name in next(iter(self._reading.values()), {}):
+            metrics[f"reading/{name}"] = sum(read[name] for read in self._reading.values())
         return metrics
 
     def _show(self, records: list[dict[str, Any]]) -> None:
@@ -218,7 +227,8 @@ class TrainingProgress:
             f"loss {loss:.4f}  lr {last['learning_rate']:.2e}  "
             f"{sum(record['tokens'] for record in records) / seconds:,.0f} tokens/s  {self._mfu(records, seconds)}"
             f"fill {sum(record['fill'] for record in records) / len(records):.0%}  "
-            f"wait {sum(record['data_wait_s'] for record in records) / seconds:.1%}  ETA {_clock(left_s)}"
+            f"wait {sum(record['data_wait_s'] for record in records) / seconds:.1%}  "
+            f"read {sum(record.get('read_s', 0.0) for record in records) / len(records):.2g} s  ETA {_clock(left_s)}"
         )
         self._bar.update(self._task, completed=last["step"], figures=figures)
         now = time.monotonic()
@@ -316,6 +326,7 @@ class TrainingProgress:
             "tokens_per_s": self._totals["tokens"] / seconds if seconds else 0.0,
             **self._result_mfu(seconds),
             "data_wait_share": self._totals["data_wait_s"] / seconds if seconds else 0.0,
+            "read_s": self._totals["read_s"] / steps,
             "overhead_share": 1.0 - (self._totals["compute_s"] + self._totals["update_s"]) / seconds
             if seconds
             else 0.0,

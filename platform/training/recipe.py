@@ -8,12 +8,13 @@ functions of their arguments: all randomness comes from :class:`~loomvideo.platf
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.shards.reading import ReadTally
 from loomvideo.platform.training.config import EmaConfig, OptimizerConfig
 from loomvideo.platform.training.layers import prepare_layers
 from loomvideo.platform.training.order import SampleSizes
@@ -35,6 +36,15 @@ class TrainingDataset(Protocol):
 
     def read(self, row: int, select: Callable[[str, str], bool] | None = None) -> Any:
         """The sample of one row; with ``select(member, tensor name)`` only the tensors it is true for."""
+        ...
+
+
+@runtime_checkable
+class RemoteDataset(Protocol):
+    """A dataset that may lie behind a network, and counts what it asks of it."""
+
+    def tally(self) -> ReadTally:
+        """What this process has read of it so far."""
         ...
 
 

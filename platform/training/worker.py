@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.shards.reading import ReadTally
 from loomvideo.platform.training.checkpoint_folder import CheckpointFolder
 from loomvideo.platform.training.collectives import AllRanks
 from loomvideo.platform.training.config import TrainingConfig
@@ -24,7 +25,7 @@ from loomvideo.platform.training.hardware import device_name
 from loomvideo.platform.training.loader import LoadedStep, SampleError, StepLoader
 from loomvideo.platform.training.packing import packs_of_rank, packs_of_run, planner_of
 from loomvideo.platform.training.profiling import profiled
-from loomvideo.platform.training.recipe import Recipe, TrainingDataset, Turn
+from loomvideo.platform.training.recipe import Recipe, RemoteDataset, TrainingDataset, Turn
 from loomvideo.platform.training.reporting import Reporter
 from loomvideo.platform.training.roles import Roles
 from loomvideo.platform.training.run_state import RunState, base_of
@@ -314,6 +315,7 @@ class Worker:
                 "flops": flops,
                 "step_s": done - started,
                 "data_wait_s": loaded.wait_s,
+                "read_s": loaded.read_s,
                 "compute_s": stepping - computing,
                 "update_s": done - stepping,
             },
@@ -342,6 +344,9 @@ class Worker:
 
     def _details(self) -> dict[str, Any]:
         details: dict[str, Any] = {"tags": self.gradients.take_tags()}
+        read = sum((dataset.tally() for dataset in self.datasets if isinstance(dataset, RemoteDataset)), ReadTally())
+        if read != ReadTally():
+            details["reading"] = dataclasses.asdict(read)
         if self.ranks.rank == 0:
             details["checkpoint_age_s"] = self._saver.age_s
             details["computes_with"] = dict(self.recipe.computes_with())

@@ -86,7 +86,7 @@ def test_training_emits_exactly_the_registered_names(tmp_path):
     ready = {"rank": 0, "step": 0, "world_size": 2, "num_parameters": 1, "num_trainable": 1, "packs_per_step": 1}
     steps = [record | {"step": 1, "updated": True}]
     tags = [("task", "t2v", 1.0, 2.0), ("noise", "3", 1.0, 2.0)]
-    state = {"node": "n", "system": {"cpu_percent": 1.0}, "warnings": ["slow"]}
+    state = {"reading": {"requests": 3}, "node": "n", "system": {"cpu_percent": 1.0}, "warnings": ["slow"]}
     progress.add(ready | {"event": "ready"})
     progress.add({"event": "steps", "rank": 0, "memory_bytes": 2**30, "tags": tags, "steps": steps} | state)
     progress.close()

@@ -8,7 +8,9 @@ import pytest
 from fixtures.raw import prepare_config, raw_samples, without_ray
 
 from loomvideo.pipelines.prepare.job import prepare
+from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.reader import ShardDataset
+from loomvideo.platform.shards.reading import ReadingConfig
 
 
 @pytest.fixture
@@ -54,6 +56,16 @@ def test_prepare_and_read_on_s3(bucket, tmp_path, monkeypatch):
     for row in range(len(here)):
         chosen = there.read(row, select=lambda member, name: member == "target")
         assert chosen.tensors["target"]["mean.0"].equal(here.read(row).tensors["target"]["mean.0"])
+    # Members lie beside each other: one request a sample.
+    assert there.tally().requests == len(here)
+    for requests in (len(here), 0):
+        cached = ShardDataset.open(f"{bucket}/out", ReadingConfig(cache=str(tmp_path / "cache")))
+        assert [cached.read(row).metadata for row in range(len(here))] == [
+            here.read(r).metadata for r in range(len(here))
+        ]
+        assert cached.tally().requests == requests
+    with pytest.raises(UserError, match="file gave 0"):
+        there.ranges.read_ranges("manifest.json", [(10**9, 5)])
     built.clear()
     assert prepare(remote).reason == "up to date"
     assert built == []
