@@ -33,7 +33,7 @@ from loomvideo.platform.shards.plan import digest
 from loomvideo.platform.shards.storage import Storage
 
 # Raise when the same frames and options give other assessments.
-ASSESSMENT_VERSION = 4
+ASSESSMENT_VERSION = 5
 CURATION_FOLDER = "work/curation"
 # Frames of a clip that are looked at; of longer ones every second, third ...
 MAX_FRAMES = 240
@@ -207,7 +207,7 @@ class SampleAssessor:
         scale = min(LONGER_SIDE / max(info.width, info.height), 1.0)
         size = (max(round(info.width * scale), 2), max(round(info.height * scale), 2))
         indices = range(0, info.num_frames, stride)
-        chosen = set(self.assessor.text_positions(len(indices)))
+        chosen = set(self.assessor.full_positions(len(indices)))
         frames, full = [], []
         for chunk in self.decoder.read(path, indices, fps):
             for frame in chunk:
@@ -216,7 +216,7 @@ class SampleAssessor:
                 frames.append(cv2.resize(frame, size, interpolation=cv2.INTER_AREA))
         rate = (info.fps or fps) / stride
         return Clip(
-            np.stack(frames), rate, info.width, info.height, text_frames=full, stride=stride, num_frames=info.num_frames
+            np.stack(frames), rate, info.width, info.height, full_frames=full, stride=stride, num_frames=info.num_frames
         )
 
 
@@ -225,6 +225,9 @@ def scoring_options(options: StageOptions) -> dict[str, Any]:
     return {
         "quality": options.quality.enabled,
         "text": [getattr(options.text, name) for name in ("enabled", "num_frames", "side", "min_confidence")],
+        "faces": [getattr(options.faces, name) for name in ("enabled", "min_confidence", "side")],
+        "nsfw": options.nsfw.enabled,
+        "camera": options.camera.enabled,
         "pairs": options.pairs.enabled,
         "shots": dataclasses.asdict(options.shots),
     }

@@ -25,6 +25,7 @@ class QualityLimits:
     min_brightness: float = option(12.0, "mean luma at least")
     max_brightness: float = option(245.0, "mean luma at most")
     min_contrast: float = option(4.0, "standard deviation of luma at least")
+    max_blockiness: float = option(0.0, "steps at the borders of 8x8 blocks over steps elsewhere, at most")
 
 
 @dataclass
@@ -36,6 +37,36 @@ class TextLimits:
     num_frames: int = option(3, "frames looked at")
     side: int = option(320, "longer side of the frames in which text is found; it is read in full size")
     min_confidence: float = option(0.8, "of the reading: what is less sure is a pattern, not text")
+
+
+@dataclass
+class FaceLimits:
+    """People, by their faces."""
+
+    enabled: bool = option(False, "find faces with MTCNN (extra: curate)")
+    min_faces: float = option(0.0, "faces at least; 1 leaves out clips without people who face the camera")
+    max_faces: float = option(0.0, "faces at most; 1 leaves out groups")
+    min_share: float = option(0.0, "share of the frame that the largest face covers, at least")
+    min_confidence: float = option(0.95, "of a face")
+    side: int = option(640, "longer side of the frames in which faces are looked for, from a thirtieth of it up")
+
+
+@dataclass
+class NsfwLimits:
+    """What is not safe for work."""
+
+    enabled: bool = option(False, "judge frames with open_nsfw (extra: curate)")
+    max_score: float = option(0.8, "highest probability of a frame, at most; its authors call more than 0.8 likely")
+
+
+@dataclass
+class CameraLimits:
+    """What the camera does. Scores are explained in ``stages.camera``."""
+
+    enabled: bool = option(False, "follow the camera")
+    max_pan: float = option(0.0, "frame heights a second at most")
+    max_zoom: float = option(0.0, "zoom at most; 0.1 is 10 % a second")
+    max_shake: float = option(0.0, "sudden part of the shift from frame to frame at most, in frame heights")
 
 
 @dataclass
@@ -85,6 +116,9 @@ class StageOptions:
 
     quality: QualityLimits = option(QualityLimits, "")
     text: TextLimits = option(TextLimits, "")
+    faces: FaceLimits = option(FaceLimits, "")
+    nsfw: NsfwLimits = option(NsfwLimits, "")
+    camera: CameraLimits = option(CameraLimits, "")
     pairs: PairLimits = option(PairLimits, "")
     duplicates: DuplicateLimits = option(DuplicateLimits, "")
     shots: ShotOptions = option(ShotOptions, "")
@@ -119,7 +153,15 @@ REASONS = {
     "underexposed": "darker than quality.min_brightness",
     "overexposed": "brighter than quality.max_brightness",
     "flat": "less contrast than quality.min_contrast",
+    "blocky": "more blockiness than quality.max_blockiness",
     "text_overlay": "more text than text.max_share",
+    "no_face": "fewer faces than faces.min_faces",
+    "many_faces": "more faces than faces.max_faces",
+    "small_face": "the largest face is smaller than faces.min_share",
+    "nsfw": "more likely not safe for work than nsfw.max_score",
+    "camera_pan": "the camera pans faster than camera.max_pan",
+    "camera_zoom": "the camera zooms faster than camera.max_zoom",
+    "camera_shake": "the camera shakes more than camera.max_shake",
     "fps_mismatch": "source and target have different frame rates, and neither their frames nor their seconds agree",
     "length_mismatch": "source and target have different durations",
     "temporal_offset": "source and target are shifted in time",

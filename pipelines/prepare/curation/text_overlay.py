@@ -40,12 +40,6 @@ class TextDetector:
         )
         logging.getLogger("RapidOCR").setLevel(logging.CRITICAL)
 
-    def positions(self, num_frames: int) -> list[int]:
-        """Which frames of a clip are looked at: a few, inside it."""
-        return np.unique(
-            np.linspace(0, num_frames - 1, self.limits.num_frames + 2)[1:-1].round().astype(int)
-        ).tolist()  # fmt: skip
-
     def share(self, frames: list[np.ndarray]) -> float:
         """Share of the frame that text covers, the mean over frames uint8 [h, w, 3] of a clip."""
         return float(np.mean([self._covered(frame) for frame in frames]))

