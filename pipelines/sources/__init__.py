@@ -4,7 +4,16 @@
 every line and file, so that nothing is lost silently. Importing a module registers its formats.
 """
 
-from loomvideo.pipelines.sources import catalogue, edits, folders, native, tables, tryon, videos  # noqa: F401
+from loomvideo.pipelines.sources import (  # noqa: F401
+    catalogue,
+    edits,
+    folders,
+    image_edits,
+    native,
+    tables,
+    tryon,
+    videos,
+)
 from loomvideo.pipelines.sources.base import FORMATS, Format, Outcome, Rejected, open_source
 
 __all__ = ["FORMATS", "Format", "Outcome", "Rejected", "open_source"]

@@ -1,11 +1,11 @@
-"""Published editing sets: KIWI-Edit and RefVIE, Ditto-1M, OpenVE-3M."""
+"""Published editing sets: KIWI-Edit and RefVIE, Ditto-1M, OpenVE-3M, InsViE-1M."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from loomvideo.pipelines.sources import fields
 from loomvideo.pipelines.sources.base import Outcome, Place, Rejected, Root, build, register
-from loomvideo.pipelines.sources.rows import as_list, outcomes, rows
+from loomvideo.pipelines.sources.rows import as_list, header, outcomes, rows
 from loomvideo.pipelines.sources.tables import Extractor, default_extract_folder, embedded_bytes, read_table
 from loomvideo.platform.errors import UserError
 
@@ -148,3 +148,56 @@ def read_openve(
         licence: The licence of the dataset.
     """
     yield from read_table(place, columns=columns, media=media, dataset=dataset, task="video_edit", licence=licence)
+
+
+@register("insvie", lambda place: False)
+def read_insvie(
+    place: Place, *, source: str = "", target: str = "", dataset: str = "insvie-1m", licence: str = "CC-BY-4.0"
+) -> Iterator[Outcome]:
+    """InsViE-1M: a CSV of video name, source caption, instruction, edit caption; the name in two folders, to be given.
+
+    Its columns are taken by their place, as its own training code does, which also takes the folders from outside.
+
+    Args:
+        place: The CSV, or the folder with it.
+        source: Folder of the unpacked source videos, from the CSV's folder.
+        target: The same of the edited videos.
+        dataset: Name.
+        licence: The licence of the dataset.
+    """
+    for name, folder in (("source", source), ("target", target)):
+        if not folder:
+            raise UserError(
+                f"source format insvie: set source_options.{name} to the folder that the {name} videos were unpacked to"
+            )
+    for file in place.files(".csv"):
+        columns = header(place.root, file)[0]
+        if len(columns) < _INSVIE_COLUMNS:
+            raise UserError(f"{place.root.path(file)}: {len(columns)} columns; expected name, caption, instruction, …")
+        yield from outcomes(place, file, dataset, _insvie_sample, columns, place.root, source, target, dataset,
+                            licence)  # fmt: skip
+
+
+_INSVIE_COLUMNS = 3
+
+
+def _insvie_sample(
+    where: str, row: dict[str, Any], columns: list[str], root: Root, source: str, target: str, dataset: str,
+    licence: str,
+) -> Outcome:  # fmt: skip
+    name, caption, instruction, *rest = (row.get(column) for column in columns)
+    if not name:
+        return Rejected(where, dataset, "missing_field", f"no {columns[0]}")
+    video = str(fields.path(name, columns[0]))
+    told = {"source_caption": caption, "edit_caption": rest[0] if rest else None}
+    return build(
+        where,
+        dataset,
+        task="video_edit",
+        source=root.path(source, video),
+        target=root.path(target, video),
+        instruction=instruction,
+        licence=licence,
+        group=video,
+        extra={field: text for field, text in told.items() if text},
+    )

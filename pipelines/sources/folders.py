@@ -1,4 +1,4 @@
-"""Plain folders and archives without a table: pairs by name, and WebDataset tars."""
+"""Plain folders and archives without a table: pairs by name, WebDataset tars, and X2Edit's among them."""
 
 import tarfile
 import zlib
@@ -17,6 +17,7 @@ from loomvideo.pipelines.sources.base import (
     register,
 )
 from loomvideo.pipelines.sources.fields import FieldError
+from loomvideo.pipelines.sources.image_edits import is_gpt_image_edit
 from loomvideo.pipelines.sources.tables import Extractor, default_extract_folder
 from loomvideo.platform.errors import UserError
 
@@ -58,7 +59,11 @@ def _by_name(root: Root) -> tuple[dict[str, dict[str, str]], list[str]]:
 
 
 def _has_pairs(place: Place) -> bool:
-    return not place.file and any(len(pair) == 2 for pair in _by_name(place.root)[0].values())
+    return (
+        not place.file
+        and not is_gpt_image_edit(place)
+        and any(len(pair) == 2 for pair in _by_name(place.root)[0].values())
+    )
 
 
 @register("pairs", _has_pairs)
@@ -91,10 +96,11 @@ def read_pairs(
 
 
 def _is_webdataset(place: Place) -> bool:
-    if place.file:
-        return place.file.endswith(".tar")
-    names = place.root.names()
-    return any(name.endswith(".tar") for name in names) and not place.root.has("index.parquet")
+    return bool(_tars(place)) and not place.root.has("index.parquet") and not _is_x2edit(place)
+
+
+def _tars(place: Place) -> list[str]:
+    return [name for name in place.files(".tar") if name.endswith(".tar")]
 
 
 @register("webdataset", _is_webdataset)
@@ -110,16 +116,22 @@ def read_webdataset(
         extract: Folder or URL for the media; workers that decode must reach it.
         text: Field of the `.json` that holds the caption; instructions are in `instruction` or `edit_prompt`.
     """
-    files = [place.file] if place.file else place.files(".tar")
+    extractor = Extractor(extract or default_extract_folder(dataset))
+    for group in _all_groups(place, dataset):
+        yield group if isinstance(group, Rejected) else _member_sample(*group, dataset, licence, text, extractor)
+
+
+def _all_groups(place: Place, dataset: str) -> Iterator[tuple[str, str, dict[str, bytes]] | Rejected]:
+    """``(where, name, members)`` of every group of every tar; a tar that is damaged costs what follows in it."""
+    files = [place.file] if place.file else _tars(place)
     if not files:
         raise UserError(f"{place.name}: no .tar")
-    extractor = Extractor(extract or default_extract_folder(dataset))
     for file in files:
         where = place.root.path(file)
         try:
             with place.root.open(file, "rb") as opened, tarfile.open(fileobj=opened, mode="r|*") as archive:
                 for name, members in _groups(archive):
-                    yield _member_sample(f"{where}:{name}", name, members, dataset, licence, text, extractor)
+                    yield f"{where}:{name}", name, members
         except (tarfile.TarError, EOFError, zlib.error) as error:
             yield Rejected(where, dataset, "unreadable_table", str(error) or type(error).__name__)
 
@@ -169,3 +181,59 @@ def _member_sample(
     plain = {k: v for k, v in stated.items() if isinstance(v, (str, int, float, bool)) and k not in (text, "text")}
     return build(where, dataset, source=roles.get("source"), target=roles["target"], instruction=instruction,
                  caption=caption, licence=licence, group=name, extra=plain | {"source_id": name})  # fmt: skip
+
+
+# What X2Edit's own loader takes for source, target and instruction, first come first.
+_X2EDIT_PAIRS = (("1.0.jpg", "2.jpg"), ("1.jpg", "2.jpg"), ("jpg", "png"))
+_X2EDIT_TEXTS = ("instruction", "instruction_en", "caption_en", "instruction_zh", "style_zh")
+_X2EDIT_HEAD = 6
+
+
+def _is_x2edit(place: Place) -> bool:
+    """Whether the first samples of the first tar are pictures ``1.0.jpg`` and ``2.jpg`` of one name."""
+    tars = _tars(place)
+    if not tars:
+        return False
+    try:
+        with place.root.open(tars[0], "rb") as opened, tarfile.open(fileobj=opened, mode="r|*") as archive:
+            names = [PurePosixPath(member.name).name for member, _ in zip(archive, range(_X2EDIT_HEAD), strict=False)]
+    except (tarfile.TarError, EOFError, OSError, zlib.error):
+        return False  # the reader of tars says what is wrong with it
+    endings = {name.partition(".")[2].lstrip(".") for name in names}
+    return any({*pair} <= endings for pair in _X2EDIT_PAIRS[:2])
+
+
+@register("x2edit", _is_x2edit)
+def read_x2edit(
+    place: Place, *, dataset: str = "x2edit", licence: str = "Apache-2.0", extract: str = ""
+) -> Iterator[Outcome]:
+    """X2Edit: tars with `1.0.jpg` (source), `2.jpg` (target) and a `.json` with `instruction`, `task`, scores.
+
+    Args:
+        place: A tar, or a folder of tars.
+        dataset: Name.
+        licence: The licence of the dataset.
+        extract: Folder or URL for the pictures; workers that decode must reach it.
+    """
+    extractor = Extractor(extract or default_extract_folder(dataset))
+    for group in _all_groups(place, dataset):
+        yield group if isinstance(group, Rejected) else _x2edit_sample(*group, dataset, licence, extractor)
+
+
+def _x2edit_sample(
+    where: str, name: str, members: dict[str, bytes], dataset: str, licence: str, extractor: Extractor
+) -> Outcome:
+    members = {ending.lstrip("."): content for ending, content in members.items()}
+    pair = next((pair for pair in _X2EDIT_PAIRS if members.keys() >= {*pair}), None)
+    if pair is None:
+        return Rejected(where, dataset, "missing_media", f"no pair of pictures among {', '.join(sorted(members))}")
+    try:
+        stated = fields.mapping(members.get("json", b"{}").decode("utf-8", "surrogateescape"), "json")
+        source, target = (extractor.write(members[ending], f"x.{ending}") for ending in pair)
+    except FieldError as error:
+        return Rejected(where, dataset, error.reason, str(error))
+    text = next((stated[field] for field in _X2EDIT_TEXTS if stated.get(field)), "")
+    instruction = next((one for one in text if one), "") if isinstance(text, list) else text
+    plain = {k: v for k, v in stated.items() if isinstance(v, (str, int, float, bool)) and k not in _X2EDIT_TEXTS}
+    return build(where, dataset, task="image_edit", source=source, target=target, instruction=instruction,
+                 licence=licence, group=PurePosixPath(source).stem, extra=plain | {"source_id": name})  # fmt: skip
