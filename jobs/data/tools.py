@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 DatasetFolder = Annotated[str, typer.Argument(metavar="DIR", help="dataset folder or URL")]
 Overrides = Annotated[list[str], typer.Argument(metavar="[KEY=VALUE]…", help="as for `data prepare`")]
 
+_MOST_SHOWN = 200
 _INDEX_HEADERS = {
     "num_frames": "frames",
     "count_all": "samples",
@@ -96,17 +97,37 @@ def _prepare_config(overrides: list[str]) -> Any:
     return job_config(PrepareConfig, "data-prepare", overrides)
 
 
-def diff(overrides: Overrides) -> None:
+def diff(
+    overrides: Overrides,
+    workers: Annotated[
+        int,
+        typer.Option(
+            help="compare on the Ray cluster, with so many tasks at most that look at samples' files: the driver holds "
+            "nothing of the input; 0: this process compares"
+        ),
+    ] = 0,
+) -> None:
     """Say what of a dataset is stale and why, with the arguments of `data prepare`; exit code 1 when something is."""
+    from loomvideo.pipelines.prepare.stages import reached_by_workers
     from loomvideo.pipelines.prepare.staleness import stale_parts
 
-    found = stale_parts(_prepare_config(overrides))
+    config = _prepare_config(overrides)
+    if workers:
+        from loomvideo.pipelines.prepare.staleness_on_ray import stale_parts_on_ray
+        from loomvideo.platform.ray_session import ray_session
+
+        with ray_session():
+            parts = stale_parts_on_ray(reached_by_workers(config), workers, _MOST_SHOWN)
+        found, count = parts.first, parts.count
+    else:
+        found = stale_parts(config)
+        count = len(found)
     if not found:
         print("up to date")
         return
-    console().print(table_of([vars(part) for part in found[:200]]))
-    if len(found) > 200:
-        print(f"and {len(found) - 200} more")
+    console().print(table_of([vars(part) for part in found[:_MOST_SHOWN]]))
+    if count > _MOST_SHOWN:
+        print(f"and {count - _MOST_SHOWN} more")
     raise typer.Exit(1)
 
 

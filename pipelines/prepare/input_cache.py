@@ -4,6 +4,7 @@ Only for the project's own sample files: what they say depends on nothing but th
 every file may matter, so they are read anew.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from loomvideo.pipelines.prepare.config import PrepareConfig
 from loomvideo.pipelines.prepare.outcomes import Outcome
 from loomvideo.pipelines.sources.base import locate
 from loomvideo.platform.config import flatten
+from loomvideo.platform.folders import absolute
 from loomvideo.platform.shards.plan import digest
 from loomvideo.platform.shards.storage import Storage
 
@@ -42,8 +44,10 @@ def cache_name(config: PrepareConfig, removed: set[str]) -> str | None:
     if set(stamp[1:]) == {"None"}:
         return None
     code = [file.read_bytes() for file in sorted(Path(sources.__file__).parent.glob("*.py"))]
-    values = json.dumps(flatten(config), sort_keys=True, default=str)
-    return f"{digest(config.input, stamp, sorted(removed), digest(*code), values)}.parquet"
+    # The same from another folder, and for workers that stand in one.
+    places = {name: absolute(getattr(config, name)) for name in ("input", "output", "codec_folder", "mllm_folder")}
+    values = json.dumps(flatten(dataclasses.replace(config, **places)), sort_keys=True, default=str)
+    return f"{digest(places['input'], stamp, sorted(removed), digest(*code), values)}.parquet"
 
 
 def cached(storage: Storage, name: str) -> tuple[pa.Table, list[Outcome]] | None:

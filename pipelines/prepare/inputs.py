@@ -12,13 +12,14 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from loomvideo.model.sizes import model_size
 from loomvideo.pipelines.media.files import base_folder, media_stamp, resolve
 from loomvideo.pipelines.media.fragments import split_fragment
 from loomvideo.pipelines.prepare.config import PrepareConfig
 from loomvideo.pipelines.prepare.estimate import planned_bytes
-from loomvideo.pipelines.prepare.input_cache import cache_name, cached, keep
+from loomvideo.pipelines.prepare.input_cache import CACHE_FOLDER, cache_name, cached, keep
 from loomvideo.pipelines.prepare.outcomes import Outcome
 from loomvideo.pipelines.sources import Rejected, open_source
 from loomvideo.pipelines.sources.fields import without_spaces
@@ -213,6 +214,36 @@ def read_inputs(config: PrepareConfig, storage: Storage | None = None, keep_tabl
     return inputs
 
 
+def input_rows(config: PrepareConfig, storage: Storage) -> Iterator[tuple[str, str]]:
+    """``(key, JSON)`` of all samples that :func:`read_inputs` takes, one by one; only hashes of keys are held."""
+    removed = tombstones(storage)
+    name = cache_name(config, removed)
+    if name is not None and name in storage.names(CACHE_FOLDER):
+        with storage.fs.open(storage.full_path(f"{CACHE_FOLDER}/{name}"), "rb") as opened:
+            for batch in pq.ParquetFile(opened).iter_batches(_BATCH_ROWS, columns=["key", "sample"]):
+                yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
+        return
+    known: set[int] = set()
+    for item in _items(config):
+        if isinstance(item, Rejected) or hash(item.key) in known:
+            continue
+        if removed and removed & identities(item.key, item.group, media_paths(item), item.extra):
+            continue
+        known.add(hash(item.key))
+        yield item.key, item.to_json()
+
+
+def _items(config: PrepareConfig) -> Iterator[Sample | Rejected]:
+    """What the input has: samples with paths as they stand in it, and what is none."""
+    base = base_folder(config.input) + "/"
+    # Where workers on other nodes reach them too.
+    extracted = f"{absolute(config.output)}/work/extracted"
+    for found in open_source(config.input, config.format, extracted, **config.source_options):
+        unfinished = isinstance(found, Rejected) and config.makes_texts and found.unfinished is not None
+        item = found.unfinished if unfinished else found
+        yield item if isinstance(item, Rejected) else _relative(item, base)
+
+
 def _read(config: PrepareConfig, removed: set[str]) -> Inputs:
     base = base_folder(config.input) + "/"
     collected = InputTable(config)
@@ -220,17 +251,12 @@ def _read(config: PrepareConfig, removed: set[str]) -> Inputs:
     known: set[int] = set()
     losses: list[Outcome] = []
     taken_down = 0
-    # Where workers on other nodes reach them too.
-    extracted = f"{absolute(config.output)}/work/extracted"
-    for found in open_source(config.input, config.format, extracted, **config.source_options):
-        unfinished = isinstance(found, Rejected) and config.makes_texts and found.unfinished is not None
-        item = found.unfinished if unfinished else found
-        if isinstance(item, Rejected):
-            where = item.where.removeprefix(base)
-            message = f"{where}: {item.detail}"
-            losses.append(Outcome(where, item.dataset or "unknown", "quarantined", "read", item.reason, message))
+    for sample in _items(config):
+        if isinstance(sample, Rejected):
+            where = sample.where.removeprefix(base)
+            message = f"{where}: {sample.detail}"
+            losses.append(Outcome(where, sample.dataset or "unknown", "quarantined", "read", sample.reason, message))
             continue
-        sample = _relative(item, base)
         if removed and removed & identities(sample.key, sample.group, media_paths(sample), sample.extra):
             taken_down += 1
             losses.append(Outcome(sample.key, sample.dataset, "removed", "read", "tombstone", "removed by request"))

@@ -37,6 +37,16 @@ class Pool:
         return self.rows if num_rows >= _MANY_ROWS * workers else 1
 
 
+def quiet_data() -> None:
+    """Keep Ray Data from printing: a command has bars and lines of its own."""
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
 def map_on_actors(
     worker: type, arguments: Sequence[Any], work: Sequence[Mapping[str, Any]], pool: Pool
 ) -> Iterator[Any]:
@@ -53,12 +63,9 @@ def map_on_actors(
     """
     import ray
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    quiet_data()
     # A worker has no rows waiting, so a pool is full at 100 %, which Ray's own threshold is above.
-    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    ray.data.DataContext.get_current().autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
     most = min(pool.size or len(work), len(work))
     rows = pool.rows_at_a_time(len(work), ray.cluster_resources()) if pool.rows > 1 else 1
     dataset = ray.data.from_items(list(work), override_num_blocks=len(work)).map(

@@ -172,15 +172,14 @@ def stages_of(config: PrepareConfig) -> list[Stage]:
 
 def run_stage(stage: Stage, config: PrepareConfig, work: list[WorkRow]) -> Reports:
     """Work through a stage's rows on the Ray cluster; yields a report a unit."""
-    # Ray may have been started in another folder, and its workers stand there.
-    config = dataclasses.replace(
-        config,
-        input=absolute(config.input),
-        output=absolute(config.output),
-        codec_folder=absolute(config.codec_folder),
-        mllm_folder=absolute(config.mllm_folder),
-    )
+    config = reached_by_workers(config)
     if stage.run is not None:
         yield from stage.run(config, work)
     else:
         yield from map_on_actors(stage.worker, (config,), work, stage.pool(config))
+
+
+def reached_by_workers(config: PrepareConfig) -> PrepareConfig:
+    """A configuration whose places mean the same to workers: Ray may have been started in another folder."""
+    names = ("input", "output", "codec_folder", "mllm_folder")
+    return dataclasses.replace(config, **{name: absolute(getattr(config, name)) for name in names})

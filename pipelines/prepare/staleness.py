@@ -10,8 +10,8 @@ import pyarrow.compute as pc
 from loomvideo.pipelines.prepare.config import PrepareConfig
 from loomvideo.pipelines.prepare.inputs import Inputs, read_inputs
 from loomvideo.pipelines.prepare.job import stored_manifest
-from loomvideo.pipelines.prepare.recipe import manifest_config, recipe_parts
-from loomvideo.pipelines.prepare.stages import ENCODE, stages_of
+from loomvideo.pipelines.prepare.recipe import encode_parts, manifest_config
+from loomvideo.pipelines.prepare.stages import ENCODE, Stage, stages_of
 from loomvideo.pipelines.prepare.units import committed_files, kept_plan
 from loomvideo.pipelines.sources.samples import stored_sample
 from loomvideo.platform.shards.commits import read_all
@@ -30,7 +30,7 @@ _MEMBERS_OF_KEY = (
 
 
 # Of samples, before the stages that decide them are done.
-_KNOWN_LATER = ("new", "no longer in the input", "text changed")
+KNOWN_LATER = ("new", "no longer in the input", "text changed")
 
 
 @dataclass(frozen=True)
@@ -54,38 +54,56 @@ def stale_parts(config: PrepareConfig) -> list[Stale]:
     """Compare the dataset in ``config.output`` with what ``config`` asks for; nothing is changed or decoded."""
     config.check()
     storage = Storage(config.output)
+    planned = kept_plan(storage, ENCODE.name, ["key", "unit", "sample", "media"])
+    found = dataset_changes(storage, config, planned is not None)
+    if found and found[0].members == "everything":
+        return found
     inputs = read_inputs(config, storage)
-    before = stored_manifest(storage)
-    planned = kept_plan(storage, ENCODE.name, ["key", "sample", "media"])
-    if before is None and planned is None:
-        return [Stale("dataset", config.output, "everything", "there is none yet")]
-    found = []
-    recipe = recipe_parts(inputs.digest, config)
-    if before is not None:
-        found += _config_changes(before.config, manifest_config(config))
-        for part, members in (("encoders", "target source refs mllm"), ("code", "target source refs mllm")):
-            if before.recipe.get(part) != recipe[part]:
-                found.append(Stale(part, part, members, f"{before.recipe.get(part)} -> {recipe[part]}"))
-    else:
-        found.append(Stale("dataset", config.output, "", "interrupted: no manifest; committed shards are kept"))
+    known_units = None if planned is None else set(pc.unique(planned["unit"]).to_pylist())
     for stage in stages_of(config):
         plan = stage.plan(storage, inputs, config)
         if stage is ENCODE:
             found += _sample_changes(planned, inputs)
             found += [
-                Stale("shard", plan.units[number].name, "everything", "not committed, or its tar is gone or damaged")
+                missing_shard(plan.units[number].name)
                 for number in plan.stale
                 if not plan.committed.get(plan.units[number].name)
+                and (known_units is None or plan.units[number].name in known_units)
             ]
         elif plan.stale:
             names = [plan.units[number].name for number in plan.stale]
-            found += [Stale(stage.name, name, stage.redone, "samples, options or files changed") for name in names]
+            found += [stale_unit(stage, name) for name in names]
             # Who is in, and with which text, is known when the stage is done: only what changed on disk is, already.
             known = _sample_changes(planned, inputs)
-            return found + [change for change in known if change.why not in _KNOWN_LATER]
+            return found + [change for change in known if change.why not in KNOWN_LATER]
         else:
             inputs = stage.after(read_all(storage, stage.folder, committed_files(storage, plan)), inputs, config)
     return found
+
+
+def dataset_changes(storage: Storage, config: PrepareConfig, has_plan: bool) -> list[Stale]:
+    """What of the whole dataset is stale, whatever its samples are."""
+    before = stored_manifest(storage)
+    if before is None and not has_plan:
+        return [Stale("dataset", config.output, "everything", "there is none yet")]
+    if before is None:
+        return [Stale("dataset", config.output, "", "interrupted: no manifest; committed shards are kept")]
+    found = _config_changes(before.config, manifest_config(config))
+    now = encode_parts(config)
+    for part in ("encoders", "code"):
+        if before.recipe.get(part) != now[part]:
+            found.append(Stale(part, part, "target source refs mllm", f"{before.recipe.get(part)} -> {now[part]}"))
+    return found
+
+
+def stale_unit(stage: Stage, name: str) -> Stale:
+    """A unit of a stage before encoding that is done again."""
+    return Stale(stage.name, name, stage.redone, "samples, options or files changed")
+
+
+def missing_shard(name: str) -> Stale:
+    """A planned shard that is not there."""
+    return Stale("shard", name, "everything", "not committed, or its tar is gone or damaged")
 
 
 def _config_changes(before: dict[str, Any], now: dict[str, Any]) -> list[Stale]:
@@ -114,11 +132,17 @@ def _sample_changes(planned: pa.Table | None, inputs: Inputs) -> list[Stale]:
     other = pc.or_(pc.not_equal(both["sample"], before["sample"]), pc.not_equal(both["media"], before["media"]))
     pairs = zip(both.filter(other).to_pylist(), before.filter(other).to_pylist(), strict=True)
     for row, earlier in sorted(pairs, key=lambda pair: pair[0]["key"]):
-        found += _changed(row, earlier)
+        found += changed_sample(row, earlier)
     return found
 
 
-def _changed(row: dict[str, Any], earlier: dict[str, Any]) -> list[Stale]:
+def changed_sample(row: dict[str, Any], earlier: dict[str, Any]) -> list[Stale]:
+    """What a sample's change means for its members.
+
+    Args:
+        row: The sample's row as the input has it now, with what is known of its files.
+        earlier: The same as planned.
+    """
     sample, before = stored_sample(row["sample"]), json.loads(earlier["sample"])
     now, stamps = (json.loads(text or "{}") for text in (row["media"], earlier["media"]))
     members: dict[str, list[str]] = {}

@@ -28,6 +28,8 @@ OLD_PLAN_FILE = "work/plan.parquet"
 _UNITS_IN_A_PART = 64
 _COLUMNS = [("unit", pa.string()), ("slot", pa.int32()), ("was", pa.string())]
 _PLAN_SCHEMA = pa.schema([*_COLUMNS, *SAMPLE_SCHEMA])
+CONTENT_COLUMNS = ("sample", "assessed", "media")
+"""Columns of a plan that a unit's result depends on."""
 
 
 class WorkRow(TypedDict):
@@ -251,12 +253,24 @@ def _moved(
 
 def _content(table: pa.Table, units: list[PlannedShard]) -> Iterator[str]:
     """All that is known of each unit's samples, as one text; some units at a time, for memory."""
-    columns = table.select(["sample", "assessed", "media"])
+    columns = table.select(list(CONTENT_COLUMNS))
     for start in range(0, len(units), _UNITS_IN_A_PART):
-        for rows in _members(columns, units[start : start + _UNITS_IN_A_PART]):
-            yield "\n".join(
-                "\t".join(row) for row in zip(*(column.to_pylist() for column in rows.columns), strict=True)
-            )
+        yield from map(_text, _members(columns, units[start : start + _UNITS_IN_A_PART]))
+
+
+def _text(rows: pa.Table) -> str:
+    return "\n".join("\t".join(row) for row in zip(*(column.to_pylist() for column in rows.columns), strict=True))
+
+
+def unit_recipe(parts: Sequence[object], name: str, rows: pa.Table) -> str:
+    """The recipe of a unit of a stage.
+
+    Args:
+        parts: What every result of the stage depends on besides its samples.
+        name: The name of the unit.
+        rows: Its samples in slot order, with the columns :data:`CONTENT_COLUMNS`.
+    """
+    return digest(*parts, name, _text(rows.select(list(CONTENT_COLUMNS))))
 
 
 def _members(table: pa.Table, units: list[PlannedShard]) -> Iterator[pa.Table]:
