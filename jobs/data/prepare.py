@@ -22,7 +22,7 @@ from loomvideo.platform.shards.storage import Storage
 from loomvideo.platform.tracking import Tracker
 
 # Stages before the builders and the figure that counts their samples.
-_KINDS = {"assess": "assessed", "caption": "captioned"}
+_KINDS = {"assess": "assessed", "caption": "captioned", "judge": "judged"}
 # Encoders that wait less are what limits.
 _BUSY = 0.9
 

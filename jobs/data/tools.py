@@ -172,6 +172,8 @@ def plan(
         out.print("nothing measured: the encoders' weights are not here, or --probes 0")
     if cost.captions is not None:
         out.print(f"texts: {cost.captions} (answers in {config.captions.cache} cost nothing)", soft_wrap=True)
+    if cost.judge is not None:
+        out.print(f"judging: {cost.judge} (answers in {config.judge.cache} cost nothing)", soft_wrap=True)
     if cost.losses:
         out.print("losses among them: " + ", ".join(f"{count} {reason}" for reason, count in cost.losses.items()))
     out.print(f"recommended: features {cost.recommended}: {cost.why}", soft_wrap=True)

@@ -15,7 +15,7 @@ from typing import Any
 from loomvideo.pipelines.captions.frames import Frames
 from loomvideo.pipelines.captions.options import CaptionOptions
 from loomvideo.pipelines.captions.requests import CaptionRequest, caption_request
-from loomvideo.pipelines.captions.schema import InvalidAnswerError, parse_answer
+from loomvideo.pipelines.captions.schema import InvalidAnswerError
 from loomvideo.pipelines.media.decode import DecodeError
 from loomvideo.pipelines.sources.samples import Sample
 from loomvideo.pipelines.vlm.clients import OpenAIClient, Reply, VLMClient, VLMError
@@ -120,10 +120,14 @@ class Captioner:
                         result = future.result()
                         if result.key != sample.key:
                             raise RuntimeError(f"text of {result.key} came back for {sample.key}")
-                        yield with_text(sample, result, self.options.mode), result
+                        yield self.finished(sample, result), result
             finally:
                 for future in waiting:
                     future.cancel()
+
+    def finished(self, sample: Sample, result: CaptionResult) -> Sample:
+        """The sample with what came of it."""
+        return with_text(sample, result, self.options.mode)
 
     def caption(self, sample: Sample, read_frames: ReadFrames) -> CaptionResult:
         """Make one sample's text."""
@@ -150,7 +154,7 @@ class Captioner:
 
         def check(reply: Reply) -> None:
             try:
-                fields.update(parse_answer(reply.text, request.mode, request.code))
+                fields.update(request.parse(reply.text))
             except InvalidAnswerError as error:
                 raise VLMError("mixed up" if error.mixed_up else "invalid answer", True, str(error)) from error
 

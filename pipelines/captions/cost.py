@@ -71,14 +71,14 @@ def caption_cost(samples: Iterable[Sample], options: CaptionOptions) -> CaptionC
     return CaptionCost(questions, tokens_in, tokens_out, prices.cost_usd(tokens_in, tokens_out), hours)
 
 
-def check_budget(cost: CaptionCost, options: CaptionOptions) -> None:
-    """Refuse what would pass ``captions.budget_usd``.
+def check_budget(cost: CaptionCost, options: CaptionOptions, section: str = "captions") -> None:
+    """Refuse what would pass ``budget_usd`` of a section of the configuration.
 
     Raises:
         UserError: with the estimate.
     """
     if options.budget_usd and cost.usd > options.budget_usd:
         raise UserError(
-            f"captions.budget_usd={options.budget_usd:g}: {cost} are estimated; raise it, or ask for fewer samples, "
-            "fewer frames (captions.num_frames) or a cheaper model"
+            f"{section}.budget_usd={options.budget_usd:g}: {cost} are estimated; raise it, or ask for fewer samples, "
+            f"fewer frames ({section}.num_frames) or a cheaper model"
         )

@@ -61,6 +61,14 @@ class CaptionRequest(VLMRequest):
         """JSON schema of the answer."""
         return schema.answer_schema(self.mode, self.code)
 
+    def parse(self, text: str) -> dict[str, Any]:
+        """The answer's fields without the id.
+
+        Raises:
+            InvalidAnswerError: naming the field that breaks the schema.
+        """
+        return schema.parse_answer(text, self.mode, self.code)
+
 
 def request_code(sample_key: str, digest: str) -> str:
     """Eight characters that tie an answer to a sample and its pictures."""

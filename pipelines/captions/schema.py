@@ -88,6 +88,15 @@ def parse_answer(text: str, mode: str, code: str) -> dict[str, Any]:
     Raises:
         InvalidAnswerError: naming the field that breaks the schema.
     """
+    return json_answer(text, answer_schema(mode, code), code)
+
+
+def json_answer(text: str, schema: dict[str, Any], code: str) -> dict[str, Any]:
+    """The fields without the id of an answer of any schema.
+
+    Raises:
+        InvalidAnswerError: naming the field that breaks the schema.
+    """
     # Models without guided decoding wrap JSON in a fence or a sentence.
     braces = re.search(r"\{.*\}", text, re.DOTALL)
     try:
@@ -99,7 +108,7 @@ def parse_answer(text: str, mode: str, code: str) -> dict[str, Any]:
     if answer.get("id") != code:
         raise InvalidAnswerError(f"answers {answer.get('id')!r}, asked {code!r}", mixed_up="id" in answer)
     try:
-        jsonschema.validate(answer, answer_schema(mode, code))
+        jsonschema.validate(answer, schema)
     except jsonschema.ValidationError as error:
         where = "/".join(map(str, error.absolute_path)) or "answer"
         raise InvalidAnswerError(f"{where}: {error.message[:200]}") from error

@@ -1,10 +1,12 @@
 """The configuration of ``loomvideo data prepare``."""
 
+import dataclasses
 import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
 from loomvideo.model.sizes import SIZES, model_size
+from loomvideo.model.tasks import TASKS
 from loomvideo.pipelines.captions.options import CaptionOptions, CaptionWorkers
 from loomvideo.pipelines.prepare.curation.options import StageOptions
 from loomvideo.platform.config import option
@@ -74,6 +76,59 @@ class CurationWorkers:
     cpus: float = option(1.0, "CPUs a worker reserves; it decodes and measures in one thread")
 
 
+JUDGE_BACKENDS = ("off", "openai", "transformers")
+JUDGE_AXES = ("instruction", "preservation", "quality", "motion", "reference", "prompt")
+
+
+@dataclass
+class JudgeOptions:
+    """A vision-language model that judges samples with the rubrics of the evaluation, each axis from 1 to 5."""
+
+    backend: str = option("off", "off; openai: a compatible server, also vLLM's; transformers: in the Ray cluster")
+    model: str = option("Qwen/Qwen3-VL-8B-Instruct", "model on the server; a folder for transformers")
+    base_url: str = option("http://localhost:8000/v1", "the server's address")
+    api_key_env: str = option("OPENAI_API_KEY", "environment variable with the server's key")
+    tasks: list[str] = option(["image_edit", "video_edit", "ref_edit"], "tasks whose samples are judged")
+    min_scores: dict[str, float] = option(
+        {"instruction": 3.0, "preservation": 3.0},
+        "least score of axes: instruction, preservation, quality, motion, reference; prompt of generation",
+    )
+    cache: str = option("data/judgements", "folder of answers already paid for")
+    concurrency: int = option(8, "requests at a time, of each actor")
+    per_minute: float = option(0.0, "requests started a minute at most, by all actors together; 0: no limit")
+    max_attempts: int = option(5, "calls before a failure counts")
+    timeout_s: float = option(120.0, "seconds before a call is given up")
+    max_tokens: int = option(1024, "tokens of an answer at most")
+    input_usd: float = option(0.0, "price of a million input tokens, for the estimate before the first question")
+    output_usd: float = option(0.0, "price of a million output tokens")
+    budget_usd: float = option(0.0, "an estimate above it ends the command before the first question; 0: no limit")
+    num_frames: int = option(8, "frames of a video that are shown")
+    max_side: int = option(768, "longer side of the frames shown")
+
+    def asking(self) -> CaptionOptions:
+        """The same for what asks questions about samples."""
+        shared = {field.name for field in dataclasses.fields(CaptionOptions)} - {"mode", "overwrite", "verify"}
+        values = {name: value for name, value in vars(self).items() if name in shared}
+        return CaptionOptions(**values, mode="instruction", overwrite=True)
+
+    def check(self) -> None:
+        """Refuse values that mean nothing.
+
+        Raises:
+            UserError: naming the key and the accepted values.
+        """
+        if self.backend not in JUDGE_BACKENDS:
+            raise UserError(f"judge.backend={self.backend}: choose one of {', '.join(JUDGE_BACKENDS)}")
+        for key, values, valid in (("tasks", self.tasks, tuple(TASKS)), ("min_scores", self.min_scores, JUDGE_AXES)):
+            unknown = sorted(set(values) - set(valid))
+            if unknown:
+                raise UserError(f"judge.{key}: {unknown[0]!r} is none of {', '.join(valid)}")
+        if self.budget_usd and not self.input_usd + self.output_usd:
+            raise UserError("judge.budget_usd: needs judge.input_usd and output_usd, the prices of the model")
+        if min(self.concurrency, self.max_attempts, self.num_frames) < 1:
+            raise UserError("judge: concurrency, max_attempts and num_frames must be at least 1")
+
+
 @dataclass
 class LimitOptions:
     """When losses stop being normal."""
@@ -111,6 +166,8 @@ class PrepareConfig:
     curation_workers: CurationWorkers = option(CurationWorkers, "")
     captions: CaptionOptions = option(CaptionOptions, "")
     caption_workers: CaptionWorkers = option(CaptionWorkers, "")
+    judge: JudgeOptions = option(JudgeOptions, "")
+    judge_workers: CaptionWorkers = option(CaptionWorkers, "")
 
     @property
     def makes_texts(self) -> bool:
@@ -150,6 +207,7 @@ class PrepareConfig:
             raise UserError(f"workers.decoders={self.workers.decoders}: must be at least 0")
         self.stages.check()
         self.captions.check()
+        self.judge.check()
         layers, num_layers = self.features.layers, model_size(self.model).dit.num_layers
         if sorted(set(layers)) != layers or (layers and not 0 <= layers[0] <= layers[-1] < num_layers):
             raise UserError(f"features.layers={layers}: list each layer once, ascending, from 0 to {num_layers - 1}")

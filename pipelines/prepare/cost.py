@@ -14,6 +14,7 @@ from loomvideo.pipelines.prepare.encode import SampleEncoder
 from loomvideo.pipelines.prepare.estimate import estimated_bytes, estimated_tokens
 from loomvideo.pipelines.prepare.geometry import Filtered
 from loomvideo.pipelines.prepare.inputs import read_inputs
+from loomvideo.pipelines.prepare.judge_stage import judge_cost
 from loomvideo.pipelines.prepare.load import SampleLoader
 from loomvideo.pipelines.prepare.load_ahead import decoders_for
 from loomvideo.pipelines.prepare.stages import ENCODE
@@ -65,6 +66,8 @@ class CostEstimate:
     why: str
     captions: CaptionCost | None = None
     """Of the texts that a model would be asked for; None when there are none to ask for."""
+    judge: CaptionCost | None = None
+    """Of a model that judges samples; None without one."""
 
     def hours(self, workers: int) -> float:
         """Duration with this many workers; nan when nothing was measured."""
@@ -104,7 +107,12 @@ def estimate_cost(
     captions = None
     if config.captions.backend != "existing":
         captions = caption_cost((s for s in samples if asked_for(s, config.captions)), config.captions)
-    return CostEstimate(len(samples), num_shards, modes, measured, losses, recompute_s, recommended, why, captions)
+    judge = None
+    if config.judge.backend != "off":
+        judge = judge_cost((s for s in samples if s.task in config.judge.tasks and s.text), config.judge)
+    return CostEstimate(
+        len(samples), num_shards, modes, measured, losses, recompute_s, recommended, why, captions, judge
+    )
 
 
 def _recommend(modes: list[ModeCost], recompute_s: float) -> tuple[str, str]:

@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "work/config.yaml"
 UP_TO_DATE = "up to date"
-_WORK = ("assessed", "decoded", "captioned", "asked")
+_WORK = ("assessed", "decoded", "captioned", "judged", "asked")
 
 Progress = Callable[[UnitReport, int], None]
 
@@ -71,7 +71,7 @@ class PrepareResult:
         seconds: The seconds of the whole job.
         reason: Why it was built, or ``up to date``.
         work: ``made.{member}`` and ``kept.{member}`` of the visited shards, ``assessed``, ``decoded`` (of them, those
-            whose files were decoded), ``captioned``, ``asked`` (of them, those that a model answered).
+            whose files were decoded), ``captioned``, ``judged``, ``asked`` (of both, those that a model answered).
     """
 
     manifest: Manifest

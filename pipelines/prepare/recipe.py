@@ -9,6 +9,7 @@ from loomvideo.pipelines.prepare.config import PrepareConfig
 from loomvideo.pipelines.prepare.curate import assess_recipe
 from loomvideo.pipelines.prepare.encode import encoder_identity
 from loomvideo.pipelines.prepare.geometry import PIXELS_VERSION
+from loomvideo.pipelines.prepare.judge_stage import judge_recipe
 from loomvideo.pipelines.prepare.load import TENSORS_VERSION
 from loomvideo.platform.config import flatten
 from loomvideo.platform.shards.manifest import Manifest
@@ -19,10 +20,12 @@ NOT_IN_MANIFEST = (
     "input", "output", "run", "workers.", "limits.", "codec_folder", "mllm_folder", "features.max_error",
     "caption_workers.", "curation_workers.", "captions.base_url", "captions.api_key_env", "captions.cache",
     "captions.concurrency", "captions.per_minute", "captions.max_attempts", "captions.timeout_s",
+    "judge_workers.", "judge.base_url", "judge.api_key_env", "judge.cache", "judge.concurrency", "judge.per_minute",
+    "judge.max_attempts", "judge.timeout_s", "judge.input_usd", "judge.output_usd", "judge.budget_usd",
 )  # fmt: skip
 # Texts are part of the samples and assessments are kept beside them: what made them is no part of a shard's recipe.
 # How samples are dealt is none either: they stay where they were dealt first. Other last bits make nothing stale.
-_NOT_IN_RECIPE = (*NOT_IN_MANIFEST, "captions.", "stages.", "curate", "shards.", "features.batch")
+_NOT_IN_RECIPE = (*NOT_IN_MANIFEST, "captions.", "judge.", "stages.", "curate", "shards.", "features.batch")
 
 
 def encode_parts(config: PrepareConfig) -> dict[str, str]:
@@ -48,12 +51,15 @@ def recipe_parts(input_digest: str, config: PrepareConfig) -> dict[str, str]:
         parts["stages"] = digest(*assess_recipe(config))
     if config.makes_texts:
         parts["captions"] = caption_recipe(config)
+    if config.judge.backend != "off":
+        parts["judge"] = digest(judge_recipe(config), json.dumps(config.judge.min_scores, sort_keys=True))
     return parts
 
 
 def manifest_config(config: PrepareConfig) -> dict[str, Any]:
     """The configuration that a dataset's content depends on; stages that are off left out."""
-    off = [*(() if config.curate else ("stages.",)), *(() if config.makes_texts else ("captions.",))]
+    on = {"stages.": config.curate, "captions.": config.makes_texts, "judge.": config.judge.backend != "off"}
+    off = [prefix for prefix, is_on in on.items() if not is_on]
     return {k: v for k, v in flatten(config).items() if not k.startswith((*NOT_IN_MANIFEST, *off))}
 
 
@@ -64,7 +70,7 @@ def why_stale(before: Manifest | None, recipe: dict[str, str], num_units: int, c
     changed = sorted(part for part in {*recipe, *before.recipe} if before.recipe.get(part) != recipe.get(part))
     if not changed:
         return f"rebuilt {num_units} shards: media files changed or a shard was damaged"
-    parts = [part for part in changed if part not in ("config", "stages", "captions")]
+    parts = [part for part in changed if part not in ("config", "stages", "captions", "judge")]
     if parts != changed:
         now = manifest_config(config)
         different = [

@@ -10,6 +10,7 @@ stage    reads                  writes                                    worker
 =======  =====================  ========================================  =================================
 assess   frames of all samples  ``work/curation``: scores, decisions      CPUs; off unless ``curate=true``
 caption  some frames            ``work/captions``: texts                  a model's GPU, or one asks a server
+judge    some frames, texts     ``work/judgements``: scores               a model's GPU, or one asks a server
 encode   clips, texts, scores   ``shards/*.tar``, ``work/records``        GPUs, and CPUs anywhere that feed them
 =======  =====================  ========================================  =================================
 """
@@ -39,6 +40,16 @@ from loomvideo.pipelines.prepare.curate import (
     lost_by_curation,
 )
 from loomvideo.pipelines.prepare.inputs import Inputs, InputTable
+from loomvideo.pipelines.prepare.judge_stage import (
+    JUDGE_FOLDER,
+    JudgeWorker,
+    judge_pool,
+    judge_recipe,
+    judged_inputs,
+    lost_by_judge,
+    run_judge,
+    with_judgements,
+)
 from loomvideo.pipelines.prepare.outcomes import RETRIABLE
 from loomvideo.pipelines.prepare.pools import Pool, map_on_actors
 from loomvideo.pipelines.prepare.recipe import encode_recipe
@@ -147,6 +158,20 @@ CAPTION = Stage(
     lost=lost_by_captions,
     run=run_captions,
 )
+JUDGE = Stage(
+    name="judge",
+    redone="scores",
+    folder=JUDGE_FOLDER,
+    worker=JudgeWorker,
+    on=lambda config: config.judge.backend != "off",
+    pool=judge_pool,
+    dealing=lambda config: Dealing("judge", _SAMPLES_IN_A_CHUNK),
+    recipe=lambda config: (judge_recipe(config),),
+    asked=judged_inputs,
+    after=with_judgements,
+    lost=lost_by_judge,
+    run=run_judge,
+)
 ENCODE = Stage(
     name="encode",
     redone="everything",
@@ -162,7 +187,7 @@ ENCODE = Stage(
     lost=_lost_by_builders,
     vouches_for_tars=True,
 )
-STAGES = (ASSESS, CAPTION, ENCODE)
+STAGES = (ASSESS, CAPTION, JUDGE, ENCODE)
 
 
 def stages_of(config: PrepareConfig) -> list[Stage]:

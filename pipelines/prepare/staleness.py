@@ -24,6 +24,7 @@ _MEMBERS_OF_KEY = (
     ("decoder", "target source refs mllm"),
     ("features.", "mllm"),
     ("captions.", "mllm"),
+    ("judge.", "scores"),
     ("stages.", "scores"),
     ("model", "target source refs mllm"),
 )

@@ -93,7 +93,8 @@ class UnitReport(TypedDict):
         assessed: Samples that were assessed.
         decoded: How many of them had their files decoded.
         captioned: Samples that have an answer.
-        asked: How many of them a model answered.
+        judged: Samples that a model scored.
+        asked: How many of either a model answered.
         written: Samples in the shard.
         lost: Planned samples that are not in it.
         num_bytes: Size of the shard.
@@ -117,6 +118,7 @@ class UnitReport(TypedDict):
     assessed: NotRequired[int]
     decoded: NotRequired[int]
     captioned: NotRequired[int]
+    judged: NotRequired[int]
     asked: NotRequired[int]
     written: NotRequired[int]
     lost: NotRequired[int]
