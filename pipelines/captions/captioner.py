@@ -141,7 +141,10 @@ class Captioner:
             return CaptionResult(sample.key, "", error.reason, detail=str(error))
         structured = self.options.backend != "transformers"
         mode = self.options.mode
-        request = caption_request(sample, mode, target, source, self._sampling, structured, references)
+        wordings = self.options.wordings
+        request = caption_request(
+            sample, mode, target, source, self._sampling, structured, references, wordings=wordings
+        )
         result = self._ask(request)
         if not (self.options.verify and result.succeeded):
             return result
@@ -184,7 +187,11 @@ def with_text(sample: Sample, result: CaptionResult, mode: str) -> Sample:
     if result.status not in ("made", "cached"):
         return sample
     text = result.fields["instruction" if mode == "instruction" else "sentence"].strip()
-    attributes = {k: v for k, v in result.fields.items() if k not in ("instruction", "sentence")}
+    attributes = {k: v for k, v in result.fields.items() if k not in ("instruction", "sentence", "wordings")}
+    if "wordings" in result.fields:
+        others = [other.strip() for other in result.fields["wordings"]]
+        others = list(dict.fromkeys(other for other in others if other not in ("", text)))
+        sample = dataclasses.replace(sample, texts=others)
     record = {"mode": mode, "model": result.model, "digest": result.digest} | (
         {"attributes": attributes} if attributes else {}
     )

@@ -56,6 +56,7 @@ def caption_cost(samples: Iterable[Sample], options: CaptionOptions) -> CaptionC
     prices = Prices(options.input_usd, options.output_usd)
     modes = (options.mode, "verify") if options.verify else (options.mode,)
     words = {mode: len(TASK_WORDS[mode]) + len(json.dumps(answer_schema(mode, "0" * 8))) for mode in modes}
+    others = {mode: 0 if mode == "verify" else options.wordings * _ANSWER_CHARACTERS["caption"] for mode in modes}
     questions = tokens_in = tokens_out = 0
     for sample in samples:
         has_text = sample.instruction if options.mode == "instruction" else sample.caption
@@ -66,7 +67,7 @@ def caption_cost(samples: Iterable[Sample], options: CaptionOptions) -> CaptionC
         for mode in modes:
             questions += 1
             tokens_in += words[mode] // _CHARACTERS_A_TOKEN + frames * prices.tokens_per_frame
-            tokens_out += _ANSWER_CHARACTERS[mode] // _CHARACTERS_A_TOKEN
+            tokens_out += (_ANSWER_CHARACTERS[mode] + others[mode]) // _CHARACTERS_A_TOKEN
     hours = questions / options.per_minute / 60 if options.per_minute else 0.0
     return CaptionCost(questions, tokens_in, tokens_out, prices.cost_usd(tokens_in, tokens_out), hours)
 

@@ -32,6 +32,9 @@ class CaptionOptions:
     verify: bool = option(
         False, "instruction: ask again, whether it leads from source to target; others have the reason `not_verified`"
     )
+    wordings: int = option(
+        0, "other wordings of each text that are asked for with it, from a few words to several sentences; 0 to 8"
+    )
     input_usd: float = option(0.0, "price of a million input tokens, for the estimate before the first question")
     output_usd: float = option(0.0, "price of a million output tokens")
     budget_usd: float = option(0.0, "an estimate above it ends the command before the first question; 0: no limit")
@@ -43,6 +46,8 @@ class CaptionOptions:
         for key, value, valid in (("backend", self.backend, BACKENDS), ("mode", self.mode, MODES)):
             if value not in valid:
                 raise UserError(f"captions.{key}={value}: choose one of {', '.join(valid)}")
+        if not 0 <= self.wordings <= 8:
+            raise UserError(f"captions.wordings={self.wordings}: 0 to 8")
         if self.verify and self.mode != "instruction":
             raise UserError(f"captions.verify=true: is about instructions, not captions.mode={self.mode}; leave it out")
         if min(self.input_usd, self.output_usd, self.budget_usd) < 0:

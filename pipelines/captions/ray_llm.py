@@ -43,8 +43,9 @@ class RequestWriter:
             return {**row, "code": "", "digest": "", "messages": "[]", "schema": _ANY, "failure": failure}
         sampling = FrameSampling(self.options.num_frames, self.options.max_side)
         mode = "verify" if row["instruction"] else self.options.mode
+        wordings = 0 if row["instruction"] else self.options.wordings
         request = caption_request(
-            sample, mode, target, source, sampling, references=references, text=row["instruction"]
+            sample, mode, target, source, sampling, True, references, row["instruction"], wordings
         )
         content: list[dict[str, Any]] = []
         for media in request.media:
@@ -154,7 +155,8 @@ def _result(sample: Sample, row: dict[str, Any], options: CaptionOptions) -> Cap
     if row.get("__inference_error__"):
         return dataclasses.replace(failed, detail=str(row["__inference_error__"])[:500])
     try:
-        fields = parse_answer(row["generated_text"], "verify" if row["instruction"] else options.mode, row["code"])
+        mode, wordings = ("verify", 0) if row["instruction"] else (options.mode, options.wordings)
+        fields = parse_answer(row["generated_text"], mode, row["code"], wordings)
     except InvalidAnswerError as error:
         status = "mixed_up" if error.mixed_up else "invalid_answer"
         return dataclasses.replace(failed, status=status, detail=str(error))

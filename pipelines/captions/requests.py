@@ -32,6 +32,10 @@ TASK_WORDS = {
     "when they are not.",
 }
 
+_WORDINGS = (
+    "Then write {count} other wordings of the same, each complete by itself, as others would say it: the first in "
+    "a few words, the others longer, the last in several sentences. None says what the others contradict."
+)
 _REFERENCES = (
     "The pictures called Reference were given to whoever made it: where what they show is used, say so in words that a "
     "person understands who sees them in this order, such as 'the dress in the first picture'."
@@ -46,11 +50,13 @@ class CaptionRequest(VLMRequest):
         sample_key: The sample.
         mode: ``caption``, ``fashion``, ``instruction`` or ``verify``.
         digest: Hash of the mode, the wording and the pictures: of all that the answer depends on.
+        wordings: Other wordings that are asked for.
     """
 
     sample_key: str = ""
     mode: str = "caption"
     digest: str = field(default="")
+    wordings: int = 0
 
     @property
     def code(self) -> str:
@@ -59,7 +65,7 @@ class CaptionRequest(VLMRequest):
 
     def schema(self) -> dict[str, Any]:
         """JSON schema of the answer."""
-        return schema.answer_schema(self.mode, self.code)
+        return schema.answer_schema(self.mode, self.code, self.wordings)
 
     def parse(self, text: str) -> dict[str, Any]:
         """The answer's fields without the id.
@@ -67,7 +73,7 @@ class CaptionRequest(VLMRequest):
         Raises:
             InvalidAnswerError: naming the field that breaks the schema.
         """
-        return schema.parse_answer(text, self.mode, self.code)
+        return schema.parse_answer(text, self.mode, self.code, self.wordings)
 
 
 def request_code(sample_key: str, digest: str) -> str:
@@ -84,6 +90,7 @@ def caption_request(
     structured: bool = True,
     references: Sequence[np.ndarray] = (),
     text: str = "",
+    wordings: int = 0,
 ) -> CaptionRequest:
     """Ask about a sample.
 
@@ -96,6 +103,7 @@ def caption_request(
         structured: Whether the server takes a JSON schema; the wording asks for JSON in any case.
         references: uint8 [1, height, width, 3] each.
         text: The instruction that ``verify`` is about.
+        wordings: Other wordings that are asked for with the text.
 
     Raises:
         ValueError: for an instruction of a sample that is no edit.
@@ -110,10 +118,15 @@ def caption_request(
         encode_media(f"Reference {number}", picture, sampling) for number, picture in enumerate(references, 1)
     )
     hashed = [PROMPT_VERSIONS[mode], mode, [(m.label, m.digest) for m in media], *([text] if text else [])]
+    if wordings:
+        hashed.append(wordings)
     digest = hashlib.sha256(json.dumps(hashed).encode()).hexdigest()
-    form = schema.answer_schema(mode, request_code(sample.key, digest))
+    form = schema.answer_schema(mode, request_code(sample.key, digest), wordings)
     asked = TASK_WORDS[mode].replace("{text}", json.dumps(text, ensure_ascii=False))
     asked += f" {_REFERENCES}" if references and mode != "verify" else ""
+    asked += f" {_WORDINGS.replace('{count}', str(wordings))}" if wordings else ""
     question = f"{asked}\nAnswer with nothing but JSON of this schema: {json.dumps(form)}"
     parts = labelled(question, media)
-    return CaptionRequest(parts, tuple(form["properties"]), structured, sample_key=sample.key, mode=mode, digest=digest)
+    return CaptionRequest(
+        parts, tuple(form["properties"]), structured, sample_key=sample.key, mode=mode, digest=digest, wordings=wordings
+    )

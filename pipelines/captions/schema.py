@@ -50,12 +50,13 @@ GARMENT_SCHEMA: dict[str, Any] = {
 GARMENT_SCHEMA["required"] = list(GARMENT_SCHEMA["properties"])
 
 
-def answer_schema(mode: str, code: str) -> dict[str, Any]:
+def answer_schema(mode: str, code: str, wordings: int = 0) -> dict[str, Any]:
     """The schema of an answer; ``id`` must come back as it was sent.
 
     Args:
         mode: ``caption``, ``fashion``, ``instruction``, or ``verify`` for the second question about an instruction.
         code: The code of the request, see :func:`~loomvideo.pipelines.captions.requests.CaptionRequest.code`.
+        wordings: Other wordings of the text that are asked for.
     """
     sentence = {"type": "string", "minLength": 8, "maxLength": 2000}
     properties: dict[str, Any] = {"id": {"enum": [code]}}
@@ -71,6 +72,8 @@ def answer_schema(mode: str, code: str) -> dict[str, Any]:
             "light": {"enum": list(LIGHTS)},
         }
     properties["instruction" if mode == "instruction" else "sentence"] = sentence
+    if wordings:
+        properties["wordings"] = {"type": "array", "items": sentence, "minItems": wordings, "maxItems": wordings}
     return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
 
@@ -82,13 +85,13 @@ class InvalidAnswerError(Exception):
         self.mixed_up = mixed_up
 
 
-def parse_answer(text: str, mode: str, code: str) -> dict[str, Any]:
+def parse_answer(text: str, mode: str, code: str, wordings: int = 0) -> dict[str, Any]:
     """The answer's fields without the id.
 
     Raises:
         InvalidAnswerError: naming the field that breaks the schema.
     """
-    return json_answer(text, answer_schema(mode, code), code)
+    return json_answer(text, answer_schema(mode, code, wordings), code)
 
 
 def json_answer(text: str, schema: dict[str, Any], code: str) -> dict[str, Any]:

@@ -95,6 +95,8 @@ def caption_recipe(config: PrepareConfig) -> str:
     if not options["verify"]:
         # Results of before there was a second question are the same without one.
         del options["verify"]
+    if not options["wordings"]:
+        del options["wordings"]
     return digest("captions", PROMPT_VERSIONS[config.captions.mode], json.dumps(options, sort_keys=True))
 
 

@@ -24,12 +24,12 @@ from loomvideo.pipelines.prepare.features import FeatureError, keeps_states, sto
 from loomvideo.pipelines.prepare.load import LoadedSample, prompt_kind
 from loomvideo.pipelines.sources.samples import Sample
 from loomvideo.platform.errors import UserError
-from loomvideo.platform.shards.sample import ShardSample
+from loomvideo.platform.shards.sample import TEXTS_SCORE, ShardSample
 
 logger = logging.getLogger(__name__)
 
 # What is said of the mllm member; kept with it.
-MLLM_METADATA = ("mllm_index", "mllm_tokens", "features", "feature_error")
+MLLM_METADATA = ("mllm_index", "mllm_tokens", "features", "feature_error", "texts", "text_stride")
 # Pixels of clips that go to the codec together: those of the longest published clip alone, and so its memory.
 _TOGETHER_PIXELS = 121 * 640 * 640
 
@@ -175,6 +175,9 @@ class SampleEncoder:
             **(assessed or {}),
             "fingerprints": loaded.fingerprints,
         }  # fmt: skip
+        if sample.texts:
+            # A column of the index, so that a loader knows what to read; none in datasets without other wordings.
+            metadata["scores"] = {**metadata.get("scores", {}), TEXTS_SCORE: 1 + len(sample.texts)}
         return ShardSample(sample.key, metadata, tensors)
 
     def _tokens(self, frames: int, height: int, width: int) -> int:
@@ -216,10 +219,17 @@ class SampleEncoder:
         # Without a source the message is the same for every window.
         sources = loaded.source if loaded.source else [None]
         variants = ("full", "visual") if _has_media(loaded) else ("full",)
-        return {
-            f"{variant}.{i}": self._inputs(loaded.sample, source, loaded.references, variant)
+        sample = loaded.sample
+        inputs = {
+            f"{variant}.{i}": self._inputs(sample, sample.text, source, loaded.references, variant)
             for i, source in enumerate(sources)
             for variant in variants
+        }
+        # What is said of pictures without a text is the same for every wording.
+        return inputs | {
+            f"full.{i + number * len(sources)}": self._inputs(sample, text, source, loaded.references, "full")
+            for number, text in enumerate(sample.texts, 1)
+            for i, source in enumerate(sources)
         }
 
     def _mllm_members(
@@ -242,11 +252,14 @@ class SampleEncoder:
                 "mllm_tokens": max(entry.num_tokens for entry in inputs.values()),
                 "features": "stored" if keep else "streamed",
             }
+            stride = len(loaded.source) or 1
+            if loaded.sample.texts:
+                metadata |= {"texts": [loaded.sample.text, *loaded.sample.texts], "text_stride": stride}
             if keep:
                 member, error = self._stored({name: next(states) for name in inputs})
                 found.append(({"mllm": member}, metadata | error))
             else:
-                found.append(({"mllm": streamed_members(inputs, self.processor)}, metadata))
+                found.append(({"mllm": streamed_members(inputs, self.processor, stride)}, metadata))
         return found
 
     def _stored(self, states: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -256,10 +269,10 @@ class SampleEncoder:
         return members, {"feature_error": self.error.measure(states, members, self.features.layers)}
 
     def _inputs(
-        self, sample: Sample, source: Tensor | None, references: list[Tensor], variant: prompts.Variant
+        self, sample: Sample, text: str, source: Tensor | None, references: list[Tensor], variant: prompts.Variant
     ) -> MLLMInputs:
         kind = prompt_kind(sample)
-        return build_inputs(kind, sample.text, source, references, variant, self.tokenizer, self.processor)
+        return build_inputs(kind, text, source, references, variant, self.tokenizer, self.processor)
 
 
 def _member(moments: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:

@@ -56,7 +56,8 @@ def _bytes(sample: Sample, config: PrepareConfig, model: ModelSize, text: int, m
         entries = windows if sample.source else 1
         layers = len(config.features.layers) or model.dit.num_layers
         width = layers * model.dit.mllm_dim * _FEATURE_BYTES[config.features.dtype]
-        return latents + entries * tokens * width
+        others = sum(len(other) // _CHARACTERS_PER_TOKEN + _TEMPLATE_TOKENS + media for other in sample.texts)
+        return latents + entries * (tokens + others) * width
     shown_bytes = _pixels_per_token(model.mllm.processor) * model.mllm.processor.temporal_patch_size * _BYTES_PER_PIXEL
     return latents + media * shown_bytes + 8 * (text + media)
 

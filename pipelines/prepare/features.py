@@ -31,18 +31,33 @@ def stored_members(states: Mapping[str, Tensor], dtype: str, layers: Sequence[in
     return tensors
 
 
-def streamed_members(inputs: Mapping[str, MLLMInputs], processor: ProcessorConfig) -> dict[str, Tensor]:
-    """Store form of ``{"full.0": inputs, "visual.0": inputs, ...}``; the variants of an entry share their pictures."""
+def streamed_members(
+    inputs: Mapping[str, MLLMInputs], processor: ProcessorConfig, num_entries: int
+) -> dict[str, Tensor]:
+    """Store form of ``{"full.0": inputs, "visual.0": inputs, ...}``; the variants of an entry share their pictures.
+
+    Args:
+        inputs: Those of each entry; from ``num_entries`` on they are of other wordings, whose pictures are the first's.
+        processor: How pictures became patches.
+        num_entries: Entries of one wording.
+    """
     tensors: dict[str, Tensor] = {}
     for name, entry in inputs.items():
         variant, i = name.split(".")
         tensors[f"input_ids.{i}" if variant == "full" else f"{variant}_input_ids.{i}"] = entry.input_ids
+        if int(i) >= num_entries:
+            continue
         for kind, value in entry.tensors().items():
             if kind in _PIXELS and variant == "full":
                 tensors[f"{kind}.{i}"] = _to_uint8(value, processor)
             elif kind in _GRIDS:
                 tensors[f"{kind}.{i}"] = value
     return tensors
+
+
+def of_text(tensors: Mapping[str, Tensor], entry: int, text_entry: int) -> dict[str, Tensor]:
+    """A streamed member in which an entry has another wording: the token ids of ``text_entry``."""
+    return {**tensors, f"input_ids.{entry}": tensors[f"input_ids.{text_entry}"]}
 
 
 def streamed_inputs(tensors: Mapping[str, Tensor], i: int, variant: str, processor: ProcessorConfig) -> MLLMInputs:

@@ -129,6 +129,7 @@ class SampleLoader:
         prints = {member: digest(TENSORS_VERSION, self.encoders["codec"], value) for member, value in pixels.items()}
         kind = prompt_kind(sample)
         words = [prompts.compose(kind, sample.text, len(sample.references), variant) for variant in ("full", "visual")]
+        words += [prompts.compose(kind, text, len(sample.references), "full") for text in sample.texts]
         media = (pixels.get("source"), pixels.get("refs"))
         options = self.config.features
         form = (options.mode, options.dtype, *((options.layers,) if options.layers else ()))

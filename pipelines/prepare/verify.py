@@ -155,7 +155,8 @@ def shape_problems(sample: ShardSample, grid: LatentGrid) -> Iterator[str]:
         if {name for name in tensors.get(member, {}) if name.startswith("mean.")} != windows:
             yield f"{member} does not have {metadata['num_windows']} windows"
     prefix = "full" if metadata.get("features", "stored") == "stored" else "input_ids"
-    for entry in set(metadata["mllm_index"]):
+    strides = [number * metadata.get("text_stride", 0) for number in range(len(metadata.get("texts", [""])))]
+    for entry in sorted({entry + stride for entry in metadata["mllm_index"] for stride in strides}):
         if f"{prefix}.{entry}" not in tensors.get("mllm", {}):
             yield f"mllm has no {prefix}.{entry}"
     for member, part in tensors.items():

@@ -69,6 +69,8 @@ def clean_fields(values: Mapping[str, Any]) -> dict[str, Any]:
             cleaned[field] = path(value, field)
         elif field == "references":
             cleaned[field] = paths(value, field)
+        elif field == "texts":
+            cleaned[field] = texts(value, field)
         elif field == "split":
             cleaned[field] = split(value)
         elif field == "key":
@@ -155,6 +157,24 @@ def paths(value: Any, field: str) -> list[str]:
     if not isinstance(value, (list, tuple)):
         raise FieldError(field, f"expected a list of paths, found {_described(value)}")
     found = [path(item, f"{field}[{number}]") for number, item in enumerate(value)]
+    if None in found:
+        raise FieldError(f"{field}[{found.index(None)}]", "is empty")
+    return [item for item in found if item]
+
+
+def texts(value: Any, field: str) -> list[str]:
+    """Several texts: a list, or one.
+
+    Raises:
+        FieldError: for anything else, and for an empty entry.
+    """
+    if is_missing(value):
+        return []
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, (list, tuple)):
+        raise FieldError(field, f"expected a list of texts, found {_described(value)}")
+    found = [text(item, f"{field}[{number}]") for number, item in enumerate(value)]
     if None in found:
         raise FieldError(f"{field}[{found.index(None)}]", "is empty")
     return [item for item in found if item]

@@ -32,6 +32,8 @@ class Sample:
     group: str = ""
     split: Literal["train", "heldout"] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    texts: list[str] = field(default_factory=list)
+    """Other wordings of the text, of any length; training draws one of all at every visit."""
 
     @property
     def text(self) -> str:
@@ -54,6 +56,8 @@ class Sample:
             raise UserError(f"{where}: task {self.task} needs `references`")
         if self.text == "":
             raise UserError(f"{where}: set `instruction` or `caption`")
+        if len({self.text, *self.texts}) != 1 + len(self.texts) or not all(self.texts):
+            raise UserError(f"{where}: `texts` lists other wordings of the text: none empty, none twice")
 
     def assigned_split(self, heldout_fraction: float) -> str:
         """The split: the given one, else decided by a hash of ``group`` so that no group is in two splits."""

@@ -162,7 +162,7 @@ class DistillationRecipe(DiTRecipe):
         null = self.null_states[dataset_index]
         branches = {}
         for branch in dict.fromkeys((FULL, *weights)):
-            states = None if branch == UNCONDITIONAL else self.states_of(sample, window, branch)
+            states = None if branch == UNCONDITIONAL else self.states_of(sample, window, branch, random)
             # Where a sample shows the MLLM nothing, its visual prompt is the empty one.
             states = null if states is None else states
             with_media = branch != UNCONDITIONAL

@@ -26,11 +26,13 @@ from loomvideo.model.kernels.node import use_kernels
 from loomvideo.model.lora import MergedWeights, adapt
 from loomvideo.model.parallel import Ranks
 from loomvideo.model.sizes import model_size
+from loomvideo.pipelines.prepare.features import of_text
 from loomvideo.pipelines.training.conditioning import ConditioningWatch, check_members
 from loomvideo.pipelines.training.config import ObjectiveConfig
 from loomvideo.pipelines.training.visit_sizes import VARIANTS, sample_sizes
 from loomvideo.platform.nodes.config import KernelConfig
-from loomvideo.platform.shards.sample import ShardSample
+from loomvideo.platform.shards.index import SCORE_PREFIX
+from loomvideo.platform.shards.sample import TEXTS_SCORE, ShardSample
 from loomvideo.platform.training.order import SampleSizes
 from loomvideo.platform.training.randomness import SampleRandom
 from loomvideo.platform.training.recipe import BaseRecipe, TrainingDataset
@@ -197,13 +199,16 @@ class DiTRecipe(BaseRecipe, ABC):
         # Without a source the MLLM is told the same for every window.
         entry = window if "source" in row["members"] else 0
         needs_visual = self.reads_visual(random)
+        text = _text(int(row.get(f"{SCORE_PREFIX}{TEXTS_SCORE}") or 1), random)
+        text_entry = entry + text * (row["num_windows"] if "source" in row["members"] else 1)
 
         def select(member: str, name: str) -> bool:
             if member == "refs":
                 return True
             kind, _, number = name.rpartition(".")
             if member == "mllm":
-                return number == str(entry) and (needs_visual or kind != "visual")
+                worded = kind in ("full", "input_ids")
+                return number == str(text_entry if worded else entry) and (needs_visual or kind != "visual")
             return number == str(window)
 
         return dataset.read(row_number, select)
@@ -244,11 +249,24 @@ class DiTRecipe(BaseRecipe, ABC):
         _, frames, height, width = shape
         return frames * (height // self.config.patch_size[1]) * (width // self.config.patch_size[2])
 
-    def states_of(self, sample: ShardSample, window: int, variant: str) -> Tensor | None:
-        """MLLM states of a window; None for ``visual`` where the sample shows the MLLM no pictures."""
+    def states_of(
+        self, sample: ShardSample, window: int, variant: str, random: SampleRandom | None = None
+    ) -> Tensor | None:
+        """MLLM states of a window; None for ``visual`` where the sample shows the MLLM no pictures.
+
+        Args:
+            sample: What was read.
+            window: The clip window.
+            variant: ``full`` or ``visual``.
+            random: The visit's draws, which choose one of the wordings of the sample's text; None for its first.
+        """
         member, entry = sample.tensors["mllm"], sample.metadata["mllm_index"][window]
+        text_entry = entry
+        if random is not None and variant == "full":
+            text = _text(len(sample.metadata.get("texts", [""])), random)
+            text_entry += text * sample.metadata.get("text_stride", 0)
         if sample.metadata.get("features", "stored") == "stored":
-            states = member.get(f"{variant}.{entry}")
+            states = member.get(f"{variant}.{text_entry}")
             return None if states is None else states.to(STATES_DTYPE)
         if variant == "visual" and f"visual_input_ids.{entry}" not in member:
             return None
@@ -256,6 +274,7 @@ class DiTRecipe(BaseRecipe, ABC):
             raise RuntimeError(
                 f"sample {sample.key}: its MLLM states are not stored and the recipe has no pool of MLLMs"
             )
+        member = member if text_entry == entry else of_text(member, entry, text_entry)
         return self.features.states(member, entry, variant)
 
     def export(self, state: Mapping[str, Tensor], folder: Path) -> None:
@@ -288,3 +307,8 @@ def _posterior_sample(tensors: Mapping[str, Tensor], index: int, random: SampleR
 
 def _window(num_windows: int, random: SampleRandom) -> int:
     return int(random.uniform("window") * num_windows)
+
+
+def _text(num_texts: int, random: SampleRandom) -> int:
+    """Which wording of its text a visit is told."""
+    return int(random.uniform("text") * num_texts) if num_texts > 1 else 0

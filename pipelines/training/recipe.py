@@ -84,7 +84,7 @@ class LoomVideoRecipe(DiTRecipe):
     ) -> Example:
         clean, source_latents, reference_latents, window = self.latents_of(sample, random)
         variant = self._variant(dropped)
-        states = None if variant is None else self.states_of(sample, window, variant)
+        states = None if variant is None else self.states_of(sample, window, variant, random)
         if variant is None:
             source_latents, reference_latents = None, []
         if states is None:

@@ -297,6 +297,8 @@ class RoundDataset:
                 if f"{kind}.{window}" in tensors["source"]
             }
         metadata = sample.metadata | {"num_windows": 1, "mllm_index": [sample.metadata["mllm_index"][window]]}
+        # The results were made for the first wording.
+        metadata.pop("texts", None)
         return ShardSample(place["key"], metadata, tensors)
 
 

@@ -115,7 +115,7 @@ class SourcePreferenceRecipe(DiTRecipe):
         if not wording(task).needs_source:
             raise UserError(f"task {task} has no source to reject; give it weight 0 in training.mixture.tasks")
         clean, source, references, window = self.latents_of(sample, random)
-        states = self.states_of(sample, window, "full")
+        states = self.states_of(sample, window, "full", random)
         if source is None or states is None:
             raise ValueError("an edit without source or MLLM states")
         objective, tokens = self.objective, self.num_video_tokens(clean.shape)

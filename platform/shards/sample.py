@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 KEY_PATTERN = re.compile(r"[0-9a-zA-Z_-]{1,80}")
 MEMBERS = ("target", "source", "refs", "mllm")
 METADATA = "json"
+TEXTS_SCORE = "texts"
+"""Score that says how many wordings of its text a sample has; absent for one."""
 
 
 @dataclass
@@ -31,7 +33,8 @@ class ShardSample:
             [C, f, h, w] for window w; ``refs`` holds ``mean.{j}``, ``std.{j}`` [C, 1, h, w]; ``mllm`` holds
             ``full.{i}``, ``visual.{i}`` [layers, tokens, dim] (stored features; ``visual`` is absent when the sample
             shows the MLLM no media, the dataset's null applies then) or the MLLM's inputs (streamed). Window w uses
-            entry i = ``metadata["mllm_index"][w]``.
+            entry i = ``metadata["mllm_index"][w]``. Of a sample with several wordings (``metadata["texts"]``, the
+            first one its text), wording j of it is entry i + j ``metadata["text_stride"]``.
     """
 
     key: str

@@ -62,6 +62,11 @@ class Model:
             answer |= {"garments": [GARMENT]} | LOOK
         if request.mode == "instruction":
             answer = {"id": request.code, "instruction": "make it darker"}
+        if request.wordings:
+            answer["wordings"] = [
+                "a grey field",
+                *(f"what is shown is grey, number {n}" for n in range(1, request.wordings)),
+            ]
         if request.mode == "verify":
             verdict = "yes" if level % 2 else "partly"
             answer = {"id": request.code, "reason": f"level {level} was asked for", "verdict": verdict}
@@ -123,6 +128,24 @@ def test_fashion_attributes_and_a_sentence(tmp_path):
     (captioned, _), *_ = captioner(tmp_path, Model(), mode="fashion").run([sample(1)], frames)
     assert captioned.extra["captions"]["attributes"]["garments"] == [GARMENT]
     assert captioned.caption.startswith("a grey field")
+
+
+def test_other_wordings_come_with_the_text(tmp_path):
+    model = Model()
+    (captioned, result), *_ = captioner(tmp_path, model, wordings=3).run([sample(1)], frames)
+    others = ["a grey field", "what is shown is grey, number 1", "what is shown is grey, number 2"]
+    assert (result.status, captioned.texts) == ("made", others)
+    assert "attributes" not in captioned.extra["captions"]
+    assert "Then write 3 other wordings" in model.requests[0].text
+    # Asked without them it is another question, and one that gave too few is invalid.
+    (captioned, _), *_ = captioner(tmp_path, model).run([sample(1)], frames)
+    assert (len(model.requests), captioned.texts) == (2, [])
+    with pytest.raises(InvalidAnswerError, match="wordings"):
+        parse_answer('{"id": "c", "sentence": "a grey field", "wordings": ["a grey field"]}', "caption", "c", 2)
+    with pytest.raises(UserError, match=r"captions\.wordings=9"):
+        CaptionOptions(wordings=9).check()
+    free, more = (caption_cost([sample(1)], CaptionOptions("openai", "caption", wordings=n)) for n in (0, 4))
+    assert more.tokens_out == 5 * free.tokens_out
 
 
 def test_instructions_are_written_from_pairs(tmp_path):
