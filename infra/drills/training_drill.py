@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 from local_cluster import LocalCluster
+from reward_drill import drill_rewards
 from training_rehearsal import EVERY, HANG_S, JOBS, NOTICE_S, STEPS, DrillError, Rehearsal, Run
 
 from loomvideo.platform.shards.tensors import HEADER_SIZE_BYTES, parse_header
@@ -287,9 +288,12 @@ DRILLS = {
     "nan": drill_nan,
     "elastic": drill_elastic,
     "preemption": drill_preemption,
+    "rewards": drill_rewards,
 }
 COMPARED = {"disk", "bit", "elastic"}
 """Drills that need the run of ``worker``."""
+OF_JOB = {"shard": "pretrain", "nan": "pretrain", "rewards": "prefer"}
+"""Drills of one job alone: two know the order in which pretrain draws, one breaks what only prefer asks."""
 
 
 def main() -> int:
@@ -297,10 +301,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="folder for runs, logs and results")
     parser.add_argument("--shards", type=Path, required=True, help="dataset prepared for the tiny preset")
-    parser.add_argument("--only", default=",".join(DRILLS), help=f"of {', '.join(DRILLS)}; disk, bit and elastic "
+    parser.add_argument("--only", help=f"of {', '.join(DRILLS)}, by default all of the job; disk, bit and elastic "
                         "compare with worker's run, which is made first where the folder has none")  # fmt: skip
-    parser.add_argument("--job", choices=list(JOBS), default="pretrain", help="what is broken; shard and nan know the "
-                        "order in which pretrain draws")  # fmt: skip
+    parser.add_argument("--job", choices=list(JOBS), default="pretrain", help="what is broken; shard and nan are "
+                        "drills of pretrain alone, rewards of prefer")  # fmt: skip
     parser.add_argument("--weights", type=Path, help="weights folder that distill and prefer start from")
     options = parser.parse_args()
     if options.job != "pretrain" and not options.weights:
@@ -313,7 +317,10 @@ def main() -> int:
     options.folder.mkdir(parents=True, exist_ok=True)
     weights = options.weights and options.weights.absolute()
     rehearsal = Rehearsal(options.folder.absolute(), options.shards.absolute(), options.job, weights)
-    names = options.only.split(",")
+    of_job = [name for name in DRILLS if OF_JOB.get(name, options.job) == options.job]
+    names = options.only.split(",") if options.only else of_job
+    if not set(names) <= set(of_job):
+        parser.error(f"--only {options.only}: --job {options.job} has {', '.join(of_job)}")
     if COMPARED & set(names) and not (rehearsal.run_path("worker-killed") / "result.json").exists():
         names = ["worker", *(name for name in names if name != "worker")]
     results = []

@@ -170,7 +170,9 @@ def _export_policy(run: TrainingRun, number: int, folder: Path) -> None:
 def _make_round(run: TrainingRun, actors: _Actors, number: int, policy: Path, folder: Path) -> None:
     config = cast(PreferJobConfig, run.config)
     nft, training = config.prefer.nft, config.training
-    prompts = choose_prompts(run.datasets, training.split, training.mixture.tasks, nft.prompts, training.seed, number)
+    prompts = choose_prompts(
+        run.datasets, training.split, training.mixture.tasks, nft.prompts, training.seed, number, nft.edits
+    )
     handles = actors.with_weights(policy)
     folder.mkdir(parents=True, exist_ok=True)
     pool = ray.util.ActorPool(handles)

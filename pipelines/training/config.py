@@ -124,17 +124,27 @@ class NFTConfig:
 
     rounds: int = option(8, "rounds")
     prompts: int = option(64, "samples of the shards that are asked in a round")
+    edits: list[str] = option(
+        [], "kinds of edit that are asked, as a sample's extra.edit.kind names them, such as [recolour]; empty asks all"
+    )
     repeats: int = option(8, "results of each, compared with each other")
     steps_per_round: int = option(40, "optimiser steps after each")
     sampler_steps: int = option(20, "denoising steps of the results; a distilled model takes its own")
     scale: float = option(1.0, "guidance scale of the results; 1 for none")
+    scales: list[float] = option(
+        [], "guidance scales that a prompt's results take in turn, as noise alone may hardly change them; empty: scale"
+    )
     visual_scale: float = option(1.0, "guidance scale of source and references")
-    beta: float = option(1.0, "how far the two policies lie from the old one")
+    beta: float = option(1.0, "how far the two policies lie from the old one; less goes further in a round")
     spread: float = option(1.0, "rewards are r = 1/2 + (reward - mean) / (2 spread std) of their prompt, within [0, 1]")
     drift_weight: float = option(0.0, "charge for the distance from the weights of the start")
     actors: int = option(1, "actors that generate and score")
     gpus: float = option(0.0, "GPUs of each; 0 generates on CPUs")
     cpus: int = option(1, "CPUs of each")
+
+    def scale_of(self, repeat: int) -> float:
+        """The guidance scale of a prompt's result number ``repeat``."""
+        return self.scales[repeat % len(self.scales)] if self.scales else self.scale
 
     def check(self) -> None:
         """Raise UserError for rounds without samples or comparisons."""

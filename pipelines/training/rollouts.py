@@ -8,6 +8,7 @@ came from.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 from collections import Counter
@@ -59,9 +60,24 @@ class Prompt:
 
 
 def choose_prompts(
-    datasets: Sequence[Any], split: str, tasks: Mapping[str, float], count: int, seed: int, number: int
+    datasets: Sequence[Any],
+    split: str,
+    tasks: Mapping[str, float],
+    count: int,
+    seed: int,
+    number: int,
+    edits: Sequence[str] = (),
 ) -> list[Prompt]:
     """The prompts of round ``number``: drawn without repetition from the edits of a split that the mixture has.
+
+    Args:
+        datasets: The run's.
+        split: Of their indices.
+        tasks: Weights of the mixture; a task of weight 0 is not asked.
+        count: How many, or all there are.
+        seed: The run's.
+        number: The round.
+        edits: Kinds of edit that are asked alone; none for all. Samples are read for theirs.
 
     Raises:
         UserError: if there is none.
@@ -75,7 +91,19 @@ def choose_prompts(
     if not found:
         raise UserError(f"data.shards: no edits in split {split!r} of the tasks in training.mixture.tasks")
     order = stream("rollout", seed, number).permutation(len(found))
-    return [found[place] for place in order[:count]]
+    drawn = (found[place] for place in order)
+    chosen = list(itertools.islice((p for p in drawn if not edits or _edit_kind(datasets, p) in edits), count))
+    if not chosen:
+        raise UserError(
+            f"prefer.nft.edits={list(edits)}: no edit of split {split!r} has such an extra.edit.kind; leave it "
+            "empty to ask all"
+        )
+    return chosen
+
+
+def _edit_kind(datasets: Sequence[Any], prompt: Prompt) -> str:
+    metadata = datasets[prompt.dataset].read(prompt.row, lambda member, tensor: False).metadata
+    return ((metadata.get("extra") or {}).get("edit") or {}).get("kind", "")
 
 
 class RolloutMaker:
@@ -108,6 +136,8 @@ class RolloutMaker:
         self.recipe, self.dit, self.codec, self.datasets = recipe, dit, codec, datasets
         self.config, self.rewarder, self.scheduler = config, rewarder, scheduler
         self.few_steps, self.seed = few_steps, seed
+        if few_steps is not None and config.scales:
+            raise UserError("prefer.nft.scales: guidance is folded into a distilled model; leave it empty")
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Take a policy's weights, such as those that the driver put into the object store."""
@@ -126,10 +156,9 @@ class RolloutMaker:
         stored = dataset.read(prompt.row)
         clean, source, references, window = self.recipe.latents_of(stored, random)
         branches = self._branches(prompt, stored, window, source, references)
-        scale = Guidance(self.config.scale, self.config.visual_scale)
         latents = [
             self._sample([random.normal(f"result.{repeat}.{step}", clean.shape) for step in range(self._num_noises)],
-                         branches, scale)
+                         branches, Guidance(self.config.scale_of(repeat), self.config.visual_scale))
             for repeat in range(self.config.repeats)
         ]  # fmt: skip
         inputs = self._inputs(prompt, row, stored, clean, source)

@@ -13,13 +13,15 @@ from fixtures.stored_samples import MODEL as SIZE
 from fixtures.stored_samples import stored_sample
 
 from loomvideo.model.codec import build_codec
+from loomvideo.model.few_steps import FewSteps
+from loomvideo.model.flow import EPS, noised_and_target
 from loomvideo.model.sampler import SchedulerConfig
 from loomvideo.pipelines.evaluation.inputs import LoadedItem
 from loomvideo.pipelines.evaluation.rewards import Rewarder, RewardError, Score, group_rewards
 from loomvideo.pipelines.evaluation.suites.items import EvalItem
 from loomvideo.pipelines.training.config import NFTConfig, ObjectiveConfig, SourcePreferenceConfig
 from loomvideo.pipelines.training.nft import NFTRecipe, nft_loss
-from loomvideo.pipelines.training.rollouts import RolloutMaker, RoundDataset, choose_prompts, finish_round
+from loomvideo.pipelines.training.rollouts import Prompt, RolloutMaker, RoundDataset, choose_prompts, finish_round
 from loomvideo.pipelines.training.source_preference import REFERENCE, SourcePreferenceRecipe, preference_loss
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.training.randomness import SampleRandom
@@ -100,6 +102,41 @@ def test_nft_loss_moves_to_good_samples_and_away_from_bad_ones():
     plain = 0.25 * (0.3 * old + 0.7 * target - target) ** 2
     found = nft_loss(target, old, target, torch.tensor(0.25), beta=0.7)
     torch.testing.assert_close(found, plain + 0.75 * (1.7 * old - 0.7 * target - target) ** 2)
+
+
+def test_nft_raises_the_reward_of_a_flow_of_two_dimensions():
+    """A policy whose samples are N(mean, 0.5^2), with its exact velocity: three rounds move the mean to the goal."""
+    goal, spread = torch.tensor([2.0, -1.0]), 0.5
+
+    def velocity(mean, noised, t):
+        kept, noise_share = 1 - t, EPS + (1 - EPS) * t
+        gain = spread**2 * kept / (spread**2 * kept**2 + noise_share**2)
+        clean = mean + gain * (noised - kept * mean)
+        return (1 - EPS) * (noised - kept * clean) / noise_share - clean
+
+    def distance_after(beta, liked, rounds=3):
+        generator = torch.Generator().manual_seed(0)
+        mean = torch.zeros(2, requires_grad=True)
+        optimizer = torch.optim.Adam([mean], lr=0.05)
+        for _ in range(rounds):
+            old = mean.detach().clone()
+            made = old + spread * torch.randn(64, 2, generator=generator)
+            scores = [Score({}, total=liked * -float((each - goal).norm())) for each in made]
+            reward = torch.tensor(group_rewards(scores, 1.0))[:, None]
+            for _ in range(25):
+                t = torch.rand(64, 1, generator=generator)
+                noised, target = noised_and_target(made, torch.randn(64, 2, generator=generator), t)
+                loss = nft_loss(velocity(mean, noised, t), velocity(old, noised, t), target, reward, beta)
+                optimizer.zero_grad()
+                loss.mean().backward()
+                optimizer.step()
+        return float((mean.detach() - goal).norm())
+
+    start = float(goal.norm())
+    assert distance_after(1.0, liked=1) < start - 0.7
+    # A smaller beta goes further in the same rounds; a reward turned around leads away.
+    assert distance_after(0.4, liked=1) < start - 1.4
+    assert distance_after(1.0, liked=-1) > start + 0.5
 
 
 def test_nft_recipe_weighs_samples_by_their_rewards():
@@ -217,7 +254,9 @@ class Shards:
 
     def read(self, row, select=None):
         key, task = (self.index.column(name)[row].as_py() for name in ("key", "task"))
-        return stored_sample(key, task, size=8)
+        sample = stored_sample(key, task, size=8)
+        sample.metadata["extra"] = {"edit": {"kind": "background" if key == "a" else "recolour"}}
+        return sample
 
 
 def test_a_round_is_kept_goes_on_and_is_read_as_a_dataset(tmp_path):
@@ -226,6 +265,10 @@ def test_a_round_is_kept_goes_on_and_is_read_as_a_dataset(tmp_path):
     assert sorted(prompt.key for prompt in prompts) == ["a", "b"]
     with pytest.raises(UserError, match="no edits"):
         choose_prompts([shards], "train", {"image_edit": 0}, 5, seed=0, number=0)
+    recolours = choose_prompts([shards], "train", {}, 5, seed=0, number=0, edits=["recolour"])
+    assert [prompt.key for prompt in recolours] == ["b"]
+    with pytest.raises(UserError, match=r"prefer.nft.edits=\['pattern'\].*leave it empty"):
+        choose_prompts([shards], "train", {}, 5, seed=0, number=0, edits=["pattern"])
     config = NFTConfig(repeats=2, sampler_steps=2)
     recipe = NFTRecipe(config, "", "tiny", ObjectiveConfig(shift_base_tokens=1), [NULL])
     maker = RolloutMaker(
@@ -252,3 +295,20 @@ def test_a_round_is_kept_goes_on_and_is_read_as_a_dataset(tmp_path):
     if rows[0]["reward"] is not None:
         example = recipe.load_example(0, rows[0], sample, SampleRandom(0, rows[0]["key"], 0))
         assert example.reward == rows[0]["reward"]
+
+
+def test_results_of_a_prompt_take_guidance_scales_in_turn(tmp_path):
+    config = NFTConfig(repeats=3, sampler_steps=1, scales=[1.0, 1.5])
+    assert [config.scale_of(repeat) for repeat in range(3)] == [1.0, 1.5, 1.0]
+    assert NFTConfig(scale=1.2).scale_of(5) == 1.2
+    recipe = NFTRecipe(config, "", "tiny", ObjectiveConfig(shift_base_tokens=1), [NULL])
+    codec = build_codec(SIZE.codec, CPU, torch.float32)
+    options = recipe, network(), codec, [Shards()], config, Rewarder({"fidelity": 1.0}, {}), SchedulerConfig()
+    scales = []
+    maker = RolloutMaker(*options)
+    maker._sample = lambda noises, branches, guidance: scales.append(guidance.scale) or noises[0]
+    maker._pixels = lambda latents: np.zeros((1, 16, 16, 3), np.uint8)
+    maker.make(Prompt(0, 0, "a"), 0, tmp_path)
+    assert scales == [1.0, 1.5, 1.0]
+    with pytest.raises(UserError, match=r"prefer.nft.scales: guidance is folded"):
+        RolloutMaker(*options, few_steps=FewSteps.of([1000.0], 1.0))

@@ -1,0 +1,74 @@
+"""The drill of preference tuning alone: its reward server breaks, and nothing but time is lost."""
+
+import contextlib
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from reward_server import REWARD
+from training_rehearsal import PATIENCE_S, DrillError, Rehearsal, Run
+
+from loomvideo.platform.machine import patience
+from loomvideo.platform.training.checkpoint_folder import CheckpointFolder
+
+PROMPTS, OUTAGE_S = 12, 10.0
+
+
+def drill_rewards(rehearsal: Rehearsal) -> str:
+    """The reward server is killed in the middle of a round and started again later."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (
+        f"prefer.rewards.server=http://127.0.0.1:{port}", "prefer.rewards.weights={" + REWARD + ": 1.0}",
+        f"prefer.nft.prompts={PROMPTS}",
+    )  # fmt: skip
+    server = _serve_rewards(port)
+    try:
+        whole = rehearsal.train("rewards-whole", *arguments)
+        whole.finish()
+        whole.check_complete()
+        broken = rehearsal.train("rewards-broken", *arguments)
+        broken.wait_for("scored results", lambda: len(_scored(broken)) >= PROMPTS // 4)
+        server.kill()
+        server.wait()
+        time.sleep(1.0)  # what had its answer is written
+        before = len(_scored(broken))
+        time.sleep(OUTAGE_S)
+        after = len(_scored(broken))
+        server = _serve_rewards(port)
+        broken.finish()
+        broken.check_complete()
+    finally:
+        server.kill()
+        server.wait()
+    if not before == after < PROMPTS:
+        raise DrillError(f"{before} prompts scored when the server was killed, {after} before it was back")
+    rounds = [sorted((run.path / "rounds").glob("round-*/index.parquet")) for run in (whole, broken)]
+    same_rounds = [path.read_bytes() for path in rounds[0]] == [path.read_bytes() for path in rounds[1]]
+    one, other = (CheckpointFolder(run.path / "checkpoints").open().weights() for run in (whole, broken))
+    same_weights = set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+    if not rounds[0] or not same_rounds or not same_weights:
+        raise DrillError(f"without the outage: {len(rounds[0])} rounds equal: {same_rounds}, weights: {same_weights}")
+    return (
+        f"{before} of {PROMPTS} prompts scored, none more in {OUTAGE_S:.0f} s without a server; then the "
+        f"{len(rounds[0])} rounds and all {len(one)} trained tensors bit for bit those of a run without the outage"
+    )
+
+
+def _serve_rewards(port: int) -> subprocess.Popen:
+    process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("reward_server.py")), str(port)])
+    deadline = time.monotonic() + patience(PATIENCE_S)
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return process
+        time.sleep(0.1)
+    process.kill()
+    raise DrillError(f"the reward server did not start on port {port}")
+
+
+def _scored(run: Run) -> list[Path]:
+    return list((run.path / "rounds" / "round-0000" / "results").glob("*.json"))
