@@ -14,7 +14,7 @@ from training_rehearsal import PATIENCE_S, DrillError, Rehearsal, Run
 from loomvideo.platform.machine import patience
 from loomvideo.platform.training.checkpoint_folder import CheckpointFolder
 
-PROMPTS, OUTAGE_S = 12, 10.0
+PROMPTS, STEPS, OUTAGE_S = 12, 10, 10.0
 
 
 def drill_rewards(rehearsal: Rehearsal) -> str:
@@ -22,15 +22,17 @@ def drill_rewards(rehearsal: Rehearsal) -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    # One round and one worker: what is broken comes before training.
     arguments = (
+        "prefer.nft.rounds=1", f"prefer.nft.steps_per_round={STEPS}", "training.workers.num=1",
         f"prefer.rewards.server=http://127.0.0.1:{port}", "prefer.rewards.weights={" + REWARD + ": 1.0}",
-        f"prefer.nft.prompts={PROMPTS}",
+        f"prefer.nft.prompts={PROMPTS}", f"training.steps={STEPS}",
     )  # fmt: skip
     server = _serve_rewards(port)
     try:
         whole = rehearsal.train("rewards-whole", *arguments)
         whole.finish()
-        whole.check_complete()
+        whole.check_complete(STEPS)
         broken = rehearsal.train("rewards-broken", *arguments)
         broken.wait_for("scored results", lambda: len(_scored(broken)) >= PROMPTS // 4)
         server.kill()
@@ -41,7 +43,7 @@ def drill_rewards(rehearsal: Rehearsal) -> str:
         after = len(_scored(broken))
         server = _serve_rewards(port)
         broken.finish()
-        broken.check_complete()
+        broken.check_complete(STEPS)
     finally:
         server.kill()
         server.wait()
