@@ -134,6 +134,7 @@ class NFTConfig:
     scales: list[float] = option(
         [], "guidance scales that a prompt's results take in turn, as noise alone may hardly change them; empty: scale"
     )
+    same_noise: bool = option(False, "a prompt's results start from one noise, so that they differ by scales alone")
     visual_scale: float = option(1.0, "guidance scale of source and references")
     beta: float = option(1.0, "how far the two policies lie from the old one; less goes further in a round")
     spread: float = option(1.0, "rewards are r = 1/2 + (reward - mean) / (2 spread std) of their prompt, within [0, 1]")
@@ -152,6 +153,10 @@ class NFTConfig:
         for key, value in least.items():
             if getattr(self, key) < value:
                 raise UserError(f"prefer.nft.{key}={getattr(self, key)}: must be at least {value}")
+        if self.same_noise and len(set(self.scales)) < self.repeats:
+            raise UserError(
+                f"prefer.nft.same_noise: {self.repeats} results differ by scales alone; give as many prefer.nft.scales"
+            )
         if self.beta <= 0 or self.spread <= 0 or self.drift_weight < 0:
             raise UserError("prefer.nft: beta and spread above 0, drift_weight at least 0")
 

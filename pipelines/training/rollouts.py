@@ -156,11 +156,12 @@ class RolloutMaker:
         stored = dataset.read(prompt.row)
         clean, source, references, window = self.recipe.latents_of(stored, random)
         branches = self._branches(prompt, stored, window, source, references)
-        latents = [
-            self._sample([random.normal(f"result.{repeat}.{step}", clean.shape) for step in range(self._num_noises)],
-                         branches, Guidance(self.config.scale_of(repeat), self.config.visual_scale))
-            for repeat in range(self.config.repeats)
-        ]  # fmt: skip
+        latents = []
+        for repeat in range(self.config.repeats):
+            name = f"result.{0 if self.config.same_noise else repeat}"
+            noises = [random.normal(f"{name}.{step}", clean.shape) for step in range(self._num_noises)]
+            guidance = Guidance(self.config.scale_of(repeat), self.config.visual_scale)
+            latents.append(self._sample(noises, branches, guidance))
         inputs = self._inputs(prompt, row, stored, clean, source)
         scores = [self.rewarder.score(self._pixels(each), inputs) for each in latents]
         rewards = group_rewards(scores, self.config.spread)

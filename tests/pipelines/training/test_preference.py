@@ -1,6 +1,8 @@
 """Preference losses against plain formulas; rewards that fail; rounds that are kept and go on."""
 
+import base64
 import http.server
+import io
 import json
 import math
 import threading
@@ -11,6 +13,7 @@ import pytest
 import torch
 from fixtures.stored_samples import MODEL as SIZE
 from fixtures.stored_samples import stored_sample
+from PIL import Image
 
 from loomvideo.model.codec import build_codec
 from loomvideo.model.few_steps import FewSteps
@@ -304,11 +307,83 @@ def test_results_of_a_prompt_take_guidance_scales_in_turn(tmp_path):
     recipe = NFTRecipe(config, "", "tiny", ObjectiveConfig(shift_base_tokens=1), [NULL])
     codec = build_codec(SIZE.codec, CPU, torch.float32)
     options = recipe, network(), codec, [Shards()], config, Rewarder({"fidelity": 1.0}, {}), SchedulerConfig()
-    scales = []
+    scales, starts = [], []
     maker = RolloutMaker(*options)
-    maker._sample = lambda noises, branches, guidance: scales.append(guidance.scale) or noises[0]
+
+    def sampled(noises, branches, guidance):
+        scales.append(guidance.scale)
+        starts.append(noises[0])
+        return noises[0]
+
+    maker._sample = sampled
     maker._pixels = lambda latents: np.zeros((1, 16, 16, 3), np.uint8)
     maker.make(Prompt(0, 0, "a"), 0, tmp_path)
     assert scales == [1.0, 1.5, 1.0]
+    assert not torch.equal(starts[0], starts[1])
+    maker.config = NFTConfig(repeats=2, sampler_steps=1, scales=[1.0, 1.5], same_noise=True)
+    maker.make(Prompt(0, 0, "a"), 0, tmp_path / "same")
+    assert torch.equal(starts[3], starts[4])
+    assert torch.equal(starts[3], starts[0])
+    with pytest.raises(UserError, match=r"prefer.nft.same_noise: 3 results.*prefer.nft.scales"):
+        NFTConfig(repeats=3, scales=[1.0, 1.5, 1.0], same_noise=True).check()
     with pytest.raises(UserError, match=r"prefer.nft.scales: guidance is folded"):
         RolloutMaker(*options, few_steps=FewSteps.of([1000.0], 1.0))
+
+
+def serve_brightness(port=0):
+    """A reward server on a port: how bright a result is."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            sent = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            pictures = [np.asarray(Image.open(io.BytesIO(base64.b64decode(each)))) for each in sent["result"]]
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"rewards": {"brightness": float(np.mean(pictures))}}).encode())
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", port), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+def test_a_server_that_breaks_within_a_round_leaves_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr("loomvideo.pipelines.evaluation.rewards.FIRST_PAUSE_S", 0.01)
+    shards, config = Shards(), NFTConfig(repeats=2, sampler_steps=1)
+    recipe = NFTRecipe(config, "", "tiny", ObjectiveConfig(shift_base_tokens=1), [NULL])
+    prompts = choose_prompts([shards], "train", {}, 2, seed=0, number=0)
+    codec, policy, found = build_codec(SIZE.codec, CPU, torch.float32), network(), []
+    for breaks in (False, True):
+        server = serve_brightness()
+        port = server.server_port
+        rewarder = Rewarder({"brightness": 1.0}, {}, f"http://127.0.0.1:{port}", patience_s=60)
+        maker = RolloutMaker(recipe, policy, codec, [shards], config, rewarder, SchedulerConfig())
+        folder, facts, restarted = tmp_path / str(breaks), [maker.make(prompts[0], 0, tmp_path / str(breaks))], []
+        if breaks:
+            server.shutdown()
+            server.server_close()
+            threading.Timer(0.3, lambda port=port, into=restarted: into.append(serve_brightness(port))).start()
+        facts.append(maker.make(prompts[1], 0, folder))
+        for each in restarted or [server]:
+            each.shutdown()
+            each.server_close()
+        assert bool(restarted) == breaks
+        finish_round(folder, 0, facts, [shards], ["shards://x"], {}, [])
+        dataset = RoundDataset(folder, open_parent=lambda url: shards)
+        student = network()
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+        for visit in range(2):
+            examples = [
+                recipe.load_example(0, row, dataset.read(place), SampleRandom(0, row["key"], visit))
+                for place, row in enumerate(dataset.index.to_pylist())
+            ]
+            batch = recipe.collate(examples).to(CPU, torch.float32)
+            recipe.turn_loss(TURN, {MODEL: student, "old": policy, "reference": policy}, batch).sum.backward()
+            optimizer.step()
+        found.append(((folder / "index.parquet").read_bytes(), student.state_dict()))
+    (rounds, weights), (other_rounds, other_weights) = found
+    assert rounds == other_rounds
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+    assert not torch.equal(weights["proj_out.weight"], policy.state_dict()["proj_out.weight"])
