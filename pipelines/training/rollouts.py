@@ -72,10 +72,10 @@ def choose_prompts(
 
     Args:
         datasets: The run's.
-        split: Of their indices.
+        split: The split of their indices that is asked.
         tasks: Weights of the mixture; a task of weight 0 is not asked.
         count: How many, or all there are.
-        seed: The run's.
+        seed: The seed of the run.
         number: The round.
         edits: Kinds of edit that are asked alone; none for all. Samples are read for theirs.
 
