@@ -286,6 +286,8 @@ def follow(
     last_contact = time.monotonic()
     while True:
         try:
+            # Of a job that it does not know Ray's dashboard logs the whole request of its log, the token included.
+            client.get_job_info(submission_id)
             asyncio.run(log.tail())
             details = client.get_job_info(submission_id)
             last_contact = time.monotonic()

@@ -202,9 +202,9 @@ def test_printed_line_says_what_is_submitted(tmp_path):
 class FakeClient:
     """The jobs API as Ray answers it, with scripted log connections."""
 
-    def __init__(self, jobs=(), tails=(), statuses=()):
+    def __init__(self, jobs=(), tails=(), statuses=(), unknown=False):
         self.jobs, self.tails, self.statuses = list(jobs), list(tails), list(statuses)
-        self.submitted = []
+        self.submitted, self.unknown, self.followed = [], unknown, False
 
     def list_jobs(self):
         return self.jobs
@@ -216,12 +216,19 @@ class FakeClient:
         self.jobs.append(job(submission_id, "PENDING", entrypoint, metadata))
 
     async def tail_job_logs(self, submission_id):
+        assert not self.unknown, "the dashboard logs the token of this request"
         for piece in self.tails.pop(0):
             if isinstance(piece, Exception):
                 raise piece
             yield piece
+        self.followed = True
 
     def get_job_info(self, submission_id):
+        if self.unknown:
+            raise RuntimeError(f"Request failed with status code 404: Job {submission_id} does not exist.")
+        if not self.followed:
+            return job(submission_id, "RUNNING")
+        self.followed = False
         status = self.statuses.pop(0)
         if isinstance(status, Exception):
             raise status
@@ -300,6 +307,7 @@ def test_a_long_connection_that_breaks_is_taken_up_again():
                     await asyncio.sleep(0.2)
                     raise piece
                 yield piece
+            self.followed = True
 
     client = Slow(tails=[["a\n", ConnectionError("gone")], ["a\n", "b\n"]], statuses=[job("x", "SUCCEEDED")])
     pieces = []
@@ -308,8 +316,7 @@ def test_a_long_connection_that_breaks_is_taken_up_again():
 
 
 def test_replaced_head_is_said_and_not_taken_for_success():
-    gone = RuntimeError("Request failed with status code 404: Job pretrain-first-1 does not exist.")
-    code, text = follow_fake(tails=[[gone]])
+    code, text = follow_fake(unknown=True)
     assert code == 3
     assert "its head was replaced; submit the run again" in text
 
