@@ -151,6 +151,9 @@ def main() -> None:
         cuts = np.arange(config.num_frames, total, config.num_frames)
         made, quarter = changes(after), len(memory) // 4
         others = np.delete(made, joints - 1)
+        # Frames of one latent change less among themselves than from one to the next.
+        stride = generator.pipeline.grid.temporal_stride
+        borders = np.setdiff1d(np.arange(1, total, stride), joints)
         with av.open(str(out)) as container:
             seconds = [float(stream.duration * stream.time_base) for stream in container.streams]
         picture(arguments.out / f"film-{number}.png", before, after, joints, changes(alone))
@@ -158,6 +161,7 @@ def main() -> None:
             "instruction": instruction, "motion": motion, "frames": len(after), "windows": len(windows),
             "psnr_db whole, one by one": [round(psnr_db(film, target), 2) for film in (after, alone)],
             "source": told(changes(before)), "at joints": told(made[joints - 1]), "elsewhere": told(others),
+            "elsewhere, onto another latent": told(made[borders - 1]),
             "one by one, at cuts": told(changes(alone)[cuts - 1]),
             "one by one, elsewhere": told(np.delete(changes(alone), cuts - 1)),
             "streams_s": [round(value, 2) for value in seconds],
