@@ -9,7 +9,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import resources
 from typing import Any
 
@@ -42,7 +42,8 @@ def write_report(dataset: ShardDataset, num_strips: int = STRIPS_OF_PREPARE, sec
         seconds: No strip is begun after so many.
     """
     storage = dataset.storage
-    remove_report(storage)
+    # Written last: a page that is there has all its parts.
+    storage.delete(REPORT_FILE)
     writer = GalleryWriter(storage)
     writer.add_all(gallery_rows(dataset))
     facts = writer.finish()
@@ -56,6 +57,8 @@ def write_report(dataset: ShardDataset, num_strips: int = STRIPS_OF_PREPARE, sec
         "meanings": {reason: known[reason] for reason, _ in facts["facets"]["reason"] if reason in known},
     }
     write_part(storage, "strips", json.dumps(strips, separators=(",", ":")).encode())
+    made = {_strip_name(row, role) for row, known in strips.items() for role in known}
+    _delete_parts(storage, {*writer.files, "strips.js", *made})
     storage.write_bytes(REPORT_FILE, page(storage.url, overview(dataset), facts).encode())
     return f"{storage.url}/{REPORT_FILE}"
 
@@ -71,9 +74,17 @@ def is_current(dataset: ShardDataset) -> bool:
 def remove_report(storage: Storage) -> None:
     """Delete the page and its parts: they name, and show, samples that may be taken down."""
     storage.delete(REPORT_FILE)
+    _delete_parts(storage, ())
+
+
+def _delete_parts(storage: Storage, kept: Collection[str]) -> None:
     for name in storage.names(FOLDER):
-        if PART_NAME.fullmatch(name):
+        if PART_NAME.fullmatch(name) and name not in kept:
             storage.delete(f"{FOLDER}/{name}")
+
+
+def _strip_name(row: int | str, role: str) -> str:
+    return f"strip-{row}-{role}.jpg"
 
 
 def media_base(storage: Storage) -> str:
@@ -99,7 +110,7 @@ def _write_strips(dataset: ShardDataset, base: str, rows: Sequence[int], seconds
     previews = Previews(base, DECODE_TIMEOUT_S)
 
     def keep(number: int, role: str, strip: Strip) -> None:
-        storage.write_bytes(f"{FOLDER}/strip-{number}-{role}.jpg", strip.jpeg)
+        storage.write_bytes(f"{FOLDER}/{_strip_name(number, role)}", strip.jpeg)
         found[str(number)][role] = [strip.frames, strip.width, strip.height]
 
     try:

@@ -7,6 +7,7 @@ first of it.
 
 import functools
 import heapq
+import warnings
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -100,7 +101,10 @@ def compare_on_ray(config: PrepareConfig, stage: Stage, files: list[str], worker
     parts = ray.data.from_items([{"file": file} for file in files], override_num_blocks=len(files))
     planned = parts.map_batches(functools.partial(planned_batches, config), batch_size=1)
     grouped = now.union(planned).groupby("partition", num_partitions=partitions(config))
-    yield from grouped.map_groups(differences, batch_format="pyarrow").iter_rows()
+    with warnings.catch_warnings():
+        # A small input is one batch, for which one task is enough.
+        warnings.filterwarnings("ignore", "The maximum number of concurrent tasks")
+        yield from grouped.map_groups(differences, batch_format="pyarrow").iter_rows()
 
 
 def stale_parts_on_ray(

@@ -99,10 +99,15 @@ def test_no_rows_are_a_gallery_too(tmp_path):
     assert sampled(writer.codes(), 10) == []
 
 
-def test_parts_are_written_to_a_store(tmp_path):
+def test_parts_are_written_to_a_store_side_by_side():
     storage = Storage("memory://gallery")
     write_part(storage, "strips", b"{}")
     assert read_part(storage, "strips") == b"{}"
+    writer = GalleryWriter(storage)
+    writer.add_all(gallery_row(number) for number in range(20 * ROWS_IN_A_PART))
+    writer.finish()
+    assert set(storage.names("report")) == writer.files | {"strips.js"}
+    assert next(read_rows(storage, [19_500]))[1]["key"] == "key-19500"
 
 
 def test_the_sample_covers_every_kind():

@@ -85,6 +85,18 @@ def test_a_take_down_removes_the_report_and_the_command_writes_it_anew(made, tmp
     assert "sample-000" not in read_part(Storage(folder), "rows-000000").decode()
 
 
+def test_writing_anew_leaves_nothing_of_the_report_before(made, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(made / "out", folder)
+    (folder / FOLDER / "rows-000007.js").write_text("left by a larger dataset")
+    (folder / FOLDER / "notes.txt").write_text("somebody else's")
+    write_report(ShardDataset.open(folder), 1)
+    names = {file.name for file in (folder / FOLDER).iterdir()}
+    assert "notes.txt" in names
+    assert "rows-000007.js" not in names
+    assert len({name.split("-")[1] for name in names if name.endswith(".jpg")}) <= 1
+
+
 def test_without_its_plan_texts_are_unknown_and_said_to_be(made, tmp_path):
     folder = tmp_path / "out"
     shutil.copytree(made / "out", folder, ignore=shutil.ignore_patterns("work"))
