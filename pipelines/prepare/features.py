@@ -32,20 +32,20 @@ def stored_members(states: Mapping[str, Tensor], dtype: str, layers: Sequence[in
 
 
 def streamed_members(
-    inputs: Mapping[str, MLLMInputs], processor: ProcessorConfig, num_entries: int
+    inputs: Mapping[str, MLLMInputs], processor: ProcessorConfig, num_entries: int | None = None
 ) -> dict[str, Tensor]:
     """Store form of ``{"full.0": inputs, "visual.0": inputs, ...}``; the variants of an entry share their pictures.
 
     Args:
         inputs: Those of each entry; from ``num_entries`` on they are of other wordings, whose pictures are the first's.
         processor: How pictures became patches.
-        num_entries: Entries of one wording.
+        num_entries: Entries of one wording; None for all.
     """
     tensors: dict[str, Tensor] = {}
     for name, entry in inputs.items():
         variant, i = name.split(".")
         tensors[f"input_ids.{i}" if variant == "full" else f"{variant}_input_ids.{i}"] = entry.input_ids
-        if int(i) >= num_entries:
+        if num_entries is not None and int(i) >= num_entries:
             continue
         for kind, value in entry.tensors().items():
             if kind in _PIXELS and variant == "full":
