@@ -198,17 +198,21 @@ def _remote(url: str, kind: str, asked: str) -> Response:
 
 
 def run_app(app: Starlette, port: int) -> None:
-    """Serve on this machine's loopback until interrupted.
-
-    Raises:
-        UserError: if something else listens on the port.
-    """
+    """Serve on this machine's loopback until interrupted."""
     import uvicorn
 
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
+
+
+def check_port(port: int) -> None:
+    """See that nothing else listens on a port of the loopback.
+
+    Raises:
+        UserError: if something does.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise UserError(f"--port {port}: {error.strerror}; name another") from error
-    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")

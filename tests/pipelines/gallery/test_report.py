@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from loomvideo.pipelines.gallery.rows import gallery_rows
 from loomvideo.pipelines.gallery.server import create_app
 from loomvideo.pipelines.prepare.config import LimitOptions
 from loomvideo.pipelines.prepare.job import prepare
+from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.reader import ShardDataset
 from loomvideo.platform.shards.storage import Storage
 
@@ -124,6 +126,16 @@ def test_the_server_gives_out_what_rows_name_and_nothing_else(made):
         refused = [f"/media/{edit}/reference0", "/media/99/target", "/report/..%2Fmanifest.json", "/manifest.json"]
         assert {client.get(path).status_code for path in refused} == {404}
         assert client.get("/", headers={"host": "elsewhere.example"}).status_code == 400
+
+
+def test_a_port_that_is_taken(made):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = CliRunner().invoke(app, ["report", str(made / "out"), "--serve", "--port", str(port)])
+    assert isinstance(done.exception, UserError)
+    assert str(done.exception) == f"--port {port}: Address already in use; name another"
 
 
 def test_media_in_a_store_are_served_by_ranges(made):
