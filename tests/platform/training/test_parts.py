@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pyarrow as pa
@@ -30,11 +31,12 @@ from loomvideo.platform.training.config import (
 )
 from loomvideo.platform.training.driver import _worker_environment
 from loomvideo.platform.training.guard import SpikeGuard
-from loomvideo.platform.training.loader import SampleError, StepLoader
+from loomvideo.platform.training.loader import SampleError, StepLoader, load_draw
 from loomvideo.platform.training.mailbox import WRITE_CHECKPOINT, Mailbox
 from loomvideo.platform.training.order import SampleSizes, build_sources, continued_data, data_entry
 from loomvideo.platform.training.packing import packs_for, planner_of
 from loomvideo.platform.training.progress import STEPS_FILE, TrainingProgress
+from loomvideo.platform.training.recipe import BaseRecipe
 from loomvideo.platform.training.schedule import ema_decay, learning_rate
 from loomvideo.platform.training.simulate import simulate, suggest_budget
 from loomvideo.platform.training.validation import fixed_triples, mean_losses, paired_change
@@ -335,3 +337,32 @@ def test_a_busy_cluster_is_asked_again_whether_it_has_a_dashboard(monkeypatch):
     assert ray_trainer._has_state_api()
     assert not ray_trainer._has_state_api()
     assert answers == []
+
+
+def test_seconds_of_reading_are_told_and_shown(tmp_path, capsys):
+    class SlowRecipe(BaseRecipe):
+        def read(self, dataset, row_number, row, random):
+            time.sleep(0.02)
+            return row_number
+
+        def load_example(self, dataset_index, row, sample, random):
+            return sample
+
+    index = pa.table({"key": ["a", "b"], "dataset": ["d", "d"]})
+    draw = SimpleNamespace(dataset=0, row=1, key="b", visit=0)
+    taken = []
+    assert load_draw(SlowRecipe(), [SimpleNamespace(index=index)], draw, 0, taken.append) == 1
+    assert taken[0] >= 0.02
+    progress = TrainingProgress(TrainingConfig(steps=1), RunFolder.open(tmp_path, "pretrain", "a"), None)
+    progress._world_size = 1
+    names = ("step_s", "data_wait_s", "compute_s", "update_s", "tokens", "flops", "samples", "fill", "imbalance")
+    record = dict.fromkeys((*names, "loss", "elements", "grad_norm", "learning_rate"), 1.0) | {"updated": True}
+    reading = {"requests": 3, "hedged": 1}
+    report = {"event": "steps", "rank": 0, "tags": [], "steps": [record | {"step": 1, "read_s": 0.25}]}
+    progress.add({"event": "steps", "rank": 1, "tags": [], "steps": [], "reading": reading})
+    progress.add(report | {"reading": reading})
+    metrics = progress._metrics(report["steps"])
+    assert (metrics["speed/read_s"], metrics["reading/requests"], metrics["reading/hedged"]) == (0.25, 6, 2)
+    progress.close()
+    assert progress.result()["read_s"] == 0.25
+    assert "read 0.25 s" in capsys.readouterr().err
