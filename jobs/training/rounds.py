@@ -31,6 +31,7 @@ from loomvideo.pipelines.training.rollouts import (
     ROUND_FILE,
     Prompt,
     RolloutMaker,
+    check_scales,
     choose_prompts,
     finish_round,
     is_finished,
@@ -100,6 +101,8 @@ def train_in_rounds(run: TrainingRun) -> dict[str, Any]:
     """
     config = cast(PreferJobConfig, run.config)
     nft, result = config.prefer.nft, {}
+    if run.start:
+        check_scales(nft, stated_few_steps(run.start))
     actors = _Actors(run)
     urls: list[str] = []
     trained = max(RunCheckpoints.of(run.folder).folder.steps(), default=0)

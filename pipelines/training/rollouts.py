@@ -101,6 +101,18 @@ def choose_prompts(
     return chosen
 
 
+def check_scales(config: NFTConfig, few_steps: FewSteps | None) -> None:
+    """Refuse guidance scales for a policy that has its own folded in.
+
+    Raises:
+        UserError: naming the keys.
+    """
+    if few_steps is not None and config.scales:
+        raise UserError(
+            "prefer.nft.scales: guidance is folded into a distilled model; set it to [] and prefer.nft.same_noise=false"
+        )
+
+
 def _edit_kind(datasets: Sequence[Any], prompt: Prompt) -> str:
     metadata = datasets[prompt.dataset].read(prompt.row, lambda member, tensor: False).metadata
     return ((metadata.get("extra") or {}).get("edit") or {}).get("kind", "")
@@ -136,8 +148,7 @@ class RolloutMaker:
         self.recipe, self.dit, self.codec, self.datasets = recipe, dit, codec, datasets
         self.config, self.rewarder, self.scheduler = config, rewarder, scheduler
         self.few_steps, self.seed = few_steps, seed
-        if few_steps is not None and config.scales:
-            raise UserError("prefer.nft.scales: guidance is folded into a distilled model; leave it empty")
+        check_scales(config, few_steps)
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Take a policy's weights, such as those that the driver put into the object store."""
