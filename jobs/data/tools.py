@@ -238,12 +238,14 @@ def report(
 
     dataset = ShardDataset.open(folder)
     if serve:
-        from loomvideo.pipelines.gallery.server import check_port, create_app, run_app
+        from loomvideo.pipelines.gallery.server import check_port
 
         check_port(port)
     if not serve or not is_current(dataset):
         print(write_report(dataset, samples, seconds))
     if serve:
+        from loomvideo.pipelines.gallery.server import create_app, run_app
+
         print(f"http://localhost:{port}/ shows {folder}; end with Ctrl-C", flush=True)
         run_app(create_app(folder), port)
 

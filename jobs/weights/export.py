@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -156,7 +157,12 @@ def export_weights(
     if output.exists() and any(output.iterdir()) and not replace:
         raise UserError(f"{output}: already holds weights or other files; name a new folder")
     state = checkpoint.weights(KINDS[kind], recipe.open_base(checkpoint.base, base))
-    note = {"model": config.model, "step": checkpoint.step, "weights": kind, "run": f"{run.job}/{run.name}"}
+    note: dict[str, Any] = {
+        "model": config.model,
+        "step": checkpoint.step,
+        "weights": kind,
+        "run": f"{run.job}/{run.name}",
+    }
     note[LEFT_OUT_KEY] = sorted(task for task, weight in config.training.mixture.tasks.items() if weight == 0)
     note |= recipe.note()
     with staged_folder(output) as staged:

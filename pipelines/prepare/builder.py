@@ -14,7 +14,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -118,7 +118,7 @@ class ShardBuilder:
                 self._fault = self._fault or str(error)
             finally:
                 turn.queued.drop()
-        return self._report(row["unit"], turn, started) | found
+        return cast(UnitReport, self._report(row["unit"], turn, started) | found)
 
     def _build(self, row: WorkRow, planned: list[PlannedSample], turn: EncoderTurn) -> dict[str, Any]:
         if row["unit"] == SHARED_TASK:
@@ -196,9 +196,10 @@ class ShardBuilder:
                     if isinstance(encoded, Outcome):
                         losses.append(encoded.to_dict())
                         continue
+                    kept = () if isinstance(loaded, Outcome) else loaded.kept
                     if encoded.key != plan.sample.key:
                         raise RuntimeError(f"encoded {encoded.key} where {plan.sample.key} was planned")
-                    members.update(f"{'kept' if name in loaded.kept else 'made'}.{name}" for name in encoded.tensors)
+                    members.update(f"{'kept' if name in kept else 'made'}.{name}" for name in encoded.tensors)
                     errors.append(encoded.metadata.get("feature_error"))
                     yield plan.slot, encoded
                 written = time.perf_counter()
@@ -225,11 +226,11 @@ class ShardBuilder:
                 found[number] = lost(plan.sample, "quarantined", "encode", "repeated_crash", message)
             else:
                 asked[number] = plan, loaded
-        alone = len(asked) < 2
-        if alone or attempt.is_repeated:
+        encoded: list[ShardSample | Outcome] = []
+        if len(asked) < 2 or attempt.is_repeated:
             # Workers have died on this shard: each is tried alone, to see on which, before it counts together.
             encoded = [self._encoded_alone(plan, loaded, split, attempt) for plan, loaded in asked.values()]
-        if not alone:
+        if len(asked) > 1:
             encoded = self._encoded_together(list(asked.values()), split, attempt)
         found |= dict(zip(asked, encoded, strict=True))
         return [found[number] for number in range(len(batch))]

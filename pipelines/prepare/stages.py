@@ -206,5 +206,10 @@ def run_stage(stage: Stage, config: PrepareConfig, work: list[WorkRow]) -> Repor
 
 def reached_by_workers(config: PrepareConfig) -> PrepareConfig:
     """A configuration whose places mean the same to workers: Ray may have been started in another folder."""
-    names = ("input", "output", "codec_folder", "mllm_folder")
-    return dataclasses.replace(config, **{name: absolute(getattr(config, name)) for name in names})
+    return dataclasses.replace(
+        config,
+        input=absolute(config.input),
+        output=absolute(config.output),
+        codec_folder=absolute(config.codec_folder),
+        mllm_folder=absolute(config.mllm_folder),
+    )

@@ -211,7 +211,7 @@ def plan_units(
     if before is not None:
         found = pc.index_in(table.column("key"), before.column("key"))
         placed, was_before = _names(before.column("unit").take(found)), _names(before.column("was").take(found))
-    splits = [dealing.name] * len(table) if dealing.name else _names(table.column("split"))
+    splits = [dealing.name or name or "" for name in _names(table.column("split"))]
     units = plan_shards(
         table.column("key").to_pylist(),
         splits,
