@@ -47,6 +47,7 @@ RAY_STATE = TimeLimit(5, "Ray's dashboard says why a worker died, where it runs"
 RANK_FAILED_ALONE = TimeLimit(20, "the other ranks of a generation fail too, or wait for the one that did")
 NODES_PREPARED = TimeLimit(1800, "every node builds its kernels, else the run ends naming the nodes")
 DECODER = TimeLimit(60, "one read of one file, where no key says otherwise, else the file has the reason `timeout`")
+REPORT_STRIP = TimeLimit(20, "a report reads the frames of one medium, else that card has no strip")
 REWARD_ANSWER = TimeLimit(60, "a reward server scores one result, else it is asked again", scaled=False)
 PAGE_ANSWER = TimeLimit(60, "the web page answers its Python client, else it is asked again", scaled=False)
 RUN_HELD = TimeLimit(5, "another process leaves the run's folder, else this one ends")

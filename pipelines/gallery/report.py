@@ -25,12 +25,12 @@ from loomvideo.pipelines.prepare.quarantine import saved_config
 from loomvideo.pipelines.prepare.reasons import MEANINGS
 from loomvideo.platform.shards.reader import ShardDataset
 from loomvideo.platform.shards.storage import Storage
+from loomvideo.platform.time_limits import REPORT_STRIP
 
 REPORT_FILE = "report.html"
 # A strip of a large file takes a second or more: `prepare` must not end minutes later than its shards.
 STRIPS_OF_PREPARE = 48
 STRIP_SECONDS = 60.0
-DECODE_TIMEOUT_S = 20.0
 
 
 def write_report(dataset: ShardDataset, num_strips: int = STRIPS_OF_PREPARE, seconds: float = STRIP_SECONDS) -> str:
@@ -107,7 +107,7 @@ def _write_strips(dataset: ShardDataset, base: str, rows: Sequence[int], seconds
     if not rows:
         return found
     storage, codec, until = dataset.storage, report_codec(dataset), time.monotonic() + seconds
-    previews = Previews(base, DECODE_TIMEOUT_S)
+    previews = Previews(base, REPORT_STRIP.here())
 
     def keep(number: int, role: str, strip: Strip) -> None:
         storage.write_bytes(f"{FOLDER}/{_strip_name(number, role)}", strip.jpeg)

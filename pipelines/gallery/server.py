@@ -25,12 +25,13 @@ from starlette.routing import Route
 
 from loomvideo.pipelines.gallery.parts import FOLDER, PART_NAME, read_rows
 from loomvideo.pipelines.gallery.previews import FRAMES, Previews, roles, strip_of
-from loomvideo.pipelines.gallery.report import DECODE_TIMEOUT_S, REPORT_FILE, media_base
+from loomvideo.pipelines.gallery.report import REPORT_FILE, media_base
 from loomvideo.pipelines.media.files import resolve
 from loomvideo.pipelines.media.fragments import split_fragment
 from loomvideo.pipelines.media.media_info import DecodeError
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.storage import Storage, patiently
+from loomvideo.platform.time_limits import REPORT_STRIP
 
 _FACTS = '<script type="application/json" id="facts">{'
 _CHUNK_BYTES = 1 << 20
@@ -54,7 +55,7 @@ class Gallery:
     def __init__(self, url: str):
         self.storage = Storage(url)
         self._base = media_base(self.storage)
-        self._previews = Previews(self._base, DECODE_TIMEOUT_S)
+        self._previews = Previews(self._base, REPORT_STRIP.here())
         # One decoder, one strip after another: a page asks for a hundred at once.
         self._decoding = threading.Lock()
         self._strips: OrderedDict[tuple[int, str], bytes | str] = OrderedDict()

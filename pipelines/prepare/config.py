@@ -77,6 +77,7 @@ class CurationWorkers:
 
 
 JUDGE_BACKENDS = ("off", "openai", "transformers")
+EDITS = [name for name, task in TASKS.items() if task.needs_source]
 JUDGE_AXES = ("instruction", "preservation", "quality", "motion", "reference", "prompt")
 
 
@@ -88,7 +89,7 @@ class JudgeOptions:
     model: str = option("Qwen/Qwen3-VL-8B-Instruct", "model on the server; a folder for transformers")
     base_url: str = option("http://localhost:8000/v1", "the server's address")
     api_key_env: str = option("OPENAI_API_KEY", "environment variable with the server's key")
-    tasks: list[str] = option(["image_edit", "video_edit", "ref_edit"], "tasks whose samples are judged")
+    tasks: list[str] = option(EDITS, "tasks whose samples are judged")
     min_scores: dict[str, float] = option(
         {"instruction": 3.0, "preservation": 3.0},
         "least score of axes: instruction, preservation, quality, motion, reference; prompt of generation",

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from loomvideo.model.tasks import TASKS
 from loomvideo.pipelines.captions.captioner import Captioner, CaptionResult, ReadFrames
 from loomvideo.pipelines.captions.cost import CaptionCost, check_budget
 from loomvideo.pipelines.captions.frames import FrameReader, Frames
@@ -159,7 +160,7 @@ def judge_cost(samples: Iterable[Sample], options: JudgeOptions) -> CaptionCost:
     questions = tokens_in = 0
     for sample in samples:
         text = own_rubrics().question(EvalItem("", sample.key, sample.task, "", sample.text, sample.source)).text
-        shown = 1 if sample.task in ("t2i", "image_edit") else options.num_frames
+        shown = 1 if TASKS[sample.task].is_image else options.num_frames
         shown = shown * (2 if sample.source else 1) + len(sample.references)
         questions += 1
         tokens_in += 2 * len(text) // _CHARACTERS_A_TOKEN + shown * prices.tokens_per_frame
