@@ -121,7 +121,8 @@ def measure(run: Run) -> dict:
     with nodes_may_be_late():
         head = {"num_cpus": 0 if run.nodes else run.cpus, "object_store_memory": OBJECT_STORE_BYTES}
         head["include_dashboard"] = False
-        cluster = Cluster(initialize_head=True, head_node_args=head)
+        # Its hooks belong to the main thread, and nodes are added by another.
+        cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
         nodes = Nodes(cluster, run)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
     cluster.wait_for_nodes(600)
