@@ -42,6 +42,14 @@ def in_cluster() -> bool:
     )
 
 
+def quiet_data() -> None:
+    """Keep Ray Data from printing: a command has bars and lines of its own."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
 @contextlib.contextmanager
 def ray_session(num_cpus: int | None = None, env_vars: dict[str, str] | None = None) -> Iterator[None]:
     """Connect to Ray for the duration of a job.

@@ -6,7 +6,6 @@ cached, so an interrupted or repeated run asks only what is new.
 
 import dataclasses
 import json
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypedDict
 
@@ -181,10 +180,9 @@ def ask_actors(workers: CaptionWorkers) -> Callable[[CaptionOptions, list[Sample
     def ask(options: CaptionOptions, samples: list[Sample]) -> Iterator[tuple[Sample, CaptionResult]]:
         import ray
 
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        from loomvideo.platform.ray_session import quiet_data
+
+        quiet_data()
         rows = [{"sample": sample.to_json()} for sample in samples]
         dataset = ray.data.from_items(rows, override_num_blocks=max(1, min(len(rows), workers.count * 16))).map(
             CaptionActor,

@@ -115,7 +115,8 @@ def run_captions(config: PrepareConfig, work: list[WorkRow]) -> Iterator[UnitRep
     storage = Storage(config.output)
     cost = caption_cost((sample for row in work for sample in _samples(storage, row)), config.captions)
     check_budget(cost, config.captions)
-    logger.warning("captions: %s (estimated; answers in %s cost nothing)", cost, config.captions.cache)
+    if cost.questions:
+        logger.warning("captions: %s (estimated; answers in %s cost nothing)", cost, config.captions.cache)
     # A relative folder means the same to actors on this machine, wherever they run.
     # The limit of a provider is one for all of them.
     share = config.captions.per_minute / max(min(config.caption_workers.count or len(work), len(work)), 1)

@@ -1,6 +1,5 @@
 """Small rows through a pool of actors on Ray Data: how assessors, caption models and shard builders are run."""
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,16 +36,6 @@ class Pool:
         return self.rows if num_rows >= _MANY_ROWS * workers else 1
 
 
-def quiet_data() -> None:
-    """Keep Ray Data from printing: a command has bars and lines of its own."""
-    import ray
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-
-
 def map_on_actors(
     worker: type, arguments: Sequence[Any], work: Sequence[Mapping[str, Any]], pool: Pool
 ) -> Iterator[Any]:
@@ -62,6 +51,8 @@ def map_on_actors(
         pool: How many, and what each reserves.
     """
     import ray
+
+    from loomvideo.platform.ray_session import quiet_data
 
     quiet_data()
     # A worker has no rows waiting, so a pool is full at 100 %, which Ray's own threshold is above.

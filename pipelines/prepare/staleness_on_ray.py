@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 from loomvideo.pipelines.prepare.config import PrepareConfig
 from loomvideo.pipelines.prepare.inputs import InputTable, input_rows
 from loomvideo.pipelines.prepare.job import stored_manifest
-from loomvideo.pipelines.prepare.pools import quiet_data
 from loomvideo.pipelines.prepare.stages import ASSESS, ENCODE, Stage, stages_of
 from loomvideo.pipelines.prepare.staleness import (
     KNOWN_LATER,
@@ -92,6 +91,8 @@ def compare_on_ray(config: PrepareConfig, stage: Stage, files: list[str], worker
         workers: Tasks at most that look at samples' files.
     """
     import ray
+
+    from loomvideo.platform.ray_session import quiet_data
 
     quiet_data()
     reading = ray.data.from_items([{"all": 0}])

@@ -152,7 +152,7 @@ def read_openve(
 
 @register("insvie", lambda place: False)
 def read_insvie(
-    place: Place, *, source: str = "", target: str = "", dataset: str = "insvie-1m", licence: str = "CC-BY-4.0"
+    place: Place, *, source: str = "", target: str = "", dataset: str = "insvie-1m", licence: str = "unknown"
 ) -> Iterator[Outcome]:
     """InsViE-1M: a CSV of video name, source caption, instruction, edit caption; the name in two folders, to be given.
 

@@ -9,6 +9,7 @@ fetching is waited for. Bytes are counted in a file that all of them lock, so th
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import struct
 import threading
@@ -21,6 +22,7 @@ import numpy as np
 
 from loomvideo.platform.errors import UserError
 
+logger = logging.getLogger(__name__)
 _FOLDERS = 256
 _STRIPES = 512
 _MAGIC = b"LVRANGE1"
@@ -51,7 +53,7 @@ class NodeCache:
 
     def __init__(self, folder: str | Path, max_bytes: int, wait_s: float = 10.0):
         self.folder, self.max_bytes, self.wait_s = Path(folder), max_bytes, wait_s
-        self.num_damaged = 0
+        self.num_damaged, self._said = 0, False
         try:
             for name in ("entries", "fetching"):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
@@ -63,7 +65,7 @@ class NodeCache:
     def get(self, name: str, num_bytes: int, fetch: Callable[[], memoryview]) -> tuple[memoryview, bool]:
         """An entry, and whether it was there; one that is not is fetched by one process of the node and kept.
 
-        A disk that is full or fails costs the entry, not the read.
+        A disk that is full or fails costs the entry, not the read; the first time it is logged.
         """
         key = hashlib.sha256(name.encode()).hexdigest()[:40]
         found = self._read(key, num_bytes)
@@ -75,8 +77,14 @@ class NodeCache:
             if found is not None:
                 return found, True
             data = fetch()
-            with contextlib.suppress(OSError):  # a cache that cannot be written is one that does not help
+            try:
                 self._keep(key, data)
+            except OSError as error:
+                if not self._said:
+                    self._said = True
+                    logger.warning(
+                        "data.reading.cache=%s: not written (%s); reading goes on without", self.folder, error
+                    )
         return data, False
 
     def num_bytes(self) -> int:

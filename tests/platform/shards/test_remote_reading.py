@@ -1,6 +1,7 @@
 """Reading shards of an object store: few requests, a cache that processes share, and slow requests sent again."""
 
 import asyncio
+import errno
 import multiprocessing
 import os
 import time
@@ -278,3 +279,16 @@ def test_settings_that_cannot_be():
     ):
         with pytest.raises(UserError, match=message):
             ReadingConfig(**settings).check()
+
+
+def test_a_cache_that_cannot_be_written_is_said_once_and_costs_no_read(tmp_path, monkeypatch, caplog):
+    cache = NodeCache(tmp_path, 1000)
+
+    def full(key, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache, "_keep", full)
+    for number in range(3):
+        data, was_there = cache.get(str(number), 4, lambda: memoryview(b"abcd"))
+        assert (bytes(data), was_there) == (b"abcd", False)
+    assert caplog.text.count("not written ([Errno 28] No space left on device)") == 1
