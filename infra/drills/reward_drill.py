@@ -1,12 +1,14 @@
-"""The drill of preference tuning alone: its reward server breaks, and nothing but time is lost."""
+"""Drills of preference tuning alone: what generates and scores breaks, and nothing but time is lost."""
 
 import contextlib
+import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from reward_server import REWARD
 from training_rehearsal import PATIENCE_S, DrillError, Rehearsal, Run
@@ -15,6 +17,7 @@ from loomvideo.platform.machine import patience
 from loomvideo.platform.training.checkpoint_folder import CheckpointFolder
 
 PROMPTS, STEPS, OUTAGE_S = 12, 10, 10.0
+SAME = "; rounds, scores and all that checkpoints hold bit for bit as in the undisturbed run"
 
 
 def drill_rewards(rehearsal: Rehearsal) -> str:
@@ -61,6 +64,52 @@ def drill_rewards(rehearsal: Rehearsal) -> str:
     )
 
 
+def drill_rollout(rehearsal: Rehearsal) -> str:
+    """SIGKILL of an actor that generates, in the second round."""
+    run = rehearsal.train("rollout-killed")
+    run.wait_for("results of the second round", lambda: len(_scored(run, 1)) >= 2)
+    run.processes("RolloutActor")[-1].kill()
+    before = len(_scored(run, 1))
+    run.finish()
+    run.check_complete()
+    run.expect("an actor of round 1 was lost, another takes its place")
+    run.check_same(rehearsal.undisturbed)
+    return f"after {before} prompts; another actor took its place and made its prompt again{SAME}"
+
+
+def drill_round(rehearsal: Rehearsal) -> str:
+    """SIGKILL of the driver in the middle of a round, then the same command."""
+    return _broken_round(rehearsal, "round-killed", signal.SIGKILL)
+
+
+def drill_round_notice(rehearsal: Rehearsal) -> str:
+    """SIGTERM in the middle of a round, then the same command."""
+    return _broken_round(rehearsal, "round-notice", signal.SIGTERM)
+
+
+def _broken_round(rehearsal: Rehearsal, name: str, number: signal.Signals) -> str:
+    run = rehearsal.train(name)
+    run.wait_for("results of the second round", lambda: len(_scored(run, 1)) >= 2)
+    actors, sent = run.processes("RolloutActor"), time.monotonic()
+    run.process.send_signal(number)
+    code = run.process.wait(patience(PATIENCE_S))
+    psutil.wait_procs(actors, timeout=patience(PATIENCE_S))
+    ended_s = time.monotonic() - sent
+    if code not in (130, -signal.SIGKILL):
+        raise DrillError(f"exit code {code}: {run.tail()}")
+    kept = {path: path.stat().st_mtime_ns for path in _scored(run, 1)}
+    run = rehearsal.train(name)
+    run.finish()
+    run.check_complete()
+    changed = [path.name for path, at in kept.items() if path.stat().st_mtime_ns != at]
+    prompts = len(_scored(run, 1))
+    if changed or not len(kept) < prompts:
+        raise DrillError(f"{len(kept)} prompts were made before and {prompts} after, again: {changed}")
+    run.check_same(rehearsal.undisturbed)
+    ended = f"exit code {code}, actors gone after {ended_s:.1f} s"
+    return f"{ended}; {len(kept)} of {prompts} prompts were kept, the rest made{SAME}"
+
+
 def _serve_rewards(port: int) -> subprocess.Popen:
     process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("reward_server.py")), str(port)])
     deadline = time.monotonic() + patience(PATIENCE_S)
@@ -72,5 +121,5 @@ def _serve_rewards(port: int) -> subprocess.Popen:
     raise DrillError(f"the reward server did not start on port {port}")
 
 
-def _scored(run: Run) -> list[Path]:
-    return list((run.path / "rounds" / "round-0000" / "results").glob("*.json"))
+def _scored(run: Run, number: int = 0) -> list[Path]:
+    return list((run.path / "rounds" / f"round-{number:04d}" / "results").glob("*.json"))

@@ -1,8 +1,10 @@
 """Rehearse what training must survive, with the real command at the tiny preset: ``make drill-training``.
 
 Each drill trains 40 steps, breaks something, and checks how it ends: exit code, message, that every step was recorded
-once, and how many steps were computed again. A full disk is a small tmpfs on the checkpoints folder (needs root). The
-last two drills use a Ray cluster of several nodes on this machine. Results: a Markdown table and ``drills.json``.
+once, and how many steps were computed again. Where as many workers end it as began it, checkpoints must hold bit for
+bit what those of an undisturbed run do, and so must rounds of generated results. A full disk is a small tmpfs on the
+checkpoints folder (needs root). ``elastic`` and ``preemption`` use a Ray cluster of several nodes on this machine.
+Results: a Markdown table and ``drills.json``.
 
     python infra/drills/training_drill.py --folder /tmp/drill --shards SHARDS [--only worker,driver]
     python infra/drills/training_drill.py --folder /tmp/drill --shards SHARDS --job distill --weights WEIGHTS
@@ -24,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 from local_cluster import LocalCluster
-from reward_drill import drill_rewards
+from reward_drill import drill_rewards, drill_rollout, drill_round, drill_round_notice
 from training_rehearsal import EVERY, HANG_S, JOBS, NOTICE_S, STEPS, DrillError, Rehearsal, Run
 
 from loomvideo.platform.shards.tensors import HEADER_SIZE_BYTES, parse_header
@@ -39,6 +41,7 @@ def drill_worker(rehearsal: Rehearsal) -> str:
     run.workers()[-1].kill()
     run.finish()
     run.check_complete()
+    run.check_same(rehearsal.undisturbed)
     again = before - run.continued_at()
     return f"went on by itself from step {run.continued_at()}; {max(again, 0)} steps computed again"
 
@@ -54,6 +57,7 @@ def drill_hang(rehearsal: Rehearsal) -> str:
     ended_s = time.monotonic() - stopped
     run.finish()
     run.check_complete()
+    run.check_same(rehearsal.undisturbed)
     stacks = [path for path in (run.path / "logs").glob("hang-rank-*.txt") if "backward" in path.read_text()]
     flights = list((run.path / "logs" / "flight").iterdir())
     if not stacks or not flights:
@@ -78,6 +82,7 @@ def drill_driver(rehearsal: Rehearsal) -> str:
     run = rehearsal.train("driver-killed")
     run.finish()
     run.check_complete()
+    run.check_same(rehearsal.undisturbed)
     # Ray's agents look for their raylet now and then only.
     alive += psutil.wait_procs(left, timeout=60)[1]
     if alive:
@@ -106,6 +111,7 @@ def drill_notice(rehearsal: Rehearsal) -> str:
     run = rehearsal.train("notice")
     run.finish()
     run.check_complete()
+    run.check_same(rehearsal.undisturbed)
     if run.continued_at() != stopped_at:
         raise DrillError(f"stopped at {stopped_at}, continued at {run.continued_at()}")
     ended = f"exit code {code} after {ended_s:.1f} s" if code >= 0 else f"killed after {NOTICE_S:.0f} s"
@@ -126,6 +132,7 @@ def drill_disk(rehearsal: Rehearsal) -> str:
         subprocess.run([*mount, "remount,size=2g", "none", folder], check=True)
         run.finish()
         run.check_complete()
+        run.check_same(rehearsal.undisturbed)
         checkpoints = CheckpointFolder(folder)
         for step in checkpoints.steps():
             checkpoints.open(step).verify()
@@ -289,11 +296,16 @@ DRILLS = {
     "elastic": drill_elastic,
     "preemption": drill_preemption,
     "rewards": drill_rewards,
+    "rollout": drill_rollout,
+    "round": drill_round,
+    "round-notice": drill_round_notice,
 }
 COMPARED = {"disk", "bit", "elastic"}
 """Drills that need the run of ``worker``."""
-OF_JOB = {"shard": "pretrain", "nan": "pretrain", "rewards": "prefer"}
-"""Drills of one job alone: two know the order in which pretrain draws, one breaks what only prefer asks."""
+OF_JOB = {"shard": "pretrain", "nan": "pretrain"} | dict.fromkeys(
+    ("rewards", "rollout", "round", "round-notice"), "prefer"
+)
+"""Drills of one job alone: two know the order in which pretrain draws, four break what only prefer has."""
 
 
 def main() -> int:
@@ -304,7 +316,7 @@ def main() -> int:
     parser.add_argument("--only", help=f"of {', '.join(DRILLS)}, by default all of the job; disk, bit and elastic "
                         "compare with worker's run, which is made first where the folder has none")  # fmt: skip
     parser.add_argument("--job", choices=list(JOBS), default="pretrain", help="what is broken; shard and nan are "
-                        "drills of pretrain alone, rewards of prefer")  # fmt: skip
+                        "drills of pretrain alone, rewards, rollout, round and round-notice of prefer")  # fmt: skip
     parser.add_argument("--weights", type=Path, help="weights folder that distill and prefer start from")
     options = parser.parse_args()
     if options.job != "pretrain" and not options.weights:

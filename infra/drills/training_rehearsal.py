@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import psutil
@@ -20,6 +21,7 @@ from loomvideo.pipelines.training.recipe import LoomVideoRecipe
 from loomvideo.platform.config import load_config
 from loomvideo.platform.machine import patience
 from loomvideo.platform.shards.reader import ShardDataset
+from loomvideo.platform.training.checkpoint_folder import CheckpointFolder
 from loomvideo.platform.training.packing import planner_of
 
 PATIENCE_S = 300.0
@@ -31,12 +33,12 @@ JOBS: dict[str, dict[str, object]] = {
     "pretrain": {},
     # Some steps of the critic before the student's first.
     "distill": {"distill.critic_warmup": 4},
-    # Two rounds of generated results, with a lost worker in the first or the second.
+    # Two rounds of generated results; most drills break the training of the first.
     "prefer": {
         "prefer.method": "nft",
         "prefer.nft.rounds": 2,
         "prefer.nft.steps_per_round": STEPS // 2,
-        "prefer.nft.prompts": 6,
+        "prefer.nft.prompts": 12,
         "prefer.nft.repeats": 2,
         "prefer.nft.sampler_steps": 2,
         "prefer.nft.actors": 1,
@@ -114,10 +116,14 @@ class Run:
 
     def workers(self) -> list[psutil.Process]:
         """The training workers' processes, oldest first."""
+        return self.processes("RayTrainWorker")
+
+    def processes(self, actor: str) -> list[psutil.Process]:
+        """The processes of actors of a class, oldest first."""
         found = []
         for process in psutil.Process(self.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                if "RayTrainWorker" in " ".join(process.cmdline()):
+                if actor in " ".join(process.cmdline()):
                     found.append(process)
         return sorted(found, key=lambda process: process.create_time())
 
@@ -125,6 +131,24 @@ class Run:
         """Every step was recorded once, up to the last."""
         if self.steps() != list(range(1, last + 1)):
             raise DrillError(f"{self.name}: recorded steps {self.steps()}")
+
+    def check_same(self, undisturbed: "Run", step: int = STEPS) -> None:
+        """A checkpoint holds bit for bit what the undisturbed run's does, and so do the rounds of generated results.
+
+        A rank's file has weights, moments and averages of all roles.
+        """
+        folders = [Path(CheckpointFolder(run.path / "checkpoints").at(step)) for run in (self, undisturbed)]
+        own, other = (json.loads((folder / "manifest.json").read_text())["files"] for folder in folders)
+        different = [name for name in own | other if name.startswith("rank-") and own.get(name) != other.get(name)]
+        made, asked = self.round_files(), undisturbed.round_files()
+        different += [name for name in made | asked if made.get(name) != asked.get(name)]
+        if different:
+            raise DrillError(f"{self.name}: not as in the undisturbed run: {sorted(different)[:4]}")
+
+    def round_files(self) -> dict[str, bytes]:
+        """Indices, scores and latents of all rounds; none where nothing is generated."""
+        files = [path for kind in ("index.parquet", "results/*") for path in self.path.glob(f"rounds/*/{kind}")]
+        return {str(path.relative_to(self.path)): path.read_bytes() for path in files}
 
     def expect(self, *texts: str) -> None:
         """The log holds each text."""
@@ -185,6 +209,14 @@ class Rehearsal:
             )
         run = Run(name, self.folder, process, self.job)
         self.runs.append(run)
+        return run
+
+    @cached_property
+    def undisturbed(self) -> Run:
+        """The job as it is when nothing breaks; made when it is first asked for."""
+        run = self.train("undisturbed")
+        run.finish()
+        run.check_complete()
         return run
 
     def run_path(self, name: str) -> Path:

@@ -150,7 +150,7 @@ class PreferJobConfig(TrainingJobConfig):
         self.prefer.check()
         rewards = self.prefer.rewards
         if self.prefer.method == "nft":
-            Rewarder(rewards.weights, rewards.floors, rewards.server)
+            Rewarder(rewards.weights, rewards.floors, rewards.server, watched=rewards.watched)
             steps = self.prefer.nft.rounds * self.prefer.nft.steps_per_round
             if self.training.steps != steps:
                 raise UserError(

@@ -7,80 +7,32 @@ new weights through Ray's object store, from one process that reads them once.
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import ray
 import torch
-from torch import Tensor
 
 from loomvideo.jobs.training.config import PreferJobConfig
 from loomvideo.jobs.training.job import TrainingRun, run_training
+from loomvideo.jobs.training.rollout_actors import ActorGroup, RolloutActor
 from loomvideo.jobs.weights.export import RunCheckpoints, export_weights, open_checkpoint
-from loomvideo.model.codec import build_codec
 from loomvideo.model.few_steps import stated_few_steps
 from loomvideo.model.fingerprints import weights_fingerprint
-from loomvideo.model.loading import dtype_on
-from loomvideo.model.sizes import ModelSize
 from loomvideo.model.stored_weights import open_checkpoint as open_weights
-from loomvideo.model.weights import load_dit
-from loomvideo.pipelines.evaluation.rewards import Rewarder
 from loomvideo.pipelines.training.rollouts import (
     ROUND_FILE,
-    Prompt,
-    RolloutMaker,
     check_scales,
     choose_prompts,
     finish_round,
     is_finished,
     open_round_or_shards,
 )
-from loomvideo.platform.nodes.devices import device_for
-from loomvideo.platform.shards.reader import ShardDataset
+from loomvideo.platform.console import console
 from loomvideo.platform.training.driver import train
 
 ROUNDS_FOLDER, POLICY_FOLDER = "rounds", "policy"
-
-
-class RolloutActor:
-    """Generates and scores on its own device.
-
-    Args:
-        config: The configuration of the job.
-        model: The model's size.
-        urls: The folders of the shards.
-        build_recipe: Builds the recipe, whose samples it knows.
-        start: Weights to build the transformer from; a round's are loaded over them.
-    """
-
-    def __init__(self, config: PreferJobConfig, model: ModelSize, urls: Sequence[str], build_recipe: Any, start: str):
-        nft, rewards = config.prefer.nft, config.prefer.rewards
-        device = device_for(nft.gpus, "prefer.nft.gpus")
-        if device.type == "cpu":
-            torch.set_num_threads(nft.cpus)
-        recipe = build_recipe()
-        dit = load_dit(start, recipe.config, device, dtype_on(device)).eval()
-        self.maker = RolloutMaker(
-            recipe,
-            dit,
-            build_codec(model.codec, device, dtype_on(device)),
-            [ShardDataset.open(url) for url in urls],
-            nft,
-            Rewarder(rewards.weights, rewards.floors, rewards.server, rewards.patience_s),
-            model.scheduler,
-            stated_few_steps(start),
-            config.training.seed,
-        )
-
-    def load(self, weights: dict[str, Tensor]) -> None:
-        """Take the weights of a round."""
-        self.maker.load(weights)
-
-    def make(self, prompt: Prompt, number: int, folder: str) -> dict[str, Any]:
-        """Results of one prompt."""
-        return self.maker.make(prompt, number, Path(folder))
 
 
 def run_preference(config: PreferJobConfig) -> None:
@@ -103,7 +55,8 @@ def train_in_rounds(run: TrainingRun) -> dict[str, Any]:
     nft, result = config.prefer.nft, {}
     if run.start:
         check_scales(nft, stated_few_steps(run.start))
-    actors = _Actors(run)
+    failures, say = config.training.workers.max_failures, partial(console().print, soft_wrap=True)
+    actors = ActorGroup(partial(_start_actor, run), nft.actors, failures, say)
     urls: list[str] = []
     trained = max(RunCheckpoints.of(run.folder).folder.steps(), default=0)
     for number in range(nft.rounds):
@@ -138,28 +91,17 @@ def train_in_rounds(run: TrainingRun) -> dict[str, Any]:
     return result | {"reward_by_round": [_reward(Path(url)) for url in urls]}
 
 
-class _Actors:
-    """Started when a round has to be made; a run that only trains on needs none."""
+def _start_actor(run: TrainingRun) -> Any:
+    config = cast(PreferJobConfig, run.config)
+    nft = config.prefer.nft
+    remote = ray.remote(num_cpus=nft.cpus, num_gpus=nft.gpus, max_restarts=0)(RolloutActor)
+    return remote.remote(config, run.model, config.data.shards, run.build_recipe(), run.start)
 
-    def __init__(self, run: TrainingRun):
-        self.run, self.handles = run, []
 
-    def with_weights(self, policy: Path) -> list[Any]:
-        config = cast(PreferJobConfig, self.run.config)
-        nft = config.prefer.nft
-        if not self.handles:
-            remote = ray.remote(num_cpus=nft.cpus, num_gpus=nft.gpus, max_restarts=0)(RolloutActor)
-            arguments = config, self.run.model, config.data.shards, self.run.build_recipe(), self.run.start
-            self.handles = [remote.remote(*arguments) for _ in range(nft.actors)]
-        stored = open_weights(policy)
-        dtype = torch.bfloat16 if nft.gpus else torch.float32
-        weights = ray.put({name: tensor.to(dtype) for name, tensor in stored.tensors(list(stored.shapes))})
-        ray.get([actor.load.remote(weights) for actor in self.handles])
-        return self.handles
-
-    def close(self) -> None:
-        for actor in self.handles:
-            ray.kill(actor)
+def _weights(policy: Path, dtype: torch.dtype) -> Any:
+    """A policy in the object store."""
+    stored = open_weights(policy)
+    return ray.put({name: tensor.to(dtype) for name, tensor in stored.tensors(list(stored.shapes))})
 
 
 def _export_policy(run: TrainingRun, number: int, folder: Path) -> None:
@@ -170,16 +112,15 @@ def _export_policy(run: TrainingRun, number: int, folder: Path) -> None:
         export_weights(run.build_recipe()(), config, run.folder, checkpoint, folder, replace=True)
 
 
-def _make_round(run: TrainingRun, actors: _Actors, number: int, policy: Path, folder: Path) -> None:
+def _make_round(run: TrainingRun, actors: ActorGroup, number: int, policy: Path, folder: Path) -> None:
     config = cast(PreferJobConfig, run.config)
     nft, training = config.prefer.nft, config.training
     prompts = choose_prompts(
         run.datasets, training.split, training.mixture.tasks, nft.prompts, training.seed, number, nft.edits
     )
-    handles = actors.with_weights(policy)
     folder.mkdir(parents=True, exist_ok=True)
-    pool = ray.util.ActorPool(handles)
-    facts = list(pool.map(lambda actor, prompt: actor.make.remote(prompt, number, str(folder)), prompts))
+    weights = _weights(policy, torch.bfloat16 if nft.gpus else torch.float32)
+    facts = actors.make(weights, prompts, number, folder)
     lineage = {
         "policy": str(policy),
         "policy_fingerprint": weights_fingerprint(policy),

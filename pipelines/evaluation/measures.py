@@ -1,6 +1,7 @@
 """Which metrics a sample gets: everything that its inputs allow, under stable names."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import cache, partial
 
 import numpy as np
 
@@ -12,8 +13,22 @@ from loomvideo.pipelines.sample_data.garments import COLOURS
 VERSION = 4
 """Raised when any metric changes, so that stored values are not mixed with new ones."""
 
+NAMES = frozenset(
+    {
+        "sharpness", "black_ratio", "flicker", "jitter", "freeze_ratio", "brightness_drift", "motion_amount",
+        "warp_error", "edit_strength", "edited_area", "source_psnr_db", "source_ssim", "edge_f1",
+        "flow_endpoint_error", "flow_direction_cosine", "flow_magnitude_ratio", "edit_locality", "outside_psnr_db",
+        "outside_ssim", "target_color_distance", "edit_psnr_db", "edit_ssim", "edit_ms_ssim", "copy_psnr_db",
+        "gain_psnr_db", "asked_area", "block_edge_ratio", "garment_delta_e", "garment_colour_right",
+        "reference_color_distance"
+    }
+)  # fmt: skip
+"""All that :func:`measure` knows."""
 
-def measure(video: np.ndarray, inputs: LoadedItem) -> dict[str, float]:
+Measures = dict[str, Callable[[], float]]
+
+
+def measure(video: np.ndarray, inputs: LoadedItem, only: Collection[str] | None = None) -> dict[str, float]:
     """Judge-free metrics of one result, by name; those that do not apply are absent, undefined ones are NaN.
 
     Preservation (``outside_*``) is measured only for edits that should leave the rest alone, always beside
@@ -24,28 +39,28 @@ def measure(video: np.ndarray, inputs: LoadedItem) -> dict[str, float]:
     Args:
         video: uint8 ``[frames, height, width, 3]``.
         inputs: The item's media in the same size.
+        only: Names of what is wanted, where all would cost more than is looked at; None for all.
     """
-    values = {
-        "sharpness": metrics.sharpness(video),
-        "black_ratio": metrics.black_ratio(video),
+    found: Measures = {
+        "sharpness": partial(metrics.sharpness, video),
+        "black_ratio": partial(metrics.black_ratio, video),
     }
     if len(video) > 1:
-        values |= {
-            "flicker": metrics.temporal_flicker(video),
-            "jitter": metrics.jitter(video),
-            "freeze_ratio": metrics.freeze_ratio(video),
-            "brightness_drift": metrics.brightness_drift(video),
-            "motion_amount": motion.motion_amount(video),
-            "warp_error": motion.warp_error(video),
+        found |= {
+            "flicker": partial(metrics.temporal_flicker, video),
+            "jitter": partial(metrics.jitter, video),
+            "freeze_ratio": partial(metrics.freeze_ratio, video),
+            "brightness_drift": partial(metrics.brightness_drift, video),
+            "motion_amount": partial(motion.motion_amount, video),
+            "warp_error": partial(motion.warp_error, video),
         }
     if inputs.source is not None:
-        values |= _against_source(video, inputs)
+        found |= _against_source(video, inputs.source, inputs)
     if inputs.target is not None:
-        values |= _against_target(video, inputs)
+        found |= _against_target(video, inputs.target, inputs)
     if inputs.references:
-        distances = [editing.colour_histogram_distance(video, picture[None]) for picture in inputs.references]
-        values["reference_color_distance"] = float(min(distances))
-    return values
+        found["reference_color_distance"] = partial(_reference_distance, video, inputs)
+    return {name: value() for name, value in found.items() if only is None or name in only}
 
 
 def measure_checked(video: np.ndarray, inputs: LoadedItem) -> tuple[dict[str, float | None], list[str]]:
@@ -88,53 +103,67 @@ def defects(video: np.ndarray, inputs: LoadedItem) -> list[str]:
     return found
 
 
-def _against_source(video: np.ndarray, inputs: LoadedItem) -> dict[str, float]:
-    source = inputs.source
-    values = {
-        "edit_strength": editing.edit_strength(video, source),
-        "edited_area": editing.edited_area(video, source),
-        "source_psnr_db": metrics.psnr_db(video, source),
-        "source_ssim": metrics.ssim(video, source),
-        "edge_f1": editing.edge_f1(video, source),
+def _against_source(video: np.ndarray, source: np.ndarray, inputs: LoadedItem) -> Measures:
+    found: Measures = {
+        "edit_strength": partial(editing.edit_strength, video, source),
+        "edited_area": partial(editing.edited_area, video, source),
+        "source_psnr_db": partial(metrics.psnr_db, video, source),
+        "source_ssim": partial(metrics.ssim, video, source),
+        "edge_f1": partial(editing.edge_f1, video, source),
     }
     if len(video) > 1:
-        fidelity = motion.motion_fidelity(video, source)
-        values |= {
-            "flow_endpoint_error": fidelity.endpoint_error,
-            "flow_direction_cosine": fidelity.direction_cosine,
-            "flow_magnitude_ratio": fidelity.magnitude_ratio,
+        fidelity = cache(partial(motion.motion_fidelity, video, source))
+        found |= {
+            "flow_endpoint_error": lambda: fidelity().endpoint_error,
+            "flow_direction_cosine": lambda: fidelity().direction_cosine,
+            "flow_magnitude_ratio": lambda: fidelity().magnitude_ratio,
         }
     if inputs.item.aligned:
         region = edit_region(inputs)
-        values["edit_locality"] = editing.edit_locality(video, source, region)
+        found["edit_locality"] = partial(editing.edit_locality, video, source, region)
         if region is not None:
-            values |= editing.preservation(video, source, region)
-    return values
+            kept = cache(partial(editing.preservation, video, source, region))
+            found |= {
+                "outside_psnr_db": lambda: kept()["outside_psnr_db"],
+                "outside_ssim": lambda: kept()["outside_ssim"],
+            }
+    return found
 
 
-def _against_target(video: np.ndarray, inputs: LoadedItem) -> dict[str, float]:
-    target = inputs.target
-    values = {"target_color_distance": editing.colour_histogram_distance(video, target)}
-    if inputs.source is not None:
+def _against_target(video: np.ndarray, target: np.ndarray, inputs: LoadedItem) -> Measures:
+    source = inputs.source
+    found: Measures = {"target_color_distance": partial(editing.colour_histogram_distance, video, target)}
+    if source is not None:
         # Without a source the target is one of many right answers, so pixels say nothing.
-        values["edit_psnr_db"] = metrics.psnr_db(video, target)
-        values["edit_ssim"] = metrics.ssim(video, target)
-        values["edit_ms_ssim"] = metrics.ms_ssim(video, target)
-        values["copy_psnr_db"] = metrics.psnr_db(inputs.source, target)
-        values["gain_psnr_db"] = values["edit_psnr_db"] - values["copy_psnr_db"]
-        changed = editing.change_mask(target, inputs.source)
-        values["asked_area"] = float(changed.mean())
+        own, copied = cache(partial(metrics.psnr_db, video, target)), cache(partial(metrics.psnr_db, source, target))
+        changed = editing.change_mask(target, source)
+        found |= {
+            "edit_psnr_db": own,
+            "edit_ssim": partial(metrics.ssim, video, target),
+            "edit_ms_ssim": partial(metrics.ms_ssim, video, target),
+            "copy_psnr_db": copied,
+            "gain_psnr_db": lambda: own() - copied(),
+            "asked_area": lambda: float(changed.mean()),
+        }
         periods = [period for period in inputs.block_periods if period < max(target.shape[1:3])]
         if periods:
-            values["block_edge_ratio"] = max(metrics.block_edge_ratio(video, target, period) for period in periods)
+            found["block_edge_ratio"] = lambda: max(metrics.block_edge_ratio(video, target, each) for each in periods)
         region = edit_region(inputs)
         if inputs.item.extra.get("garment") and region is not None and region.any():
-            values["garment_delta_e"] = editing.garment_delta_e(video, region, target, region)
-        colour = inputs.item.extra.get("colour")
-        if colour and changed.any():
-            named = editing.nearest_colour(video, changed, COLOURS, without=inputs.item.extra.get("accent"))
-            values["garment_colour_right"] = float(named == colour)
-    return values
+            found["garment_delta_e"] = partial(editing.garment_delta_e, video, region, target, region)
+        if inputs.item.extra.get("colour") and changed.any():
+            found["garment_colour_right"] = partial(_colour_right, video, changed, inputs)
+    return found
+
+
+def _colour_right(video: np.ndarray, changed: np.ndarray, inputs: LoadedItem) -> float:
+    extra = inputs.item.extra
+    return float(editing.nearest_colour(video, changed, COLOURS, without=extra.get("accent")) == extra["colour"])
+
+
+def _reference_distance(video: np.ndarray, inputs: LoadedItem) -> float:
+    distances = [editing.colour_histogram_distance(video, picture[None]) for picture in inputs.references]
+    return float(min(distances))
 
 
 def edit_region(inputs: LoadedItem) -> np.ndarray | None:

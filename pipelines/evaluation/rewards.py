@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 
 from loomvideo.pipelines.evaluation import metrics
 from loomvideo.pipelines.evaluation.inputs import LoadedItem
-from loomvideo.pipelines.evaluation.measures import comparable, measure
+from loomvideo.pipelines.evaluation.measures import NAMES, comparable, measure
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.time_limits import REWARD_ANSWER
 
@@ -38,7 +39,7 @@ class Score:
     """What a sample is worth.
 
     Attributes:
-        metrics: Everything measured, in the metrics' own units.
+        metrics: What rewards, floors and watching need, in the metrics' own units.
         rewards: The weighted rewards' values, higher is better.
         total: Their weighted sum; None where one of them failed.
         floored: The metrics that were below their floors.
@@ -52,35 +53,27 @@ class Score:
     failure: str = ""
 
 
-def _garment_colour(values: Mapping[str, float], video: np.ndarray, inputs: LoadedItem) -> float:
-    return -_measured(values, "garment_delta_e") / 10
+@dataclass(frozen=True)
+class Reward:
+    """A reward: the metric that it is made of, and how."""
+
+    metric: str
+    of: Callable[[float, LoadedItem], float]
 
 
-def _locality(values: Mapping[str, float], video: np.ndarray, inputs: LoadedItem) -> float:
-    return _measured(values, "edit_locality")
-
-
-def _outside(values: Mapping[str, float], video: np.ndarray, inputs: LoadedItem) -> float:
-    return _measured(values, "outside_psnr_db") / 10
-
-
-def _sharpness(values: Mapping[str, float], video: np.ndarray, inputs: LoadedItem) -> float:
+def _as_sharp_as_the_target(value: float, inputs: LoadedItem) -> float:
     if inputs.target is None:
         raise RewardError("sharpness: needs a target to compare with")
     # As sharp as the target, not sharper: noise is sharp.
-    return -abs(math.log((_measured(values, "sharpness") + 1) / (metrics.sharpness(inputs.target) + 1)))
+    return -abs(math.log((value + 1) / (metrics.sharpness(inputs.target) + 1)))
 
 
-def _fidelity(values: Mapping[str, float], video: np.ndarray, inputs: LoadedItem) -> float:
-    return _measured(values, "edit_psnr_db") / 10
-
-
-REWARDS: dict[str, Callable[[Mapping[str, float], np.ndarray, LoadedItem], float]] = {
-    "garment_colour": _garment_colour,
-    "locality": _locality,
-    "outside": _outside,
-    "sharpness": _sharpness,
-    "fidelity": _fidelity,
+REWARDS: dict[str, Reward] = {
+    "garment_colour": Reward("garment_delta_e", lambda value, inputs: -value / 10),
+    "locality": Reward("edit_locality", lambda value, inputs: value),
+    "outside": Reward("outside_psnr_db", lambda value, inputs: value / 10),
+    "sharpness": Reward("sharpness", _as_sharp_as_the_target),
+    "fidelity": Reward("edit_psnr_db", lambda value, inputs: value / 10),
 }
 """CIEDE2000 of the edited region's colour / 10, negative; share of the change inside the region; PSNR outside it in
 10 dB; logarithm of the sharpness over the target's, negative; PSNR against the target in 10 dB."""
@@ -97,20 +90,35 @@ class Rewarder:
     """Scores samples.
 
     Args:
-        weights: The weight of each reward by name; those that are not of :data:`REWARDS` come from the server.
+        weights: The weight of each reward by name, 0 for none; those that are not of :data:`REWARDS` come from the
+            server.
         floors: Least values of metrics; a sample below one is worth less than any above.
         server: URL that gets ``{"key", "text", "result", "source", "target"}`` with frames as base64 PNGs and answers
             ``{"rewards": {name: number}}``.
         patience_s: How long a server that fails is asked again.
+        watched: Metrics that are measured beside those of rewards and floors; no other is.
 
     Raises:
-        UserError: for a reward that nobody gives.
+        UserError: for a reward that nobody gives, and for a metric that does not exist.
     """
 
     def __init__(
-        self, weights: Mapping[str, float], floors: Mapping[str, float], server: str = "", patience_s: float = 600.0
+        self,
+        weights: Mapping[str, float],
+        floors: Mapping[str, float],
+        server: str = "",
+        patience_s: float = 600.0,
+        watched: Sequence[str] = (),
     ):
-        self.weights, self.floors, self.server, self.patience_s = dict(weights), dict(floors), server, patience_s
+        self.weights = {name: weight for name, weight in weights.items() if weight}
+        self.floors, self.server, self.patience_s = dict(floors), server, patience_s
+        for key, names in (("floors", floors), ("watched", watched)):
+            for name in names:
+                if name not in NAMES:
+                    close = get_close_matches(name, NAMES, n=1)
+                    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(NAMES))}"
+                    raise UserError(f"prefer.rewards.{key}: {name} is no metric of a result; {hint}")
+        self.measured = {*floors, *watched, *(REWARDS[name].metric for name in self.weights if name in REWARDS)}
         self._asked = [name for name in self.weights if name not in REWARDS]
         if self._asked and not server:
             raise UserError(
@@ -124,11 +132,14 @@ class Rewarder:
         """Measure one result uint8 [frames, height, width, 3]; failures are part of the answer."""
         if not comparable(video, inputs):
             return Score({}, failure="a result of another size or length")
-        values = {name: value for name, value in measure(video, inputs).items() if math.isfinite(value)}
+        found = measure(video, inputs, self.measured)
+        values = {name: value for name, value in found.items() if math.isfinite(value)}
         try:
             given = self._ask(video, inputs) if self._asked else {}
             rewards = {
-                name: given[name] if name in self._asked else REWARDS[name](values, video, inputs)
+                name: given[name]
+                if name in self._asked
+                else REWARDS[name].of(_measured(values, REWARDS[name].metric), inputs)
                 for name in self.weights
             }
             floored = tuple(name for name, least in self.floors.items() if _measured(values, name) < least)

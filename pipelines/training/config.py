@@ -109,7 +109,10 @@ class SourcePreferenceConfig:
 class RewardsConfig:
     """What samples are scored by; see `docs/distillation.md` for the names."""
 
-    weights: dict[str, float] = option({"garment_colour": 1.0}, "weight of each reward, in its own unit")
+    weights: dict[str, float] = option(
+        {"garment_colour": 1.0},
+        "weight of each reward, in its own unit; what is named joins the preset's, 0 leaves it out",
+    )
     floors: dict[str, float] = option({}, "least values of metrics, such as outside_psnr_db: 25; below it, the worst")
     watched: list[str] = option(
         ["outside_psnr_db", "sharpness", "edge_f1"], "metrics that are not rewards, reported to see a reward hacked"
@@ -139,7 +142,9 @@ class NFTConfig:
     beta: float = option(1.0, "how far the two policies lie from the old one; less goes further in a round")
     spread: float = option(1.0, "rewards are r = 1/2 + (reward - mean) / (2 spread std) of their prompt, within [0, 1]")
     drift_weight: float = option(0.0, "charge for the distance from the weights of the start")
-    actors: int = option(1, "actors that generate and score")
+    actors: int = option(
+        1, "actors that generate and score; a lost one is replaced, up to training.workers.max_failures times a round"
+    )
     gpus: float = option(0.0, "GPUs of each; 0 generates on CPUs")
     cpus: int = option(1, "CPUs of each")
 

@@ -188,8 +188,18 @@ def test_a_reward_that_fails_is_counted_and_is_never_a_number():
     noise = np.random.default_rng(1).integers(0, 255, inputs.target.shape, dtype=np.uint8)
     assert rewarder.score(noise, inputs).floored == ("outside_psnr_db",)
     assert group_rewards([good, nothing_changed, wrong], 1.0) == [None, None, None]
+    without = Rewarder({"garment_colour": 1.0, "outside": 0.0, "beauty": 0.0}, {}).score(inputs.target, inputs)
+    assert set(without.rewards) == {"garment_colour"}
+    with pytest.raises(UserError, match="give at least one reward"):
+        Rewarder({"outside": 0.0}, {})
+    # Only what is looked at is measured.
+    assert set(good.metrics) == {"garment_delta_e", "outside_psnr_db"}
     with pytest.raises(UserError, match=r"beauty is none of garment_colour.*rewards.server"):
         Rewarder({"beauty": 1.0}, {})
+    with pytest.raises(UserError, match=r"rewards.floors: outside_psnr is no metric.*mean outside_psnr_db\?"):
+        Rewarder({"outside": 1.0}, {"outside_psnr": 25})
+    with pytest.raises(UserError, match=r"rewards.watched: beauty is no metric.*there are asked_area"):
+        Rewarder({"outside": 1.0}, {}, watched=["beauty"])
 
 
 def test_rewards_of_a_group_compare_with_its_mean():

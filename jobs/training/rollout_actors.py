@@ -1,0 +1,122 @@
+"""Actors that generate and score: what a round needs of them, and what becomes of their work when one is lost."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import OutOfMemoryError, RayActorError
+from torch import Tensor
+
+from loomvideo.jobs.training.config import PreferJobConfig
+from loomvideo.model.codec import build_codec
+from loomvideo.model.few_steps import stated_few_steps
+from loomvideo.model.loading import dtype_on
+from loomvideo.model.sizes import ModelSize
+from loomvideo.model.weights import load_dit
+from loomvideo.pipelines.evaluation.rewards import Rewarder
+from loomvideo.pipelines.training.rollouts import Prompt, RolloutMaker
+from loomvideo.platform.nodes.devices import device_for
+from loomvideo.platform.shards.reader import ShardDataset
+
+
+class RolloutActor:
+    """Generates and scores on its own device.
+
+    Args:
+        config: The configuration of the job.
+        model: The model's size.
+        urls: The folders of the shards.
+        build_recipe: Builds the recipe, whose samples it knows.
+        start: Weights to build the transformer from; a round's are loaded over them.
+    """
+
+    def __init__(self, config: PreferJobConfig, model: ModelSize, urls: Sequence[str], build_recipe: Any, start: str):
+        nft, rewards = config.prefer.nft, config.prefer.rewards
+        device = device_for(nft.gpus, "prefer.nft.gpus")
+        if device.type == "cpu":
+            torch.set_num_threads(nft.cpus)
+        recipe = build_recipe()
+        dit = load_dit(start, recipe.config, device, dtype_on(device)).eval()
+        self.maker = RolloutMaker(
+            recipe,
+            dit,
+            build_codec(model.codec, device, dtype_on(device)),
+            [ShardDataset.open(url) for url in urls],
+            nft,
+            Rewarder(rewards.weights, rewards.floors, rewards.server, rewards.patience_s, rewards.watched),
+            model.scheduler,
+            stated_few_steps(start),
+            config.training.seed,
+        )
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Take the weights of a round."""
+        self.maker.load(weights)
+
+    def make(self, prompt: Prompt, number: int, folder: str) -> dict[str, Any]:
+        """Results of one prompt."""
+        return self.maker.make(prompt, number, Path(folder))
+
+
+class ActorGroup:
+    """Actors that stay over the rounds; one that is lost is replaced, and its prompt made again.
+
+    Args:
+        start: Starts one and returns its handle; asked when there is first something to do.
+        count: How many.
+        max_failures: Losses in a round that are borne; negative for any number.
+        say: Tells people about a loss.
+    """
+
+    def __init__(self, start: Callable[[], Any], count: int, max_failures: int, say: Callable[[str], None]):
+        self.start, self.count, self.max_failures, self.say = start, count, max_failures, say
+        self.handles: list[Any] = []
+
+    def make(self, weights: Any, prompts: Sequence[Prompt], number: int, folder: Path) -> list[dict[str, Any]]:
+        """What the actors make of a round's prompts, in their order.
+
+        Args:
+            weights: Reference of the weights that make the round; an actor makes nothing before it has them.
+            prompts: What is asked.
+            number: The round.
+            folder: Where results are kept.
+
+        Raises:
+            RayActorError: when more actors were lost than ``max_failures``.
+        """
+        self.handles += [self.start() for _ in range(self.count - len(self.handles))]
+        # What runs: the actor, and the place of its prompt or None while it takes the weights.
+        running: dict[Any, tuple[Any, int | None]] = {h.load.remote(weights): (h, None) for h in self.handles}
+        todo, made, lost = deque(range(len(prompts))), {}, 0
+        while len(made) < len(prompts):
+            (done,), _ = ray.wait(list(running))
+            handle, place = running.pop(done)
+            try:
+                result = ray.get(done)
+            except (RayActorError, OutOfMemoryError) as error:
+                lost += 1
+                if 0 <= self.max_failures < lost:
+                    raise
+                self.say(f"an actor of round {number} was lost, another takes its place: {str(error).splitlines()[0]}")
+                if place is not None:
+                    todo.appendleft(place)
+                ray.kill(handle)
+                self.handles.remove(handle)
+                handle = self.start()
+                self.handles.append(handle)
+                running[handle.load.remote(weights)] = handle, None
+                continue
+            if place is not None:
+                made[place] = result
+            if todo:
+                place = todo.popleft()
+                running[handle.make.remote(prompts[place], number, str(folder))] = handle, place
+        return [made[place] for place in range(len(prompts))]
+
+    def close(self) -> None:
+        """End the actors."""
+        for handle in self.handles:
+            ray.kill(handle)
