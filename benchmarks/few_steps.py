@@ -1,10 +1,15 @@
 """A distilled model against its teacher on held-out samples, a row a task: quality, diversity over seeds, CPU time.
 
-    python benchmarks/few_steps.py TEACHER STUDENT data/sample/samples.jsonl --steps 20 --count 4 --seeds 3
+    python benchmarks/few_steps.py TEACHER STUDENT data/sample/samples.jsonl --steps 20 --scales 1.0 1.5 --count 4
 
-``edit_psnr_db`` is against the target (edits alone), with the standard error over samples of the paired difference;
-``colour`` the share of results whose garment has the colour asked for, where one is; ``diversity`` the mean distance of
-two seeds' results in grey levels, the student's over the teacher's; CPU seconds are those of this process.
+``edit_psnr_db`` is against the target (edits alone); ``colour`` the share of results whose garment has the colour asked
+for, where one is; both as teacher, student, and the mean of paired differences with a 95 % interval (bootstrap over
+figures). CPU seconds are those of sampling in this process, a result.
+
+``diversity`` is the mean distance of two seeds' results in grey levels, the student's over the teacher's: of all
+pixels; of means of 8x8 pixels (``coarse``: fine noise is gone); where the edit changes pixels and where it should not
+(``inside``, ``outside``: there every difference between seeds is an error of one of them). ``outside dB`` is the PSNR
+to the source there.
 """
 
 import argparse
@@ -15,20 +20,40 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from loomvideo.model.guidance import Guidance
 from loomvideo.model.loading import ModelSource
 from loomvideo.model.pipeline import LoomVideoPipeline, load_pipeline
 from loomvideo.model.tasks import TASKS
 from loomvideo.pipelines.evaluation.inputs import InputOptions, LoadedItem, load_item
-from loomvideo.pipelines.evaluation.measures import measure
+from loomvideo.pipelines.evaluation.measures import edit_region, measure
+from loomvideo.pipelines.evaluation.statistics import bootstrap_mean
 from loomvideo.pipelines.evaluation.suites import own
+
+METRICS = ("edit_psnr_db", "garment_colour_right", "outside_psnr_db")
+DISTANCES = ("all", "coarse", "inside", "outside")
+CELL = 8
+
+
+def distances(videos: list[NDArray[np.uint8]], region: NDArray[np.bool_] | None) -> list[float]:
+    """Mean distances between seeds' results in grey levels, as :data:`DISTANCES`; NaN without such pixels."""
+    found = []
+    for one, other in itertools.combinations(videos, 2):
+        apart = one.astype(np.float32) - other
+        frames, height, width = apart.shape[:3]
+        cells = apart[:, : height // CELL * CELL, : width // CELL * CELL]
+        cells = cells.reshape(frames, height // CELL, CELL, width // CELL, CELL, 3).mean((2, 4))
+        parts = [apart, cells] + ([apart[region], apart[~region]] if region is not None else [])
+        found.append([np.abs(part).mean() if part.size else np.nan for part in parts])
+    means = [float(value) for value in np.mean(found, 0)]
+    return means + [np.nan] * (len(DISTANCES) - len(means))
 
 
 def measured(
     pipeline: LoomVideoPipeline, inputs: LoadedItem, steps: int, scale: float, seeds: int
-) -> tuple[float, float, float, float]:
-    """PSNR against the target, share of right garment colours, distance between seeds and CPU seconds of a result."""
+) -> tuple[list[float], list[float], float]:
+    """:data:`METRICS`, :data:`DISTANCES` and CPU seconds of a result."""
     item = inputs.item
     conditions = pipeline.encode(
         item.task, item.text, inputs.source, list(inputs.references), inputs.size, inputs.num_frames
@@ -38,23 +63,29 @@ def measured(
     latents = [pipeline.sample(conditions, steps, guidance, seed) for seed in range(seeds)]
     seconds = (time.process_time() - started) / seeds
     videos = [pipeline.decode(each) for each in latents]
-    values = [measure(video, inputs) for video in videos] if inputs.source is not None else [{}]
-    psnr, colour = (
-        float(np.mean([each.get(name, np.nan) for each in values])) for name in ("edit_psnr_db", "garment_colour_right")
-    )
-    pairs = itertools.combinations(videos, 2)
-    distance = float(np.mean([np.abs(a.astype(np.float32) - b).mean() for a, b in pairs]))
-    return psnr, colour, distance, seconds
+    values = [measure(video, inputs, METRICS) for video in videos] if inputs.source is not None else [{}]
+    means = [float(np.mean([each.get(name, np.nan) for each in values])) for name in METRICS]
+    return means, distances(videos, edit_region(inputs)), seconds
+
+
+def difference(values: NDArray[np.float64], clusters: list[str], digits: int) -> str:
+    """Teacher, student and their difference with its interval, from values [samples, 2]."""
+    found = bootstrap_mean(values[:, 1] - values[:, 0], clusters)
+    if not found.num_samples:
+        return "-"
+    teacher, student = np.nanmean(values, 0)
+    ends = f"{found.low:+.{digits}f} to {found.high:+.{digits}f}, {found.num_samples} samples"
+    return f"{teacher:.{digits}f}, {student:.{digits}f}: {found.value:+.{digits}f} ({ends})"
 
 
 def main() -> None:
     """Print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher")
     parser.add_argument("student")
     parser.add_argument("samples", type=Path)
     parser.add_argument("--steps", type=int, default=20, help="of the teacher")
-    parser.add_argument("--scale", type=float, default=1.0, help="guidance of the teacher")
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="guidance of the teacher, a row each")
     parser.add_argument("--first", type=int, default=0, help="take the student's first steps alone, such as 2 or 1")
     parser.add_argument("--tasks", default=",".join(TASKS), help="of these tasks alone")
     parser.add_argument("--count", type=int, default=4, help="held-out samples of a task")
@@ -75,28 +106,32 @@ def main() -> None:
         bucket_classes=(options.bucket,), reference_classes=(options.bucket,), grid=teacher.grid,
         num_frames=options.frames, text_size=(options.bucket, options.bucket),
     )  # fmt: skip
-    print(f"teacher {options.steps} steps, scale {options.scale:g}; student {student.few_steps.describe()}")
-    print("task | samples | edit PSNR dB teacher, student, difference ± error | colour | diversity | CPU s")
+    print(f"teacher {options.steps} steps; student {student.few_steps.describe()}; {options.seeds} seeds")
+    print(f"task, scale | edit PSNR dB | colour | outside dB | diversity {', '.join(DISTANCES)} | CPU s")
+    models = [(teacher, options.steps, scale) for scale in options.scales]
+    models.append((student, student.few_steps.num_steps, 1.0))
     for task in options.tasks.split(","):
-        items = [item for item in manifest.items if item.task == task][: options.count]
-        rows = []
-        for item in items:
+        rows, clusters = [], []
+        for item in [item for item in manifest.items if item.task == task][: options.count]:
             inputs = load_item(item, manifest.root, sizes)
-            models = ((teacher, options.steps, options.scale), (student, student.few_steps.num_steps, 1.0))
-            rows.append([measured(model, inputs, steps, scale, options.seeds) for model, steps, scale in models])
+            made = [measured(model, inputs, steps, scale, options.seeds) for model, steps, scale in models]
+            rows.append([[*metrics, *apart, seconds] for metrics, apart, seconds in made])
+            clusters.append(item.cluster or item.key)
         if not rows:
             continue
         table = np.array(rows)
-        apart = table[:, 1, 0] - table[:, 0, 0]
-        error = apart.std(ddof=1) / len(apart) ** 0.5 if len(apart) > 1 else float("nan")
-        (psnr, _, spread, seconds), (other, _, own_spread, own_seconds) = table.mean(0)[0], table.mean(0)[1]
-        asked = table[~np.isnan(table[:, 0, 1]), :, 1]
-        colours = f"{asked[:, 0].mean():.2f}, {asked[:, 1].mean():.2f} of {len(asked)}" if len(asked) else "-"
-        print(
-            f"{task} | {len(rows)} | {psnr:.2f}, {other:.2f}, {apart.mean():+.2f} ± {error:.2f} | {colours} | "
-            f"{own_spread / spread:.2f} | {seconds:.2f}, {own_seconds:.2f} ({seconds / own_seconds:.1f}x less)",
-            flush=True,
-        )
+        for number, scale in enumerate(options.scales):
+            pair = table[:, [number, -1]]
+            shown = [difference(pair[:, :, place], clusters, 2) for place in range(len(METRICS))]
+            spread = np.nanmean(pair[:, :, len(METRICS) : -1], 0)
+            ratios = ", ".join(f"{own / of:.2f}" for of, own in zip(*spread, strict=True))
+            grey = ", ".join(f"{of:.1f}" for of in spread[0])
+            seconds, own_seconds = pair[:, :, -1].mean(0)
+            print(
+                f"{task}, {scale:g} | {' | '.join(shown)} | {ratios} of {grey} grey levels | "
+                f"{seconds:.2f}, {own_seconds:.2f} ({seconds / own_seconds:.1f}x less)",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
     python benchmarks/preference.py BEFORE data/sample/samples.jsonl AFTER [AFTER …]
 
 Every edit is made with the same noise by each of the weights folders. A row a metric: its mean before, and for each
-AFTER the mean of paired differences with a 95 % interval (bootstrap over samples).
+AFTER the mean of paired differences with a 95 % interval (bootstrap over samples). ``copied`` is the share of results
+that hardly differ from their source (by less than half a grey level), ``nearer_source`` of those that are nearer to the
+source than to the target where these differ; ``gain_psnr_db`` is the gain over copying.
 """
 
 import argparse
@@ -11,16 +13,33 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from loomvideo.model.guidance import Guidance
 from loomvideo.model.loading import ModelSource
 from loomvideo.model.pipeline import load_pipeline
-from loomvideo.pipelines.evaluation.inputs import InputOptions, load_item
-from loomvideo.pipelines.evaluation.measures import measure
+from loomvideo.pipelines.evaluation.inputs import InputOptions, LoadedItem, load_item
+from loomvideo.pipelines.evaluation.measures import edit_region, measure
 from loomvideo.pipelines.evaluation.statistics import bootstrap_mean
 from loomvideo.pipelines.evaluation.suites import own
 
-METRICS = ("garment_delta_e", "garment_colour_right", "outside_psnr_db", "edit_psnr_db", "edit_locality", "sharpness")
+METRICS = (
+    "garment_delta_e", "garment_colour_right", "outside_psnr_db", "edit_psnr_db", "gain_psnr_db", "edit_locality",
+    "sharpness", "copied", "nearer_source",
+)  # fmt: skip
+COPIED = 0.5
+"""Mean change from the source in grey levels under which nothing was edited, as evaluations count it."""
+
+
+def figures(video: NDArray[np.uint8], inputs: LoadedItem) -> dict[str, float]:
+    """:data:`METRICS` of a result, those that apply."""
+    values = measure(video, inputs, {*METRICS, "edit_strength"})
+    region = edit_region(inputs)
+    values["copied"] = float(values["edit_strength"] < COPIED)
+    if region is not None and region.any():
+        result, source, target = (each[region].astype(np.float32) for each in (video, inputs.source, inputs.target))
+        values["nearer_source"] = float(np.square(result - source).mean() < np.square(result - target).mean())
+    return values
 
 
 def main() -> None:
@@ -52,7 +71,7 @@ def main() -> None:
         found = []
         for model in models:
             made = [
-                measure(model.denoise(conditions, options.steps, Guidance(1.0, 1.0), seed), inputs)
+                figures(model.denoise(conditions, options.steps, Guidance(1.0, 1.0), seed), inputs)
                 for seed in range(options.seeds)
             ]
             found.append([np.mean([values.get(name, np.nan) for values in made]) for name in METRICS])
