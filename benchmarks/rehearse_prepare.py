@@ -12,8 +12,10 @@ of ``KINDS``, all scaled so that encoding a sample takes ``--encode-s``. Pixels 
 process then, and rows come from a queue. ``before`` is the design of earlier releases: one decoder a builder, two
 samples ahead, one shard at a time.
 
-Busy is the share of time in which encoders encode: ``warm`` from each builder's tenth sample to its last, ``whole``
-from the first sample encoded by any to the last by any.
+Busy is the share of time in which encoders encode: ``warm`` from each builder's tenth sample to its last, ``late`` in
+the second half of its samples (all decoders start on the cores of this machine, which a cluster's do not), ``whole``
+from the first sample encoded by any to the last by any. ``encoded`` counts samples as often as they were, ``written``
+as the finished dataset's accounts do.
 """
 
 import argparse
@@ -188,10 +190,13 @@ def busy(folder):
     lines = [sorted(spans) for spans in lines if spans]
     begins, ends = min(spans[0][0] for spans in lines), max(spans[-1][1] for spans in lines)
 
-    warm = [spans[9:] for spans in lines if len(spans) > 20]
-    warm_s = sum(spans[-1][1] - spans[0][0] for spans in warm)
-    found = {"builders": len(lines), "samples": sum(map(len, lines)), "seconds": ends - begins}
-    found["warm"] = sum(b - a for spans in warm for a, b in spans) / warm_s if warm else float("nan")
+    def share(parts):
+        there = sum(spans[-1][1] - spans[0][0] for spans in parts)
+        return sum(b - a for spans in parts for a, b in spans) / there if parts else float("nan")
+
+    long = [spans for spans in lines if len(spans) > 20]
+    found = {"builders": len(lines), "encoded": sum(map(len, lines)), "seconds": ends - begins}
+    found |= {"warm": share([spans[9:] for spans in long]), "late": share([spans[len(spans) // 2 :] for spans in long])}
     spent = sum(b - a for spans in lines for a, b in spans)
     return found | {"whole": spent / (len(lines) * (ends - begins))}
 
@@ -227,18 +232,21 @@ def rehearse(kind, num_gpus, arguments, before=False):
         job.run_stage = on_threads(num_gpus, times, str(folder / "log"))
     decoders = []
     try:
-        job.prepare(config, on_progress=lambda report, total: decoders.append(report.get("decoders") or 0))
+        result = job.prepare(config, on_progress=lambda report, total: decoders.append(report.get("decoders") or 0))
     finally:
         job.run_stage = original
     row = {"kind": kind, "gpus": num_gpus, "on": "ray" if real else "threads", "design": "before" if before else "now"}
-    return row | busy(folder / "log") | {"decoders_a_gpu": max(decoders)}
+    row |= busy(folder / "log") | {"decoders_a_gpu": max(decoders)}
+    return row | {"written": result.summary().get("written", 0), "of": len(rows)}
 
 
-def cluster(num_gpus, cpus_a_gpu=6):
+def cluster(num_gpus, cores):
     """Logical nodes: one for each GPU, and two of CPUs; returns the cluster and what adds them."""
     import ray
     from ray.cluster_utils import Cluster
 
+    # No process waits for work on every core that is made up: there would not be memory for them.
+    os.environ.update(RAY_prestart_worker_first_driver="0")
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "num_gpus": 0, "include_dashboard": False})
     ray.init(address=made.address, logging_level="error", log_to_driver=False)
     nodes = []
@@ -246,7 +254,7 @@ def cluster(num_gpus, cpus_a_gpu=6):
     def grow():
         for number in range(num_gpus + 2):
             gpus = {"num_gpus": 1} if number < num_gpus else {}
-            nodes.append(made.add_node(num_cpus=cpus_a_gpu, object_store_memory=200 << 20, **gpus))
+            nodes.append(made.add_node(num_cpus=cores, object_store_memory=200 << 20, **gpus))
 
     return made, nodes, grow
 
@@ -295,6 +303,7 @@ def main():
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--encode-s", type=float, default=0.5, help="seconds of sleep for the encoding of a sample")
     parser.add_argument("--shards", type=int, default=4, help=f"for each GPU, of {SHARD_SAMPLES} samples")
+    parser.add_argument("--cores", type=int, default=6, help="of each node on Ray; two nodes have no GPU")
     parser.add_argument("--designs", nargs="+", choices=["now", "before"], default=["now", "before"])
     parser.add_argument("--grow", action="store_true", help="start on a cluster of no nodes")
     parser.add_argument("--kill", type=float, help="seconds after which a tenth of the nodes (one) is killed")
@@ -320,7 +329,7 @@ def nodes_for(num_gpus, arguments):
     """A cluster for one run, which grows or loses nodes as asked."""
     import ray
 
-    made, nodes, grow = cluster(num_gpus)
+    made, nodes, grow = cluster(num_gpus, arguments.cores)
     timers = [threading.Timer(10.0, grow)] if arguments.grow else []
     if not arguments.grow:
         grow()
