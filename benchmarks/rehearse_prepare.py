@@ -20,16 +20,20 @@ as the finished dataset's accounts do.
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import queue
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import torch
 
 from loomvideo.pipelines.prepare import builder as builder_module
@@ -247,7 +251,9 @@ def cluster(num_gpus, cores):
 
     # No process waits for work on every core that is made up: there would not be memory for them.
     os.environ.update(RAY_prestart_worker_first_driver="0")
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "num_gpus": 0, "include_dashboard": False})
+    head = {"num_cpus": 0, "num_gpus": 0, "include_dashboard": False}
+    # Its hooks belong to the main thread, and nodes are added and killed by others.
+    made = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
     ray.init(address=made.address, logging_level="error", log_to_driver=False)
     nodes = []
 
@@ -260,35 +266,75 @@ def cluster(num_gpus, cores):
 
 
 def crossing(num_bytes=145_000_000, rounds=20):
-    """GB/s of a clip's pixels from a decoder to its builder: through the object store, and through a pipe."""
+    """What a clip's pixels take from a decoder to its builder: by a pipe, the object store, and another node's."""
     import numpy as np
     import ray
+    from ray.cluster_utils import Cluster
 
-    ray.init(num_cpus=1, include_dashboard=False, logging_level="error", object_store_memory=2 << 30)
+    yield {"by": "pipe"} | timed(PipedClip(num_bytes), num_bytes, rounds)
+    store = {"object_store_memory": 1 << 30, "num_cpus": 1}
+    made = Cluster(initialize_head=True, head_node_args={"include_dashboard": False, "resources": {"near": 1}} | store)
+    made.add_node(resources={"far": 1}, **store)
+    ray.init(address=made.address, logging_level="error", log_to_driver=False)
 
     @ray.remote
     class Source:
         def __init__(self):
             self.clip = np.random.default_rng(0).integers(0, 255, num_bytes, dtype=np.uint8)
 
-        def clip_(self):
+        def get(self):
             return self.clip
 
-        def cpu_s(self):
-            return time.process_time()
-
-    source = Source.remote()
-    ray.get(source.clip_.remote())
-    cpu = time.process_time() + ray.get(source.cpu_s.remote())
-    began = time.perf_counter()
-    for _ in range(rounds):
-        found = ray.get(source.clip_.remote())
-        del found
-    seconds = (time.perf_counter() - began) / rounds
-    cpu_s = (time.process_time() + ray.get(source.cpu_s.remote()) - cpu) / rounds
+    for place, name in (("near", "object store"), ("far", "object stores of two nodes")):
+        source = Source.options(resources={place: 1}).remote()
+        yield {"by": name} | timed(lambda source=source: ray.get(source.get.remote()), num_bytes, rounds)
+        ray.kill(source)
     ray.shutdown()
-    return {"MB": num_bytes / 1e6, "GB_per_s": num_bytes / 1e9 / seconds, "ms_a_clip": 1e3 * seconds,
-            "cpu_ms_a_clip": 1e3 * cpu_s}  # fmt: skip
+    made.shutdown()
+
+
+class PipedClip:
+    """A process that sends a clip whenever it is asked, as the decoder's own does; called, it returns one."""
+
+    CODE = (
+        "import sys; d = bytes({}); i, o = sys.stdin.buffer, sys.stdout.buffer\nwhile i.read(1): o.write(d); o.flush()"
+    )
+
+    def __init__(self, num_bytes):
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self._process = subprocess.Popen([sys.executable, "-c", self.CODE.format(num_bytes)], bufsize=0, **pipes)
+        fcntl.fcntl(self._process.stdout, fcntl.F_SETPIPE_SZ, 1 << 20)
+        self._num_bytes = num_bytes
+
+    def __call__(self):
+        """Ask for one and read it."""
+        self._process.stdin.write(b".")
+        data = memoryview(bytearray(self._num_bytes))
+        done = 0
+        while done < self._num_bytes:
+            done += self._process.stdout.readinto(data[done:])
+        return data
+
+
+def timed(call, num_bytes, rounds):
+    """Milliseconds of a call, and of CPU in this process and all that it started."""
+
+    def cpu():
+        processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+        return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+    call()
+    time.sleep(3.0)  # until what has just started is quiet
+    idle, began = cpu(), time.perf_counter()
+    time.sleep(3.0)
+    idle = (cpu() - idle) / (time.perf_counter() - began)
+    began, spent = time.perf_counter(), cpu()
+    for _ in range(rounds):
+        call()
+    seconds = time.perf_counter() - began
+    spent = cpu() - spent - idle * seconds
+    return {"MB": num_bytes / 1e6, "GB_per_s": num_bytes * rounds / 1e9 / seconds, "ms_a_clip": 1e3 * seconds / rounds,
+            "cpu_ms_a_clip": 1e3 * spent / rounds}  # fmt: skip
 
 
 def show(row):
@@ -311,7 +357,8 @@ def main():
     parser.add_argument("--crossing", action="store_true", help="only measure Ray's object store")
     arguments = parser.parse_args()
     if arguments.crossing:
-        show(crossing())
+        for row in crossing():
+            show(row)
         return
     for num_gpus in arguments.gpus:
         runs = [(kind, design) for kind in arguments.kinds for design in arguments.designs]
