@@ -81,7 +81,10 @@ class SleepingEncoder:
         """Nothing."""
         return {}
 
-    def encode(self, loaded, split, assessed=None):
+    def ready(self, batch):
+        """Nothing to do before."""
+
+    def encode(self, loaded, split, assessed=None, ready=None):
         """A small sample, after the time that encoding takes."""
         began = time.time()
         time.sleep(self.seconds)

@@ -8,6 +8,7 @@ from loomvideo.model.codec.protocol import (
     STREAM_FRAMES,
     Codec,
     CodecConfig,
+    CodecExecution,
     LatentMoments,
     check_video_shape,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "STREAM_FRAMES",
     "Codec",
     "CodecConfig",
+    "CodecExecution",
     "DCTCodec",
     "LatentGrid",
     "LatentMoments",

@@ -4,17 +4,22 @@ import torch
 
 from loomvideo.model.codec.embedded import DCTCodec
 from loomvideo.model.codec.learned import LearnedCodec
-from loomvideo.model.codec.protocol import Codec, CodecConfig
+from loomvideo.model.codec.protocol import AS_WRITTEN, Codec, CodecConfig, CodecExecution
 from loomvideo.platform.errors import UserError
 
 
-def build_codec(config: CodecConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Codec:
-    """The codec a configuration names, ready on ``device``; ``dtype`` is that of ``"wan"``.
+def build_codec(
+    config: CodecConfig,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    execution: CodecExecution = AS_WRITTEN,
+) -> Codec:
+    """The codec a configuration names, ready on ``device``; ``dtype`` and ``execution`` are of ``"wan"``.
 
     Raises:
         UserError: for an unknown kind, a folder that holds no such codec, or other strides than stated.
     """
-    codec = _build(config, device, dtype)
+    codec = _build(config, device, dtype, execution)
     stated = config.temporal_stride, config.spatial_stride
     if (codec.temporal_stride, codec.spatial_stride) != stated:
         raise UserError(
@@ -24,7 +29,7 @@ def build_codec(config: CodecConfig, device: torch.device | str = "cpu", dtype: 
     return codec
 
 
-def _build(config: CodecConfig, device: torch.device | str, dtype: torch.dtype) -> Codec:
+def _build(config: CodecConfig, device: torch.device | str, dtype: torch.dtype, execution: CodecExecution) -> Codec:
     if config.kind == "dct":
         return DCTCodec(config.latent_channels)
     if config.kind == "learned":
@@ -39,7 +44,7 @@ def _build(config: CodecConfig, device: torch.device | str, dtype: torch.dtype) 
 
         if not config.folder:
             raise UserError("codec kind=wan: set its folder to the vae folder of Wan2.2-TI2V-5B-Diffusers")
-        codec = WanVAE.from_pretrained(config.folder, device, dtype, config.memory_limit_bytes)
+        codec = WanVAE.from_pretrained(config.folder, device, dtype, config.memory_limit_bytes, execution)
         if codec.latent_channels != config.latent_channels:
             raise UserError(
                 f"{config.folder}: a VAE of {codec.latent_channels} channels, the model takes {config.latent_channels}"

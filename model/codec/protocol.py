@@ -41,6 +41,30 @@ class CodecConfig:
         return self.kind != "wan"
 
 
+@dataclass(frozen=True)
+class CodecExecution:
+    """How ``"wan"`` computes on its device. Either changes last bits, so what it made is named after it.
+
+    Attributes:
+        channels_last: The encoder's weights and what passes between its layers lie channels-last.
+        compiled: ``torch.compile`` makes a program of the encoder for every shape, without timing candidates: which
+            program it makes depends on the shape alone, not on what a worker met before.
+    """
+
+    channels_last: bool = False
+    compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        """For fingerprints; empty where nothing differs from the default."""
+        named = (self.channels_last, "-channels_last"), (self.compiled, "-compiled")
+        return "".join(name for is_on, name in named if is_on)
+
+
+AS_WRITTEN = CodecExecution()
+"""No change of layout, no compilation."""
+
+
 class LatentMoments(NamedTuple):
     """Normalised posterior of a video: ``mean`` and ``std``, both ``[batch, channels, frames, height, width]``."""
 

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, patchify, unpatchify
 
 from loomvideo.model.codec.live_bytes import PeakLiveBytes
-from loomvideo.model.codec.protocol import LatentMoments, check_video_shape
+from loomvideo.model.codec.protocol import AS_WRITTEN, CodecExecution, LatentMoments, check_video_shape
 from loomvideo.model.fingerprints import folder_fingerprint
 from loomvideo.platform.errors import UserError
 
@@ -28,6 +28,8 @@ CHUNKS = (4, 2, 1)
 # Latent cells that neighbouring tiles share, over which they are blended.
 OVERLAP = 4
 MIN_TILE = 2 * OVERLAP
+# A shape takes four: of the first frame, the chunk after it, those after that, and the last. Beyond it is an error.
+_MOST_PROGRAMS = 1024
 
 
 class TilePlan(NamedTuple):
@@ -46,9 +48,16 @@ class WanVAE:
         fingerprint: The fingerprint of its weights.
         memory_limit_bytes: Bound on live activations and caches, without the workspaces of convolution kernels, the
             weights, the input and the output.
+        execution: How it encodes; the decoder runs as it is.
     """
 
-    def __init__(self, model: AutoencoderKLWan, fingerprint: str, memory_limit_bytes: int = DEFAULT_MEMORY_LIMIT_BYTES):
+    def __init__(
+        self,
+        model: AutoencoderKLWan,
+        fingerprint: str,
+        memory_limit_bytes: int = DEFAULT_MEMORY_LIMIT_BYTES,
+        execution: CodecExecution = AS_WRITTEN,
+    ):
         config = model.config
         if len(config.latents_mean) != config.z_dim or len(config.latents_std) != config.z_dim:
             raise UserError(
@@ -64,6 +73,10 @@ class WanVAE:
         self._mean = torch.tensor(config.latents_mean, device=model.device).view(1, -1, 1, 1, 1)
         self._std = torch.tensor(config.latents_std, device=model.device).view(1, -1, 1, 1, 1)
         self._bytes_per_cell = cache(self._dry_run)
+        if execution.channels_last:
+            _lay_channels_last(model.encoder)
+            _lay_channels_last(model.quant_conv)
+        self._encoder = _compiled(model.encoder) if execution.compiled else model.encoder
 
     @classmethod
     def from_pretrained(
@@ -72,6 +85,7 @@ class WanVAE:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         memory_limit_bytes: int = DEFAULT_MEMORY_LIMIT_BYTES,
+        execution: CodecExecution = AS_WRITTEN,
     ) -> "WanVAE":
         """Load a ``vae/`` folder of diffusers, or the model folder around it.
 
@@ -97,7 +111,7 @@ class WanVAE:
             if report[f"{problem}_keys"]:
                 keys = sorted(report[f"{problem}_keys"])
                 raise UserError(f"{folder}: {len(keys)} {problem} weights, first {keys[0]}")
-        return cls(model.to(device), folder_fingerprint(folder), memory_limit_bytes)
+        return cls(model.to(device), folder_fingerprint(folder), memory_limit_bytes, execution)
 
     @torch.no_grad()
     def encode(self, video: torch.Tensor) -> LatentMoments:
@@ -171,7 +185,7 @@ class WanVAE:
 
     def _encode_tile(self, video: torch.Tensor, rows: slice, columns: slice, chunk: int) -> Iterator[torch.Tensor]:
         rows, columns = (slice(s.start * self.spatial_stride, s.stop * self.spatial_stride) for s in (rows, columns))
-        return encode_chunks(self.model, video[..., rows, columns], chunk)
+        return encode_chunks(self.model, video[..., rows, columns], chunk, self._encoder)
 
     def _dry_run(self, part: Part, chunk: int) -> float:
         """Peak bytes for each latent cell of a frame: two chunks after the first frame, on meta tensors."""
@@ -190,14 +204,22 @@ class WanVAE:
         return live.peak / cells**2
 
 
-def encode_chunks(model: AutoencoderKLWan, video: torch.Tensor, chunk: int) -> Iterator[torch.Tensor]:
-    """Posterior means and log variances ``[1, 2 channels, frames, h, w]``, ``chunk`` latent frames at once."""
+def encode_chunks(
+    model: AutoencoderKLWan, video: torch.Tensor, chunk: int, encoder: Callable[..., torch.Tensor] | None = None
+) -> Iterator[torch.Tensor]:
+    """Posterior means and log variances ``[1, 2 channels, frames, h, w]``, ``chunk`` latent frames at once.
+
+    What passes between layers lies as their weights do. ``encoder`` is the model's own, or the same compiled.
+    """
     caches = _caches(model.encoder)
+    is_channels_last = not model.encoder.conv_in.weight.is_contiguous()
     for piece in _first_then(video, chunk * model.config.scale_factor_temporal):
         piece = piece.to(model.device, model.dtype)
         if model.config.patch_size is not None:
             piece = patchify(piece, model.config.patch_size)
-        yield model.quant_conv(model.encoder(piece, feat_cache=caches, feat_idx=[0]))
+        if is_channels_last:
+            piece = piece.contiguous(memory_format=torch.channels_last_3d)
+        yield model.quant_conv((encoder or model.encoder)(piece, feat_cache=caches, feat_idx=[0]))
 
 
 def decode_chunks(model: AutoencoderKLWan, raw: torch.Tensor, chunk: int) -> Iterator[torch.Tensor]:
@@ -214,6 +236,24 @@ def _first_then(video: torch.Tensor, length: int) -> list[torch.Tensor]:
     """The first frame alone, then ``length`` frames at a time."""
     rest = video[:, :, 1:]
     return [video[:, :, :1], *(rest.split(length, dim=2) if rest.shape[2] else ())]
+
+
+def _lay_channels_last(part: torch.nn.Module) -> None:
+    for parameter in part.parameters():
+        if parameter.ndim in (4, 5):  # of convolutions over pictures, and over time as well
+            layout = torch.channels_last_3d if parameter.ndim == 5 else torch.channels_last
+            parameter.data = parameter.data.contiguous(memory_format=layout)
+
+
+def _compiled(encoder: torch.nn.Module) -> Callable[..., torch.Tensor]:
+    """The encoder as programs, one a shape; where one cannot be made, that is an error and not another program.
+
+    Shapes stay static and nothing is chosen by timing: with either, bits would depend on what a worker met before, and
+    on how busy its GPU was.
+    """
+    return torch.compile(
+        encoder, fullgraph=True, dynamic=False, options={"deterministic": True}, recompile_limit=_MOST_PROGRAMS
+    )
 
 
 def _caches(part: torch.nn.Module) -> list[None]:

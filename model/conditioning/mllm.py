@@ -7,21 +7,24 @@ never loaded. Pictures that several prompts of a call share pass the vision towe
 """
 
 import hashlib
+import itertools
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Qwen3VLModel
 
 from loomvideo.model.conditioning.config import MLLMConfig, ProcessorConfig
 from loomvideo.model.conditioning.inputs import MLLMInputs, read_processor_config
+from loomvideo.model.conditioning.packed_attention import PACKED
 from loomvideo.model.conditioning.random_weights import RECIPE_VERSION, random_model
 from loomvideo.model.conditioning.tokenizer import MLLMTokenizer
 from loomvideo.model.fingerprints import folder_fingerprint
 from loomvideo.platform.errors import UserError
 
-# Padded tokens that go through the decoder at once.
+# Tokens that go through the decoder at once, padding among them.
 MAX_BATCH_TOKENS = 8192
 
 
@@ -63,6 +66,7 @@ class FrozenMLLM:
         self.processor = processor
         self.hidden_size = model.config.text_config.hidden_size
         self.fingerprint = f"{fingerprint}-last{num_states}"
+        self.is_packed = False
 
     @classmethod
     def from_config(
@@ -133,25 +137,36 @@ class FrozenMLLM:
         """Where the weights are."""
         return self.model.device
 
+    def pack_prompts(self) -> None:
+        """From now on let prompts share a row, one behind another: no token is padding.
+
+        The same states up to rounding. Attention and rotary positions are each prompt's own.
+        """
+        for part in (self.model.language_model, self.model.visual):
+            part.set_attn_implementation(PACKED)
+        self.is_packed = True
+
     @torch.no_grad()
     def encode(self, prompts: list[MLLMInputs], max_batch_tokens: int = MAX_BATCH_TOKENS) -> list[torch.Tensor]:
         """Hidden states ``[DiT blocks, tokens, hidden size]`` of each prompt, on the MLLM's device in its dtype.
 
-        Prompts of similar length share a batch, padded on the right, where causal attention does not see it.
+        Prompts of similar length share a batch, padded on the right, where causal attention does not see it; or, after
+        :meth:`pack_prompts`, prompts in their order share a row.
 
         Args:
             prompts: Any number.
-            max_batch_tokens: Padded tokens in a batch; one longer prompt goes alone.
+            max_batch_tokens: Tokens in a batch, padding among them; one longer prompt goes alone.
 
         Raises:
             UserError: if the vision tokens of a prompt do not fit its pictures.
         """
         vision = self._encode_media(prompts)
         states: list[torch.Tensor | None] = [None] * len(prompts)
-        for batch in _batches([prompt.num_tokens for prompt in prompts], max_batch_tokens):
-            outputs = self._decode([prompts[index] for index in batch], [vision[index] for index in batch])
-            for row, index in enumerate(batch):
-                states[index] = outputs[:, row, : prompts[index].num_tokens].clone()
+        cut = batches_in_order if self.is_packed else batches_by_length
+        for batch in cut([prompt.num_tokens for prompt in prompts], max_batch_tokens):
+            found = self._decode([prompts[index] for index in batch], [vision[index] for index in batch])
+            for index, one in zip(batch, found, strict=True):
+                states[index] = one
         return states
 
     def _encode_media(self, prompts: list[MLLMInputs]) -> list[torch.Tensor | None]:
@@ -201,15 +216,19 @@ class FrozenMLLM:
                 ordered[:, here] = torch.cat([features[key] for key in own], dim=1)
         return ordered
 
-    def _decode(self, prompts: list[MLLMInputs], vision: list[torch.Tensor | None]) -> torch.Tensor:
-        """States ``[DiT blocks, prompts, padded tokens, hidden size]``."""
+    def _decode(self, prompts: list[MLLMInputs], vision: list[torch.Tensor | None]) -> list[torch.Tensor]:
+        """States ``[DiT blocks, tokens, hidden size]`` of each prompt of a batch."""
         config, decoder = self.model.config, self.model.language_model
-        length = max(prompt.num_tokens for prompt in prompts)
-        ids = torch.zeros(len(prompts), length, dtype=torch.int64)
-        positions = torch.zeros(3, len(prompts), length, dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            ids[row, : prompt.num_tokens] = prompt.input_ids
-            positions[:, row, : prompt.num_tokens] = prompt_positions(
+        lengths = [prompt.num_tokens for prompt in prompts]
+        starts = [sum(lengths[:row]) for row in range(len(prompts))] if self.is_packed else [0] * len(prompts)
+        rows = [0] * len(prompts) if self.is_packed else list(range(len(prompts)))
+        places = [(row, slice(start, start + length)) for row, start, length in zip(rows, starts, lengths, strict=True)]
+        shape = (1, sum(lengths)) if self.is_packed else (len(prompts), max(lengths))
+        ids = torch.zeros(shape, dtype=torch.int64)
+        positions = torch.zeros(3, *shape, dtype=torch.int64)
+        for prompt, (row, columns) in zip(prompts, places, strict=True):
+            ids[row, columns] = prompt.input_ids
+            positions[:, row, columns] = prompt_positions(
                 prompt.input_ids,
                 [] if prompt.image_grid_thw is None else prompt.image_grid_thw.tolist(),
                 [] if prompt.video_grid_thw is None else prompt.video_grid_thw.tolist(),
@@ -224,23 +243,47 @@ class FrozenMLLM:
         if added is not None:
             hidden[is_vision] = added[0].to(hidden.dtype)
         rotary = decoder.rotary_emb(hidden, positions.to(self.device))
+        packing = self._packing(lengths) if self.is_packed else {}
         first = len(decoder.layers) - self.num_states
         states = []
         for index, layer in enumerate(decoder.layers):
             # No mask: attention is causal, and padding comes after every token that counts.
-            hidden = layer(hidden, position_embeddings=rotary, attention_mask=None)
+            hidden = layer(hidden, position_embeddings=rotary, attention_mask=None, **packing)
             if added is not None and index + 1 < len(added):
                 hidden[is_vision] += added[index + 1].to(hidden.dtype)
             if index >= first:
                 states.append(hidden)
-        return torch.stack(states)
+        outputs = torch.stack(states)
+        return [outputs[:, row, columns].clone() for row, columns in places]
+
+    def _packing(self, lengths: list[int]) -> dict[str, Any]:
+        """Where the prompts of a row begin, as transformers names it."""
+        offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=self.device)
+        longest = max(lengths)
+        return {
+            "cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": longest, "max_length_k": longest,
+        }  # fmt: skip
 
 
 def _content(tensor: torch.Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def _batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
+def batches_in_order(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Indices in order, as many together as stay within ``max_tokens``."""
+    batches: list[list[int]] = []
+    tokens = 0
+    for index, length in enumerate(lengths):
+        if batches and tokens + length <= max_tokens:
+            batches[-1].append(index)
+            tokens += length
+        else:
+            batches.append([index])
+            tokens = length
+    return batches
+
+
+def batches_by_length(lengths: list[int], max_tokens: int) -> list[list[int]]:
     """Indices grouped by similar length so that rows times the longest stays within ``max_tokens``."""
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):

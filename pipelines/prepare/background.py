@@ -1,9 +1,10 @@
-"""An iterator that works ahead of whoever reads it, in a thread."""
+"""Iterators that work ahead of whoever reads them, in a thread."""
 
 import contextlib
 import queue
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -54,3 +55,16 @@ def working_ahead(items: Iterator[T], size: int) -> Iterator[Iterator[T]]:
     finally:
         stopped.set()
         thread.join()
+
+
+def one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """Items in order, the next of which is worked on while one is used; errors are raised where an item would be.
+
+    Args:
+        items: An iterator; only the thread runs it.
+    """
+    with ThreadPoolExecutor(1, "one ahead") as pool:
+        upcoming = pool.submit(next, items, _END)
+        while (item := upcoming.result()) is not _END:
+            upcoming = pool.submit(next, items, _END)
+            yield item

@@ -6,6 +6,7 @@ by a thread of its own, beside the encoding of the next. Shards and slots are th
 builders nor that of decoders changes a byte.
 """
 
+import contextlib
 import itertools
 import json
 import logging
@@ -21,9 +22,9 @@ import torch
 from loomvideo.model.sizes import model_size, with_folders
 from loomvideo.pipelines.media.files import base_folder
 from loomvideo.pipelines.prepare.attempts import Attempt, DeviceFaultError, is_device_fault, worker_place
-from loomvideo.pipelines.prepare.background import working_ahead
+from loomvideo.pipelines.prepare.background import one_ahead, working_ahead
 from loomvideo.pipelines.prepare.config import PrepareConfig
-from loomvideo.pipelines.prepare.encode import SampleEncoder
+from loomvideo.pipelines.prepare.encode import ReadyBatch, SampleEncoder
 from loomvideo.pipelines.prepare.features import combined_error
 from loomvideo.pipelines.prepare.load import LoadedSample, SampleLoader
 from loomvideo.pipelines.prepare.load_ahead import LoadAhead
@@ -79,7 +80,7 @@ class ShardBuilder:
                 # Sums over threads depend on their number: one thread makes the same bytes on every machine.
                 torch.set_num_threads(1)
             model = with_folders(model_size(config.model), config.codec_folder, config.mllm_folder)
-            encoder = SampleEncoder(model, config.features, device)
+            encoder = SampleEncoder(model, config.features, device, config.encoders)
         self.encoder = encoder
         self.loader = loader(config, base_folder(config.input), encoder.computed_by)
         self.ahead = LoadAhead(
@@ -179,14 +180,17 @@ class ShardBuilder:
     ) -> Iterator[tuple[int, ShardSample]]:
         """The shard's samples with their slots, when it is its turn."""
         errors = []
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(turn.end)
             turn.begin()
             self._check_device()
             marked = time.perf_counter()
-            for batch in _batches(turn.queued, self.config.features.batch):
+            batches = _batches(turn.queued, self.config.features.batch)
+            ahead = stack.enter_context(contextlib.closing(one_ahead(self._with_ready(batches, attempt))))
+            for batch, ready in ahead:
                 began = time.perf_counter()
                 turn.wait_s += began - marked
-                found = self._encoded(batch, split, attempt)
+                found = self._encoded(batch, ready, split, attempt)
                 marked = time.perf_counter()
                 turn.encode_s += marked - began
                 load_s = sum(load_s for _, _, load_s in batch)
@@ -207,14 +211,31 @@ class ShardBuilder:
                 marked = written
             facts["feature_error"] = combined_error(errors)
             attempt.rest()
-        finally:
-            turn.end()
 
     def _check_device(self) -> None:
         if self._fault:
             raise DeviceFaultError(self._fault)
 
-    def _encoded(self, batch: Sequence[Item], split: str, attempt: Attempt) -> list[ShardSample | Outcome]:
+    def _with_ready(
+        self, batches: Iterator[list[Item]], attempt: Attempt
+    ) -> Iterator[tuple[list[Item], ReadyBatch | None]]:
+        """Each batch with what a host does for it, done while the one before it is encoded.
+
+        Where workers have died on the shard, nothing is done ahead: a death must be that of the sample that is noted.
+        """
+        for batch in batches:
+            loaded = [loaded for _, loaded, _ in batch if not isinstance(loaded, Outcome)]
+            ready = None
+            if loaded and not attempt.is_repeated:
+                try:
+                    ready = self.encoder.ready(loaded)
+                except Exception as error:  # done again in its turn, where it is told whose error it is
+                    logger.warning("%s could not be made ready ahead: %s", loaded[0].sample.key, error)
+            yield batch, ready
+
+    def _encoded(
+        self, batch: Sequence[Item], ready: ReadyBatch | None, split: str, attempt: Attempt
+    ) -> list[ShardSample | Outcome]:
         """What came of each sample of a batch."""
         found: dict[int, ShardSample | Outcome] = {}
         asked: dict[int, tuple[PlannedSample, LoadedSample]] = {}
@@ -229,21 +250,25 @@ class ShardBuilder:
         encoded: list[ShardSample | Outcome] = []
         if len(asked) < 2 or attempt.is_repeated:
             # Workers have died on this shard: each is tried alone, to see on which, before it counts together.
-            encoded = [self._encoded_alone(plan, loaded, split, attempt) for plan, loaded in asked.values()]
+            encoded = [self._encoded_alone(plan, loaded, ready, split, attempt) for plan, loaded in asked.values()]
         if len(asked) > 1:
-            encoded = self._encoded_together(list(asked.values()), split, attempt)
+            encoded = self._encoded_together(list(asked.values()), ready, split, attempt)
         found |= dict(zip(asked, encoded, strict=True))
         return [found[number] for number in range(len(batch))]
 
     def _encoded_together(
-        self, asked: Sequence[tuple[PlannedSample, LoadedSample]], split: str, attempt: Attempt
+        self,
+        asked: Sequence[tuple[PlannedSample, LoadedSample]],
+        ready: ReadyBatch | None,
+        split: str,
+        attempt: Attempt,
     ) -> list[ShardSample | Outcome]:
         try:
-            found = self.encoder.encode_together([(loaded, plan.assessed) for plan, loaded in asked], split)
+            found = self.encoder.encode_together([(loaded, plan.assessed) for plan, loaded in asked], split, ready)
         except Exception as error:  # of models and libraries: each sample is tried alone, to see whose it is
             self._raise_device_fault(error, attempt)
             logger.warning("a batch of %d samples from %s on: %s", len(asked), asked[0][0].sample.key, error)
-            return [self._encoded_alone(plan, loaded, split, attempt) for plan, loaded in asked]
+            return [self._encoded_alone(plan, loaded, None, split, attempt) for plan, loaded in asked]
         invalid = ("quarantined", "encode", "invalid_sample")
         return [
             lost(plan.sample, *invalid, str(one)) if isinstance(one, UserError) else one
@@ -251,11 +276,11 @@ class ShardBuilder:
         ]
 
     def _encoded_alone(
-        self, plan: PlannedSample, loaded: LoadedSample, split: str, attempt: Attempt
+        self, plan: PlannedSample, loaded: LoadedSample, ready: ReadyBatch | None, split: str, attempt: Attempt
     ) -> ShardSample | Outcome:
         attempt.begin(plan.sample.key)
         try:
-            return self.encoder.encode(loaded, split, plan.assessed)
+            return self.encoder.encode(loaded, split, plan.assessed, ready)
         except UserError as error:
             return lost(plan.sample, "quarantined", "encode", "invalid_sample", str(error))
         except Exception as error:

@@ -44,6 +44,17 @@ class FeatureOptions:
 
 
 @dataclass
+class EncoderOptions:
+    """How the frozen encoders compute. Each makes other last bits, so members are named after it and made again."""
+
+    channels_last: bool = option(False, "the VAE's encoder computes channels-last, as tensor cores want it")
+    compile: bool = option(
+        False, "torch.compile makes a program of the VAE's encoder, once for every shape of clips in every worker"
+    )
+    packed: bool = option(False, "prompts of a batch go through the MLLM one behind another, without padding")
+
+
+@dataclass
 class ShardOptions:
     """How new samples are dealt into shards; those that lie in one stay there (`loomvideo data compact --redeal`)."""
 
@@ -157,6 +168,7 @@ class PrepareConfig:
     )
     clips: ClipOptions = option(ClipOptions, "")
     features: FeatureOptions = option(FeatureOptions, "")
+    encoders: EncoderOptions = option(EncoderOptions, "")
     shards: ShardOptions = option(ShardOptions, "")
     workers: WorkerOptions = option(WorkerOptions, "")
     limits: LimitOptions = option(LimitOptions, "")
@@ -192,6 +204,12 @@ class PrepareConfig:
                 raise UserError(f"{key}={value}: choose one of {', '.join(valid)}")
         if self.decoder == "decord" and importlib.util.find_spec("decord") is None:
             raise UserError(f"decoder=decord: decord is not installed; {how_to_add('decord')} (x86-64 only), or auto")
+        for key in ("channels_last", "compile"):
+            if getattr(self.encoders, key) and model_size(self.model).codec.is_built_in:
+                raise UserError(
+                    f"encoders.{key}=true: the codec of model={self.model} is built in and has no such encoder; "
+                    f"leave it out, or take a size with Wan's VAE: model=5b"
+                )
         model_size(self.model).grid.check_frames("clips.num_frames", self.clips.num_frames)
         for key, value in {
             "clips.windows": self.clips.windows,

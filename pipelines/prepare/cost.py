@@ -137,7 +137,7 @@ def _measure(
     if num_probes < 1 or needs_weights:
         return {}, {}
     began = time.perf_counter()
-    encoder = SampleEncoder(model, config.features, "cuda" if config.workers.gpus else "cpu")
+    encoder = SampleEncoder(model, config.features, "cuda" if config.workers.gpus else "cpu", config.encoders)
     loader = SampleLoader(config, base_folder(config.input), encoder.computed_by)
     start_s = time.perf_counter() - began
     load_s = encode_s = 0.0

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loomvideo.model.codec import build_codec
+from loomvideo.model.codec import CodecExecution, build_codec
 from loomvideo.model.conditioning import prompts
 from loomvideo.model.conditioning.inputs import MLLMInputs, build_inputs, read_processor_config
 from loomvideo.model.conditioning.mllm import FrozenMLLM
 from loomvideo.model.conditioning.tokenizer import MLLMTokenizer
 from loomvideo.model.fingerprints import folder_fingerprint
 from loomvideo.model.sizes import ModelSize
-from loomvideo.pipelines.prepare.config import FeatureOptions
+from loomvideo.pipelines.prepare.config import EncoderOptions, FeatureOptions
 from loomvideo.pipelines.prepare.features import FeatureError, keeps_states, stored_members, streamed_members
 from loomvideo.pipelines.prepare.load import LoadedSample, prompt_kind
+from loomvideo.pipelines.prepare.pixels import CopiedClips, PixelCopier
 from loomvideo.pipelines.sources.samples import Sample
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.sample import TEXTS_SCORE, ShardSample
@@ -34,6 +35,21 @@ MLLM_METADATA = ("mllm_index", "mllm_tokens", "features", "feature_error", "text
 _TOGETHER_PIXELS = 121 * 640 * 640
 
 
+@dataclass
+class ReadyBatch:
+    """Samples with all that a host does for them before they are encoded.
+
+    Attributes:
+        asked: What the MLLM is asked of each, nothing where its member is kept, or why it cannot be.
+        windows: Clips of the samples without an error, by number and member.
+        copies: Those clips on their way to the device.
+    """
+
+    asked: list[dict[str, MLLMInputs] | UserError]
+    windows: dict[tuple[int, str], Sequence[Tensor]]
+    copies: list[CopiedClips]
+
+
 class SampleEncoder:
     """The frozen codec and MLLM of a model size.
 
@@ -41,13 +57,23 @@ class SampleEncoder:
         model: Which ones.
         features: How MLLM features are kept.
         device: Where they run.
+        options: How they compute.
     """
 
-    def __init__(self, model: ModelSize, features: FeatureOptions, device: str = "cpu"):
+    def __init__(
+        self,
+        model: ModelSize,
+        features: FeatureOptions,
+        device: str = "cpu",
+        options: EncoderOptions | None = None,
+    ):
         self.device = torch.device(device)
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.features = features
-        self.codec = build_codec(model.codec, self.device, dtype)
+        self.options = options or EncoderOptions()
+        self._execution = CodecExecution(self.options.channels_last, self.options.compile)
+        self.codec = build_codec(model.codec, self.device, dtype, self._execution)
+        self.pixels = PixelCopier(self.device)
         self.dtype = dtype
         self.patch_size = tuple(model.dit.patch_size)
         self._model = model
@@ -63,7 +89,10 @@ class SampleEncoder:
     @cached_property
     def mllm(self) -> FrozenMLLM:
         """The MLLM with its weights, loaded when first used."""
-        return FrozenMLLM.of_size(self._model, self.device, self.dtype)
+        mllm = FrozenMLLM.of_size(self._model, self.device, self.dtype)
+        if self.options.packed:
+            mllm.pack_prompts()
+        return mllm
 
     @cached_property
     def error(self) -> FeatureError:
@@ -77,9 +106,10 @@ class SampleEncoder:
 
     @property
     def computed_by(self) -> dict[str, str]:
-        """The same with the kind of device, for the members' fingerprints."""
+        """The same with the kind of device and how they compute, for the members' fingerprints."""
         kind = "" if self.device.type == "cpu" else f"-{self.device.type}"
-        return {name: fingerprint + kind for name, fingerprint in self.fingerprints.items()}
+        how = {"codec": self._execution.name, "mllm": "-packed" if self.options.packed else ""}
+        return {name: fingerprint + kind + how[name] for name, fingerprint in self.fingerprints.items()}
 
     @property
     def device_name(self) -> str:
@@ -91,25 +121,58 @@ class SampleEncoder:
         inputs = build_inputs("t2i", "", None, [], "null", self.tokenizer, self.processor)
         return {"null": self.mllm.encode([inputs])[0].to("cpu", torch.bfloat16)}
 
-    def encode(self, loaded: LoadedSample, split: str, assessed: dict[str, Any] | None = None) -> ShardSample:
+    def encode(
+        self,
+        loaded: LoadedSample,
+        split: str,
+        assessed: dict[str, Any] | None = None,
+        ready: ReadyBatch | None = None,
+    ) -> ShardSample:
         """Encode what is not kept, and describe the sample.
 
         Args:
             loaded: The sample.
             split: The split that its metadata states.
             assessed: What curation found, ``{"scores": {...}, "reasons": [...]}``, for its metadata.
+            ready: What :meth:`ready` gave for it, by default made now.
 
         Raises:
             UserError: if the MLLM cannot be told the sample.
         """
-        (encoded,) = self.encode_together([(loaded, assessed)], split)
+        (encoded,) = self.encode_together([(loaded, assessed)], split, ready)
         if isinstance(encoded, UserError):
             raise encoded
         return encoded
 
+    def ready(self, batch: Sequence[LoadedSample]) -> ReadyBatch:
+        """Do what a host does for samples that are encoded together, and begin to copy their pixels.
+
+        It may be done while others are encoded, in another thread.
+        """
+        asked: list[dict[str, MLLMInputs] | UserError] = []
+        for loaded in batch:
+            try:
+                asked.append({} if "mllm" in loaded.kept else self._mllm_inputs(loaded))
+            except UserError as error:
+                asked.append(error)
+        windows: dict[tuple[int, str], Sequence[Tensor]] = {}
+        for number, loaded in enumerate(batch):
+            if isinstance(asked[number], UserError):
+                continue
+            pictures = [reference[None] for reference in loaded.references]
+            members = {"target": loaded.target, "source": loaded.source, "refs": pictures}
+            windows |= {(number, name): part for name, part in members.items() if part and name not in loaded.kept}
+        clips = [clip for part in windows.values() for clip in part]
+        # The clips of a sample alone go one by one, as they always did: its bytes stay what they were.
+        alone = len(batch) - sum(isinstance(inputs, UserError) for inputs in asked) < 2
+        return ReadyBatch(asked, windows, [self.pixels.copy(clips, some) for some in _of_one_shape(clips, alone)])
+
     @torch.no_grad()
     def encode_together(
-        self, batch: Sequence[tuple[LoadedSample, dict[str, Any] | None]], split: str
+        self,
+        batch: Sequence[tuple[LoadedSample, dict[str, Any] | None]],
+        split: str,
+        ready: ReadyBatch | None = None,
     ) -> list[ShardSample | UserError]:
         """Encode several samples: clips of one shape together, and prompts of similar length.
 
@@ -118,23 +181,19 @@ class SampleEncoder:
         Args:
             batch: The samples, each with what curation found.
             split: The split that their metadata states.
+            ready: What :meth:`ready` gave for them, by default made now.
 
         Returns:
             The samples, and an error for each that the MLLM cannot be told.
         """
-        asked: list[dict[str, MLLMInputs] | UserError] = []
-        for loaded, _ in batch:
-            try:
-                asked.append({} if "mllm" in loaded.kept else self._mllm_inputs(loaded))
-            except UserError as error:
-                asked.append(error)
-        valid = [number for number, inputs in enumerate(asked) if not isinstance(inputs, UserError)]
-        tensors = self._latents([batch[number][0] for number in valid])
-        texts = self._mllm_members([(batch[number][0], asked[number]) for number in valid])
-        found: list[ShardSample | UserError] = list(asked)
-        for number, latents, (members, metadata) in zip(valid, tensors, texts, strict=True):
+        ready = ready or self.ready([loaded for loaded, _ in batch])
+        found: list[ShardSample | UserError] = list(ready.asked)
+        valid = [number for number, inputs in enumerate(ready.asked) if not isinstance(inputs, UserError)]
+        tensors = self._latents([loaded for loaded, _ in batch], ready)
+        texts = self._mllm_members([(batch[number][0], ready.asked[number]) for number in valid])
+        for number, (members, metadata) in zip(valid, texts, strict=True):
             loaded, assessed = batch[number]
-            found[number] = self._described(loaded, latents | members, metadata, split, assessed)
+            found[number] = self._described(loaded, tensors[number] | members, metadata, split, assessed)
         return found
 
     def _described(
@@ -184,36 +243,23 @@ class SampleEncoder:
         t, h, w = self.patch_size
         return (frames // t) * (height // h) * (width // w)
 
-    def _latents(self, batch: Sequence[LoadedSample]) -> list[dict[str, dict[str, Tensor]]]:
+    def _latents(self, batch: Sequence[LoadedSample], ready: ReadyBatch) -> list[dict[str, dict[str, Tensor]]]:
         """The latent members of each sample, kept ones among them."""
         found = [{name: part for name, part in loaded.kept.items() if name != "mllm"} for loaded in batch]
-        windows: dict[tuple[int, str], Sequence[Tensor]] = {}
-        for number, loaded in enumerate(batch):
-            pictures = [reference[None] for reference in loaded.references]
-            members = {"target": loaded.target, "source": loaded.source, "refs": pictures}
-            windows |= {(number, name): part for name, part in members.items() if part and name not in found[number]}
-        if windows:
-            # The clips of a sample alone go one by one, as they always did: its bytes stay what they were.
-            moments = iter(self._moments([clip for part in windows.values() for clip in part], len(batch) > 1))
-            for (number, name), part in windows.items():
+        if ready.windows:
+            moments = iter(self._moments(ready.copies))
+            for (number, name), part in ready.windows.items():
                 found[number][name] = _member([next(moments) for _ in part])
         return found
 
-    def _moments(self, windows: Sequence[Tensor], together: bool) -> list[tuple[Tensor, Tensor]]:
-        """Mean and deviation [C, f, h, w] in bf16 of each clip; those of one shape may go to the codec together."""
-        shapes: dict[tuple[int, ...], list[int]] = {}
-        for number, frames in enumerate(windows):
-            shapes.setdefault(tuple(frames.shape), []).append(number)
+    def _moments(self, copies: Sequence[CopiedClips]) -> list[tuple[Tensor, Tensor]]:
+        """Mean and deviation [C, f, h, w] in bf16 of each clip, in the order of their numbers."""
         found: dict[int, tuple[Tensor, Tensor]] = {}
-        for shape, numbers in shapes.items():
-            size = max(_TOGETHER_PIXELS // math.prod(shape[:3]), 1) if together else 1
-            for some in (numbers[start : start + size] for start in range(0, len(numbers), size)):
-                frames = torch.stack([windows[number] for number in some])
-                video = (frames.to(self.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1).to(self.dtype)
-                mean, std = self.codec.encode(video)
-                pairs = zip(mean.to("cpu", torch.bfloat16), std.to("cpu", torch.bfloat16), strict=True)
-                found |= dict(zip(some, pairs, strict=True))
-        return [found[number] for number in range(len(windows))]
+        for clips in copies:
+            mean, std = self.codec.encode(self.pixels.video(clips, self.dtype))
+            pairs = zip(mean.to("cpu", torch.bfloat16), std.to("cpu", torch.bfloat16), strict=True)
+            found |= dict(zip(clips.numbers, pairs, strict=True))
+        return [found[number] for number in range(len(found))]
 
     def _mllm_inputs(self, loaded: LoadedSample) -> dict[str, MLLMInputs]:
         # Without a source the message is the same for every window.
@@ -273,6 +319,18 @@ class SampleEncoder:
     ) -> MLLMInputs:
         kind = prompt_kind(sample)
         return build_inputs(kind, text, source, references, variant, self.tokenizer, self.processor)
+
+
+def _of_one_shape(clips: Sequence[Tensor], alone: bool) -> list[list[int]]:
+    """Numbers of clips that go to the codec together: one by one, or as many of a shape as memory allows."""
+    shapes: dict[tuple[int, ...], list[int]] = {}
+    for number, frames in enumerate(clips):
+        shapes.setdefault(tuple(frames.shape), []).append(number)
+    groups = []
+    for shape, numbers in shapes.items():
+        size = 1 if alone else max(_TOGETHER_PIXELS // math.prod(shape[:3]), 1)
+        groups += [numbers[start : start + size] for start in range(0, len(numbers), size)]
+    return groups
 
 
 def _member(moments: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from loomvideo.model.sizes import model_size, with_folders
 from loomvideo.pipelines.prepare.caption_stage import caption_recipe
-from loomvideo.pipelines.prepare.config import PrepareConfig
+from loomvideo.pipelines.prepare.config import EncoderOptions, PrepareConfig
 from loomvideo.pipelines.prepare.curate import assess_recipe
 from loomvideo.pipelines.prepare.encode import encoder_identity
 from loomvideo.pipelines.prepare.geometry import PIXELS_VERSION
@@ -28,9 +28,13 @@ NOT_IN_MANIFEST = (
 _NOT_IN_RECIPE = (*NOT_IN_MANIFEST, "captions.", "judge.", "stages.", "curate", "shards.", "features.batch")
 
 
+# Of keys that came later: a dataset that does not state them was made with these.
+_LATER: dict[str, Any] = {f"encoders.{key}": value for key, value in vars(EncoderOptions()).items()}
+
+
 def encode_parts(config: PrepareConfig) -> dict[str, str]:
     """What every shard depends on besides its samples."""
-    values = {k: v for k, v in flatten(config).items() if not k.startswith(_NOT_IN_RECIPE)}
+    values = {k: v for k, v in _stated(config).items() if not k.startswith(_NOT_IN_RECIPE)}
     model = with_folders(model_size(config.model), config.codec_folder, config.mllm_folder)
     return {
         "config": digest(json.dumps(values, sort_keys=True)),
@@ -60,7 +64,18 @@ def manifest_config(config: PrepareConfig) -> dict[str, Any]:
     """The configuration that a dataset's content depends on; stages that are off left out."""
     on = {"stages.": config.curate, "captions.": config.makes_texts, "judge.": config.judge.backend != "off"}
     off = [prefix for prefix, is_on in on.items() if not is_on]
-    return {k: v for k, v in flatten(config).items() if not k.startswith((*NOT_IN_MANIFEST, *off))}
+    return {k: v for k, v in _stated(config).items() if not k.startswith((*NOT_IN_MANIFEST, *off))}
+
+
+def _stated(config: PrepareConfig) -> dict[str, Any]:
+    """The configuration without later keys at their defaults, so that datasets of before stay what they are."""
+    return {k: v for k, v in flatten(config).items() if k not in _LATER or v != _LATER[k]}
+
+
+def changed_values(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys that differ between two :func:`manifest_config`, with both values; of keys that only one has, later ones."""
+    earlier, later = _LATER | before, _LATER | now
+    return {key: (value, later[key]) for key, value in earlier.items() if key in later and later[key] != value}
 
 
 def why_stale(before: Manifest | None, recipe: dict[str, str], num_units: int, config: PrepareConfig) -> str:
@@ -72,11 +87,7 @@ def why_stale(before: Manifest | None, recipe: dict[str, str], num_units: int, c
         return f"rebuilt {num_units} shards: media files changed or a shard was damaged"
     parts = [part for part in changed if part not in ("config", "stages", "captions", "judge")]
     if parts != changed:
-        now = manifest_config(config)
-        different = [
-            f"{key} {before.config[key]!r} -> {now[key]!r}"
-            for key in now
-            if key in before.config and before.config[key] != now[key]
-        ]
+        values = changed_values(before.config, manifest_config(config))
+        different = [f"{key} {was!r} -> {now!r}" for key, (was, now) in values.items()]
         parts.append("config (" + ", ".join(different or ["stages on or off, or new keys"]) + ")")
     return "rebuilt: changed " + ", ".join(parts)

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from loomvideo.pipelines.prepare.config import PrepareConfig
 from loomvideo.pipelines.prepare.inputs import Inputs, read_inputs
 from loomvideo.pipelines.prepare.job import stored_manifest
-from loomvideo.pipelines.prepare.recipe import encode_parts, manifest_config
+from loomvideo.pipelines.prepare.recipe import changed_values, encode_parts, manifest_config
 from loomvideo.pipelines.prepare.stages import ENCODE, Stage, stages_of
 from loomvideo.pipelines.prepare.units import committed_files, kept_plan
 from loomvideo.pipelines.sources.samples import stored_sample
@@ -23,6 +23,8 @@ _MEMBERS_OF_KEY = (
     ("seed", "target source mllm"),
     ("decoder", "target source refs mllm"),
     ("features.", "mllm"),
+    ("encoders.packed", "mllm"),
+    ("encoders.", "target source refs"),
     ("captions.", "mllm"),
     ("judge.", "scores"),
     ("stages.", "scores"),
@@ -109,11 +111,11 @@ def missing_shard(name: str) -> Stale:
 
 def _config_changes(before: dict[str, Any], now: dict[str, Any]) -> list[Stale]:
     changes = []
-    for key, value in before.items():
+    for key, (value, other) in changed_values(before, now).items():
         # Samples that lie in shards stay there, however new ones would be dealt.
-        if key in now and now[key] != value and not key.startswith("shards."):
+        if not key.startswith("shards."):
             members = next((m for prefix, m in _MEMBERS_OF_KEY if key.startswith(prefix)), "metadata")
-            changes.append(Stale("config", key, members, f"{value!r} -> {now[key]!r}"))
+            changes.append(Stale("config", key, members, f"{value!r} -> {other!r}"))
     return changes
 
 

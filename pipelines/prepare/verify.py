@@ -172,7 +172,7 @@ def verify_content(dataset: ShardDataset, config: PrepareConfig, num_samples: in
         A problem, or a line that says how close a sample is.
     """
     model = with_folders(model_size(config.model), config.codec_folder, config.mllm_folder)
-    encoder = SampleEncoder(model, config.features, "cuda" if config.workers.gpus else "cpu")
+    encoder = SampleEncoder(model, config.features, "cuda" if config.workers.gpus else "cpu", config.encoders)
     loader = SampleLoader(config, base_folder(config.input), encoder.computed_by)
     step = max(len(dataset) // num_samples, 1)
     try:

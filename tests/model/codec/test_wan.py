@@ -1,5 +1,6 @@
 """Wan's VAE at a tiny size: diffusers' own numbers, chunks, tiles, the memory bound and folders."""
 
+import copy
 import itertools
 import json
 import shutil
@@ -9,7 +10,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 
-from loomvideo.model.codec import CodecConfig, build_codec
+from loomvideo.model.codec import CodecConfig, CodecExecution, build_codec
 from loomvideo.model.codec import wan as vae
 from loomvideo.model.codec.live_bytes import PeakLiveBytes
 from loomvideo.model.codec.wan import OVERLAP, TilePlan, WanVAE
@@ -143,6 +144,62 @@ def test_bf16_is_close(wan):
     assert rounded.mean.dtype == torch.float32
     assert correlation(rounded.mean, moments.mean) > 0.99
     assert correlation(half.decode(moments.mean), wan.decode(moments.mean)) > 0.99
+
+
+@torch.no_grad()
+def test_channels_last_changes_last_bits_alone(model, wan):
+    laid = WanVAE(copy.deepcopy(model), "random", execution=CodecExecution(channels_last=True))
+    convolutions = [parameter for parameter in laid.model.encoder.parameters() if parameter.ndim == 5]
+    weights = [weight for weight in convolutions if weight[0, 0].numel() > 1]
+    assert weights
+    assert all(weight.is_contiguous(memory_format=torch.channels_last_3d) for weight in weights)
+    assert all(parameter.is_contiguous() for parameter in laid.model.decoder.parameters())
+    clips = video(13, batch=2)
+    expected, found = wan.encode(clips), laid.encode(clips)
+    torch.testing.assert_close(found.mean, expected.mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.std, expected.std, rtol=1e-4, atol=1e-4)
+    assert laid.decode(expected.mean).equal(wan.decode(expected.mean))
+    seen = []
+    laid.model.encoder.down_blocks[-1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    laid.encode(clips)
+    assert all(states.is_contiguous(memory_format=torch.channels_last_3d) for states in seen)
+
+
+@pytest.mark.slow
+def test_compiled_is_one_program_a_shape_and_close(model, wan, monkeypatch):
+    made = []
+
+    def compiled(encoder, options, **how):
+        def backend(graph, inputs):
+            made.append(tuple(inputs[0].shape))
+            return graph.forward
+
+        assert options == {"deterministic": True}
+        return original(encoder, backend=backend, **how)
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", compiled)
+    fast = WanVAE(copy.deepcopy(model), "random", execution=CodecExecution(compiled=True))
+    for clips in (video(41), video(41), video(9)):
+        torch.testing.assert_close(fast.encode(clips).mean, wan.encode(clips).mean, rtol=1e-4, atol=1e-4)
+    # Of 41 frames: the first, the chunk after it, those after that, and the last two latent frames; of 9: one more.
+    assert 3 < len(made) < 8
+
+
+@pytest.mark.slow
+def test_the_compiler_itself_is_close(model, wan):
+    fast = WanVAE(copy.deepcopy(model), "random", execution=CodecExecution(channels_last=True, compiled=True))
+    picture = video(1)
+    torch.testing.assert_close(fast.encode(picture).mean, wan.encode(picture).mean, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_every_way_is_close(model):
+    clips = video(17, 64, 96, batch=2).cuda()
+    plain = WanVAE(copy.deepcopy(model).cuda().bfloat16(), "random").encode(clips)
+    for how in (CodecExecution(channels_last=True), CodecExecution(True, True)):
+        found = WanVAE(copy.deepcopy(model).cuda().bfloat16(), "random", execution=how).encode(clips)
+        assert correlation(found.mean, plain.mean) > 0.999
 
 
 @pytest.fixture

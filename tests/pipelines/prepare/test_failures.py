@@ -28,11 +28,11 @@ def fail_with(monkeypatch, error, times):
     """Let encoding raise for the first calls; returns how often it was called."""
     original, calls = SampleEncoder.encode, []
 
-    def encode(self, loaded, split, assessed=None):
+    def encode(self, loaded, *rest):
         calls.append(loaded.sample.key)
         if len(calls) <= times:
             raise error
-        return original(self, loaded, split, assessed)
+        return original(self, loaded, *rest)
 
     monkeypatch.setattr(SampleEncoder, "encode", encode)
     return calls

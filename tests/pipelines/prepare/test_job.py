@@ -362,7 +362,7 @@ def test_batches_make_the_same_members_up_to_rounding(raw, tmp_path, built, monk
 def test_a_batch_that_fails_costs_the_sample_that_fails(raw, tmp_path, built, monkeypatch):
     original = SampleEncoder.encode_together
 
-    def encode_together(self, batch, split):
+    def encode_together(self, batch, split, ready=None):
         if any(loaded.sample.key == "sample-003" for loaded, _ in batch):
             raise RuntimeError("shapes differ")
         return original(self, batch, split)
