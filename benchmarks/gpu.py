@@ -8,6 +8,8 @@ fails or hangs loses only itself:
 - kernels: every Triton kernel against float64, and its share of the copy bandwidth (``gpu_kernels.py``);
 - sample: guided denoising steps of the 5b model, by kernels, compilation and batching (``gpu_model.py``);
 - train: forward and backward of the 5b model by recomputation and attention back end, MFU, peak memory beside the plan;
+- encoders: Wan's VAE and Qwen3-VL as ``data prepare`` runs them, by layout, compilation, copies and packing
+  (``gpu_encoders.py``; needs diffusers and transformers);
 - deepspeed: a whole ZeRO-3 step of as many blocks as fit, where DeepSpeed is installed.
 
 Writes JSON and, with ``--write-docs``, a table into ``docs/benchmarks.md``. ``--device cpu`` tries the script with tiny
@@ -25,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "benchmarks.md"
 HEADING = "## One GPU: the 5B model"
 # Seconds of each part of 540.
-SHARES = {"kernels": 110, "train": 220, "sample": 100, "deepspeed": 90}
+SHARES = {"kernels": 90, "train": 190, "sample": 80, "encoders": 90, "deepspeed": 80}
 
 
 def commands(folder: Path, on_cpu: bool, limits: dict[str, float]) -> dict[str, tuple[list[str], Path]]:
@@ -37,6 +39,10 @@ def commands(folder: Path, on_cpu: bool, limits: dict[str, float]) -> dict[str, 
     else:
         kernels += ["--tokens", "9750", "--repeats", "20"]
     parts = {"kernels": (kernels, folder / "kernels.json")}
+    target = folder / "encoders.json"
+    command = [str(HERE / "gpu_encoders.py"), "--output", str(target)]
+    command += ["--time-limit-s", str(max(limits["encoders"] - 40, 10))]
+    parts["encoders"] = (command + (["--device", "cpu", "--quick"] if on_cpu else []), target)
     for part in ("train", "sample", "deepspeed"):
         target = folder / f"{part}.json"
         command = [str(HERE / "gpu_model.py"), "--output", str(target), "--only", part]
@@ -71,10 +77,13 @@ def table(results: dict) -> str:
         "",
     ]
     lines += ["| step | variant | ms | MFU | peak GiB | planned GiB |", "|---|---|---|---|---|---|"]
-    for part in ("train", "sample", "deepspeed"):
+    for part in ("train", "sample", "encoders", "deepspeed"):
         for row in results.get(part, {}).get("results", []):
             facts = ("kernels", "compiled", "checkpointing", "attention", "batch_branches", "blocks")
+            facts += ("variant", "samples_together")
             variant = ", ".join(f"{name} {row[name]}" for name in facts if name in row)
+            if "distance" in row:
+                variant += f", {row['distance']:.1e} from the first"
             if "ms" not in row:
                 lines.append(f"| {row['name']} | {variant} | {row.get('error') or row.get('skipped')} | | | |")
                 continue

@@ -17,12 +17,12 @@ def test_the_gpu_benchmark_runs_dry(tmp_path):
     page.write_text("# Benchmarks\n\n## One GPU: the 5B model\n\nold\n\n## After\n\nkept\n")
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--device", "cpu", "--output", str(output), "--minutes", "20",
-         "--parts", "train", "sample", "deepspeed", "--write-docs", str(page)],
+         "--parts", "train", "sample", "encoders", "deepspeed", "--write-docs", str(page)],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads(output.read_text())
-    for part in ("train", "sample", "deepspeed"):
+    for part in ("train", "sample", "encoders", "deepspeed"):
         assert "problem" not in results[part], results[part]
         rows = results[part]["results"]
         assert rows
@@ -31,5 +31,7 @@ def test_the_gpu_benchmark_runs_dry(tmp_path):
     assert "old" not in text
     assert "kept" in text
     assert "| DeepSpeed ZeRO-3 step |" in text
+    assert "variant channels-last" in text
+    assert "variant packed, samples_together 8" in text
     policies = {row["checkpointing"] for row in results["train"]["results"]}
     assert policies == {"none", "selective", "full"}

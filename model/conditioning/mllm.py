@@ -143,7 +143,8 @@ class FrozenMLLM:
         The same states up to rounding. Attention and rotary positions are each prompt's own.
         """
         for part in (self.model.language_model, self.model.visual):
-            part.set_attn_implementation(PACKED)
+            # Not by the library's own way, which takes "flash" for the name of a package to import.
+            part.config._attn_implementation = PACKED
         self.is_packed = True
 
     @torch.no_grad()

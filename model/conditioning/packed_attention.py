@@ -32,7 +32,7 @@ def attend_packed(
     """Softmax attention inside each segment; keys and values may have fewer heads than queries.
 
     Args:
-        module: Whose ``is_causal`` counts where it is not given.
+        module: The layer, whose ``is_causal`` counts where it is not given.
         query: [1, heads, tokens, head dim], segments one after another.
         key: [1, key heads, tokens, head dim].
         value: Like ``key``.
