@@ -1,4 +1,4 @@
-"""The 5B step and a generation step on fake CUDA tensors: devices and dtypes fit, memory is what the plan says."""
+"""The 5B step, a generation step and the encoders on fake CUDA tensors: devices and dtypes fit, memory is planned."""
 
 import dataclasses
 import json
@@ -38,9 +38,9 @@ def library(tmp_path_factory):
     return str(target)
 
 
-def fake(library, jobs):
+def fake(library, jobs, script="fake_step.py"):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HELPERS / "fake_step.py"), library, json.dumps(jobs)]
+    command = [sys.executable, str(HELPERS / script), library, json.dumps(jobs)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -73,3 +73,39 @@ def test_a_5b_generation_step_fits_together(library):
     kept = LAYERS * 2 * sum(jobs[0]["mllm_lengths"]) * config.inner_dim * 2
     assert found["bytes"] > kept
     assert found["bytes"] < kept + 9_750 * 3 * (2 * config.ffn_dim + 6 * config.inner_dim) * 2 + 2**30
+
+
+WAN_22 = {
+    "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
+    "temperal_downsample": [False, True, True], "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48,
+    "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16,
+    "scale_factor_temporal": 4,
+}  # fmt: skip
+
+
+def test_batches_of_the_real_encoders_fit_together(library):
+    from diffusers import AutoencoderKLWan
+
+    from loomvideo.model.codec.wan import CHUNKS, DEFAULT_MEMORY_LIMIT_BYTES, WanVAE
+
+    with torch.device("meta"):
+        model = torch.nn.Module.to(AutoencoderKLWan(**WAN_22), torch.bfloat16)
+    planned = {chunk: WanVAE(model, "meta")._bytes_per_cell("encoder", chunk) for chunk in CHUNKS}
+    clips = [
+        {"kind": "vae", "config": WAN_22, "bytes_per_cell": planned, "channels_last": channels_last,
+         "clips": number, "frames": frames, "height": height, "width": width}
+        for channels_last in (False, True)
+        for number, frames, height, width in ((1, 121, 480, 832), (4, 17, 256, 256))
+    ]  # fmt: skip
+    texts = {"kind": "mllm", "lengths": [100] * 40 + [900] * 3}
+    *found, packed = fake(library, [*clips, texts], "fake_encode.py")
+    for job, batch in zip(clips, found, strict=True):
+        cells = job["height"] * job["width"] // 256
+        assert batch["devices"] == ["cuda:0"]
+        assert batch["dtypes"] == ["torch.float32"]
+        assert batch["shape"] == [job["clips"], 48, 1 + job["frames"] // 4, job["height"] // 16, job["width"] // 16]
+        own = batch["bytes"] - 6 * 4 * batch["shape"][0] * 48 * batch["shape"][2] * cells
+        assert own <= planned[4] * cells * job["clips"] * 1.05
+        assert own <= DEFAULT_MEMORY_LIMIT_BYTES
+    assert (packed["devices"], packed["dtypes"]) == (["cuda:0"], ["torch.bfloat16"])
+    assert packed["shapes"] == [[30, length, 4096] for length in texts["lengths"]]
