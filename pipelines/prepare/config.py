@@ -73,6 +73,9 @@ class WorkerOptions:
         0, "decoders elsewhere that a builder may start, as many as keep its encoders busy; it has one of its own"
     )
     decoder_cpus: float = option(1.0, "CPUs that such a decoder reserves, on any node; it works in one thread")
+    ahead: bool = option(
+        True, "build shards whose samples have their texts and scores while a server is still asked for others"
+    )
     decode_timeout_s: float = option(60.0, "longest time for one read of one file")
     ready_bytes: int = option(
         1_000_000_000, "pixels of samples that wait for a builder's encoders or are being decoded for them, at most"

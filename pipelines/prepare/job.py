@@ -8,9 +8,11 @@ both end in the same bytes.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -18,6 +20,7 @@ from typing import Any
 
 from loomvideo.model.sizes import model_size
 from loomvideo.pipelines.prepare.accounts import Accounts, check_losses, write_quarantine
+from loomvideo.pipelines.prepare.ahead import BuildingAhead, ReadyShards, may_build_beside
 from loomvideo.pipelines.prepare.attempts import ATTEMPT_FOLDER, Watch
 from loomvideo.pipelines.prepare.builder import SHARED_RECORD, SHARED_TASK
 from loomvideo.pipelines.prepare.config import PrepareConfig
@@ -58,6 +61,7 @@ UP_TO_DATE = "up to date"
 _WORK = ("assessed", "decoded", "captioned", "judged", "asked")
 
 Progress = Callable[[UnitReport, int], None]
+OnDone = Callable[[str], None]
 
 
 @dataclasses.dataclass
@@ -143,6 +147,9 @@ class _Run:
         self._session, self._on_progress, self._stack = session, on_progress, stack
         self._started = time.perf_counter()
         self._run = os.urandom(8).hex()
+        self._before: Manifest | None = None
+        self._ahead: set[str] = set()
+        self._counting = threading.Lock()
 
     def run(self) -> PrepareResult:
         storage, config = self.storage, self.config
@@ -150,17 +157,37 @@ class _Run:
             storage.remove_temporaries(folder)
         inputs = read_inputs(config, storage, keep_table=True)
         recipe = recipe_parts(inputs.digest, config)
-        for stage in stages_of(config):
+        self._before = stored_manifest(storage)
+        stages = stages_of(config)
+        for stage in stages:
             plan = stage.plan(storage, inputs, config, self.again, self.redeal)
             if stage is ENCODE:
                 return self._encode(plan, inputs, recipe)
             if plan.stale:
                 work, num_inputs = commit_plan(storage, plan, self._run), len(plan.table) + len(inputs.losses)
-                self._work_through(stage, plan, work, num_inputs)
+                if may_build_beside(stage, stages, config) and not (self.again or self.redeal):
+                    ready = ReadyShards(storage, stage, plan, inputs, config)
+                    with BuildingAhead(ready, functools.partial(self._build_ahead, num_inputs), self._run) as building:
+                        self._work_through(stage, plan, work, num_inputs, building.done)
+                    self._ahead = building.built
+                else:
+                    self._work_through(stage, plan, work, num_inputs)
             inputs = stage.after(read_all(storage, stage.folder, committed_files(storage, plan)), inputs, config)
         raise AssertionError("encoding is every configuration's last stage")
 
-    def _work_through(self, stage: Stage, plan: UnitPlan, work: list[WorkRow], num_inputs: int) -> None:
+    def _build_ahead(self, num_inputs: int, work: list[WorkRow], on_done: OnDone) -> None:
+        """Build shards while the stage before them works; what a device fails at is left for their own stage."""
+        self._unfinish()
+        self._pass(ENCODE, work, len(work), Watch(self.config.limits, num_inputs), on_done)
+
+    def _unfinish(self) -> None:
+        # Without its manifest the folder is no finished dataset while its shards change.
+        self.storage.delete(MANIFEST_FILE)
+        self.storage.delete(INDEX_FILE)
+
+    def _work_through(
+        self, stage: Stage, plan: UnitPlan, work: list[WorkRow], num_inputs: int, on_done: OnDone = lambda unit: None
+    ) -> None:
         """Do the rows of a committed plan, then remove what it does not have."""
         if self._session is not None:
             self._stack.enter_context(self._session())
@@ -168,7 +195,7 @@ class _Run:
         watch, left = Watch(self.config.limits, num_inputs), work
         failed: dict[str, tuple[str, str]] = {}
         for _ in range(self.config.limits.attempts):
-            failed = self._pass(stage, left, len(work), watch)
+            failed = self._pass(stage, left, len(work), watch, on_done)
             left = [row for row in left if row["unit"] in failed]
             if not left:
                 break
@@ -180,7 +207,9 @@ class _Run:
             )
         remove_unplanned(self.storage, plan)
 
-    def _pass(self, stage: Stage, work: list[WorkRow], total: int, watch: Watch) -> dict[str, tuple[str, str]]:
+    def _pass(
+        self, stage: Stage, work: list[WorkRow], total: int, watch: Watch, on_done: OnDone
+    ) -> dict[str, tuple[str, str]]:
         """Run rows once; returns units whose device failed, with where and how."""
         failed = {}
         for report in run_stage(stage, self.config, work):
@@ -190,26 +219,26 @@ class _Run:
                 continue
             self._check_error(report)
             made = {name: count for name, count in report.get("members", {}).items() if count}
-            self.work.update({name: report[name] for name in _WORK if name in report} | made)
-            if self._on_progress is not None:
-                self._on_progress(report, total)
+            with self._counting:
+                self.work.update({name: report[name] for name in _WORK if name in report} | made)
+                if self._on_progress is not None:
+                    self._on_progress(report, total)
+            on_done(report["unit"])
         return failed
 
     def _encode(self, plan: UnitPlan, inputs: Inputs, recipe: dict[str, str]) -> PrepareResult:
         storage = self.storage
         shared_recipe = digest(recipe["config"], recipe["encoders"], recipe["code"])
         shared = [] if _shared_sha256(storage, shared_recipe) else [_shared_row(shared_recipe, self._run)]
-        before = stored_manifest(storage)
-        if not plan.stale and not shared and before is not None and before.recipe == recipe:
+        before = self._before
+        if not (plan.stale or shared or self._ahead) and before is not None and before.recipe == recipe:
             return PrepareResult(before, 0, len(plan.units), self._seconds, UP_TO_DATE, self.work)
-        reason = why_stale(before, recipe, len(plan.stale), self.config)
+        reason = why_stale(before, recipe, len(plan.stale) + len(self._ahead), self.config)
         if self.redeal and before is not None and before.recipe == recipe:
             reason = "dealt anew"
         storage.write_bytes(CONFIG_FILE, to_yaml(self.config).encode())
         if plan.stale or shared:
-            # Without its manifest the folder is no finished dataset while its shards change.
-            storage.delete(MANIFEST_FILE)
-            storage.delete(INDEX_FILE)
+            self._unfinish()
         # Even where nothing is stale: samples that left may have left no shard that stays.
         work = [*shared, *commit_plan(storage, plan, self._run)]
         accounts = Accounts(inputs)
@@ -225,7 +254,7 @@ class _Run:
         shared_sha256 = _shared_sha256(storage, shared_recipe)
         manifest = _finish(storage, self.config, accounts, facts, recipe, files, shared_sha256)
         _remove_other_shards(storage, plan)
-        num_built = len(plan.stale)
+        num_built = len({plan.units[number].name for number in plan.stale} | self._ahead)
         return PrepareResult(manifest, num_built, len(plan.units) - num_built, self._seconds, reason, self.work)
 
     @property

@@ -81,6 +81,7 @@ class Stage:
         after: What goes on to the next stage, from all its results in unit order.
         lost: Keys in a result that another attempt may save.
         run: Runs its workers, where a plain pool of actors does not do.
+        is_by_sample: Whether what goes on of a sample follows from its own result.
         vouches_for_tars: Whether a result counts only with the tar beside it.
     """
 
@@ -96,6 +97,7 @@ class Stage:
     after: Callable[[Iterable[bytes], Inputs, PrepareConfig], Inputs]
     lost: Callable[[bytes], set[str]]
     run: Callable[[PrepareConfig, list[WorkRow]], Reports] | None = None
+    is_by_sample: bool = False
     vouches_for_tars: bool = False
 
     def plan(
@@ -151,12 +153,14 @@ CAPTION = Stage(
     worker=CaptionWorker,
     on=lambda config: config.makes_texts,
     pool=caption_pool,
-    dealing=lambda config: Dealing("caption", _SAMPLES_IN_A_CHUNK),
+    # In the order of shards, so that the first have all their texts early.
+    dealing=lambda config: Dealing("caption", _SAMPLES_IN_A_CHUNK, seed=config.seed),
     recipe=lambda config: (caption_recipe(config),),
     asked=asked_inputs,
     after=with_captions,
     lost=lost_by_captions,
     run=run_captions,
+    is_by_sample=True,
 )
 JUDGE = Stage(
     name="judge",
@@ -165,12 +169,13 @@ JUDGE = Stage(
     worker=JudgeWorker,
     on=lambda config: config.judge.backend != "off",
     pool=judge_pool,
-    dealing=lambda config: Dealing("judge", _SAMPLES_IN_A_CHUNK),
+    dealing=lambda config: Dealing("judge", _SAMPLES_IN_A_CHUNK, seed=config.seed),
     recipe=lambda config: (judge_recipe(config),),
     asked=judged_inputs,
     after=with_judgements,
     lost=lost_by_judge,
     run=run_judge,
+    is_by_sample=True,
 )
 ENCODE = Stage(
     name="encode",

@@ -301,15 +301,52 @@ def commit_plan(storage: Storage, plan: UnitPlan, run: str = "") -> list[WorkRow
                 pq.ParquetWriter(path, _PLAN_SCHEMA, compression="zstd") as out,
             ):
                 for unit, earlier, part in zip(units, was, _members(plan.table, units), strict=True):
-                    columns = [pa.array([unit.name] * len(part)), pa.array(range(len(part)), pa.int32())]
-                    columns += [pa.array(earlier, pa.string()), *part.columns]
-                    out.write_table(pa.table(columns, schema=_PLAN_SCHEMA))
+                    _write_unit(out, unit, earlier, part)
         files |= {start + group: (name, group) for group in range(len(units))}
     storage.write_bytes(_plan_list(plan.stage), json.dumps(listed).encode())
     for name in known - set(listed):
         if name.startswith(f"{plan.stage}-"):
             storage.delete(f"{PLAN_FOLDER}/{name}")
     return [_work_row(plan, number, *files[number], run) for number in plan.stale]
+
+
+def commit_ahead(
+    storage: Storage, plan: UnitPlan, number: int, table: pa.Table, parts: Sequence[object], run: str
+) -> WorkRow | None:
+    """Write a unit of a plan that is not committed yet, by itself; the committed plan will delete the file.
+
+    Args:
+        storage: The dataset folder.
+        plan: The plan.
+        number: The unit's.
+        table: Its samples as they are now, in slot order; some may have left.
+        parts: What every result of the stage depends on besides its samples.
+        run: The run of the prepare.
+
+    Returns:
+        The row of its work; None if no sample is left, or its result is there.
+    """
+    unit = plan.units[number]
+    recipe = unit_recipe(parts, unit.name, table)
+    if not len(table) or recipe in {commit.recipe for commit in plan.committed.get(unit.name, ())}:
+        return None
+    keys = plan.table.column("key").take(pa.array(unit.rows)).to_pylist()
+    was = dict(zip(keys, _was(plan, unit), strict=True))
+    name = f"{plan.stage}-ahead-{digest(unit.name, recipe, was)}.parquet"
+    with (
+        storage.staged(f"{PLAN_FOLDER}/{name}") as path,
+        pq.ParquetWriter(path, _PLAN_SCHEMA, compression="zstd") as out,
+    ):
+        _write_unit(out, unit, [was[key] for key in table.column("key").to_pylist()], table)
+    row = _work_row(plan, number, name, 0, run)
+    row["recipe"] = recipe
+    return row
+
+
+def _write_unit(out: pq.ParquetWriter, unit: PlannedShard, earlier: list[str | None], part: pa.Table) -> None:
+    columns = [pa.array([unit.name] * len(part)), pa.array(range(len(part)), pa.int32())]
+    columns += [pa.array(earlier, pa.string()), *part.columns]
+    out.write_table(pa.table(columns, schema=_PLAN_SCHEMA))
 
 
 def _was(plan: UnitPlan, unit: PlannedShard) -> list[str | None]:
