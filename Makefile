@@ -185,7 +185,7 @@ bench-kernels: $(VENV)/.setup ## time every kernel against eager and torch.compi
 bench-model: $(VENV)/.setup-dev ## a mixed pack through the transformer against a dense implementation: time, peak memory
 	$(BIN)/python benchmarks/model_pack.py $(ARGS)
 
-bench-gpu: ## one GPU, nine minutes, torch and Triton alone: kernels, 5B steps, memory against the plan
+bench-gpu: ## one GPU, nine minutes, torch and Triton alone (encoders: diffusers, transformers): kernels, encoders, 5B steps, memory against the plan
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) benchmarks/gpu.py --write-docs $(ARGS)
 
 bench-generation: $(VENV)/.setup ## denoising steps a second by task against a plain loop, shortcuts, memory; Scale-and-Add against concatenation

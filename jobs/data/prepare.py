@@ -60,7 +60,8 @@ class PrepareProgress:
             self._track({_KINDS[kind]: done}, done)
         else:
             rate = self._build_rate(report, seconds)
-        self._bar.update(self._tasks[kind], advance=1, rate=rate)
+        # Of shards that are built beside another stage there are more with every wave.
+        self._bar.update(self._tasks[kind], advance=1, rate=rate, total=total)
 
     def _build_rate(self, report: UnitReport, seconds: float) -> str:
         total = self._total

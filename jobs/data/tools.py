@@ -1,5 +1,6 @@
 """``loomvideo data inspect|diff|plan|verify|report|quarantine|remove|compact``: before and after a prepare."""
 
+import errno
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +10,7 @@ from rich.console import Console
 
 from loomvideo.jobs.command import job_config
 from loomvideo.platform.console import console, table_of
+from loomvideo.platform.errors import UserError
 
 if TYPE_CHECKING:
     from loomvideo.platform.shards import ShardDataset
@@ -242,7 +244,15 @@ def report(
 
         check_port(port)
     if not serve or not is_current(dataset):
-        print(write_report(dataset, samples, seconds))
+        try:
+            print(write_report(dataset, samples, seconds))
+        except OSError as error:
+            if not isinstance(error, PermissionError) and error.errno != errno.EROFS:
+                raise
+            raise UserError(
+                f"{folder}: a report is written beside the shards, and this store takes no writing ({error}); run it "
+                f"where it may be written, or look at the dataset with `loomvideo data inspect {folder}`, which reads"
+            ) from error
     if serve:
         from loomvideo.pipelines.gallery.server import create_app, run_app
 

@@ -117,7 +117,7 @@ def prepare(
     Args:
         config: The job.
         session: Makes a context in which Ray is up; entered only when there is work. By default the caller's session.
-        on_progress: Called with a worker's report and the number of its units.
+        on_progress: Called with a worker's report and the number of its stage's units so far.
         again: Names of units (shards, and chunks of the stages before) to do again though nothing has changed.
         redeal: Deal all samples into shards anew, as a first prepare would; what is encoded is copied.
 
@@ -149,6 +149,7 @@ class _Run:
         self._run = os.urandom(8).hex()
         self._before: Manifest | None = None
         self._ahead: set[str] = set()
+        self._num_ahead = 0
         self._counting = threading.Lock()
 
     def run(self) -> PrepareResult:
@@ -178,7 +179,8 @@ class _Run:
     def _build_ahead(self, num_inputs: int, work: list[WorkRow], on_done: OnDone) -> None:
         """Build shards while the stage before them works; what a device fails at is left for their own stage."""
         self._unfinish()
-        self._pass(ENCODE, work, len(work), Watch(self.config.limits, num_inputs), on_done)
+        self._num_ahead += len(work)
+        self._pass(ENCODE, work, self._num_ahead, Watch(self.config.limits, num_inputs), on_done)
 
     def _unfinish(self) -> None:
         # Without its manifest the folder is no finished dataset while its shards change.
@@ -193,9 +195,10 @@ class _Run:
             self._stack.enter_context(self._session())
             self._session = None
         watch, left = Watch(self.config.limits, num_inputs), work
+        total = len(work) + (self._num_ahead if stage is ENCODE else 0)
         failed: dict[str, tuple[str, str]] = {}
         for _ in range(self.config.limits.attempts):
-            failed = self._pass(stage, left, len(work), watch, on_done)
+            failed = self._pass(stage, left, total, watch, on_done)
             left = [row for row in left if row["unit"] in failed]
             if not left:
                 break
