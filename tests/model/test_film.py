@@ -9,6 +9,7 @@ from loomvideo.model.conditioning.mllm import FrozenMLLM
 from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.few_steps import FewSteps
 from loomvideo.model.film import Window, edit_film, film_windows, seam_energy
+from loomvideo.model.guidance import Guidance
 from loomvideo.model.kernels import set_backend
 from loomvideo.model.pipeline import LoomVideoPipeline
 from loomvideo.model.sampler import Anchor
@@ -74,6 +75,17 @@ def test_a_distilled_model_is_drawn_too(pipeline):
     drawn = few.sample(conditions, 2, anchor=Anchor(target, torch.tensor([1.0, 0.0])))
     assert torch.allclose(drawn[:, 0], target[:, 0], atol=1e-5)
     assert not torch.allclose(drawn[:, 1], target[:, 1], atol=1e-1)
+
+
+def test_a_distilled_model_takes_its_own_steps_and_says_so_once(pipeline, caplog):
+    conditions = pipeline.encode("t2v", "a coat", size=(SIDE, SIDE), num_frames=LONG)
+    few = LoomVideoPipeline(parts=pipeline.parts, few_steps=FewSteps((1000.0, 500.0)))
+    own = few.sample(conditions, 2)
+    assert not caplog.messages
+    assert torch.equal(few.sample(conditions, 30, Guidance(5.0)), own)
+    few.sample(conditions, 20)
+    assert len(caplog.messages) == 1
+    assert "steps=30: this checkpoint was distilled to 2 steps" in caplog.messages[0]
 
 
 def test_a_film_of_one_window_is_the_ordinary_edit(pipeline):
