@@ -211,6 +211,7 @@ def encode_chunks(
 
     What passes between layers lies as their weights do. ``encoder`` is the model's own, or the same compiled.
     """
+    encoder = model.encoder if encoder is None else encoder
     caches = _caches(model.encoder)
     is_channels_last = not model.encoder.conv_in.weight.is_contiguous()
     for piece in _first_then(video, chunk * model.config.scale_factor_temporal):
@@ -219,7 +220,7 @@ def encode_chunks(
             piece = patchify(piece, model.config.patch_size)
         if is_channels_last:
             piece = piece.contiguous(memory_format=torch.channels_last_3d)
-        yield model.quant_conv((encoder or model.encoder)(piece, feat_cache=caches, feat_idx=[0]))
+        yield model.quant_conv(encoder(piece, feat_cache=caches, feat_idx=[0]))
 
 
 def decode_chunks(model: AutoencoderKLWan, raw: torch.Tensor, chunk: int) -> Iterator[torch.Tensor]:
