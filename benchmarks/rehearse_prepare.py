@@ -370,8 +370,9 @@ def main():
                 show(rehearse(kind, num_gpus, arguments, design == "before"))
             continue
         for kind, design in runs:
-            with nodes_for(num_gpus, arguments):
-                show(rehearse(kind, num_gpus, arguments, design == "before"))
+            with nodes_for(num_gpus, arguments) as nodes:
+                # A node that did not start in Ray's own time is not there.
+                show(rehearse(kind, num_gpus, arguments, design == "before") | {"nodes_started": len(nodes)})
 
 
 @contextlib.contextmanager
@@ -388,7 +389,7 @@ def nodes_for(num_gpus, arguments):
     for timer in timers:
         timer.start()
     try:
-        yield
+        yield nodes
     finally:
         for timer in timers:
             timer.cancel()
