@@ -1,10 +1,11 @@
 """Rehearse what training must survive, with the real command at the tiny preset: ``make drill-training``.
 
 Each drill trains 40 steps, breaks something, and checks how it ends: exit code, message, that every step was recorded
-once, and how many steps were computed again. Where as many workers end it as began it, checkpoints must hold bit for
-bit what those of an undisturbed run do, and so must rounds of generated results. A full disk is a small tmpfs on the
-checkpoints folder (needs root). ``elastic`` and ``preemption`` use a Ray cluster of several nodes on this machine.
-Results: a Markdown table and ``drills.json``.
+once, and how many steps were computed again. Those that lose nothing but time (``worker``, ``hang``, ``driver``,
+``notice``, ``disk`` and the rounds of prefer) must end with checkpoints, and rounds of generated results, that are bit
+for bit those of an undisturbed run. A full disk is a small tmpfs on the checkpoints folder (needs root).
+``elastic`` and ``preemption`` use a Ray cluster of several nodes on this machine. Results: a Markdown table and
+``drills.json``.
 
     python infra/drills/training_drill.py --folder /tmp/drill --shards SHARDS [--only worker,driver]
     python infra/drills/training_drill.py --folder /tmp/drill --shards SHARDS --job distill --weights WEIGHTS
