@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from loomvideo.model.codec import build_codec
@@ -30,7 +31,7 @@ from loomvideo.model.sizes import model_size
 from loomvideo.pipelines.evaluation.editing import change_mask
 from loomvideo.pipelines.evaluation.metrics import psnr_db
 from loomvideo.pipelines.training.config import ObjectiveConfig
-from loomvideo.pipelines.training.recipe import LoomVideoRecipe
+from loomvideo.pipelines.training.recipe import LoomVideoRecipe, TrainingPack
 from loomvideo.platform.shards.reader import ShardDataset
 from loomvideo.platform.training.randomness import SampleRandom
 
@@ -40,6 +41,8 @@ DEFAULTS: dict[str, Any] = {
     "rate": 1.5e-3,
     "warmup": 30,
     "final": 0.05,
+    "schedule": "cosine",  # or constant, or wsd: constant, linear to "final" in the last third
+    "weighting": "element",  # or sample: every sample alike; clean: the error of the clean latents, t squared
     "beta2": 0.95,
     "decay": 0.0,
     "ema": 0.99,
@@ -70,11 +73,20 @@ def main() -> None:
     parser.add_argument("shards", type=Path)
     parser.add_argument("settings", nargs="*", help=f"NAME=VALUE of {', '.join(DEFAULTS)}")
     parser.add_argument("--seconds", type=float, default=120.0, help="CPU seconds of training")
+    parser.add_argument(
+        "--train-steps", type=int, help="train so many steps instead: on a busy machine a CPU second is worth less"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--edits", type=int, default=32, help="held-out edits that are made")
     parser.add_argument("--steps", type=int, default=8, help="sampler steps")
     parser.add_argument("--flow-shift", type=float, default=30.0, help="of the sampler")
     parser.add_argument("--table", type=Path, default=Path("runs/tiny-search.jsonl"))
+    parser.add_argument(
+        "--words",
+        type=Path,
+        help="folder of a BERT whose states of the words replace the MLLM's, such as MiniLM's; FOLDER/static: of its "
+        "embeddings alone; FOLDER/random: of a random vector for each of its tokens",
+    )
     parser.add_argument("--start", type=Path, help="a state dict to start from")
     parser.add_argument("--save", type=Path, help="where to put the averaged state dict")
     parser.add_argument("--strip", type=Path, help="a PNG of held-out edits: source, edited, target")
@@ -90,9 +102,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     result = Search(args, settings).run()
     changed = {name: value for name, value in settings.items() if value != DEFAULTS[name]}
+    changed |= {"words": args.words.name} if args.words else {}
     args.table.parent.mkdir(parents=True, exist_ok=True)
     with args.table.open("a") as file:
-        file.write(json.dumps({"settings": changed, "seconds": args.seconds, **result}) + "\n")
+        file.write(json.dumps({"settings": changed, **result}) + "\n")
     print(json.dumps({"settings": changed, **result}))
 
 
@@ -124,11 +137,15 @@ class Search:
         self.codec = build_codec(size.codec)
         self.rows = self.dataset.index.to_pylist()
         self.samples = {}
+        self.words = WordStates(args.words, self.recipe.config) if args.words else None
 
     def sample(self, row: int) -> Any:
         """A sample of the dataset, read once."""
         if row not in self.samples:
             sample = self.samples[row] = self.dataset.read(row)
+            if self.words:
+                for number in sample.metadata["mllm_index"]:
+                    sample.tensors["mllm"][f"full.{number}"] = self.words(sample.metadata["text"])
             for member in ("source", "target", "refs"):
                 for name, latents in sample.tensors.get(member, {}).items():
                     if self.settings["first"]:
@@ -160,7 +177,7 @@ class Search:
         random, visits = np.random.default_rng(int(settings["seed"])), dict.fromkeys(train, 0)
         queue: list[int] = []
         started, step, losses, tokens = time.process_time(), 0, [], 0
-        while (done := (time.process_time() - started) / self.args.seconds) < 1:
+        while (done := self.share_done(step, time.process_time() - started)) < 1:
             if len(queue) < settings["batch"]:
                 queue += list(random.permutation(pool))
             rows, queue = queue[: int(settings["batch"])], queue[int(settings["batch"]) :]
@@ -170,12 +187,11 @@ class Search:
                 examples.append(self.recipe.load_example(0, self.rows[row], self.sample(row), draw))
                 visits[row] += 1
             batch = self.recipe.collate(examples).to(torch.device("cpu"), torch.float32)
-            output = self.recipe.loss(model, batch)
-            loss = output.sum / batch.num_loss_elements
-            loss.backward()
+            loss, weighted = self.losses(model, batch)
+            weighted.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             warm = min(1.0, (step + 1) / settings["warmup"])
-            scale = warm * (settings["final"] + (1 - settings["final"]) * 0.5 * (1 + math.cos(math.pi * done)))
+            scale = warm * (settings["final"] + (1 - settings["final"]) * self.height(done))
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * scale
@@ -194,12 +210,42 @@ class Search:
             torch.save(model.state_dict(), self.args.save)
         tail = losses[-max(len(losses) // 10, 1) :]
         return {
+            "seconds": round(used, 1),
             "parameters": sum(p.numel() for p in parameters),
             "steps": step,
             "ms": round(1000 * used / step, 1),
             "visits": step * int(settings["batch"]),
             "loss": round(float(np.mean(tail)), 4),
         } | self.measure(model.eval())
+
+    def share_done(self, step: int, seconds: float) -> float:
+        """How much of the run is over, 1 at its end."""
+        return step / self.args.train_steps if self.args.train_steps else seconds / self.args.seconds
+
+    def losses(self, model: LoomVideoDiT, batch: TrainingPack) -> tuple[Tensor, Tensor]:
+        """The loss as it is reported, and as it is trained."""
+        kind = self.settings["weighting"]
+        if kind == "element":
+            loss = self.recipe.loss(model, batch).sum / batch.num_loss_elements
+            return loss.detach(), loss
+        squared_error = (model(batch.batch).float() - batch.target).square()
+        sums = batch.batch.sum_per_sample(squared_error)
+        elements = batch.batch.sum_per_sample(torch.ones_like(squared_error))
+        loss = squared_error.detach().mean()
+        if kind == "sample":
+            return loss, (sums / elements).mean()
+        return loss, (sums * (torch.tensor(batch.timesteps) / 1000).square()).sum() / elements.sum()
+
+    def height(self, done: float) -> float:
+        """Of the learning rate between its last value (0) and its peak (1), after the share ``done`` of the run."""
+        match self.settings["schedule"]:
+            case "cosine":
+                return 0.5 * (1 + math.cos(math.pi * done))
+            case "wsd":
+                return min(1.0, 3 * (1 - done))
+            case "constant":
+                return 1.0
+        raise SystemExit(f"schedule={self.settings['schedule']}: cosine, wsd or constant")
 
     def optimizers(self, model: LoomVideoDiT) -> list[torch.optim.Optimizer]:
         """AdamW, or Muon for the matrices of the blocks and AdamW for the rest."""
@@ -285,6 +331,40 @@ class Search:
         """uint8 videos."""
         videos = [self.codec.decode(x[None])[0] for x in latents]
         return [((v.permute(1, 2, 3, 0) + 1) * 127.5).round().clamp(0, 255).byte().numpy() for v in videos]
+
+
+class WordStates:
+    """States of a small BERT in place of the MLLM's: [layers, words, mllm dim] at its own scale of 1.
+
+    Its dimensions are turned by a fixed random rotation, of which the first of the MLLM's width are taken: distances
+    between words stay about the same.
+    """
+
+    def __init__(self, folder: Path, config: Any) -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        self.kind = ""
+        if folder.name in ("static", "random"):
+            folder, self.kind = folder.parent, folder.name
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = AutoModel.from_pretrained(folder).eval()
+        width = self.model.config.hidden_size
+        rotation = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(0)))[0]
+        self.rotation = rotation[:, : config.mllm_dim]
+        self.layers = torch.linspace(1, self.model.config.num_hidden_layers, config.num_layers).round().int().tolist()
+
+    @torch.no_grad()
+    def __call__(self, text: str) -> Tensor:
+        """The states of a text."""
+        inputs = self.tokenizer(text, return_tensors="pt")
+        found = self.model(**inputs, output_hidden_states=True).hidden_states
+        if self.kind == "static":
+            found = [self.model.embeddings.word_embeddings(inputs["input_ids"])] * len(found)
+        if self.kind == "random":
+            rows = [torch.randn(found[0].shape[-1], generator=torch.Generator().manual_seed(n))
+                    for n in inputs["input_ids"][0].tolist()]  # fmt: skip
+            found = [torch.stack(rows)[None]] * len(found)
+        return torch.cat([F.layer_norm(found[n], found[n].shape[-1:]) for n in self.layers]) @ self.rotation
 
 
 def strip(*columns: Any) -> None:
