@@ -60,8 +60,8 @@ def _tiny() -> ModelSize:
         mrope_section=(8, 4, 4),
         vocab_size=BUILTIN_VOCAB_SIZE,
         rope_theta=10_000.0,
-        # Its random weights see nothing: four tokens of a picture, so that words are not lost among them.
-        processor=ProcessorConfig(image_min_pixels=1_024, image_max_pixels=4_096, video_max_pixels=16_384),
+        # Its random weights see nothing: one token of a picture, so that words are not lost among them.
+        processor=ProcessorConfig(image_min_pixels=1_024, image_max_pixels=1_024, video_max_pixels=4_096),
         vision=VisionConfig(
             depth=3,
             hidden_size=64,

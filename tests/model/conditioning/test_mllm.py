@@ -89,7 +89,7 @@ def test_tiny_features_tell_words_and_their_context_apart(mllm):
     colour = 9  # <|im_start|> user \n replace the jacket with a red
     assert (cosine[:, : colour - 1] > 0.999).all()
     assert (cosine[:, colour - 1] < 0.6).all()
-    assert (cosine[:, colour] < 0.97).all()
+    assert (cosine[:, colour] < 0.997).all()
     assert (red.square().mean(-1).sqrt() < 4).all()
 
 
