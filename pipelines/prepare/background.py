@@ -3,7 +3,7 @@
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -57,7 +57,7 @@ def working_ahead(items: Iterator[T], size: int) -> Iterator[Iterator[T]]:
         thread.join()
 
 
-def one_ahead(items: Iterator[T]) -> Iterator[T]:
+def one_ahead(items: Iterator[T]) -> Generator[T, None, None]:
     """Items in order, the next of which is worked on while one is used; errors are raised where an item would be.
 
     Args:
