@@ -123,7 +123,8 @@ def main() -> None:
         for number, scale in enumerate(options.scales):
             pair = table[:, [number, -1]]
             shown = [difference(pair[:, :, place], clusters, 2) for place in range(len(METRICS))]
-            spread = np.nanmean(pair[:, :, len(METRICS) : -1], 0)
+            apart = pair[:, :, len(METRICS) : -1]
+            spread = np.nanmean(apart[:, :, ~np.isnan(apart).all((0, 1))], 0)  # without a source there is no region
             ratios = ", ".join(f"{own / of:.2f}" for of, own in zip(*spread, strict=True))
             grey = ", ".join(f"{of:.1f}" for of in spread[0])
             seconds, own_seconds = pair[:, :, -1].mean(0)

@@ -20,13 +20,7 @@ from pathlib import Path
 import torch
 from gpu_model import PEAK_FLOPS, Report, make_importable
 
-WAN_22 = {
-    "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
-    "temperal_downsample": [False, True, True], "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48,
-    "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16,
-    "scale_factor_temporal": 4,
-}  # fmt: skip
-QUICK = WAN_22 | {"base_dim": 8, "decoder_base_dim": 8, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
+QUICK = {"base_dim": 8, "decoder_base_dim": 8, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
 SAMPLES = 64
 BATCHES = (1, 8, 64)
 
@@ -75,11 +69,11 @@ def vae(report: Report, device: torch.device, quick: bool) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     from loomvideo.model.codec import CodecExecution
-    from loomvideo.model.codec.wan import WanVAE, encode_chunks
+    from loomvideo.model.codec.wan import WAN_22_SIZES, WanVAE, encode_chunks
     from loomvideo.pipelines.prepare.pixels import PixelCopier
 
     frames, height, width = (9, 64, 64) if quick else (121, 480, 832)
-    config = QUICK if quick else WAN_22
+    config = WAN_22_SIZES | (QUICK if quick else {})
     shape = (1, 3, frames, height, width)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         list(encode_chunks(AutoencoderKLWan(**config), torch.empty(shape), 4))

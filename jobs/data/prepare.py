@@ -12,7 +12,7 @@ from loomvideo.pipelines.prepare.builder import SHARED_TASK
 from loomvideo.pipelines.prepare.config import PrepareConfig
 from loomvideo.pipelines.prepare.job import UP_TO_DATE, PrepareResult, prepare
 from loomvideo.pipelines.prepare.load_ahead import decoders_for
-from loomvideo.pipelines.prepare.units import UnitReport
+from loomvideo.pipelines.prepare.unit_rows import UnitReport
 from loomvideo.platform.config import flatten
 from loomvideo.platform.console import bars, console, values_table
 from loomvideo.platform.runs import RunFolder

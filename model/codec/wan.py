@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -30,6 +30,14 @@ OVERLAP = 4
 MIN_TILE = 2 * OVERLAP
 # A shape takes four: of the first frame, the chunk after it, those after that, and the last. Beyond it is an error.
 _MOST_PROGRAMS = 1024
+
+WAN_22_SIZES: dict[str, Any] = {
+    "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
+    "temperal_downsample": [False, True, True], "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48,
+    "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16,
+    "scale_factor_temporal": 4,
+}  # fmt: skip
+"""The published VAE's configuration but for the statistics of its latents: for measuring without its weights."""
 
 
 class TilePlan(NamedTuple):

@@ -21,7 +21,8 @@ import pyarrow.compute as pc
 from loomvideo.pipelines.prepare.config import PrepareConfig
 from loomvideo.pipelines.prepare.inputs import Inputs
 from loomvideo.pipelines.prepare.stages import ENCODE, Stage
-from loomvideo.pipelines.prepare.units import UnitPlan, WorkRow, commit_ahead
+from loomvideo.pipelines.prepare.unit_rows import WorkRow
+from loomvideo.pipelines.prepare.units import UnitPlan, commit_ahead
 from loomvideo.platform.shards.commits import commits, read_all
 from loomvideo.platform.shards.storage import Storage
 

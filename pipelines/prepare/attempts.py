@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from loomvideo.pipelines.prepare.config import LimitOptions
-from loomvideo.pipelines.prepare.units import UnitReport
+from loomvideo.pipelines.prepare.unit_rows import UnitReport
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.storage import Storage
 

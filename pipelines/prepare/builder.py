@@ -39,7 +39,8 @@ from loomvideo.pipelines.prepare.loading import (
 )
 from loomvideo.pipelines.prepare.outcomes import Outcome
 from loomvideo.pipelines.prepare.turns import EncoderTurn, Turns
-from loomvideo.pipelines.prepare.units import UnitReport, WorkRow, read_planned
+from loomvideo.pipelines.prepare.unit_rows import UnitReport, WorkRow
+from loomvideo.pipelines.prepare.units import read_planned
 from loomvideo.pipelines.sources.samples import stored_sample
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.nodes.devices import device_for

@@ -26,7 +26,8 @@ from loomvideo.pipelines.prepare.curation.options import StageOptions
 from loomvideo.pipelines.prepare.curation.pair_audit import in_step_paths
 from loomvideo.pipelines.prepare.curation.shots import PIECE_FRAMES, ShotCutter, build_detector, shot_samples, thumbnail
 from loomvideo.pipelines.prepare.outcomes import RETRIABLE, Outcome
-from loomvideo.pipelines.prepare.units import UnitReport, WorkRow, commit_result, earlier_result, read_planned
+from loomvideo.pipelines.prepare.unit_rows import UnitReport, WorkRow
+from loomvideo.pipelines.prepare.units import commit_result, earlier_result, read_planned
 from loomvideo.pipelines.sources.samples import Sample, media_paths, stored_sample
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.shards.plan import digest

@@ -29,11 +29,10 @@ from loomvideo.pipelines.prepare.identities import Identified
 from loomvideo.pipelines.prepare.inputs import Inputs, read_inputs
 from loomvideo.pipelines.prepare.recipe import manifest_config, recipe_parts, why_stale
 from loomvideo.pipelines.prepare.stages import ENCODE, STAGES, Stage, run_stage, stages_of
+from loomvideo.pipelines.prepare.unit_rows import UnitReport, WorkRow
 from loomvideo.pipelines.prepare.units import (
     PLAN_FOLDER,
     UnitPlan,
-    UnitReport,
-    WorkRow,
     commit_plan,
     committed_files,
     planned_samples,

@@ -31,7 +31,8 @@ from loomvideo.pipelines.prepare.config import JudgeOptions, PrepareConfig
 from loomvideo.pipelines.prepare.inputs import Inputs, InputTable
 from loomvideo.pipelines.prepare.outcomes import RETRIABLE, Outcome
 from loomvideo.pipelines.prepare.pools import Pool, map_on_actors
-from loomvideo.pipelines.prepare.units import UnitReport, WorkRow, commit_result, read_planned
+from loomvideo.pipelines.prepare.unit_rows import UnitReport, WorkRow
+from loomvideo.pipelines.prepare.units import commit_result, read_planned
 from loomvideo.pipelines.sources.samples import Sample, stored_sample
 from loomvideo.pipelines.vlm.requests import FrameSampling, labelled
 from loomvideo.pipelines.vlm.session import Prices

@@ -53,7 +53,8 @@ from loomvideo.pipelines.prepare.judge_stage import (
 from loomvideo.pipelines.prepare.outcomes import RETRIABLE
 from loomvideo.pipelines.prepare.pools import Pool, map_on_actors
 from loomvideo.pipelines.prepare.recipe import encode_recipe
-from loomvideo.pipelines.prepare.units import Dealing, UnitPlan, UnitReport, WorkRow, plan_units
+from loomvideo.pipelines.prepare.unit_rows import UnitReport, WorkRow
+from loomvideo.pipelines.prepare.units import Dealing, UnitPlan, plan_units
 from loomvideo.platform.folders import absolute
 from loomvideo.platform.shards.commits import Commit
 from loomvideo.platform.shards.manifest import SHARD_FOLDER

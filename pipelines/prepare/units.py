@@ -9,7 +9,7 @@ stands in the name of the committed result, so one listing says what is stale.
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from loomvideo.pipelines.prepare.inputs import SAMPLE_SCHEMA, Inputs
+from loomvideo.pipelines.prepare.unit_rows import PlannedRow, WorkRow
 from loomvideo.platform.shards.commits import Commit, commits
 from loomvideo.platform.shards.plan import PlannedShard, digest, plan_shards
 from loomvideo.platform.shards.storage import Storage
@@ -30,111 +31,6 @@ _COLUMNS = [("unit", pa.string()), ("slot", pa.int32()), ("was", pa.string())]
 _PLAN_SCHEMA = pa.schema([*_COLUMNS, *SAMPLE_SCHEMA])
 CONTENT_COLUMNS = ("sample", "assessed", "media")
 """Columns of a plan that a unit's result depends on."""
-
-
-class WorkRow(TypedDict):
-    """What a worker is told: its unit, where its samples are listed, and what lies there from before.
-
-    Attributes:
-        unit: Name.
-        split: The split of a shard.
-        recipe: The recipe of the result.
-        part: File of the plan.
-        group: Row group in it.
-        before: File names of earlier results of the unit, newest recipe unknown.
-        moved: JSON ``{unit: file name}`` of results that hold samples which lie elsewhere now.
-        run: The run of the prepare, so that what an earlier one left is told apart.
-    """
-
-    unit: str
-    split: str
-    recipe: str
-    part: str
-    group: int
-    before: list[str]
-    moved: str
-    run: str
-
-
-class PlannedRow(TypedDict):
-    """A sample of a unit, as a plan lists it.
-
-    Attributes:
-        unit: Name of the unit.
-        slot: The sample's place in it.
-        was: The unit that holds it from before, where that is another one.
-        key: The sample's key.
-        dataset: The dataset that it counts for.
-        split: Its split.
-        num_bytes: Its estimated size.
-        sample: JSON of the sample.
-        media: JSON of what is known of its files.
-        assessed: JSON of what curation found.
-    """
-
-    unit: str
-    slot: int
-    was: str | None
-    key: str
-    dataset: str
-    split: str
-    num_bytes: int
-    sample: str
-    media: str
-    assessed: str
-
-
-class UnitReport(TypedDict):
-    """What a worker says of a unit that it has worked through, for progress and for what ends a run early.
-
-    Attributes:
-        stage: Name of the stage.
-        unit: Name of the unit.
-        assessed: Samples that were assessed.
-        decoded: How many of them had their files decoded.
-        captioned: Samples that have an answer.
-        judged: Samples that a model scored.
-        asked: How many of either a model answered.
-        written: Samples in the shard.
-        lost: Planned samples that are not in it.
-        num_bytes: Size of the shard.
-        wait_s: Seconds in which the encoders waited for decoded samples.
-        encode_s: Seconds spent encoding.
-        hold_s: Seconds in which the encoders waited for the writer.
-        load_s: Seconds that decoders took for the shard's samples.
-        decoders: Decoders that the builder had at the end.
-        wall_s: Seconds of the whole unit.
-        feature_error: The largest relative error of a layer's stored states.
-        members: How many members were made and kept, as ``made.NAME`` and ``kept.NAME``; Ray fills what another
-            unit has with None.
-        lost_by_reason: Quarantined samples by reason, likewise.
-        fault: The error of a device that failed; empty for a unit that is done.
-        handed_back: Whether it failed in another unit, and this one was not tried.
-        where: Node and device of the worker.
-    """
-
-    stage: str
-    unit: str
-    assessed: NotRequired[int]
-    decoded: NotRequired[int]
-    captioned: NotRequired[int]
-    judged: NotRequired[int]
-    asked: NotRequired[int]
-    written: NotRequired[int]
-    lost: NotRequired[int]
-    num_bytes: NotRequired[int]
-    wait_s: NotRequired[float]
-    encode_s: NotRequired[float]
-    hold_s: NotRequired[float]
-    load_s: NotRequired[float]
-    decoders: NotRequired[int]
-    wall_s: NotRequired[float]
-    feature_error: NotRequired[float]
-    members: NotRequired[dict[str, int | None]]
-    lost_by_reason: NotRequired[dict[str, int | None]]
-    fault: NotRequired[str]
-    handed_back: NotRequired[bool]
-    where: NotRequired[str]
 
 
 @dataclass(frozen=True)

@@ -75,24 +75,16 @@ def test_a_5b_generation_step_fits_together(library):
     assert found["bytes"] < kept + 9_750 * 3 * (2 * config.ffn_dim + 6 * config.inner_dim) * 2 + 2**30
 
 
-WAN_22 = {
-    "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
-    "temperal_downsample": [False, True, True], "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48,
-    "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16,
-    "scale_factor_temporal": 4,
-}  # fmt: skip
-
-
 def test_batches_of_the_real_encoders_fit_together(library):
     from diffusers import AutoencoderKLWan
 
-    from loomvideo.model.codec.wan import CHUNKS, DEFAULT_MEMORY_LIMIT_BYTES, WanVAE
+    from loomvideo.model.codec.wan import CHUNKS, DEFAULT_MEMORY_LIMIT_BYTES, WAN_22_SIZES, WanVAE
 
     with torch.device("meta"):
-        model = torch.nn.Module.to(AutoencoderKLWan(**WAN_22), torch.bfloat16)
+        model = torch.nn.Module.to(AutoencoderKLWan(**WAN_22_SIZES), torch.bfloat16)
     planned = {chunk: WanVAE(model, "meta")._bytes_per_cell("encoder", chunk) for chunk in CHUNKS}
     clips = [
-        {"kind": "vae", "config": WAN_22, "bytes_per_cell": planned, "channels_last": channels_last,
+        {"kind": "vae", "config": WAN_22_SIZES, "bytes_per_cell": planned, "channels_last": channels_last,
          "clips": number, "frames": frames, "height": height, "width": width}
         for channels_last in (False, True)
         for number, frames, height, width in ((1, 121, 480, 832), (4, 17, 256, 256))
