@@ -1,6 +1,6 @@
 """The frozen encoders of the 5B model on one GPU in bf16: how they compute, and what each way takes.
 
-    python benchmarks/gpu_encoders.py --output results.json [--model 5b] [--quick] [--device cpu]
+    python benchmarks/gpu_encoders.py --output results.json [--only vae prefill] [--quick] [--device cpu]
 
 Needs torch, diffusers and transformers. Weights are random and of the published sizes.
 
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from gpu_model import PEAK_FLOPS, Report, make_importable
+from gpu_model import PEAK_FLOPS, Report, make_importable, reason
 
 QUICK = {"base_dim": 8, "decoder_base_dim": 8, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
 SAMPLES = 64
@@ -137,7 +137,8 @@ def prefill(report: Report, device: torch.device, quick: bool) -> None:
     mllm = FrozenMLLM(model, size.dit.num_layers, tokenizer, size.mllm.processor, "random")
     parameters = sum(parameter.numel() for parameter in model.language_model.parameters())
     lengths = prompt_lengths()[: 4 if quick else SAMPLES]
-    samples = [[MLLMInputs(torch.randint(0, 3000, (length,))) for length in sample] for sample in lengths]
+    # Ids of words: those of pictures would want pictures.
+    samples = [[MLLMInputs(torch.randint(1000, 3000, (length,))) for length in sample] for sample in lengths]
     # The embedding is looked up, not multiplied.
     flops = 2 * (parameters - model.language_model.embed_tokens.weight.numel()) * sum(map(sum, lengths))
     for variant in ("padded", "packed"):
@@ -156,6 +157,7 @@ def main() -> None:
     """Parse arguments and measure, or count."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT", ".")) / "gpu_encoders.json")
+    parser.add_argument("--only", nargs="+", choices=["vae", "prefill"], default=["vae", "prefill"])
     parser.add_argument("--count", action="store_true", help="tokens padded and packed, without a model")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the script itself")
     parser.add_argument("--device", default="cuda", help="cpu: to try the script itself")
@@ -170,11 +172,12 @@ def main() -> None:
     peak = next((value for key, value in PEAK_FLOPS.items() if key in name), float("nan"))
     report = Report(arguments.output, peak, time.monotonic() + arguments.time_limit_s)
     for part in (vae, prefill):
+        if part.__name__ not in arguments.only:
+            continue
         try:
             part(report, device, arguments.quick)
         except Exception as error:  # a part that cannot run here must not lose the other
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
-            report.content["results"].append({"name": part.__name__, "error": reason})
+            report.content["results"].append({"name": part.__name__, "error": reason(error)})
     report.write()
 
 

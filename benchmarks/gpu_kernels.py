@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 import torch._dynamo
 import torch._functorch.config
-from gpu_model import make_importable
+from gpu_model import make_importable, reason
 from torch import Tensor
 
 FLUSH_BYTES = 256 << 20
@@ -123,7 +123,7 @@ def measure(options: argparse.Namespace, tokens: int, bandwidth: float) -> list[
                 try:
                     row[label] = time_phase(function, phase, arguments, keywords, options)
                 except (RuntimeError, torch._dynamo.exc.BackendCompilerFailed) as error:
-                    row[f"{label}_error"] = str(error).splitlines()[0]
+                    row[f"{label}_error"] = reason(error)
             if "triton" in row:
                 row["share"] = size / row["triton"] * 1e3 / bandwidth
             rows.append(row)

@@ -1,5 +1,6 @@
 """``make bench-gpu`` with tiny sizes on a CPU: every part runs, the table is written."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -35,3 +36,12 @@ def test_the_gpu_benchmark_runs_dry(tmp_path):
     assert "variant packed, samples_together 8" in text
     policies = {row["checkpointing"] for row in results["train"]["results"]}
     assert policies == {"none", "selective", "full"}
+
+
+def test_the_table_counts_forms_that_are_right_and_repeat():
+    specification = importlib.util.spec_from_file_location("bench_gpu", ROOT / "benchmarks/gpu.py")
+    gpu = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(gpu)
+    rows = [{"ok": ok, "reproducible": again} for ok, again in ((True, True), (True, False), (False, True))]
+    written = gpu.table({"kernels": {"device": "a GPU", "correctness": rows}})
+    assert "1 of 3 forms right" in written

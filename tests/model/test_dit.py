@@ -255,9 +255,10 @@ def test_blocks_compile_to_one_graph():
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", CHECKPOINTING)
 def test_step_never_waits_for_the_device(mode):
-    model = random_model(CONFIG).to("cuda", torch.bfloat16)
+    config = dataclasses.replace(CONFIG, attention_head_dim=32)  # flash attention takes multiples of 8
+    model = random_model(config).to("cuda", torch.bfloat16)
     model.set_activation_checkpointing(mode)
-    batch = pack(mixed_samples()).to("cuda", torch.bfloat16)
+    batch = pack(mixed_samples(config)).to("cuda", torch.bfloat16)
     model(batch).square().sum().backward()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -213,4 +213,6 @@ def test_pixels_copied_beside_other_work_arrive_whole():
     for copied, clip in zip(copies, clips, strict=True):
         busy = busy @ busy / 50
         video = copier.video(copied, torch.float32).cpu()[0]
-        assert video.equal(clip.permute(3, 0, 1, 2).float() / 127.5 - 1)
+        # A GPU divides by a constant as it multiplies by its inverse: the last bit may differ.
+        wanted = clip.permute(3, 0, 1, 2).float() / 127.5 - 1
+        torch.testing.assert_close(video, wanted, rtol=0, atol=3e-7)
