@@ -50,6 +50,7 @@ class RolloutActor:
             model.scheduler,
             stated_few_steps(start),
             config.training.seed,
+            model.generate_scheduler,
         )
 
     def load(self, weights: dict[str, Tensor]) -> None:

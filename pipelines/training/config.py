@@ -19,21 +19,34 @@ class ObjectiveConfig:
     shift_scale: float = option(0.5, "timestep shift added per doubling of tokens over the base; 0.65 in stage 1")
     shift_base_tokens: int = option(64, "tokens up to which timesteps are not shifted; small videos need fewer")
     shift_limit: float = option(8.0, "largest timestep shift")
+    generate_shift_scale: float | None = option(
+        None, "shift_scale of samples without a source, which must also learn to remove the last noise; null: the same"
+    )
+    generate_shift_limit: float | None = option(None, "shift_limit of samples without a source; null: the same")
     start_as_copy: bool = option(
         False, "from scratch: begin with velocities that copy the source, so that short runs need not learn that first"
     )
     drop_all: float = option(0.1, "share of visits trained without any conditioning, for guidance")
     drop_text: float = option(0.1, "share of visits trained without text, pictures kept, for guidance")
 
-    @property
-    def shift(self) -> tuple[float, int, float]:
-        """Scale, base tokens and limit of the timestep shift."""
-        return self.shift_scale, self.shift_base_tokens, self.shift_limit
+    def shift(self, has_source: bool) -> tuple[float, int, float]:
+        """Scale, base tokens and limit of the timestep shift.
+
+        Args:
+            has_source: Whether a source stands beside the target, as in edits; dropped conditioning changes nothing.
+        """
+        scale, limit = self.shift_scale, self.shift_limit
+        if not has_source:
+            scale = scale if self.generate_shift_scale is None else self.generate_shift_scale
+            limit = limit if self.generate_shift_limit is None else self.generate_shift_limit
+        return scale, self.shift_base_tokens, limit
 
     def check(self) -> None:
         """Raise UserError for shares that are none and a limit below no shift."""
-        if self.shift_limit < 1:
-            raise UserError(f"objective.shift_limit={self.shift_limit}: at least 1, which shifts nothing")
+        for key in ("shift_limit", "generate_shift_limit"):
+            limit = getattr(self, key)
+            if limit is not None and limit < 1:
+                raise UserError(f"objective.{key}={limit}: at least 1, which shifts nothing")
         if min(self.drop_all, self.drop_text) < 0 or self.drop_all + self.drop_text > 1:
             raise UserError("objective.drop_all and objective.drop_text: shares that add up to at most 1")
 

@@ -176,7 +176,7 @@ class DistillationRecipe(DiTRecipe):
         shape = tuple(clean.shape)
         tokens = self.num_video_tokens(shape)
         level = self.distill.min_level + (self.distill.max_level - self.distill.min_level) * random.uniform("level")
-        shift = dynamic_shift(tokens, *self.objective.shift)
+        shift = dynamic_shift(tokens, *self.objective.shift(source is not None))
         return Conditioned(
             key=sample.key,
             task=task,

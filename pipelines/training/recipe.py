@@ -83,6 +83,7 @@ class LoomVideoRecipe(DiTRecipe):
         self, dataset_index: int, sample: ShardSample, random: SampleRandom, dropped: float, level: float | None
     ) -> Example:
         clean, source_latents, reference_latents, window = self.latents_of(sample, random)
+        has_source = source_latents is not None
         variant = self._variant(dropped)
         states = None if variant is None else self.states_of(sample, window, variant, random)
         if variant is None:
@@ -93,7 +94,7 @@ class LoomVideoRecipe(DiTRecipe):
         t = level
         if t is None:
             generator = random.generator("timestep")
-            t = sample_timestep(generator, num_tokens, *objective.shift)
+            t = sample_timestep(generator, num_tokens, *objective.shift(has_source))
         noise = random.normal("noise", clean.shape)
         noised, velocity = noised_and_target(clean, noise, t)
         dit_sample = DiTSample(

@@ -129,6 +129,7 @@ class RolloutMaker:
         config: How results are made.
         rewarder: Scores them.
         scheduler: The sampler's settings.
+        generate_scheduler: Those of prompts without a source; None for the same.
         few_steps: What the policy was distilled to, if it was.
         seed: The run's.
     """
@@ -144,9 +145,11 @@ class RolloutMaker:
         scheduler: SchedulerConfig,
         few_steps: FewSteps | None = None,
         seed: int = 0,
+        generate_scheduler: SchedulerConfig | None = None,
     ):
         self.recipe, self.dit, self.codec, self.datasets = recipe, dit, codec, datasets
         self.config, self.rewarder, self.scheduler = config, rewarder, scheduler
+        self.generate_scheduler = generate_scheduler or scheduler
         self.few_steps, self.seed = few_steps, seed
         check_scales(config, few_steps)
 
@@ -209,7 +212,8 @@ class RolloutMaker:
     def _sample(self, noises: Sequence[Tensor], branches: dict[str, Branch], guidance: Guidance) -> Tensor:
         if self.few_steps is not None:
             return sample_few_steps(self.dit, noises, branches[FULL], self.few_steps)
-        return sample(self.dit, noises[0], branches, guidance, self.config.sampler_steps, self.scheduler)
+        scheduler = self.generate_scheduler if branches[FULL].source is None else self.scheduler
+        return sample(self.dit, noises[0], branches, guidance, self.config.sampler_steps, scheduler)
 
     def _inputs(
         self, prompt: Prompt, row: Mapping[str, Any], stored: ShardSample, clean: Tensor, source: Tensor | None

@@ -119,7 +119,7 @@ class SourcePreferenceRecipe(DiTRecipe):
         if source is None or states is None:
             raise ValueError("an edit without source or MLLM states")
         objective, tokens = self.objective, self.num_video_tokens(clean.shape)
-        t = sample_timestep(random.generator("timestep"), tokens, *objective.shift)
+        t = sample_timestep(random.generator("timestep"), tokens, *objective.shift(has_source=True))
         noise = random.normal("noise", clean.shape)
         samples, targets = [], []
         for latents in (clean, source):

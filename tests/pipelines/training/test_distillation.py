@@ -115,6 +115,14 @@ def test_training_simulates_exactly_what_generation_does(network):
         torch.testing.assert_close(alone, part, rtol=1e-3, atol=1e-3)
 
 
+def test_levels_of_what_has_no_source_take_its_shift():
+    recipe = build()
+    recipe.objective = dataclasses.replace(recipe.objective, generate_shift_limit=1.0)
+    same, own = packed(build())[0], packed(recipe)[0]
+    moved = [a.t != b.t for a, b in zip(same, own, strict=True)]
+    assert dict(zip(TASKS, moved, strict=True)) == {"ref_edit": False, "t2v": True, "image_edit": False}
+
+
 def test_the_schedule_is_shifted_like_the_samplers_sigmas():
     shifted = FewSteps.of([1000, 750, 500, 250], shift=5.0).timesteps
     assert shifted == pytest.approx([1000.0, 937.5, 5000 / 6, 625.0])

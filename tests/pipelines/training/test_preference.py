@@ -1,6 +1,7 @@
 """Preference losses against plain formulas; rewards that fail; rounds that are kept and go on."""
 
 import base64
+import dataclasses
 import http.server
 import io
 import json
@@ -18,7 +19,8 @@ from PIL import Image
 from loomvideo.model.codec import build_codec
 from loomvideo.model.few_steps import FewSteps
 from loomvideo.model.flow import EPS, noised_and_target
-from loomvideo.model.sampler import SchedulerConfig
+from loomvideo.model.guidance import Guidance
+from loomvideo.model.sampler import Branch, SchedulerConfig
 from loomvideo.pipelines.evaluation.inputs import LoadedItem
 from loomvideo.pipelines.evaluation.rewards import Rewarder, RewardError, Score, group_rewards
 from loomvideo.pipelines.evaluation.suites.items import EvalItem
@@ -308,6 +310,20 @@ def test_a_round_is_kept_goes_on_and_is_read_as_a_dataset(tmp_path):
     if rows[0]["reward"] is not None:
         example = recipe.load_example(0, rows[0], sample, SampleRandom(0, rows[0]["key"], 0))
         assert example.reward == rows[0]["reward"]
+
+
+def test_prompts_without_a_source_are_sampled_with_their_own_shift(monkeypatch):
+    config = NFTConfig(repeats=2, sampler_steps=2)
+    recipe = NFTRecipe(config, "", "tiny", ObjectiveConfig(shift_base_tokens=1), [NULL])
+    codec = build_codec(SIZE.codec, CPU, torch.float32)
+    maker = RolloutMaker(
+        recipe, network(), codec, [Shards()], config, Rewarder({"fidelity": 1.0}, {}), SchedulerConfig(9.0),
+        generate_scheduler=SchedulerConfig(2.0),
+    )  # fmt: skip
+    monkeypatch.setattr("loomvideo.pipelines.training.rollouts.sample", lambda *given: given[5].flow_shift)
+    branch, noise = Branch(NULL), torch.zeros(SIZE.dit.in_channels, 1, 2, 2)
+    assert maker._sample([noise], {"full": branch}, Guidance(1.0)) == 2.0
+    assert maker._sample([noise], {"full": dataclasses.replace(branch, source=noise)}, Guidance(1.0)) == 9.0
 
 
 def test_results_of_a_prompt_take_guidance_scales_in_turn(tmp_path):

@@ -75,6 +75,30 @@ def test_source_and_target_come_from_the_same_window(recipe):
     assert windows == {0, 1}
 
 
+def test_what_has_no_source_has_a_shift_of_its_own(recipe):
+    """Dropped conditioning changes no shift: an edit without its source is still one."""
+
+    def times(**objective):
+        recipe.objective = dataclasses.replace(recipe.objective, shift_base_tokens=1, **objective)
+        found = {}
+        for task, members in (("edit", ("source", "target", "mllm")), ("words", ("target", "mllm"))):
+            sample = stored(task="video_edit" if task == "edit" else "t2v")
+            sample = dataclasses.replace(sample, tensors={name: sample.tensors[name] for name in members})
+            draws = [SampleRandom(0, "a", visit) for visit in range(3)]
+            found[task] = [recipe.load_example(0, {}, sample, draw).sample.timestep for draw in draws]
+        return found
+
+    same = times(shift_scale=6.0, shift_limit=20.0)
+    assert same["edit"] == same["words"]
+    own = times(generate_shift_limit=2.0)
+    assert own["edit"] == same["edit"]
+    # A shift multiplies t / (1 - t).
+    ratios = [a * (1000 - b) / (b * (1000 - a)) for a, b in zip(own["edit"], own["words"], strict=True)]
+    assert ratios == pytest.approx([10.0] * 3)
+    assert times(drop_all=1.0)["edit"] == same["edit"]
+    assert ObjectiveConfig(generate_shift_scale=0.0).shift(has_source=False) == (0.0, 64, 8.0)
+
+
 def test_dropout_removes_all_conditioning_or_only_the_text(recipe):
     dropped = example(recipe, drop_all=1.0)
     assert dropped.sample.source is None
