@@ -83,7 +83,11 @@ def one_by_one(generator: FileGenerator, request: Request, num_frames: int) -> n
         conditions = generator.pipeline.encode("video_edit", request.prompt, clip)
         settings = generator.settings
         latents = generator.pipeline.sample(
-            conditions, settings.steps, settings.guidance("video_edit"), start, settings.batch_branches
+            conditions,
+            settings.steps,
+            generator.guidance("video_edit"),
+            start,
+            settings.batch_branches,
         )
         parts.append(generator.pipeline.decode(latents))
     return np.concatenate(parts)[: len(source)]

@@ -1,7 +1,7 @@
 """Generation and editing from text, pictures and clips: the whole model behind one call."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,8 @@ class LoomVideoPipeline(AdaptedParts):
         codec: Pixels to latents and back.
         mllm: Prompts to hidden states.
         scheduler: Sampler settings; None for the published ones.
+        generate_scheduler: Those of tasks without a source; None for the same.
+        default_guidance: The scales of a task unless a call says.
         ranks: Ranks that share each generation, all calling :meth:`sample` alike; None for this one alone.
         negative_prompt: What the unconditional branch is told unless a call says; None for an empty message.
         parts: Parts that are loaded one after another, in place of the three.
@@ -58,13 +60,17 @@ class LoomVideoPipeline(AdaptedParts):
         parts: ResidentParts | SequentialParts | None = None,
         lora: Sequence[str] = (),
         few_steps: FewSteps | None = None,
+        generate_scheduler: SolverChoice | None = None,
+        default_guidance: Callable[[str], Guidance] = Guidance.default,
     ):
         if parts is None:
             if dit is None or codec is None or mllm is None:
                 raise TypeError("LoomVideoPipeline: give dit, codec and mllm, or parts")
             parts = ResidentParts(dit.eval(), codec, mllm)
         super().__init__(parts, lora)
-        self.scheduler = scheduler or SchedulerConfig()
+        self.scheduler: SolverChoice = scheduler or SchedulerConfig()
+        self.generate_scheduler = generate_scheduler
+        self.default_guidance = default_guidance
         self.ranks = ranks
         self.negative_prompt = negative_prompt
         self.few_steps = few_steps
@@ -157,7 +163,7 @@ class LoomVideoPipeline(AdaptedParts):
             conditions: What :meth:`encode` gave.
             steps: Denoising steps. A distilled transformer takes those that it knows, without guidance, and says once
                 when others are asked for.
-            guidance: Scales; None takes the task's.
+            guidance: Scales; None takes the model size's of the task.
             seed: The seed of the noise; the same seed gives the same latents.
             batch_branches: Run the guidance branches in one pass.
             on_step: Called after each step with its index and the latents; see :func:`loomvideo.model.sampler.sample`.
@@ -183,9 +189,9 @@ class LoomVideoPipeline(AdaptedParts):
                 dit,
                 noise,
                 conditions.branches,
-                guidance or Guidance.default(conditions.task),
+                guidance or self.default_guidance(conditions.task),
                 steps,
-                self.scheduler,
+                self.scheduler_of(conditions.task),
                 batch_branches=batch_branches,
                 on_step=on_step,
                 shortcuts=shortcuts,
@@ -216,6 +222,10 @@ class LoomVideoPipeline(AdaptedParts):
         shape = conditions.latent_shape
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
         return self.sample(conditions, steps, guidance, 0, *rest, noise=noise)
+
+    def scheduler_of(self, task: str) -> SolverChoice:
+        """Sampler settings of a task."""
+        return self.scheduler if wording(task).needs_source else self.generate_scheduler or self.scheduler
 
     def num_steps(self, steps: int) -> int:
         """Denoising steps of a generation that is asked for ``steps``."""
@@ -267,7 +277,7 @@ class LoomVideoPipeline(AdaptedParts):
             negative_prompt: What the unconditional branch is told after ``generate an image: ``, as the published
                 sampler words it; None takes the model size's own.
             steps: Denoising steps.
-            guidance: Scales; None takes the task's.
+            guidance: Scales; None takes the model size's of the task.
             seed: The seed of the noise; the same seed gives the same frames.
             shortcuts: Approximations; None for none.
             buckets: Resolution classes, such as ``(640,)``, to which source and references are resized and cropped,
@@ -353,6 +363,8 @@ def load_pipeline(source: ModelSource, dtype: torch.dtype | None = None) -> Loom
         parts=parts,
         lora=source.lora,
         few_steps=stated_few_steps(source.weights),
+        generate_scheduler=size.generate_scheduler,
+        default_guidance=size.guidance,
     )
 
 
@@ -368,5 +380,12 @@ def pipeline_around(dit: LoomVideoDiT, size: ModelSize, few_steps: FewSteps | No
     codec = build_codec(size.codec, parameter.device, parameter.dtype)
     mllm = FrozenMLLM.of_size(size, parameter.device, parameter.dtype)
     return LoomVideoPipeline(
-        dit, codec, mllm, size.scheduler, negative_prompt=size.negative_prompt, few_steps=few_steps
+        dit,
+        codec,
+        mllm,
+        size.scheduler,
+        negative_prompt=size.negative_prompt,
+        few_steps=few_steps,
+        generate_scheduler=size.generate_scheduler,
+        default_guidance=size.guidance,
     )

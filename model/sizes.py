@@ -9,7 +9,9 @@ from typing import Any
 from loomvideo.model.codec import CodecConfig, LatentGrid
 from loomvideo.model.conditioning.config import MLLMConfig, ProcessorConfig, VisionConfig
 from loomvideo.model.config import DiTConfig
+from loomvideo.model.guidance import Guidance
 from loomvideo.model.sampler import SchedulerConfig
+from loomvideo.model.tasks import wording
 from loomvideo.platform.errors import UserError
 
 # The built-in vocabulary of 3,242 tokens, rounded up.
@@ -40,13 +42,29 @@ class ModelSize:
     codec: CodecConfig
     mllm: MLLMConfig
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    generate_scheduler: SchedulerConfig | None = None
+    """Of tasks without a source; None for the same."""
     negative_prompt: str | None = None
     """What the unconditional branch is told by default; None for the empty message of guidance dropout."""
+    edit_guidance: Guidance | None = None
+    """Scales of tasks with a source where nobody says; None for the published ones."""
+    generate_guidance: Guidance | None = None
+    """Those of tasks without."""
 
     @property
     def grid(self) -> LatentGrid:
         """How its codec and its transformer's patches divide pixels and frames."""
         return LatentGrid.of(self.codec, self.dit.patch_size)
+
+    def guidance(self, task: str) -> Guidance:
+        """The scales of a task where nobody says.
+
+        Raises:
+            UserError: if there is no such task.
+        """
+        found, default = wording(task), Guidance.default(task)
+        own = self.edit_guidance if found.needs_source else self.generate_guidance
+        return default if own is None else Guidance(own.scale, own.visual_scale if found.has_media else None)
 
 
 def _tiny() -> ModelSize:
@@ -85,7 +103,11 @@ def _tiny() -> ModelSize:
     )
     codec = CodecConfig(kind="learned", latent_channels=dit.in_channels, spatial_stride=8)
     # Steps where its presets train, the last from much noise: what is left to less noise is little.
-    return ModelSize("tiny", dit, codec, mllm, SchedulerConfig(flow_shift=60.0))
+    scheduler = SchedulerConfig(flow_shift=60.0)
+    # From words alone a picture is decided where less noise is left.
+    generate_scheduler = SchedulerConfig(flow_shift=16.0)
+    guidance = {"edit_guidance": Guidance(1.0, 1.0), "generate_guidance": Guidance(2.0, 1.0)}
+    return ModelSize("tiny", dit, codec, mllm, scheduler, generate_scheduler, **guidance)
 
 
 def _small() -> ModelSize:

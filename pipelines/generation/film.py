@@ -47,6 +47,7 @@ def edit_whole(
     references = [generator.picture(path) for path in request.refs]
     negative = settings.negative_prompt if request.negative_prompt is None else request.negative_prompt
     steps = pipeline.num_steps(settings.shortcuts.steps or settings.steps)
+    guidance = settings.guidance(pipeline.default_guidance(task.name))
     done = 0
 
     def read(start: int, stop: int) -> np.ndarray:
@@ -63,7 +64,7 @@ def edit_whole(
                 on_step(done + step + 1, steps * len(windows))
 
         latents = pipeline.sample(
-            conditions, settings.steps, settings.guidance(task.name), batch_branches=settings.batch_branches,
+            conditions, settings.steps, guidance, batch_branches=settings.batch_branches,
             on_step=count, shortcuts=settings.shortcuts, noise=noise, anchor=anchor,
         )  # fmt: skip
         done += steps

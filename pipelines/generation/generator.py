@@ -16,6 +16,7 @@ from loomvideo.model import adapters
 from loomvideo.model.clips import TARGET_FPS
 from loomvideo.model.conditions import Conditions
 from loomvideo.model.fingerprints import weights_fingerprint
+from loomvideo.model.guidance import Guidance
 from loomvideo.model.loading import ModelSource, fitted
 from loomvideo.model.pipeline import LoomVideoPipeline, load_pipeline
 from loomvideo.model.shortcuts import Shortcuts
@@ -209,12 +210,16 @@ class FileGenerator:
             return self.pipeline.sample(
                 prepared.conditions,
                 settings.steps,
-                settings.guidance(prepared.task),
+                self.guidance(prepared.task),
                 prepared.request.seed,
                 settings.batch_branches,
                 on_step=count,
                 shortcuts=shortcuts,
             )
+
+    def guidance(self, task: str) -> Guidance:
+        """The scales of a task."""
+        return self.settings.guidance(self.pipeline.default_guidance(task))
 
     def generate_seeds(
         self,
@@ -245,7 +250,7 @@ class FileGenerator:
             with self.memory_errors(together[0]):
                 made = self.pipeline.sample_seeds(
                     prepared.conditions, [request.seed for request in together], settings.steps,
-                    settings.guidance(prepared.task), settings.batch_branches, count, settings.shortcuts,
+                    self.guidance(prepared.task), settings.batch_branches, count, settings.shortcuts,
                 )  # fmt: skip
             yield from (written.result() for written in pending)
             pending = []

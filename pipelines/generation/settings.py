@@ -31,8 +31,12 @@ class Settings:
         0, "whole: frames that neighbouring windows share, of the same form as num_frames; 0 takes about a sixth"
     )
     steps: int = option(50, "denoising steps")
-    scale: float | None = option(None, "guidance scale; null takes the task's (2.5 for edits, 5 otherwise)")
-    visual_scale: float | None = option(None, "guidance scale of media; null takes 1.5")
+    scale: float | None = option(
+        None, "guidance scale; null takes the model size's of the task (tiny: 1 for edits, 2 otherwise; else 2.5 and 5)"
+    )
+    visual_scale: float | None = option(
+        None, "guidance scale of media; null takes the model size's (tiny: 1, else 1.5)"
+    )
     negative_prompt: str | None = option(
         None, "what the unconditional branch is told; null takes the model size's own (5b: the published text)"
     )
@@ -60,9 +64,8 @@ class Settings:
             raise UserError("whole=true: plays like its source; leave keep=true")
         self.shortcuts.check()
 
-    def guidance(self, task: str) -> Guidance:
-        """The task's guidance with what was set."""
-        default = Guidance.default(task)
+    def guidance(self, default: Guidance) -> Guidance:
+        """A task's guidance with what was set."""
         visual = default.visual_scale
         if visual is not None and self.visual_scale is not None:
             visual = self.visual_scale
