@@ -25,6 +25,9 @@ from loomvideo.platform.errors import UserError
 
 STRIP = "strip.png"
 STRIP_EDITS = 6
+WORDS_STRIP = "words.png"
+SHEET_ROWS = 24
+"""Generations of a sheet; more are measured, not shown."""
 COLUMNS = ("source", "edited", "target", "other instruction", "generated", *(f"reference {n}" for n in range(1, 10)))
 
 
@@ -58,13 +61,13 @@ def evaluate_heldout(
 
     Every edit is made three ways from the same noise: as instructed, with another sample's instruction, and with a
     source of zeros; ``copy_psnr_db`` is the source itself against the target. ``strip.png`` shows six edits of
-    different kinds, the first of each kind in the order of the dataset.
+    different kinds, the first of each kind in the order of the dataset; ``words.png`` six generations from words alone.
 
     Args:
         pipeline: What generates.
         config: How much and how.
         tasks: The tasks that were trained; others are left out.
-        folder: Receives ``strip.png``, ``edits.png``, ``generated.png`` and ``films/*.mp4``.
+        folder: Receives ``strip.png``, ``words.png``, ``edits.png``, ``generated.png`` and ``films/*.mp4``.
         controls: Also edit with another instruction and without the source.
 
     Raises:
@@ -141,7 +144,7 @@ class _Pictures:
             self.files.append(name)
 
     def save(self) -> None:
-        for name, rows in self.sheets.items():
+        for name, rows in (("edits", self.sheets["edits"]), ("generated", self.sheets["generated"][:SHEET_ROWS])):
             if rows:
                 title = "held-out edits" if name == "edits" else "held-out generation"
                 save_png(contact_sheet(rows, COLUMNS, title=title), self.folder / f"{name}.png")
@@ -150,6 +153,11 @@ class _Pictures:
             rows = [self.sheets["edits"][index] for index in _different(self.kinds, STRIP_EDITS)]
             save_png(contact_sheet(rows, COLUMNS[:3], height=144), self.folder / STRIP)
             self.files.append(STRIP)
+        told = [row for row in self.sheets["generated"] if set(row.panels) <= {"generated", "target"}]
+        if told:
+            rows = [told[index] for index in _different([row.text.partition(":")[0] for row in told], STRIP_EDITS)]
+            save_png(contact_sheet(rows, COLUMNS, height=144), self.folder / WORDS_STRIP)
+            self.files.append(WORDS_STRIP)
 
 
 def _different(kinds: list[str], count: int) -> list[int]:

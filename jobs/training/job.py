@@ -13,7 +13,7 @@ import torch
 from loomvideo.jobs.kernels import build as kernels_job
 from loomvideo.jobs.training.checkpoint_samples import sampling_tasks
 from loomvideo.jobs.training.config import PreferJobConfig, TrainingJobConfig
-from loomvideo.jobs.training.heldout import STRIP, HeldoutResult, evaluate_heldout
+from loomvideo.jobs.training.heldout import STRIP, WORDS_STRIP, HeldoutResult, evaluate_heldout
 from loomvideo.jobs.training.records import record_datasets, record_model
 from loomvideo.jobs.training.setup import (
     START_FILE,
@@ -231,8 +231,9 @@ def _record(heldout: HeldoutResult, folder: RunFolder, tracker: Tracker, step: i
     folder.write_json("heldout.json", heldout.as_dict())
     tracker.log_metrics({f"heldout/{name}": value for name, value in heldout.figures.items()}, step)
     tracker.log_artifact(folder.path / "heldout", "heldout")
-    if STRIP in heldout.files:
-        tracker.log_picture(folder.path / "heldout" / STRIP, "strip", step)
+    for strip in (STRIP, WORDS_STRIP):
+        if strip in heldout.files:
+            tracker.log_picture(folder.path / "heldout" / strip, Path(strip).stem, step)
     tracker.set_tags({NOTE: "\n".join(f"- {line}" for line in heldout.summary)})
 
 
@@ -240,6 +241,8 @@ def _show(heldout: HeldoutResult, folder: RunFolder) -> None:
     """The figures in words, and last of all what to look at."""
     for line in heldout.summary:
         console().print(f"  {line}", soft_wrap=True)
+    if WORDS_STRIP in heldout.files:
+        console().print(f"from words alone: {folder.path / 'heldout' / WORDS_STRIP}", soft_wrap=True)
     name = STRIP if STRIP in heldout.files else ""
     console().print(f"to look at: {folder.path / 'heldout' / name}", soft_wrap=True)
 

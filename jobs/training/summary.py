@@ -1,4 +1,4 @@
-"""What held-out edits show, in words: colours right out of so many, decibels with their intervals."""
+"""What held-out samples show, in words: colours right out of so many, decibels with their intervals."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -45,9 +45,10 @@ def words(samples: Sequence[HeldoutSample]) -> list[str]:
     lines = []
     colours = [right for s in samples if (right := s.figures.get("garment_colour_right")) is not None]
     if colours:
-        low, high = wilson(int(sum(colours)), len(colours))
-        share = f"{np.mean(colours):.0%}, {low:.0%} to {high:.0%}"
-        lines.append(f"{int(sum(colours))} of {len(colours)} garments have the colour asked for ({share})")
+        lines.append(f"{_of(colours)} garments have the colour asked for ({_share(colours)})")
+    drawn = [right for s in samples if (right := s.figures.get("garments_drawn_right")) is not None]
+    if drawn:
+        lines.append(f"{_of(drawn)} captions are drawn with their garments and colours ({_share(drawn)})")
     outside = _interval(samples, lambda s: s.figures.get("outside_psnr_db"))
     if outside:
         lines.append(f"outside the edit {outside}")
@@ -62,6 +63,15 @@ def words(samples: Sequence[HeldoutSample]) -> list[str]:
     if wrong:
         lines.append(f"with another instruction {wrong} worse")
     return lines
+
+
+def _of(right: Sequence[float]) -> str:
+    return f"{int(sum(right))} of {len(right)}"
+
+
+def _share(right: Sequence[float]) -> str:
+    low, high = wilson(int(sum(right)), len(right))
+    return f"{np.mean(right):.0%}, {low:.0%} to {high:.0%}"
 
 
 def wilson(right: int, number: int, z: float = 1.96) -> tuple[float, float]:

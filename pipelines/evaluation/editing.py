@@ -99,6 +99,7 @@ def nearest_colour(
     mask: np.ndarray,
     palette: Mapping[str, tuple[int, int, int]],
     without: str | None = None,
+    mixed: bool = False,
 ) -> str:
     """The named colour that most marked pixels are nearest to, in CIELAB.
 
@@ -107,12 +108,16 @@ def nearest_colour(
         mask: ``[frames, height, width]``, not empty.
         palette: RGB, 0 to 255, by name.
         without: A name that does not count, such as the second colour of a pattern.
+        mixed: Half-way between a colour and ``without`` is that colour too, as in a pattern finer than pixels.
     """
     check_video(video)
     names = list(palette)
-    centres = rgb2lab(np.array([[palette[name] for name in names]]) / 255.0)[0]
+    colours = np.array([palette[name] for name in names]) / 255.0
+    if mixed and without in palette:
+        colours = np.concatenate([colours, (colours + colours[names.index(without)]) / 2])
+    centres = rgb2lab(colours[None])[0]
     pixels = rgb2lab(video[mask][None] / 255.0)[0]
-    nearest = ((pixels[:, None] - centres) ** 2).sum(-1).argmin(1)
+    nearest = ((pixels[:, None] - centres) ** 2).sum(-1).argmin(1) % len(names)
     counts = np.bincount(nearest, minlength=len(names))
     if without in palette:
         counts[names.index(without)] = 0

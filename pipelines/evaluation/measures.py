@@ -7,10 +7,11 @@ import numpy as np
 
 from loomvideo.pipelines.evaluation import editing, metrics, motion
 from loomvideo.pipelines.evaluation.controls import MEASURED
+from loomvideo.pipelines.evaluation.drawn_garments import garments_right
 from loomvideo.pipelines.evaluation.inputs import LoadedItem
 from loomvideo.pipelines.sample_data.garments import COLOURS
 
-VERSION = 4
+VERSION = 5
 """Raised when any metric changes, so that stored values are not mixed with new ones."""
 
 NAMES = frozenset(
@@ -20,7 +21,7 @@ NAMES = frozenset(
         "flow_endpoint_error", "flow_direction_cosine", "flow_magnitude_ratio", "edit_locality", "outside_psnr_db",
         "outside_ssim", "target_color_distance", "edit_psnr_db", "edit_ssim", "edit_ms_ssim", "copy_psnr_db",
         "gain_psnr_db", "asked_area", "block_edge_ratio", "garment_delta_e", "garment_colour_right",
-        "reference_color_distance"
+        "garments_drawn_right", "reference_color_distance"
     }
 )  # fmt: skip
 """All that :func:`measure` knows."""
@@ -34,7 +35,8 @@ def measure(video: np.ndarray, inputs: LoadedItem, only: Collection[str] | None 
     Preservation (``outside_*``) is measured only for edits that should leave the rest alone, always beside
     ``edit_strength``. With a target, ``edit_psnr_db`` is against it, ``copy_psnr_db`` is what the source would get, and
     ``asked_area`` is the share of pixels that the edit should change. ``garment_colour_right`` is 1 where the named
-    colour nearest to most pixels of the edited region is the one asked for.
+    colour nearest to most pixels of the edited region is the one asked for; ``garments_drawn_right`` where a result
+    from words alone wears the garments of its caption (:mod:`~loomvideo.pipelines.evaluation.drawn_garments`).
 
     Args:
         video: uint8 ``[frames, height, width, 3]``.
@@ -58,6 +60,8 @@ def measure(video: np.ndarray, inputs: LoadedItem, only: Collection[str] | None 
         found |= _against_source(video, inputs.source, inputs)
     if inputs.target is not None:
         found |= _against_target(video, inputs.target, inputs)
+    if worn := inputs.item.extra.get("worn"):
+        found["garments_drawn_right"] = lambda: float(garments_right(video, worn))
     if inputs.references:
         found["reference_color_distance"] = partial(_reference_distance, video, inputs)
     return {name: value() for name, value in found.items() if only is None or name in only}

@@ -53,6 +53,9 @@ METRICS: dict[str, Metric] = {
         Metric(
             "garment_colour_right", "", True, headline=True, margin=0.05, label="share of garments in the colour asked"
         ),
+        Metric(
+            "garments_drawn_right", "", True, headline=True, margin=0.05, label="share of captions with garments right"
+        ),
         Metric("asked_area"),
         Metric("block_edge_ratio", "", False, margin=0.05),
         Metric("outside_psnr_db", "dB", True, headline=True, margin=0.5, idle=True),

@@ -78,7 +78,7 @@ def _item(suite: str, s: Sample, category: str) -> EvalItem:
         s.extra.get("mask"),
         cluster=s.group or s.source or s.key,
         aligned=TASKS[s.task].needs_source and local,
-        extra={"kind": _kind(s), "garment": _kind(s) in _COLOUR_KINDS} | _colours(s),
+        extra={"kind": _kind(s), "garment": _kind(s) in _COLOUR_KINDS} | _colours(s) | _worn(s),
     )
 
 
@@ -89,6 +89,12 @@ def _colours(s: Sample) -> dict[str, str]:
     if _kind(s) not in _COLOUR_KINDS or not worn:
         return {}
     return {name: worn[0][key] for name, key in (("colour", "colour"), ("accent", "accent")) if key in worn[0]}
+
+
+def _worn(s: Sample) -> dict[str, list[dict[str, str]]]:
+    """The garments that a caption names, where words are all that the model is told."""
+    garments = s.extra.get("garments")
+    return {"worn": garments} if s.dataset == "fashion-world" and garments and not TASKS[s.task].has_media else {}
 
 
 def _kind(s: Sample) -> str:

@@ -29,6 +29,11 @@ def test_words_count_colours_and_name_decibels():
     assert lines[3].startswith("with another instruction 5.5 dB (")
 
 
+def test_words_count_captions():
+    samples = [sample(f"g{n}", garments_drawn_right=float(n % 4 != 0)) for n in range(20)]
+    assert words(samples) == ["15 of 20 captions are drawn with their garments and colours (75%, 53% to 89%)"]
+
+
 def test_small_edits_and_missing_figures_are_left_out():
     assert words([sample("a", sharpness=3.0)]) == []
     small = sample("a", edit_psnr_db=30.0, gain_psnr_db=1.0, asked_area=0.05, garment_colour_right=None)

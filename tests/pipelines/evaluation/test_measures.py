@@ -13,7 +13,15 @@ def test_a_few_metrics_are_those_of_all_and_cost_no_others(monkeypatch):
     source = rng.integers(0, 255, (3, 48, 48, 3), dtype=np.uint8)
     target = source.copy()
     target[:, 8:20, 8:20] = (200, 30, 30)
-    item = EvalItem("t", "k", "ref_edit", "", "", aligned=True, extra={"garment": True, "colour": "red"})
+    item = EvalItem(
+        "t",
+        "k",
+        "ref_edit",
+        "",
+        "",
+        aligned=True,
+        extra={"garment": True, "colour": "red", "worn": [{"type": "dress", "colour": "red"}]},
+    )
     inputs = LoadedItem(item, source, (target[0],), target, None, (48, 48), 3, 24.0, block_periods=(8,))
     video = target // 2
     everything = measure(video, inputs)

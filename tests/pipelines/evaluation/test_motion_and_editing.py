@@ -112,3 +112,8 @@ def test_nearest_colour_goes_by_most_pixels(edit):
     striped[:, :, 30:60] = (240, 240, 240)
     assert editing.nearest_colour(striped, mask, palette) == "white"
     assert editing.nearest_colour(striped, mask, palette, without="white") == "red"
+    # A pattern finer than pixels: between red and white, nearer to pink than to red.
+    blurred = np.broadcast_to(np.uint8([225, 138, 141]), edited.shape)
+    palette["pink"] = (243, 132, 176)
+    assert editing.nearest_colour(blurred, mask, palette, without="white") == "pink"
+    assert editing.nearest_colour(blurred, mask, palette, without="white", mixed=True) == "red"
