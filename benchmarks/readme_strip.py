@@ -1,4 +1,4 @@
-"""Put the strip of edits that `make pretrain` and `make finetune-edit` made into README.md, with date and machine.
+"""Put the strips of edits and generations that the tiny presets made into README.md, with date and machine.
 
     python benchmarks/readme_strip.py                      # of the newest finished finetune-edit run
     python benchmarks/readme_strip.py runs/pretrain/NAME   # of that run, and say so
@@ -17,6 +17,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 PICTURE = Path("docs/images/tiny-edits.png")
+WORDS_PICTURE = Path("docs/images/tiny-words.png")
 BEGIN, END = "<!-- strip: written by benchmarks/readme_strip.py -->", "<!-- end of strip -->"
 
 
@@ -27,11 +28,12 @@ def main() -> None:
     args = parser.parse_args()
     run = args.run or max((ROOT / "runs/finetune-edit").glob("*/heldout/strip.png")).parents[1]
     heldout = json.loads((run / "heldout.json").read_text())
-    # 256 colours show what can be seen, in a third of the bytes.
-    Image.open(run / "heldout/strip.png").convert("RGB").quantize(256).save(ROOT / PICTURE, optimize=True)
+    for strip, picture in (("strip.png", PICTURE), ("words.png", WORDS_PICTURE)):
+        # 256 colours show what can be seen, in a third of the bytes.
+        Image.open(run / "heldout" / strip).convert("RGB").quantize(256).save(ROOT / picture, optimize=True)
     readme = ROOT / "README.md"
     readme.write_text(replaced(readme.read_text(), lines(run, heldout["summary"])))
-    print(f"{PICTURE} and README.md show {run}")
+    print(f"{PICTURE}, {WORDS_PICTURE} and README.md show {run}")
 
 
 def lines(run: Path, summary: list[str]) -> str:
@@ -42,7 +44,9 @@ def lines(run: Path, summary: list[str]) -> str:
     return (
         f"![Six held-out edits of the tiny preset: source, edited, target]({PICTURE.as_posix()})\n\n"
         f"Held-out edits, the first of each kind, after {commands} ({made.isoformat()}, {machine()}): "
-        f"{measured}.\n"
+        f"{measured}.\n\n"
+        f"![Held-out captions drawn by the same model, and their targets]({WORDS_PICTURE.as_posix()})\n\n"
+        "The same weights from words alone, the first captions of pictures and of clips.\n"
     )
 
 

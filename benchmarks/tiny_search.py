@@ -28,6 +28,7 @@ from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.packing import DiTSample, pack
 from loomvideo.model.sampler import SchedulerConfig
 from loomvideo.model.sizes import model_size
+from loomvideo.pipelines.evaluation.drawn_garments import garments_right
 from loomvideo.pipelines.evaluation.editing import change_mask
 from loomvideo.pipelines.evaluation.metrics import psnr_db
 from loomvideo.pipelines.training.config import ObjectiveConfig
@@ -37,6 +38,7 @@ from loomvideo.platform.training.randomness import SampleRandom
 
 DEFAULTS: dict[str, Any] = {
     "tasks": "all",  # or edit: without generation from words
+    "weights": "",  # how often a task's samples are drawn for once of another's, such as t2i:2,image_edit:3
     "batch": 8,  # samples a step
     "rate": 1.5e-3,
     "warmup": 30,
@@ -55,6 +57,8 @@ DEFAULTS: dict[str, Any] = {
     "shift_scale": 3.3,
     "shift_base": 1,
     "shift_limit": 30.0,
+    "generate_shift_scale": 0.5,  # of samples without a source
+    "generate_shift_limit": 4.0,
     "drop_all": 0.05,
     "drop_text": 0.05,
     "start": "copy",  # or random
@@ -80,6 +84,9 @@ def main() -> None:
     parser.add_argument("--edits", type=int, default=32, help="held-out edits that are made")
     parser.add_argument("--steps", type=int, default=8, help="sampler steps")
     parser.add_argument("--flow-shift", type=float, default=30.0, help="of the sampler")
+    parser.add_argument("--generations", type=int, default=0, help="held-out captions that are drawn")
+    parser.add_argument("--generate-steps", type=int, default=24, help="sampler steps from words")
+    parser.add_argument("--generate-flow-shift", type=float, default=4.0, help="of the sampler from words")
     parser.add_argument("--table", type=Path, default=Path("runs/tiny-search.jsonl"))
     parser.add_argument(
         "--words",
@@ -120,6 +127,8 @@ class Search:
             shift_scale=settings["shift_scale"],
             shift_base_tokens=int(settings["shift_base"]),
             shift_limit=settings["shift_limit"],
+            generate_shift_scale=settings["generate_shift_scale"],
+            generate_shift_limit=settings["generate_shift_limit"],
             drop_all=settings["drop_all"],
             drop_text=settings["drop_text"],
         )
@@ -170,7 +179,9 @@ class Search:
         ]
         for row in train:
             self.sample(row)
-        pool = train + [n for n in train if self.rows[n]["num_frames"] == 1] * (int(settings["images"]) - 1)
+        weights = dict(item.split(":") for item in settings["weights"].split(",") if item)
+        pool = [n for n in train for _ in range(int(weights.get(self.rows[n]["task"], 1)))]
+        pool += [n for n in train if self.rows[n]["num_frames"] == 1] * (int(settings["images"]) - 1)
         optimizers = self.optimizers(model)
         parameters = list(model.parameters())
         average = [parameter.detach().clone() for parameter in parameters]
@@ -209,14 +220,18 @@ class Search:
         if self.args.save:
             torch.save(model.state_dict(), self.args.save)
         tail = losses[-max(len(losses) // 10, 1) :]
-        return {
-            "seconds": round(used, 1),
-            "parameters": sum(p.numel() for p in parameters),
-            "steps": step,
-            "ms": round(1000 * used / step, 1),
-            "visits": step * int(settings["batch"]),
-            "loss": round(float(np.mean(tail)), 4),
-        } | self.measure(model.eval())
+        return (
+            {
+                "seconds": round(used, 1),
+                "parameters": sum(p.numel() for p in parameters),
+                "steps": step,
+                "ms": round(1000 * used / step, 1),
+                "visits": step * int(settings["batch"]),
+                "loss": round(float(np.mean(tail)), 4),
+            }
+            | self.measure(model.eval())
+            | self.measure_generations(model)
+        )
 
     def share_done(self, step: int, seconds: float) -> float:
         """How much of the run is over, 1 at its end."""
@@ -300,19 +315,42 @@ class Search:
                   [targets[n][-1] for n in range(12)], self.args.strip)  # fmt: skip
         return {name: round(float(np.mean(values)), 4) for name, values in figures.items()}
 
+    @torch.no_grad()
+    def measure_generations(self, model: LoomVideoDiT) -> dict[str, str]:
+        """How many held-out captions are drawn with their garments in their colours, by task."""
+        found = {}
+        for task in ("t2i", "t2v") if self.args.generations else ():
+            rows = [n for n, row in enumerate(self.rows) if row["split"] == "heldout" and row["task"] == task]
+            samples = [s for row in rows if (s := self.sample(row)).metadata.get("extra", {}).get("garments")]
+            samples = samples[: self.args.generations]
+            states = [s.tensors["mllm"][f"full.{s.metadata['mllm_index'][0]}"].float() for s in samples]
+            made = self.decode(
+                self.sampled(model, samples, states, self.args.generate_steps, self.args.generate_flow_shift)
+            )
+            right = [garments_right(v, s.metadata["extra"]["garments"]) for v, s in zip(made, samples, strict=True)]
+            found[task] = f"{sum(right)} of {len(right)}"
+            if self.args.strip:
+                path = self.args.strip.with_stem(f"{self.args.strip.stem}-{task}")
+                strip([v[-1] for v in made[:12]], [v[0] for v in made[:12]], path)
+        return found
+
     def edit(self, model: LoomVideoDiT, samples: list[Any], states: list[Tensor]) -> list[Tensor]:
-        """Latents of edits, all in one pack."""
+        """Latents of edits."""
+        return self.sampled(model, samples, states, self.args.steps, self.args.flow_shift)
+
+    def sampled(
+        self, model: LoomVideoDiT, samples: list[Any], states: list[Tensor], steps: int, flow_shift: float
+    ) -> list[Tensor]:
+        """Latents of samples, all in one pack."""
         config = self.recipe.config
-        sources = [s.tensors["source"]["mean.0"].float() for s in samples]
+        sources = [s.tensors["source"]["mean.0"].float() if "source" in s.tensors else None for s in samples]
         references = []
         for s in samples:
             found = s.tensors.get("refs", {})
             references.append([found[name].float() for name in sorted(found) if name.startswith("mean.")])
-        latents = [
-            SampleRandom(1, s.key, 0).normal("noise", source.shape) for s, source in zip(samples, sources, strict=True)
-        ]
-        schedulers = [SchedulerConfig(self.args.flow_shift).build(self.args.steps) for _ in samples]
-        for number in range(self.args.steps):
+        latents = [SampleRandom(1, s.key, 0).normal("noise", s.tensors["target"]["mean.0"].shape) for s in samples]
+        schedulers = [SchedulerConfig(flow_shift).build(steps) for _ in samples]
+        for number in range(steps):
             timestep = schedulers[0].timesteps[number]
             batch = pack(
                 [

@@ -1,6 +1,7 @@
 """The documentation against the code: every size and count that a page states, its links and the files it names."""
 
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.sizes import SIZES, model_size
 from loomvideo.model.tasks import WORDINGS
 from loomvideo.pipelines.sample_data.config import SampleDataConfig
+from loomvideo.pipelines.sample_data.generate import plan_groups
 
 ROOT = DOCS.parent
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("**/*.md"))]
@@ -56,7 +58,8 @@ def test_model_sizes():
 
 def test_the_sample_dataset():
     config = SampleDataConfig()
-    total, train, heldout = config.num_train + config.num_heldout, config.num_train, config.num_heldout
+    counts = Counter(plan.split for plan in plan_groups(config) for _ in plan.tasks)
+    total, train, heldout = counts.total(), counts["train"], counts["heldout"]
     text = page("sources.md")
     number = {6: "six", 7: "seven", 8: "eight"}[len(config.task_weights)]
     assert f"makes {total:,} samples of {number} tasks ({train:,} train, {heldout} held out)" in text

@@ -6,6 +6,9 @@ from loomvideo.model.tasks import TASKS
 from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
 
+FROM_WORDS = tuple(name for name, task in TASKS.items() if not task.has_media)
+"""Tasks that are told nothing but words."""
+
 
 @dataclass
 class SampleDataConfig:
@@ -21,6 +24,11 @@ class SampleDataConfig:
     task_weights: dict[str, float] = option(
         {"t2i": 0.05, "t2v": 0.05, "image_edit": 0.3, "video_edit": 0.45, "ref_edit": 0.1, "mi2v": 0.05},
         "share of each task",
+    )
+    from_words: dict[str, float] = option(
+        {"t2i": 0.75, "t2v": 0.15},
+        "samples to generate from captions alone, a figure of its own each, beside num_train and num_heldout: how many "
+        "for each of those, by task",
     )
     edit_weights: dict[str, float] = option(
         {"recolour": 0.6, "background": 0.3, "pattern": 0.1}, "share of each kind of fashion edit"
@@ -48,6 +56,9 @@ class SampleDataConfig:
         for name in self.edit_weights:
             if name not in kinds:
                 raise UserError(f"sample data: edit_weights.{name} is none of {', '.join(kinds)}")
+        for task, share in self.from_words.items():
+            if task not in FROM_WORDS or share < 0:
+                raise UserError(f"sample data: from_words.{task}={share}: shares >= 0 of {' and '.join(FROM_WORDS)}")
         for section in ("task_weights", "edit_weights"):
             weights = list(getattr(self, section).values())
             if not weights or min(weights) < 0 or sum(weights) <= 0:

@@ -121,7 +121,16 @@ def plan_groups(config: SampleDataConfig) -> list[GroupPlan]:
             chunk = tuple(real_tasks[number :: len(items)])
             if chunk:
                 plans.append(GroupPlan(item.name, split, (config.seed, split_number, 2, number), chunk, item))
+        # Captions name figure, garments and place: every figure another, as there is no source to share.
+        for number, task in enumerate(_words_tasks(count, config.from_words)):
+            name = f"words-{split}-{number:04d}"
+            plans.append(GroupPlan(name, split, (config.seed, split_number, 3, number), (task,)))
     return plans
+
+
+def _words_tasks(count: int, shares: dict[str, float]) -> list[str]:
+    """The tasks that are told words alone, in the numbers their shares of ``count`` ask for."""
+    return [task for task in sorted(shares) for _ in range(round(count * shares[task]))]
 
 
 def _tasks(count: int, weights: dict[str, float], random: np.random.Generator) -> list[str]:

@@ -21,7 +21,9 @@ from loomvideo.pipelines.sample_data.real import MEDIA, OPERATORS
 from loomvideo.pipelines.sources.samples import Sample, read_jsonl
 from loomvideo.platform.errors import UserError
 
-SMALL = SampleDataConfig(num_train=16, num_heldout=6, width=64, height=64, num_frames=[5], real=False, workers=1)
+SMALL = SampleDataConfig(
+    num_train=16, num_heldout=6, width=64, height=64, num_frames=[5], real=False, workers=1, from_words={}
+)
 
 
 @pytest.fixture(scope="module")
@@ -140,10 +142,29 @@ def test_same_configuration_is_done_once_and_a_foreign_folder_is_left_alone(data
 
 
 def test_quotas_follow_the_weights():
-    config = SampleDataConfig(num_train=100, num_heldout=0, real=False, task_weights={"t2v": 1, "video_edit": 3})
+    weights = {"t2v": 1, "video_edit": 3}
+    config = SampleDataConfig(num_train=100, num_heldout=0, real=False, task_weights=weights, from_words={})
     tasks = [task for plan in plan_groups(config) for task in plan.tasks]
     assert tasks.count("video_edit") == 75
     assert tasks.count("t2v") == 25
+
+
+def test_captions_come_beside_the_rest_and_change_none_of_it():
+    few = SampleDataConfig(num_train=8, num_heldout=4, real=False, from_words={})
+    more = dataclasses.replace(few, from_words={"t2i": 0.5, "t2v": 0.25})
+    more.check()
+    added = [plan for plan in plan_groups(more) if plan not in plan_groups(few)]
+    assert len(plan_groups(more)) == len(plan_groups(few)) + len(added)
+    assert [(plan.split, plan.tasks) for plan in added] == [
+        *[("train", ("t2i",))] * 4,
+        *[("train", ("t2v",))] * 2,
+        *[("heldout", ("t2i",))] * 2,
+        ("heldout", ("t2v",)),
+    ]
+    assert len({plan.seed for plan in plan_groups(more)}) == len(plan_groups(more))
+    for wrong in ({"video_edit": 1.0}, {"t2i": -1.0}):
+        with pytest.raises(UserError, match=r"from_words\.(video_edit|t2i)=.*t2i and t2v"):
+            dataclasses.replace(few, from_words=wrong).check()
 
 
 def test_real_clips_and_photos(wheel, tmp_path):
