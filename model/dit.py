@@ -22,6 +22,7 @@ from loomvideo.model import kernels
 from loomvideo.model.attention import settled_attention
 from loomvideo.model.blocks import Block, Context, Lent
 from loomvideo.model.config import DiTConfig
+from loomvideo.model.kernels.rope import keep_tables_out_of_programs
 from loomvideo.model.packing import PackedBatch
 from loomvideo.model.parts import brought
 from loomvideo.model.shortcuts import BlockCache
@@ -167,6 +168,7 @@ class LoomVideoDiT(nn.Module):
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile what runs a block (with its activation checkpointing): one graph, shared by all blocks."""
+        keep_tables_out_of_programs()
         self._run_module = torch.compile(_run_module, **options)
 
     def run_blocks_eagerly(self) -> None:

@@ -22,7 +22,6 @@ def axis_sizes(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * side, side, side
 
 
-@torch.compiler.assume_constant_result
 def rope_tables(head_dim: int, theta: float, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Cosines and sines of every position and channel pair, computed in float64 and rounded once.
 
@@ -30,6 +29,14 @@ def rope_tables(head_dim: int, theta: float, device: torch.device, dtype: torch.
         ``[2, MAX_POSITION, head_dim // 2]`` of ``dtype``: cosines, then sines; the pairs of t, h and w side by side.
     """
     return _tables(head_dim, theta, device, dtype)
+
+
+def keep_tables_out_of_programs() -> None:
+    """Let ``torch.compile`` take :func:`rope_tables` as constants; call it before compiling what turns by them.
+
+    Not a decorator: it would import the compiler, more than half of the start of a decoder that never compiles.
+    """
+    torch.compiler.assume_constant_result(rope_tables)
 
 
 @lru_cache(maxsize=32)
