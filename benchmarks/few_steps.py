@@ -2,9 +2,10 @@
 
     python benchmarks/few_steps.py TEACHER STUDENT data/sample/samples.jsonl --steps 20 --scales 1.0 1.5 --count 4
 
-``edit_psnr_db`` is against the target (edits alone); ``colour`` the share of results whose garment has the colour asked
-for, where one is; both as teacher, student, and the mean of paired differences with a 95 % interval (bootstrap over
-figures). CPU seconds are those of sampling in this process, a result.
+``edit PSNR`` is against the target (edits alone); ``colour`` the share of results whose garment has the colour asked
+for, where one is, and ``drawn`` of results from words alone with all garments of the caption right; as teacher,
+student, and the mean of paired differences with a 95 % interval (bootstrap over figures). CPU seconds are those of
+sampling in this process, a result.
 
 ``diversity`` is the mean distance of two seeds' results in grey levels, the student's over the teacher's: of all
 pixels; of means of 8x8 pixels (``coarse``: fine noise is gone); where the edit changes pixels and where it should not
@@ -31,7 +32,7 @@ from loomvideo.pipelines.evaluation.measures import edit_region, measure
 from loomvideo.pipelines.evaluation.statistics import bootstrap_mean
 from loomvideo.pipelines.evaluation.suites import own
 
-METRICS = ("edit_psnr_db", "garment_colour_right", "outside_psnr_db")
+METRICS = ("edit_psnr_db", "garment_colour_right", "garments_drawn_right", "outside_psnr_db")
 DISTANCES = ("all", "coarse", "inside", "outside")
 CELL = 8
 
@@ -51,19 +52,18 @@ def distances(videos: list[NDArray[np.uint8]], region: NDArray[np.bool_] | None)
 
 
 def measured(
-    pipeline: LoomVideoPipeline, inputs: LoadedItem, steps: int, scale: float, seeds: int
+    pipeline: LoomVideoPipeline, inputs: LoadedItem, steps: int, guidance: Guidance, seeds: int
 ) -> tuple[list[float], list[float], float]:
     """:data:`METRICS`, :data:`DISTANCES` and CPU seconds of a result."""
     item = inputs.item
     conditions = pipeline.encode(
         item.task, item.text, inputs.source, list(inputs.references), inputs.size, inputs.num_frames
     )
-    guidance = Guidance(scale, scale if TASKS[item.task].has_media else None)
     started = time.process_time()
     latents = [pipeline.sample(conditions, steps, guidance, seed) for seed in range(seeds)]
     seconds = (time.process_time() - started) / seeds
     videos = [pipeline.decode(each) for each in latents]
-    values = [measure(video, inputs, METRICS) for video in videos] if inputs.source is not None else [{}]
+    values = [measure(video, inputs, METRICS) for video in videos]
     means = [float(np.mean([each.get(name, np.nan) for each in values])) for name in METRICS]
     return means, distances(videos, edit_region(inputs)), seconds
 
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("student")
     parser.add_argument("samples", type=Path)
     parser.add_argument("--steps", type=int, default=20, help="of the teacher")
-    parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="guidance of the teacher, a row each")
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="guidance of its edits, a row each")
     parser.add_argument("--first", type=int, default=0, help="take the student's first steps alone, such as 2 or 1")
     parser.add_argument("--tasks", default=",".join(TASKS), help="of these tasks alone")
     parser.add_argument("--count", type=int, default=4, help="held-out samples of a task")
@@ -107,20 +107,24 @@ def main() -> None:
         num_frames=options.frames, text_size=(options.bucket, options.bucket),
     )  # fmt: skip
     print(f"teacher {options.steps} steps; student {student.few_steps.describe()}; {options.seeds} seeds")
-    print(f"task, scale | edit PSNR dB | colour | outside dB | diversity {', '.join(DISTANCES)} | CPU s")
-    models = [(teacher, options.steps, scale) for scale in options.scales]
-    models.append((student, student.few_steps.num_steps, 1.0))
+    print(f"task, scale | edit PSNR dB | colour | drawn | outside dB | diversity {', '.join(DISTANCES)} | CPU s")
     for task in options.tasks.split(","):
+        own_scale = teacher.default_guidance(task)
+        edits = TASKS[task].needs_source
+        scales = [Guidance(scale, scale) for scale in options.scales] if edits else [own_scale]
+        models = [(teacher, options.steps, guidance) for guidance in scales]
+        # Guidance is folded into it.
+        models.append((student, student.few_steps.num_steps, own_scale))
         rows, clusters = [], []
         for item in [item for item in manifest.items if item.task == task][: options.count]:
             inputs = load_item(item, manifest.root, sizes)
-            made = [measured(model, inputs, steps, scale, options.seeds) for model, steps, scale in models]
+            made = [measured(model, inputs, steps, guidance, options.seeds) for model, steps, guidance in models]
             rows.append([[*metrics, *apart, seconds] for metrics, apart, seconds in made])
             clusters.append(item.cluster or item.key)
         if not rows:
             continue
         table = np.array(rows)
-        for number, scale in enumerate(options.scales):
+        for number, guidance in enumerate(scales):
             pair = table[:, [number, -1]]
             shown = [difference(pair[:, :, place], clusters, 2) for place in range(len(METRICS))]
             apart = pair[:, :, len(METRICS) : -1]
@@ -129,7 +133,7 @@ def main() -> None:
             grey = ", ".join(f"{of:.1f}" for of in spread[0])
             seconds, own_seconds = pair[:, :, -1].mean(0)
             print(
-                f"{task}, {scale:g} | {' | '.join(shown)} | {ratios} of {grey} grey levels | "
+                f"{task}, {guidance.scale:g} | {' | '.join(shown)} | {ratios} of {grey} grey levels | "
                 f"{seconds:.2f}, {own_seconds:.2f} ({seconds / own_seconds:.1f}x less)",
                 flush=True,
             )
