@@ -14,7 +14,6 @@ to the source there.
 """
 
 import argparse
-import dataclasses
 import itertools
 import time
 from pathlib import Path
@@ -98,9 +97,7 @@ def main() -> None:
     if student.few_steps is None:
         parser.error(f"{options.student}: was not distilled")
     if options.first:
-        student.few_steps = dataclasses.replace(
-            student.few_steps, timesteps=student.few_steps.timesteps[: options.first]
-        )
+        student.few_steps = student.few_steps.first(options.first)
     manifest = own.sample(options.samples, heldout_fraction=0.0)
     sizes = InputOptions(
         bucket_classes=(options.bucket,), reference_classes=(options.bucket,), grid=teacher.grid,

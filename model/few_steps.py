@@ -7,7 +7,7 @@ levels x0 is noised again with fresh noise (Yin et al., 2024, "Improved Distribu
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,28 @@ class FewSteps:
     Attributes:
         timesteps: The timesteps that are fed, falling from 1000; one pass each.
         guidance: The teacher's scales that are folded in, by name, for the record.
+        generate_timesteps: Those of tasks without a source, equally many; None for the same.
     """
 
     timesteps: tuple[float, ...]
     guidance: tuple[tuple[str, float], ...] = ()
+    generate_timesteps: tuple[float, ...] | None = None
 
     @classmethod
-    def of(cls, schedule: Sequence[float], shift: float, guidance: dict[str, float] | None = None) -> "FewSteps":
+    def of(
+        cls,
+        schedule: Sequence[float],
+        shift: float,
+        guidance: dict[str, float] | None = None,
+        generate_shift: float | None = None,
+    ) -> "FewSteps":
         """Levels from a schedule that is shifted towards noise like the sampler's sigmas.
+
+        Args:
+            schedule: Timesteps from 1000 down.
+            shift: What moves them; 1 moves nothing.
+            guidance: The teacher's scales.
+            generate_shift: What moves them for tasks without a source; None for the same.
 
         Raises:
             UserError: if the schedule does not fall from 1000, or has more than eight steps.
@@ -53,28 +67,44 @@ class FewSteps:
                 f"schedule={levels}: give 1 to {MAX_STEPS} timesteps that fall from {NUM_TRAIN_TIMESTEPS} and stay "
                 "above 0, such as [1000, 750, 500, 250]"
             )
-        if shift < 1:
-            raise UserError(f"shift={shift}: must be at least 1, which shifts nothing")
-        shifted = (NUM_TRAIN_TIMESTEPS * shift_time(level / NUM_TRAIN_TIMESTEPS, shift) for level in levels)
-        return cls(tuple(shifted), tuple(sorted((guidance or {}).items())))
+        for key, value in (("shift", shift), ("generate_shift", generate_shift)):
+            if value is not None and value < 1:
+                raise UserError(f"{key}={value}: must be at least 1, which shifts nothing")
+
+        def shifted(by: float) -> tuple[float, ...]:
+            return tuple(NUM_TRAIN_TIMESTEPS * shift_time(level / NUM_TRAIN_TIMESTEPS, by) for level in levels)
+
+        generated = None if generate_shift is None else shifted(generate_shift)
+        return cls(shifted(shift), tuple(sorted((guidance or {}).items())), generated)
 
     @property
     def num_steps(self) -> int:
         """Passes of a generation."""
         return len(self.timesteps)
 
-    @property
-    def times(self) -> tuple[float, ...]:
-        """The levels as t, from 1 (noise) down."""
-        return tuple(timestep / NUM_TRAIN_TIMESTEPS for timestep in self.timesteps)
+    def timesteps_of(self, has_source: bool) -> tuple[float, ...]:
+        """The timesteps of a video that is made with or without a source."""
+        return self.timesteps if has_source or self.generate_timesteps is None else self.generate_timesteps
+
+    def times_of(self, has_source: bool) -> tuple[float, ...]:
+        """The same as t, from 1 (noise) down."""
+        return tuple(timestep / NUM_TRAIN_TIMESTEPS for timestep in self.timesteps_of(has_source))
+
+    def first(self, steps: int) -> "FewSteps":
+        """The first of the steps alone."""
+        generated = self.generate_timesteps and self.generate_timesteps[:steps]
+        return replace(self, timesteps=self.timesteps[:steps], generate_timesteps=generated)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {"timesteps": list(self.timesteps), "guidance": dict(self.guidance)}
+        own = {} if self.generate_timesteps is None else {"generate_timesteps": list(self.generate_timesteps)}
+        return {"timesteps": list(self.timesteps), "guidance": dict(self.guidance)} | own
 
     def describe(self) -> str:
         """For people."""
         levels = ", ".join(f"{timestep:g}" for timestep in self.timesteps)
+        if self.generate_timesteps is not None:
+            levels += "; without a source " + ", ".join(f"{timestep:g}" for timestep in self.generate_timesteps)
         return f"{self.num_steps} steps (timesteps {levels}) with guidance folded in"
 
 
@@ -90,7 +120,10 @@ def stated_few_steps(weights: str | Path) -> FewSteps | None:
 
 def few_steps_of(stated: Mapping[str, Any]) -> FewSteps:
     """From what a folder states."""
-    return FewSteps(tuple(stated["timesteps"]), tuple(sorted(stated.get("guidance", {}).items())))
+    generated = stated.get("generate_timesteps")
+    return FewSteps(
+        tuple(stated["timesteps"]), tuple(sorted(stated.get("guidance", {}).items())), generated and tuple(generated)
+    )
 
 
 def clean_from_velocity(noised: Tensor, velocity: Tensor, t: Tensor | float) -> Tensor:
@@ -130,10 +163,11 @@ def sample_few_steps(
     Returns:
         Latents, fp32, like a noise, on the model's device.
     """
-    timesteps = torch.tensor(few_steps.timesteps, dtype=torch.float32)
+    has_source = branch.source is not None
+    timesteps = torch.tensor(few_steps.timesteps_of(has_source), dtype=torch.float32)
     denoiser = Denoiser(model, noises[0], {FULL: branch}, timesteps, ranks=ranks)
     latents = noises[0].to(denoiser.device, torch.float32)
-    for step, t in enumerate(few_steps.times):
+    for step, t in enumerate(few_steps.times_of(has_source)):
         if step:
             latents = noised_again(latents, noises[step].to(latents), t)
         velocity = denoiser.velocities(latents, step)[FULL]

@@ -66,6 +66,20 @@ class ModelSize:
         own = self.edit_guidance if found.needs_source else self.generate_guidance
         return default if own is None else Guidance(own.scale, own.visual_scale if found.has_media else None)
 
+    def sampling_notes(self) -> dict[str, dict[str, float]]:
+        """Where it departs from the published sampling, for folders that others open.
+
+        Returns:
+            ``scale``, ``visual_scale``, ``flow_shift`` by ``edit`` and ``generate``: tasks with a source and without.
+        """
+        notes: dict[str, dict[str, float]] = {}
+        for kind, own in (("edit", self.edit_guidance), ("generate", self.generate_guidance)):
+            if own is not None:
+                notes[kind] = {name: value for name, value in dataclasses.asdict(own).items() if value is not None}
+        if self.generate_scheduler is not None:
+            notes.setdefault("generate", {})["flow_shift"] = self.generate_scheduler.flow_shift
+        return notes
+
 
 def _tiny() -> ModelSize:
     mllm = MLLMConfig(

@@ -77,6 +77,7 @@ def _write_parts(
         "processor": processor_values(_write_mllm(size, output)),
         "negative_prompt": size.negative_prompt,
         "few_steps": note.get(FEW_STEPS_KEY),
+        "sampling": size.sampling_notes() or None,
     }
     kept = {key: note[key] for key in (FEW_STEPS_KEY, LEFT_OUT_KEY) if key in note}
     (output / PIPELINE_FILE).write_text(json.dumps({"model": size.name, **kept}, indent=2) + "\n")

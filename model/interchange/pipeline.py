@@ -58,6 +58,8 @@ class LoomVideoDiffusionPipeline(DiffusionPipeline):
         negative_prompt: What the unconditional branch is told unless a call says; None for an empty message.
         few_steps: What the transformer was distilled to, as its folder states it: it takes those steps, without
             guidance. None for an ordinary one.
+        sampling: Scales and flow shift that differ from the published ones, by ``edit`` and ``generate``, as
+            :meth:`loomvideo.model.sizes.ModelSize.sampling_notes` says them; None for the published.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -73,12 +75,17 @@ class LoomVideoDiffusionPipeline(DiffusionPipeline):
         processor: dict[str, Any] | None = None,
         negative_prompt: str | None = None,
         few_steps: dict[str, Any] | None = None,
+        sampling: dict[str, dict[str, float]] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
             transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler
         )
-        self.register_to_config(processor=processor, negative_prompt=negative_prompt, few_steps=few_steps)
+        self.register_to_config(
+            processor=processor, negative_prompt=negative_prompt, few_steps=few_steps, sampling=sampling
+        )
+        self._sampling = sampling or {}
+        self._own_scheduler = scheduler
         set_backend("auto")
         transformer.eval()
         self._interrupt = False
@@ -180,8 +187,9 @@ class LoomVideoDiffusionPipeline(DiffusionPipeline):
         found = wording(task or _meant(video, image, bool(reference_images), num_frames))
         source = video if image is None else image
         size = (width, height) if width and height else None
-        guidance = _guidance(found, guidance_scale, visual_guidance_scale)
+        guidance = self._guidance(found, guidance_scale, visual_guidance_scale)
         self._pipeline.scheduler = SchedulerChoice(self.scheduler)
+        self._pipeline.generate_scheduler = self._generate_scheduler()
         self._interrupt = False
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         count = len(prompts) * num_videos_per_prompt
@@ -204,11 +212,28 @@ class LoomVideoDiffusionPipeline(DiffusionPipeline):
         frames = made if output_type == "pil" else np.stack(made) if output_type == "np" else torch.stack(made)
         return LoomVideoPipelineOutput(frames) if return_dict else (frames,)
 
+    def _guidance(self, task: Task, scale: float | None, visual_scale: float | None) -> Guidance:
+        own = self._sampling.get("edit" if task.needs_source else "generate", {})
+        if scale is None:
+            scale = own.get("scale", task.scale)
+        if task.visual_scale is None:
+            return Guidance(scale)
+        return Guidance(scale, own.get("visual_scale", task.visual_scale) if visual_scale is None else visual_scale)
+
+    def _generate_scheduler(self) -> SchedulerChoice | None:
+        """The folder's own scheduler as tasks without a source take it; one that was put in its place serves all."""
+        shift = self._sampling.get("generate", {}).get("flow_shift")
+        if shift is None or self.scheduler is not self._own_scheduler:
+            return None
+        return SchedulerChoice(type(self.scheduler).from_config(self.scheduler.config, flow_shift=shift))
+
     def _make(
         self, conditions: Conditions, noise: Tensor, steps: int, guidance: Guidance, callback: StepCallback | None
     ) -> Tensor:
-        few = self._pipeline.few_steps
-        timesteps = torch.tensor(few.timesteps) if few else self._pipeline.scheduler.build(steps).timesteps
+        few, task = self._pipeline.few_steps, conditions.task
+        scheduler = self._pipeline.scheduler_of(task)
+        has_source = wording(task).needs_source
+        timesteps = torch.tensor(few.timesteps_of(has_source)) if few else scheduler.build(steps).timesteps
         with self.progress_bar(total=len(timesteps)) as bar:
 
             def on_step(step: int, latents: Tensor) -> Tensor | None:
@@ -282,11 +307,6 @@ def _meant(video: Any, image: Any, has_references: bool, num_frames: int) -> str
         return "image_edit"
     makes = "i" if num_frames == 1 else "v"
     return f"mi2{makes}" if has_references else f"t2{makes}"
-
-
-def _guidance(task: Task, scale: float | None, visual_scale: float | None) -> Guidance:
-    visual = task.visual_scale if visual_scale is None or task.visual_scale is None else visual_scale
-    return Guidance(task.scale if scale is None else scale, visual)
 
 
 def _each(given: Any, count: int, name: str) -> list[Any]:

@@ -66,6 +66,7 @@ class DistillConfig:
 
     schedule: list[float] = option([1000.0, 750.0, 500.0, 250.0], "the student's timesteps, 1 to 8, from 1000 down")
     shift: float = option(5.0, "moves the schedule towards noise as the sampler's flow_shift does; 1 leaves it")
+    generate_shift: float | None = option(None, "the same of tasks without a source; null: the same")
     scale: float = option(2.5, "the teacher's guidance scale of edits, folded in; 1 for none")
     visual_scale: float = option(1.5, "the teacher's guidance scale of source and references; 1 for none")
     generate_scale: float = option(5.0, "the teacher's guidance scale of generation without a source; 1 for none")
@@ -85,7 +86,7 @@ class DistillConfig:
 
         folded = {"scale": self.scale, "visual_scale": self.visual_scale, "generate_scale": self.generate_scale}
         try:
-            return FewSteps.of(self.schedule, self.shift, folded)
+            return FewSteps.of(self.schedule, self.shift, folded, self.generate_shift)
         except UserError as error:
             raise UserError(f"distill.{error}") from error
 

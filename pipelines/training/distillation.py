@@ -50,6 +50,7 @@ class Conditioned:
         noises: [steps, channels, frames, height, width], one a step of the schedule.
         noise: The noise of the level at which critic and teacher are asked.
         t: That level.
+        times: The levels of the student's steps.
     """
 
     key: str
@@ -59,6 +60,7 @@ class Conditioned:
     noises: Tensor
     noise: Tensor
     t: float
+    times: tuple[float, ...]
 
 
 @dataclass
@@ -81,6 +83,8 @@ class DistillPack:
     noise: Tensor
     t: Tensor
     """[samples]"""
+    times: list[Tensor]
+    """[samples] each: the level of a step of the student."""
     operations: dict[str, float]
     """Of a forward pass, by network."""
 
@@ -100,9 +104,11 @@ class DistillPack:
             name: getattr(self, name).to(device, non_blocking=True)
             for name in ("guided_rows", "guided_samples", "guided_weights", "noise", "t")
         }
-        noises = [noise.to(device, non_blocking=True) for noise in self.noises]
+        moved |= {
+            name: [each.to(device, non_blocking=True) for each in getattr(self, name)] for name in ("noises", "times")
+        }
         flow, guided = self.flow.to(device, dtype), self.guided.to(device, dtype)
-        return dataclasses.replace(self, flow=flow, guided=guided, noises=noises, **moved)
+        return dataclasses.replace(self, flow=flow, guided=guided, **moved)
 
 
 class DistillationRecipe(DiTRecipe):
@@ -185,6 +191,7 @@ class DistillationRecipe(DiTRecipe):
             noises=random.normal("steps", (self.schedule.num_steps, *shape)),
             noise=random.normal("noise", shape),
             t=shift_time(level, shift),
+            times=self.schedule.times_of(source is not None),
         )
 
     def load_validation_example(self, *arguments: Any, **named: Any) -> NoReturn:
@@ -227,6 +234,7 @@ class DistillationRecipe(DiTRecipe):
             noises=[full.pack_targets([e.noises[step] for e in examples]) for step in range(self.schedule.num_steps)],
             noise=full.pack_targets([example.noise for example in examples]),
             t=torch.tensor([example.t for example in examples], dtype=torch.float32),
+            times=list(torch.tensor([example.times for example in examples], dtype=torch.float32).T.contiguous()),
             operations={MODEL: one, CRITIC: one, TEACHER: all_branches},
         )
 
@@ -267,8 +275,7 @@ class DistillationRecipe(DiTRecipe):
         """What the student makes of noise by its first ``level + 1`` steps; only the last one carries a graph."""
         flow, latents = pack.flow, pack.noises[0]
         made = latents
-        for step, time in enumerate(self.schedule.times[: level + 1]):
-            t = torch.full_like(pack.t, time)
+        for step, t in enumerate(pack.times[: level + 1]):
             with torch.set_grad_enabled(torch.is_grad_enabled() and step == level):
                 if step:
                     latents = flow.noised(made, pack.noises[step], t)

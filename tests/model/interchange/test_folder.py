@@ -98,6 +98,13 @@ def test_an_edit_is_the_same_as_ours(ours, theirs):
     assert np.array_equal(as_uint8(made.frames[0]), expected)
 
 
+def test_a_picture_from_words_takes_the_sizes_own_scale_and_shift(ours, theirs):
+    options = {"height": SIDE, "width": SIDE, "num_frames": 1, "num_inference_steps": 3}
+    made = theirs("a coat", generator=torch.Generator().manual_seed(1), **options)
+    expected = ours("a coat", "t2i", size=(SIDE, SIDE), num_frames=1, steps=3, seed=1)
+    assert np.array_equal(as_uint8(made.frames[0]), expected)
+
+
 def test_several_videos_of_several_prompts_in_every_type(theirs):
     options = {"height": SIDE, "width": SIDE, "num_frames": 1, "num_inference_steps": 1}
     generators = [torch.Generator().manual_seed(seed) for seed in range(4)]

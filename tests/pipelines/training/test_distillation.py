@@ -8,7 +8,7 @@ from fixtures.stored_samples import MODEL as SIZE
 from fixtures.stored_samples import stored_sample
 
 from loomvideo.model.config import LoRAConfig
-from loomvideo.model.few_steps import FewSteps, sample_few_steps
+from loomvideo.model.few_steps import FewSteps, few_steps_of, sample_few_steps
 from loomvideo.model.flow import EPS
 from loomvideo.model.guidance import Guidance
 from loomvideo.model.packing import pack, velocity_patches
@@ -103,8 +103,8 @@ def test_a_scale_of_one_is_no_guidance_and_two_is_not_one_more(network):
 
 
 def test_training_simulates_exactly_what_generation_does(network):
-    """Levels, their shift, source scales and noises: a student must meet in use what it met in training."""
-    recipe = build()
+    """Levels, their shifts, source scales and noises: a student must meet in use what it met in training."""
+    recipe = build(generate_shift=2.0)
     examples, batch = packed(recipe)
     with torch.no_grad():
         made = recipe.student_sample(network, batch, recipe.few_steps.num_steps - 1)
@@ -127,6 +127,13 @@ def test_the_schedule_is_shifted_like_the_samplers_sigmas():
     shifted = FewSteps.of([1000, 750, 500, 250], shift=5.0).timesteps
     assert shifted == pytest.approx([1000.0, 937.5, 5000 / 6, 625.0])
     assert FewSteps.of([1000, 750, 500, 250], shift=1.0).timesteps == pytest.approx([1000, 750, 500, 250])
+    own = FewSteps.of([1000, 750, 500, 250], 5.0, generate_shift=1.0)
+    assert own.timesteps_of(has_source=True) == shifted
+    assert own.timesteps_of(has_source=False) == pytest.approx([1000, 750, 500, 250])
+    assert few_steps_of(own.to_dict()) == own
+    assert own.first(2).timesteps_of(has_source=False) == pytest.approx([1000, 750])
+    with pytest.raises(UserError, match=r"distill\.generate_shift=0\.5"):
+        DistillConfig(generate_shift=0.5).check()
     for wrong in ([], [750, 500], [1000, 500, 500], [1000, 0], [1000 - 100 * n for n in range(9)]):
         with pytest.raises(UserError, match=r"fall from 1000"):
             FewSteps.of(wrong, shift=5.0)
