@@ -16,6 +16,7 @@ from loomvideo.model.codec import CodecExecution, build_codec
 from loomvideo.model.conditioning import prompts
 from loomvideo.model.conditioning.inputs import MLLMInputs, build_inputs, read_processor_config
 from loomvideo.model.conditioning.mllm import FrozenMLLM
+from loomvideo.model.conditioning.random_weights import RECIPE_VERSION
 from loomvideo.model.conditioning.tokenizer import MLLMTokenizer
 from loomvideo.model.fingerprints import folder_fingerprint
 from loomvideo.model.sizes import ModelSize
@@ -357,7 +358,9 @@ def encoder_identity(model: ModelSize, on_gpu: bool) -> str:
     kind = ("cuda",) if on_gpu else ()
     # Stored token counts are in patches. The published patch is left out: what was prepared with it stays fresh.
     patch = () if model.dit.patch_size == (1, 2, 2) else (model.dit.patch_size,)
-    return hashlib.sha256(repr((*named, model.dit.num_layers, *kind, *patch)).encode()).hexdigest()[:16]
+    # Weights that are made and not read have no content to look at, only the version of what makes them.
+    made = () if model.mllm.kind == "qwen3_vl" else (RECIPE_VERSION,)
+    return hashlib.sha256(repr((*named, model.dit.num_layers, *kind, *patch, *made)).encode()).hexdigest()[:16]
 
 
 def _content(folder: str) -> str:

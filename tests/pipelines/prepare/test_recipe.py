@@ -36,6 +36,14 @@ def test_the_patch_counts():
     assert encoder_identity(tiny, False) != encoder_identity(other, False)
 
 
+def test_the_version_of_made_weights_counts(monkeypatch):
+    tiny, published = model_size("tiny"), model_size("5b")
+    before = encoder_identity(tiny, False), encoder_identity(published, False)
+    monkeypatch.setattr("loomvideo.pipelines.prepare.encode.RECIPE_VERSION", "another")
+    assert encoder_identity(tiny, False) != before[0]
+    assert encoder_identity(published, False) == before[1]
+
+
 @pytest.fixture
 def prepared(tmp_path, monkeypatch):
     without_ray(monkeypatch)
