@@ -156,7 +156,7 @@ class _Pictures:
         told = [row for row in self.sheets["generated"] if set(row.panels) <= {"generated", "target"}]
         if told:
             rows = [told[index] for index in _different([row.text.partition(":")[0] for row in told], STRIP_EDITS)]
-            save_png(contact_sheet(rows, COLUMNS, height=144), self.folder / WORDS_STRIP)
+            save_png(contact_sheet(rows, ("generated", "target"), height=144), self.folder / WORDS_STRIP)
             self.files.append(WORDS_STRIP)
 
 
