@@ -25,8 +25,9 @@ from loomvideo.model.codec import build_codec
 from loomvideo.model.codec.scene import CHANNELS
 from loomvideo.model.copy_start import start_as_copy
 from loomvideo.model.dit import LoomVideoDiT
+from loomvideo.model.guidance import FULL, UNCONDITIONAL, Guidance
 from loomvideo.model.packing import DiTSample, pack
-from loomvideo.model.sampler import SchedulerConfig
+from loomvideo.model.sampler import Branch, SchedulerConfig, sample
 from loomvideo.model.sizes import model_size
 from loomvideo.pipelines.evaluation.drawn_garments import garments_right
 from loomvideo.pipelines.evaluation.editing import change_mask
@@ -85,8 +86,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="sampler steps")
     parser.add_argument("--flow-shift", type=float, default=30.0, help="of the sampler")
     parser.add_argument("--generations", type=int, default=0, help="held-out captions that are drawn")
-    parser.add_argument("--generate-steps", type=int, default=24, help="sampler steps from words")
-    parser.add_argument("--generate-flow-shift", type=float, default=4.0, help="of the sampler from words")
+    parser.add_argument("--generate-steps", type=int, default=6, help="sampler steps from words")
+    parser.add_argument("--generate-flow-shift", type=float, default=16.0, help="of the sampler from words")
+    parser.add_argument("--generate-scale", type=float, default=2.0, help="guidance scale from words")
     parser.add_argument("--table", type=Path, default=Path("runs/tiny-search.jsonl"))
     parser.add_argument(
         "--words",
@@ -318,39 +320,37 @@ class Search:
     @torch.no_grad()
     def measure_generations(self, model: LoomVideoDiT) -> dict[str, str]:
         """How many held-out captions are drawn with their garments in their colours, by task."""
-        found = {}
-        for task in ("t2i", "t2v") if self.args.generations else ():
+        found, args = {}, self.args
+        unconditional = Branch(self.recipe.null_states[0].float())
+        for task in ("t2i", "t2v") if args.generations else ():
             rows = [n for n, row in enumerate(self.rows) if row["split"] == "heldout" and row["task"] == task]
             samples = [s for row in rows if (s := self.sample(row)).metadata.get("extra", {}).get("garments")]
-            samples = samples[: self.args.generations]
-            states = [s.tensors["mllm"][f"full.{s.metadata['mllm_index'][0]}"].float() for s in samples]
-            made = self.decode(
-                self.sampled(model, samples, states, self.args.generate_steps, self.args.generate_flow_shift)
-            )
-            right = [garments_right(v, s.metadata["extra"]["garments"]) for v, s in zip(made, samples, strict=True)]
+            made = []
+            for s in samples[: args.generations]:
+                states = s.tensors["mllm"][f"full.{s.metadata['mllm_index'][0]}"].float()
+                noise = SampleRandom(1, s.key, 0).normal("noise", s.tensors["target"]["mean.0"].shape)
+                branches = {FULL: Branch(states), UNCONDITIONAL: unconditional}
+                scheduler = SchedulerConfig(args.generate_flow_shift)
+                guidance = Guidance(args.generate_scale)
+                made.append(sample(model, noise, branches, guidance, args.generate_steps, scheduler, True))
+            videos = self.decode(made)
+            right = [garments_right(v, s.metadata["extra"]["garments"]) for v, s in zip(videos, samples, strict=False)]
             found[task] = f"{sum(right)} of {len(right)}"
-            if self.args.strip:
-                path = self.args.strip.with_stem(f"{self.args.strip.stem}-{task}")
-                strip([v[-1] for v in made[:12]], [v[0] for v in made[:12]], path)
         return found
 
     def edit(self, model: LoomVideoDiT, samples: list[Any], states: list[Tensor]) -> list[Tensor]:
-        """Latents of edits."""
-        return self.sampled(model, samples, states, self.args.steps, self.args.flow_shift)
-
-    def sampled(
-        self, model: LoomVideoDiT, samples: list[Any], states: list[Tensor], steps: int, flow_shift: float
-    ) -> list[Tensor]:
-        """Latents of samples, all in one pack."""
+        """Latents of edits, all in one pack."""
         config = self.recipe.config
-        sources = [s.tensors["source"]["mean.0"].float() if "source" in s.tensors else None for s in samples]
+        sources = [s.tensors["source"]["mean.0"].float() for s in samples]
         references = []
         for s in samples:
             found = s.tensors.get("refs", {})
             references.append([found[name].float() for name in sorted(found) if name.startswith("mean.")])
-        latents = [SampleRandom(1, s.key, 0).normal("noise", s.tensors["target"]["mean.0"].shape) for s in samples]
-        schedulers = [SchedulerConfig(flow_shift).build(steps) for _ in samples]
-        for number in range(steps):
+        latents = [
+            SampleRandom(1, s.key, 0).normal("noise", source.shape) for s, source in zip(samples, sources, strict=True)
+        ]
+        schedulers = [SchedulerConfig(self.args.flow_shift).build(self.args.steps) for _ in samples]
+        for number in range(self.args.steps):
             timestep = schedulers[0].timesteps[number]
             batch = pack(
                 [
