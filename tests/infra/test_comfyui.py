@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from loomvideo.model.dit import LoomVideoDiT
+from loomvideo.model.guidance import Guidance
 from loomvideo.model.loading import ModelSource
 from loomvideo.model.pipeline import load_pipeline
 from loomvideo.model.sizes import PIPELINE_FILE, model_size
@@ -140,7 +141,9 @@ def as_uint8(frames):
 def test_the_workflow_edits_as_the_package_does(nodes, weights):
     made = execute(edit_graph(weights, seed=4), nodes)["4"]["ui"]["images"]
     ours = load_pipeline(ModelSource(str(weights / "weights"), kernels=""))
-    expected = ours("make the dress blue", "image_edit", source=np.load(weights / "photo.npy"), steps=1, seed=4)
+    photo = np.load(weights / "photo.npy")
+    stated = Guidance(2.5, 1.5)  # as the workflow says, for the published sizes
+    expected = ours("make the dress blue", "image_edit", source=photo, steps=1, seed=4, guidance=stated)
     assert np.array_equal(as_uint8(made), expected)
 
 
