@@ -84,17 +84,24 @@ sample-data: $(VENV)/.setup ## make the sample dataset (kept if it is there)
 shards: sample-data ## encode the sample dataset into shards (kept if they are fresh)
 	$(BIN)/loomvideo data prepare preset=$(PRESET) input=$(DATA)/samples.jsonl output=$(SHARDS)
 
-pretrain: shards ## train on all tasks: PRESET= RUN= ARGS="section.key=value …"
-	$(BIN)/loomvideo pretrain preset=$(PRESET) data.shards=[$(SHARDS)] evaluation.samples=$(DATA)/samples.jsonl $(if $(RUN),run=$(RUN)) $(ARGS)
+# What ARGS says is checked before anything is made.
+define TRAIN
+@$(if $(strip $(ARGS)),$(BIN)/loomvideo $(1) preset=$(PRESET) data.shards=[$(SHARDS)] $(ARGS) --dry-run >/dev/null)
+@$(MAKE) --no-print-directory shards
+$(BIN)/loomvideo $(1) preset=$(PRESET) data.shards=[$(SHARDS)] evaluation.samples=$(DATA)/samples.jsonl $(if $(RUN),run=$(RUN)) $(ARGS)
+endef
 
-finetune-edit: shards ## continue the newest (or ARGS="from_run=…") pretrain run on the editing tasks
-	$(BIN)/loomvideo finetune-edit preset=$(PRESET) data.shards=[$(SHARDS)] evaluation.samples=$(DATA)/samples.jsonl $(if $(RUN),run=$(RUN)) $(ARGS)
+pretrain: $(VENV)/.setup ## train on all tasks: PRESET= RUN= ARGS="section.key=value …"
+	$(call TRAIN,pretrain)
 
-distill: shards ## make a model of few steps from the newest (or ARGS="from_run=…") finetune-edit run
-	$(BIN)/loomvideo distill preset=$(PRESET) data.shards=[$(SHARDS)] evaluation.samples=$(DATA)/samples.jsonl $(if $(RUN),run=$(RUN)) $(ARGS)
+finetune-edit: $(VENV)/.setup ## continue the newest (or ARGS="from_run=…") pretrain run on the editing tasks
+	$(call TRAIN,finetune-edit)
 
-prefer: shards ## tune the newest (or ARGS="from_run=…") finetune-edit run by preferences: ARGS="prefer.method=nft"
-	$(BIN)/loomvideo prefer preset=$(PRESET) data.shards=[$(SHARDS)] evaluation.samples=$(DATA)/samples.jsonl $(if $(RUN),run=$(RUN)) $(ARGS)
+distill: $(VENV)/.setup ## make a model of few steps from the newest (or ARGS="from_run=…") finetune-edit run
+	$(call TRAIN,distill)
+
+prefer: $(VENV)/.setup ## tune the newest (or ARGS="from_run=…") finetune-edit run by preferences: ARGS="prefer.method=nft"
+	$(call TRAIN,prefer)
 
 evaluate: sample-data ## measure a checkpoint: CHECKPOINT= (newest run) SUITES=sample,fashion RUN= ARGS="judge.kind=…"
 	$(BIN)/loomvideo evaluate preset=$(PRESET) 'suites=[$(SUITES)]' $(if $(CHECKPOINT),checkpoint=$(CHECKPOINT)) data.sample=$(DATA) data.fashion=$(DATA) $(if $(RUN),run=$(RUN)) $(ARGS)

@@ -9,6 +9,7 @@ from fixtures.pages import DOCS
 from typer.testing import CliRunner
 
 from loomvideo.jobs.cli import app
+from loomvideo.platform.errors import UserError
 
 PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("**/*.md"))]
 COMMANDS = ("pretrain", "finetune-edit", "evaluate", "generate", "serve", "plan", "data prepare")
@@ -70,3 +71,10 @@ def test_the_plan_for_64_gpus_asks_for_64():
     workers, features = config["training"]["workers"], config["features"]
     assert workers["num"] * workers["gpus"] + features["actors"] * features["gpus"] <= 64
     assert workers["num"] % config["training"]["zero"]["hpz_partition_size"] == 0
+
+
+def test_a_dry_run_says_which_values_do_not_fit():
+    """So `make pretrain ARGS=…` ends before it has made data and shards."""
+    done = CliRunner().invoke(app, ["pretrain", "data.shards=[x]", "samples.every_steps=30", "--dry-run"])
+    assert isinstance(done.exception, UserError)
+    assert "training.checkpoint.every_steps=400" in str(done.exception)
