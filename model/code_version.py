@@ -12,8 +12,8 @@ from pathlib import Path
 _ROOT = Path(__file__).parent
 _SAMPLING = (
     "adapted_parts.py", "adapters.py", "attention.py", "blocks.py", "codec", "conditioning", "conditions.py", "dit.py",
-    "float8.py", "flow.py", "guidance.py", "loading.py", "lora.py", "packing.py", "parts.py", "pipeline.py",
-    "quantize.py", "sampler.py", "shortcuts.py", "sizes.py", "tasks.py",
+    "few_steps.py", "float8.py", "flow.py", "guidance.py", "loading.py", "lora.py", "packing.py", "parts.py",
+    "pipeline.py", "quantize.py", "sampler.py", "shortcuts.py", "sizes.py", "tasks.py",
 )  # fmt: skip
 
 
