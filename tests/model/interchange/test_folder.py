@@ -221,8 +221,9 @@ def test_published_parts_come_along_as_files(exported, tmp_path):
     options = {"height": 64, "width": 64, "num_frames": 1, "num_inference_steps": 1}
     made = pipeline("a coat", generator=torch.Generator().manual_seed(0), **options).frames
     ours = LoomVideoPipeline(
-        load_dit(exported / "weights"), build_codec(published.codec), FrozenMLLM.of_size(published), SIZE.scheduler
-    )
+        load_dit(exported / "weights"), build_codec(published.codec), FrozenMLLM.of_size(published), SIZE.scheduler,
+        generate_scheduler=SIZE.generate_scheduler, default_guidance=SIZE.guidance,
+    )  # fmt: skip
     assert np.array_equal(as_uint8(made[0]), ours("a coat", "t2i", size=(64, 64), steps=1))
     pipeline.enable_vae_tiling()
     with pipeline._pipeline.parts.use("codec") as codec:
