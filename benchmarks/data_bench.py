@@ -2,7 +2,8 @@
 
     python benchmarks/data_bench.py data/sample/samples.jsonl --samples 96 --builders 2
 
-encode   the prepare job (without Ray's start) against a plain single-process loop with the same decoder, codec and MLLM
+encode   the prepare job (without Ray's start) against a plain single-process loop with the same decoder, codec and MLLM,
+         and against as many of these loops at once: what the machine's cores give (run it on an idle machine)
 write    MB/s and peak memory of our shard writer, webdataset.ShardWriter and ray.data.Dataset.write_webdataset
 read     samples/s of random reads and of a pass in order, against wids and webdataset
 decode   frames/s of decord and PyAV, in process and isolated
@@ -11,6 +12,8 @@ decode   frames/s of decord and PyAV, in process and isolated
 import argparse
 import contextlib
 import json
+import multiprocessing
+import os
 import resource
 import shutil
 import statistics
@@ -20,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 PARTS = ("encode", "write", "read", "decode")
@@ -109,18 +113,41 @@ def prepared(samples: Path, folder: Path, count: int, builders: int, bucket: int
     began = time.perf_counter()
     ray.init(num_cpus=builders, include_dashboard=False, logging_level="error")
     start_s = time.perf_counter() - began
-    marks: list[float] = []
-    result = prepare(config, on_progress=lambda report, total: marks.append(time.perf_counter()))
-    written, end = result.summary()["written"], time.perf_counter()
+    marks: list[tuple[float, float]] = []
+    result = prepare(config, on_progress=lambda report, total: marks.append((time.perf_counter(), machine_cpu_s())))
+    written, end, cpu_s = result.summary()["written"], time.perf_counter(), machine_cpu_s()
     ray.shutdown()
     # The first report is the shared tensors': builders are up, models loaded.
-    busy_s = end - marks[0]
+    first, first_cpu_s = marks[0]
+    busy_s = end - first
     return {
         "samples_per_s": written / busy_s,
         "ms_per_sample": 1e3 * busy_s / written,
+        "cpu_ms_per_sample": 1e3 * (cpu_s - first_cpu_s) / written,
         "ray_start_s": start_s,
-        "builders_start_s": marks[0] - began - start_s,
+        "builders_start_s": first - began - start_s,
         "whole_s": end - began,
+    }
+
+
+def machine_cpu_s() -> float:
+    """Processor seconds of all processes since the machine started: Ray's own count too."""
+    user, nice, system = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:4]
+    return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def plain_loops(samples: Path, folder: Path, count: int, processes: int, bucket: int) -> dict[str, float]:
+    """Plain loops that share the samples, one a core."""
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        folders = [folder / f"plain-{number}" for number in range(processes)]
+        for one in folders:
+            one.mkdir()
+        runs = [pool.submit(plain_loop, samples, one, count // processes, bucket) for one in folders]
+        rows = [run.result() for run in runs]
+    return {
+        "samples_per_s": sum(row["samples_per_s"] for row in rows),
+        "ms_per_sample": statistics.mean(row["ms_per_sample"] for row in rows) / processes,
+        "cpu_ms_per_sample": statistics.mean(row["cpu_ms_per_sample"] for row in rows),
     }
 
 
@@ -159,6 +186,9 @@ def bench_encode(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[
         ours = prepared(arguments.input, folder, arguments.samples, arguments.builders, arguments.bucket)
         ours["speed_up"] = ours["samples_per_s"] / plain["samples_per_s"]
         rows[f"prepare, {arguments.builders} builders"] = ours
+        loops = plain_loops(arguments.input, folder, arguments.samples, arguments.builders, arguments.bucket)
+        loops["speed_up"] = loops["samples_per_s"] / plain["samples_per_s"]
+        rows[f"plain loop, {arguments.builders} processes"] = loops
     return rows
 
 
