@@ -2,8 +2,8 @@
 
     python benchmarks/data_bench.py data/sample/samples.jsonl --samples 96 --builders 2
 
-encode   the prepare job (without Ray's start) against a plain single-process loop with the same decoder, codec and MLLM,
-         and against as many of these loops at once: what the machine's cores give (run it on an idle machine)
+encode   the prepare job (without Ray's start) against a plain single-process loop with the same decoder, codec and
+         MLLM, and against as many of these loops at once: what the cores give (run it on an idle machine)
 write    MB/s and peak memory of our shard writer, webdataset.ShardWriter and ray.data.Dataset.write_webdataset
 read     samples/s of random reads and of a pass in order, against wids and webdataset
 decode   frames/s of decord and PyAV, in process and isolated

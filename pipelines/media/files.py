@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from stat import S_ISDIR
 
 import fsspec
 
@@ -43,9 +44,9 @@ def media_stamp(path: str) -> list | None:
     if "://" in path:
         return None
     try:
-        stat = os.stat(path)
-        if not os.path.isdir(path):
-            return [stat.st_size, stat.st_mtime_ns]
+        found = os.stat(path)
+        if not S_ISDIR(found.st_mode):
+            return [found.st_size, found.st_mtime_ns]
         entries = sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in os.scandir(path))
         return [len(entries), hashlib.sha256(repr(entries).encode()).hexdigest()[:16]]
     except OSError:

@@ -101,7 +101,7 @@ class Fragment:
 
 def split_fragment(path: str) -> tuple[str, Fragment | None]:
     """The file's path or URL, and the part that is meant; ``#`` in other file names stays."""
-    match = _FRAGMENT.search(path)
+    match = _FRAGMENT.search(path) if "#" in path else None
     if match is None:
         return path, None
     fields: dict[str, Any] = {}

@@ -63,7 +63,9 @@ class Root:
         """
         joined = self.base
         for part in parts:
-            if "://" in part:
+            if "/." not in f"/{part}" and "://" not in part and part[:1] != "/" and joined != "/":
+                joined = f"{joined}/{part}"  # of nearly every path there is, and there are millions
+            elif "://" in part:
                 joined = part
             elif part.startswith("/"):
                 joined = os.path.normpath(part)

@@ -29,9 +29,9 @@ SPLITS = {
         ("heldout", "held-out", "held_out", "validation", "valid", "val", "test", "dev", "eval"), "heldout"
     ),
 }
-TEXTS, NAMES = ("instruction", "caption"), ("dataset", "task", "licence", "group")
 MAX_FPS = 1000.0
 _MAX_DEPTH = 32
+_SPECIAL = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
 
 
 class FieldError(UserError):
@@ -44,7 +44,9 @@ class FieldError(UserError):
 
 def is_missing(value: Any) -> bool:
     """Whether a cell holds nothing: None, empty or blank text, NaN."""
-    return value is None or (isinstance(value, str) and not value.strip()) or (value != value)
+    if isinstance(value, str):
+        return not value or value.isspace()
+    return value is None or value != value
 
 
 def cell(text: str) -> str:
@@ -61,27 +63,16 @@ def clean_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     cleaned: dict[str, Any] = {}
     extra = mapping(values.get("extra"), "extra")
     for field, value in values.items():
-        if field in TEXTS:
-            cleaned[field] = text(value, field)
-        elif field in NAMES:
-            cleaned[field] = name(value, field)
-        elif field in ("target", "source"):
-            cleaned[field] = path(value, field)
-        elif field == "references":
-            cleaned[field] = paths(value, field)
-        elif field == "texts":
-            cleaned[field] = texts(value, field)
-        elif field == "split":
-            cleaned[field] = split(value)
+        if field in _CLEAN:
+            cleaned[field] = _CLEAN[field](value, field)
         elif field == "key":
             given = name(value, field)
             if given is not None and not KEY_PATTERN.fullmatch(given):
                 extra.setdefault("source_id", given)
                 given = make_key(str(values.get("dataset") or ""), given)
             cleaned[field] = given
-    if "fps" in extra:
-        extra["fps"] = rate(extra["fps"], "extra.fps")
-    extra = {key: value for key, value in extra.items() if not (key == "fps" and value is None)}
+    if "fps" in extra and (fps := rate(extra.pop("fps"), "extra.fps")) is not None:
+        extra["fps"] = fps
     cleaned["extra"] = extra
     return {field: value for field, value in cleaned.items() if value not in (None, "", [], {})}
 
@@ -98,9 +89,8 @@ def text(value: Any, field: str) -> str | None:
     if not isinstance(value, str):
         raise FieldError(field, f"expected text, found {_described(value)}")
     _check_characters(value, field)
-    for token in SPECIAL_TOKENS:
-        if token in value:
-            raise FieldError(field, f"contains the special token {token}: remove it", "invalid_text")
+    if (found := _SPECIAL.search(value)) is not None:
+        raise FieldError(field, f"contains the special token {found[0]}: remove it", "invalid_text")
     return value.strip()
 
 
@@ -120,11 +110,13 @@ def name(value: Any, field: str) -> str | None:
     """
     if is_missing(value):
         return None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise FieldError(field, f"expected a name, found {_described(value)}")
-    shown = str(value).strip()
+    if not isinstance(value, str):
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise FieldError(field, f"expected a name, found {_described(value)}")
+        value = str(value)
+    shown = value.strip()
     _check_characters(shown, field)
     return shown
 
@@ -180,18 +172,28 @@ def texts(value: Any, field: str) -> list[str]:
     return [item for item in found if item]
 
 
-def split(value: Any) -> str | None:
+def split(value: Any, field: str) -> str | None:
     """``train`` or ``heldout``, by any of the names in use (validation, val, test, dev, …).
 
     Raises:
         FieldError: for a split that nothing would read.
     """
-    given = name(value, "split")
+    given = name(value, field)
     if given is None:
         return None
     if given.lower() not in SPLITS:
-        raise FieldError("split", f"{given!r} is none of {', '.join(SPLITS)}")
+        raise FieldError(field, f"{given!r} is none of {', '.join(SPLITS)}")
     return SPLITS[given.lower()]
+
+
+_CLEAN = {
+    **dict.fromkeys(("instruction", "caption"), text),
+    **dict.fromkeys(("dataset", "task", "licence", "group"), name),
+    **dict.fromkeys(("target", "source"), path),
+    "references": paths,
+    "texts": texts,
+    "split": split,
+}
 
 
 def rate(value: Any, field: str) -> float | None:
@@ -243,13 +245,13 @@ def storable(value: Any, field: str, depth: int = 0) -> Any:
     """
     if depth > _MAX_DEPTH:
         raise FieldError(field, f"is nested more than {_MAX_DEPTH} deep")
+    if isinstance(value, str):
+        _check_characters(value, field)
+        return value
     if isinstance(value, Mapping):
         return {str(key): storable(item, f"{field}.{key}", depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [storable(item, f"{field}[{number}]", depth + 1) for number, item in enumerate(value)]
-    if isinstance(value, str):
-        _check_characters(value, field)
-        return value
     if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, float):

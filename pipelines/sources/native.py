@@ -10,7 +10,7 @@ from loomvideo.pipelines.sources import fields
 from loomvideo.pipelines.sources.base import Outcome, Place, Rejected, Root, build, checked, register
 from loomvideo.pipelines.sources.fields import FieldError
 from loomvideo.pipelines.sources.rows import parquet_columns, plain_name, rows, shaped
-from loomvideo.pipelines.sources.samples import Sample, sample_of
+from loomvideo.pipelines.sources.samples import Sample, sample_fields
 from loomvideo.platform.errors import UserError
 
 _NAMES = ("samples.jsonl", "samples.jsonl.gz", "samples.json")
@@ -42,19 +42,19 @@ def read_samples(place: Place) -> Iterator[Outcome]:
 def _outcome(where: str, row: dict[str, Any], root: Root) -> Outcome:
     dataset = row.get("dataset") if isinstance(row.get("dataset"), str) else ""
     try:
-        sample = _located(sample_of(row), root)
+        sample = Sample(**_located(sample_fields(row), root))
     except FieldError as error:
         return Rejected(where, dataset, error.reason, str(error))
     return checked(sample, where)
 
 
-def _located(sample: Sample, root: Root) -> Sample:
-    return dataclasses.replace(
-        sample,
-        target=root.path(sample.target),
-        source=root.path(sample.source) if sample.source else None,
-        references=[root.path(path) for path in sample.references],
-    )
+def _located(fields: dict[str, Any], root: Root) -> dict[str, Any]:
+    for name in ("target", "source"):
+        if name in fields:
+            fields[name] = root.path(fields[name])
+    if "references" in fields:
+        fields["references"] = [root.path(path) for path in fields["references"]]
+    return fields
 
 
 def _is_sample_parquet(place: Place) -> bool:

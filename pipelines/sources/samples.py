@@ -56,7 +56,7 @@ class Sample:
             raise UserError(f"{where}: task {self.task} needs `references`")
         if self.text == "":
             raise UserError(f"{where}: set `instruction` or `caption`")
-        if len({self.text, *self.texts}) != 1 + len(self.texts) or not all(self.texts):
+        if self.texts and (len({self.text, *self.texts}) != 1 + len(self.texts) or not all(self.texts)):
             raise UserError(f"{where}: `texts` lists other wordings of the text: none empty, none twice")
 
     def assigned_split(self, heldout_fraction: float) -> str:
@@ -68,10 +68,11 @@ class Sample:
 
     def to_json(self) -> str:
         """One JSONL line without fields at their defaults."""
-        values = {k: v for k, v in vars(self).items() if v not in (None, [], {}, "")}
-        return json.dumps(values, ensure_ascii=False, sort_keys=True)
+        return _encode({k: v for k, v in vars(self).items() if v})
 
 
+# json.dumps makes an encoder at every call that is not for its defaults.
+_encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
 _FIELDS = frozenset(f.name for f in dataclasses.fields(Sample))
 
 
@@ -88,15 +89,15 @@ def parse_sample(line: str, where: str) -> Sample:
     if not isinstance(values, dict):
         raise UserError(f"{where}: expected a JSON object")
     try:
-        sample = sample_of(values)
+        sample = Sample(**sample_fields(values))
     except FieldError as error:
         raise UserError(f"{where}: {error}") from error
     sample.validate(where)
     return sample
 
 
-def sample_of(values: dict[str, Any]) -> Sample:
-    """A sample from the fields of a row, each of its type; how they fit together is not looked at.
+def sample_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a sample from those of a row, each of its type; how they fit together is not looked at.
 
     Raises:
         FieldError: naming the field and the fix, with a reason code.
@@ -109,7 +110,7 @@ def sample_of(values: dict[str, Any]) -> Sample:
     missing = [name for name in ("key", "task", "dataset", "target") if not cleaned.get(name)]
     if missing:
         raise FieldError(repr(missing[0]), "missing field", "invalid_sample")
-    return Sample(**cleaned)
+    return cleaned
 
 
 def stored_sample(text: str) -> Sample:

@@ -58,6 +58,7 @@ class FeaturePoolConfig:
     actors: int = option(1, "frozen MLLMs")
     gpus: float = option(0.0, "GPUs of each; 0 computes on CPUs")
     cpus: int = option(1, "CPUs of each, also its compute threads on CPU")
+    packed: bool = option(False, "prompts that arrive together go through it one behind another, without padding")
 
 
 @dataclass

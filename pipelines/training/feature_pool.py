@@ -46,13 +46,16 @@ class FeatureActor:
         model: Names it.
         gpus: Reserved for it; 0 computes on the CPU, whatever GPUs there are.
         num_threads: CPU threads.
+        packed: Whether prompts of a batch share a row.
     """
 
-    def __init__(self, model: ModelSize, gpus: float, num_threads: int):
+    def __init__(self, model: ModelSize, gpus: float, num_threads: int, packed: bool = False):
         device = device_for(gpus, "features.gpus")
         torch.set_num_threads(num_threads)
         # The precision that `data prepare` encodes with.
         self.mllm = FrozenMLLM.of_size(model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        if packed:
+            self.mllm.pack_prompts()
         self.batch_sizes: list[int] = []
         self._waiting: queue.SimpleQueue[_Request] = queue.SimpleQueue()
         threading.Thread(target=self._serve, name="encode", daemon=True).start()
@@ -145,7 +148,7 @@ def feature_pool(
     remote = ray.remote(
         num_cpus=config.cpus, num_gpus=config.gpus, max_restarts=-1, max_task_retries=-1, max_concurrency=MAX_REQUESTS
     )(FeatureActor)
-    actors = [remote.remote(model, config.gpus, max(1, config.cpus)) for _ in range(config.actors)]
+    actors = [remote.remote(model, config.gpus, max(1, config.cpus), config.packed) for _ in range(config.actors)]
     try:
         fingerprint = ray.get(actors[0].fingerprint.remote())
         for dataset in streamed:

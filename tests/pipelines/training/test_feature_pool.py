@@ -75,22 +75,26 @@ def test_losses_are_those_of_stored_features(actor, task, drops):
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_requests_that_arrive_together_share_a_batch_and_one_bad_prompt_fails_alone(actor):
+@pytest.mark.parametrize("packed", [False, True])
+def test_requests_that_arrive_together_share_a_batch_and_one_bad_prompt_fails_alone(actor, packed):
     member = {}
     for entry, text in enumerate(("red", "a blue coat", "make the whole shirt green and the trousers white")):
         inputs = build_inputs("t2v", text, None, [], "full", actor.mllm.tokenizer, actor.mllm.processor)
         member |= streamed_members({f"full.{entry}": inputs}, actor.mllm.processor)
     alone = [actor.states(numpy(member), entry, "full") for entry in range(3)]
     bad = {"input_ids.3": torch.tensor([10**6])}
+    asked_together = FeatureActor(MODEL, 0, 1, packed)
+    assert asked_together.mllm.is_packed is packed
     with ThreadPoolExecutor(8) as threads:
+        order = (2, 0, 1, 2, 3, 1, 0, 2)
         # The first occupies the actor, so that the others meet in its queue.
-        asked = [threads.submit(actor.states, numpy(member | bad), entry, "full") for entry in (2, 0, 1, 2, 3, 1, 0, 2)]
-    for answer, entry in zip(asked, (2, 0, 1, 2, 3, 1, 0, 2), strict=True):
+        asked = [threads.submit(asked_together.states, numpy(member | bad), entry, "full") for entry in order]
+    for answer, entry in zip(asked, order, strict=True):
         if entry == 3:
             assert isinstance(answer.exception(), IndexError)
         else:
             assert torch.allclose(*(bfloat16(bits) for bits in (answer.result(), alone[entry])), rtol=0.02, atol=0.02)
-    assert max(actor.batch_sizes) > 1
+    assert max(asked_together.batch_sizes) > 1
 
 
 def numpy(member):
