@@ -7,6 +7,9 @@ for, where one is, and ``drawn`` of results from words alone with all garments o
 student, and the mean of paired differences with a 95 % interval (bootstrap over figures). CPU seconds are those of
 sampling in this process, a result.
 
+A scale of edits comes with a visual scale half-way between it and 1, so that all three branches run; equal scales would
+leave the visual one out. A scale of 1 is the full branch alone.
+
 ``diversity`` is the mean distance of two seeds' results in grey levels, the student's over the teacher's: of all
 pixels; of means of 8x8 pixels (``coarse``: fine noise is gone); where the edit changes pixels and where it should not
 (``inside``, ``outside``: there every difference between seeds is an error of one of them). ``outside dB`` is the PSNR
@@ -84,7 +87,9 @@ def main() -> None:
     parser.add_argument("student")
     parser.add_argument("samples", type=Path)
     parser.add_argument("--steps", type=int, default=20, help="of the teacher")
-    parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="guidance of its edits, a row each")
+    parser.add_argument(
+        "--scales", type=float, nargs="+", default=[1.0], help="guidance of its edits, a row each; 1 for none"
+    )
     parser.add_argument("--first", type=int, default=0, help="take the student's first steps alone, such as 2 or 1")
     parser.add_argument("--tasks", default=",".join(TASKS), help="of these tasks alone")
     parser.add_argument("--count", type=int, default=4, help="held-out samples of a task")
@@ -104,11 +109,12 @@ def main() -> None:
         num_frames=options.frames, text_size=(options.bucket, options.bucket),
     )  # fmt: skip
     print(f"teacher {options.steps} steps; student {student.few_steps.describe()}; {options.seeds} seeds")
-    print(f"task, scale | edit PSNR dB | colour | drawn | outside dB | diversity {', '.join(DISTANCES)} | CPU s")
+    apart = f"diversity {', '.join(DISTANCES)}"
+    print(f"task, scale, branches | edit PSNR dB | colour | drawn | outside dB | {apart} | CPU s")
     for task in options.tasks.split(","):
         own_scale = teacher.default_guidance(task)
         edits = TASKS[task].needs_source
-        scales = [Guidance(scale, scale) for scale in options.scales] if edits else [own_scale]
+        scales = [Guidance(scale, (1 + scale) / 2) for scale in options.scales] if edits else [own_scale]
         models = [(teacher, options.steps, guidance) for guidance in scales]
         # Guidance is folded into it.
         models.append((student, student.few_steps.num_steps, own_scale))
@@ -129,8 +135,9 @@ def main() -> None:
             ratios = ", ".join(f"{own / of:.2f}" for of, own in zip(*spread, strict=True))
             grey = ", ".join(f"{of:.1f}" for of in spread[0])
             seconds, own_seconds = pair[:, :, -1].mean(0)
+            num_branches = len(guidance.weights())
             print(
-                f"{task}, {guidance.scale:g} | {' | '.join(shown)} | {ratios} of {grey} grey levels | "
+                f"{task}, {guidance.scale:g}, {num_branches} | {' | '.join(shown)} | {ratios} of {grey} grey levels | "
                 f"{seconds:.2f}, {own_seconds:.2f} ({seconds / own_seconds:.1f}x less)",
                 flush=True,
             )

@@ -113,6 +113,9 @@ class SourcePreferenceConfig:
     beta: float = option(50.0, "how sharply the margin of squared errors decides")
     cap: float = option(0.1, "margin above which nothing is gained by being worse at the source")
     anchor: float = option(50.0, "charge for a growing error of the target itself; 0 for none")
+    relative: bool = option(
+        False, "count errors in parts of the squared difference of target and source; beta, cap and anchor then too"
+    )
 
     def check(self) -> None:
         """Raise UserError for values that prefer nothing."""

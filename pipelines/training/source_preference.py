@@ -8,6 +8,10 @@ shard holds both. With d the mean squared error of a sample's velocity less that
 
 ``cap`` ends the reward for being ever worse at the source, and ``anchor`` charges what preferring costs the target
 itself: without them both errors grow together while their difference looks fine.
+
+With ``relative`` errors are counted in parts of what lies between the two, the mean squared difference of their
+velocities: the margin is then twice the part of the way from source to target that the velocity was moved, and small
+edits, such as another colour of a garment, are pushed as far as a whole new background is.
 """
 
 import dataclasses
@@ -32,6 +36,8 @@ from loomvideo.platform.training.randomness import SampleRandom
 from loomvideo.platform.training.recipe import MODEL, LossOutput, Role, Turn
 
 REFERENCE = "reference"
+LEAST_DIFFERENCE = 0.02
+"""Added to the squared difference that relative errors are divided by: the two may be all but the same."""
 
 
 @dataclass
@@ -141,6 +147,8 @@ class SourcePreferenceRecipe(DiTRecipe):
         with torch.no_grad():
             before = _errors(networks[REFERENCE](pack.batch), pack)
         change = _errors(networks[MODEL](pack.batch), pack) - before
+        if self.preference.relative:
+            change = change / (_differences(pack) + LEAST_DIFFERENCE)
         preferred, rejected = change.chunk(2)
         losses = preference_loss(preferred, rejected, self.preference)
         detached = losses.detach()
@@ -163,11 +171,20 @@ class SourcePreferenceRecipe(DiTRecipe):
 
 
 def preference_loss(preferred: Tensor, rejected: Tensor, config: SourcePreferenceConfig) -> Tensor:
-    """Loss [pairs] from changes of the mean squared error [pairs] since the reference."""
+    """Loss [pairs] from changes of the mean squared error [pairs] since the reference, plain or relative."""
     margin = (rejected - preferred).clamp_max(config.cap)
     return -F.logsigmoid(config.beta * margin) + config.anchor * preferred.clamp_min(0)
 
 
 def _errors(velocity: Tensor, pack: PairPack) -> Tensor:
-    squared = (velocity.float() - pack.target).square()
+    return _mean_per_sample((velocity.float() - pack.target).square(), pack)
+
+
+def _differences(pack: PairPack) -> Tensor:
+    """Mean squared difference of a pair's velocities, for its preferred and its rejected sample [samples]."""
+    preferred, rejected = pack.target.chunk(2)
+    return _mean_per_sample((rejected - preferred).square().repeat(2, 1), pack)
+
+
+def _mean_per_sample(squared: Tensor, pack: PairPack) -> Tensor:
     return pack.batch.sum_per_sample(squared) / pack.batch.sum_per_sample(torch.ones_like(squared))

@@ -27,7 +27,12 @@ from loomvideo.pipelines.evaluation.suites.items import EvalItem
 from loomvideo.pipelines.training.config import NFTConfig, ObjectiveConfig, SourcePreferenceConfig
 from loomvideo.pipelines.training.nft import NFTRecipe, nft_loss
 from loomvideo.pipelines.training.rollouts import Prompt, RolloutMaker, RoundDataset, choose_prompts, finish_round
-from loomvideo.pipelines.training.source_preference import REFERENCE, SourcePreferenceRecipe, preference_loss
+from loomvideo.pipelines.training.source_preference import (
+    LEAST_DIFFERENCE,
+    REFERENCE,
+    SourcePreferenceRecipe,
+    preference_loss,
+)
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.training.randomness import SampleRandom
 from loomvideo.platform.training.recipe import MODEL, Turn
@@ -83,6 +88,23 @@ def test_preference_loss_is_the_plain_formula_and_knows_no_runaway():
     assert rejected.grad[0] < 0 == rejected.grad[1]
     assert preferred.grad[1] == 3.0
     assert preferred.grad[0] > 0
+
+
+def test_relative_errors_are_parts_of_what_lies_between_target_and_source():
+    recipe, examples, batch = pairs()
+    recipe.preference = SourcePreferenceConfig(beta=2.0, cap=1.5, anchor=3.0, relative=True)
+    to_source, half = 0.3, len(batch.target) // 2
+    # The start lies 0.3 of the way back to the source for both samples of a pair, the model on the target.
+    towards = batch.target[half:] - batch.target[:half]
+    start = torch.cat([batch.target[:half] + to_source * towards] * 2)
+    arrived = torch.cat([batch.target[:half]] * 2)
+    out = recipe.turn_loss(TURN, {MODEL: lambda _: arrived, REFERENCE: lambda _: start}, batch)
+    for number, example in enumerate(examples):
+        between = float((example.targets[1] - example.targets[0]).square().mean())
+        part = between / (between + LEAST_DIFFERENCE)
+        # (1 - 0.7^2) + 0.3^2 = 2 * 0.3 of the squared difference.
+        assert float(out.per_sample_sum[number]) == pytest.approx(math.log1p(math.exp(-2.0 * 0.6 * part)), rel=1e-4)
+    assert float(out.figures["margin"]) == pytest.approx(2 * to_source * len(examples), rel=0.2)
 
 
 def test_a_task_without_source_is_named():
