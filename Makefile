@@ -100,7 +100,7 @@ finetune-edit: $(VENV)/.setup ## continue the newest (or ARGS="from_run=…") pr
 distill: $(VENV)/.setup ## make a model of few steps from the newest (or ARGS="from_run=…") finetune-edit run
 	$(call TRAIN,distill)
 
-prefer: $(VENV)/.setup ## tune the newest (or ARGS="from_run=…") finetune-edit run by preferences: ARGS="prefer.method=nft"
+prefer: $(VENV)/.setup ## tune the newest (or ARGS="from_run=…") finetune-edit run by preferences: ARGS="prefer.method=nft training.steps=120"
 	$(call TRAIN,prefer)
 
 evaluate: sample-data ## measure a checkpoint: CHECKPOINT= (newest run) SUITES=sample,fashion RUN= ARGS="judge.kind=…"
