@@ -48,13 +48,13 @@ def _outcome(where: str, row: dict[str, Any], root: Root) -> Outcome:
     return checked(sample, where)
 
 
-def _located(fields: dict[str, Any], root: Root) -> dict[str, Any]:
+def _located(values: dict[str, Any], root: Root) -> dict[str, Any]:
     for name in ("target", "source"):
-        if name in fields:
-            fields[name] = root.path(fields[name])
-    if "references" in fields:
-        fields["references"] = [root.path(path) for path in fields["references"]]
-    return fields
+        if name in values:
+            values[name] = root.path(values[name])
+    if "references" in values:
+        values["references"] = [root.path(path) for path in values["references"]]
+    return values
 
 
 def _is_sample_parquet(place: Place) -> bool:
