@@ -20,13 +20,14 @@ from loomvideo.jobs.training.setup import (
     Start,
     check_fits,
     check_folders,
+    check_start,
     predictor,
     recipe_factory,
     start_of,
     tasks_of,
     with_absolute_paths,
 )
-from loomvideo.jobs.weights.export import export_weights, open_checkpoint
+from loomvideo.jobs.weights.export import ENCODERS_FILE, export_weights, open_checkpoint
 from loomvideo.model.kernels.node import model_shape, use_kernels
 from loomvideo.model.loading import ModelSource
 from loomvideo.model.pipeline import load_pipeline
@@ -102,9 +103,12 @@ def run_training(
         check_fits(url, dataset, datasets[0], model)
     check_folders(config, model, datasets)
     start = start_of(config, job, default_parent)
+    if start.weights:
+        check_start(start.weights, config.data.shards[0], datasets[0])
     folder = RunFolder.open(config.runs, job, config.run or None)
     folder.write_text("config.yaml", to_yaml(config))
     folder.write_json(START_FILE, dataclasses.asdict(start))
+    folder.write_json(ENCODERS_FILE, datasets[0].manifest.encoders)
     tracker = Tracker(folder, config.tracking_uri or None, tags=_lineage(config, datasets, start))
     console().print(f"{job} {folder.name}: {folder.path}", soft_wrap=True)
     status = "FAILED"

@@ -11,7 +11,7 @@ from loomvideo.jobs.training.config import DistillJobConfig, PreferJobConfig, Tr
 from loomvideo.jobs.training.methods import recipe_class
 from loomvideo.jobs.training.plan import Machine, machine_named, plan
 from loomvideo.jobs.weights.lookup import find_weights
-from loomvideo.model.sizes import ModelSize
+from loomvideo.model.sizes import ENCODERS_KEY, PIPELINE_FILE, ModelSize, stated_note
 from loomvideo.pipelines.training.dit_recipe import DiTRecipe, StateSource
 from loomvideo.pipelines.training.feature_pool import feature_mode
 from loomvideo.platform.errors import UserError
@@ -59,6 +59,24 @@ def check_fits(url: str, dataset: ShardDataset, first: ShardDataset, model: Mode
         raise UserError(
             f"data.shards {url}: encoded by other encoders than the first dataset; prepare one of them again"
         )
+
+
+def check_start(weights: str, url: str, dataset: ShardDataset) -> None:
+    """Refuse weights that were trained with other encoders than the shards', as far as their folder says with which.
+
+    Nothing else would tell: states and latents have the same shapes, and training only takes long to unlearn.
+
+    Raises:
+        UserError: naming both and the fix.
+    """
+    stated, own = stated_note(weights).get(ENCODERS_KEY, {}), dataset.manifest.encoders
+    for part in sorted(stated.keys() & own.keys()):
+        if stated[part] != own[part]:
+            raise UserError(
+                f"data.shards {url}: encoded by {part} {own[part]}, but {weights} was trained with {stated[part]}; "
+                f"prepare the shards with that one, or start from weights that fit them (to start from these all the "
+                f"same, take {ENCODERS_KEY} out of their {PIPELINE_FILE})"
+            )
 
 
 def check_folders(config: TrainingJobConfig, model: ModelSize, datasets: Sequence[ShardDataset]) -> None:

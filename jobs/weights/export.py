@@ -15,7 +15,7 @@ import torch
 from loomvideo.jobs.training.config import TrainingJobConfig, job_schema
 from loomvideo.jobs.training.methods import recipe_class
 from loomvideo.jobs.weights.references import find_run, split_step
-from loomvideo.model.sizes import LEFT_OUT_KEY, PIPELINE_FILE
+from loomvideo.model.sizes import ENCODERS_KEY, LEFT_OUT_KEY, PIPELINE_FILE
 from loomvideo.model.weights import save_dit
 from loomvideo.pipelines.training.dit_recipe import DiTRecipe
 from loomvideo.platform.config import load_config
@@ -26,6 +26,8 @@ from loomvideo.platform.training.checkpoint import Checkpoint, DamagedCheckpoint
 from loomvideo.platform.training.checkpoint_folder import CheckpointFolder, checkpoints_of
 from loomvideo.platform.training.config import CheckpointConfig
 
+ENCODERS_FILE = "encoders.json"
+"""What the shards of a run were encoded with, in its folder."""
 # Names of weights for people, and what checkpoints call them.
 KINDS = {"ema": "ema", "raw": "master"}
 NAMES = {stored: name for name, stored in KINDS.items()}
@@ -164,6 +166,8 @@ def export_weights(
         "run": f"{run.job}/{run.name}",
     }
     note[LEFT_OUT_KEY] = sorted(task for task, weight in config.training.mixture.tasks.items() if weight == 0)
+    if encoders := run.read_json(ENCODERS_FILE):
+        note[ENCODERS_KEY] = encoders
     note |= recipe.note()
     with staged_folder(output) as staged:
         save_dit(recipe.published(state), recipe.config, staged, dtype=dtype)

@@ -11,8 +11,8 @@ import torch
 from loomvideo.jobs.training.checkpoint_samples import sampling_tasks
 from loomvideo.jobs.training.config import TrainingJobConfig
 from loomvideo.jobs.training.plan import MACHINES, machine_named, plan
-from loomvideo.jobs.training.setup import START_FILE, Start, check_folders, predictor, start_of
-from loomvideo.model.sizes import model_size, with_folders
+from loomvideo.jobs.training.setup import START_FILE, Start, check_folders, check_start, predictor, start_of
+from loomvideo.model.sizes import PIPELINE_FILE, model_size, with_folders
 from loomvideo.pipelines.sources.samples import Sample
 from loomvideo.platform.errors import UserError
 
@@ -54,6 +54,18 @@ def test_a_continued_run_keeps_its_start(tmp_path):
     config.from_run, config.from_weights = "", str(tmp_path / "absent")
     with pytest.raises(UserError, match="absent: no such weights"):
         start_of(config, "finetune-edit", "pretrain")
+
+
+def test_weights_of_other_encoders_are_refused(tmp_path):
+    dataset = SimpleNamespace(manifest=SimpleNamespace(encoders={"codec": "lapped-1", "mllm": "random-2"}))
+    note = tmp_path / PIPELINE_FILE
+    for stated in ({}, {"encoders": {"codec": "lapped-1", "mllm": "random-2"}}, {"encoders": {"codec": "lapped-1"}}):
+        note.write_text(json.dumps({"model": "tiny"} | stated))
+        check_start(str(tmp_path), "data/shards", dataset)
+    check_start(str(tmp_path / "gen_model.pth"), "data/shards", dataset)
+    note.write_text(json.dumps({"model": "tiny", "encoders": {"codec": "lapped-1", "mllm": "random-1"}}))
+    with pytest.raises(UserError, match=r"data/shards: encoded by mllm random-2, but .* was trained with random-1"):
+        check_start(str(tmp_path), "data/shards", dataset)
 
 
 def test_validation_reads_the_split_that_prepare_writes():

@@ -11,7 +11,7 @@ from loomvideo.jobs.cli import app
 from loomvideo.model.config import LoRAConfig
 from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.lora import MergedWeights, adapt
-from loomvideo.model.sizes import model_size
+from loomvideo.model.sizes import model_size, stated_note
 from loomvideo.model.weights import load_dit
 
 runner = CliRunner()
@@ -52,9 +52,11 @@ def test_export_writes_a_weights_folder(tmp_path):
     state = {name: parameter.detach() for name, parameter in model.named_parameters()}
     write_checkpoint(tmp_path, 7, state, world_size=3)
     (tmp_path / "config.yaml").write_text("model: tiny\n")
+    (tmp_path / "encoders.json").write_text('{"codec": "lapped-1", "mllm": "random-2"}')
     output = tmp_path / "weights"
     result = invoke("export", tmp_path, output, "--weights", "raw")
     assert result.exit_code == 0, result.exception
+    assert stated_note(output)["encoders"] == {"codec": "lapped-1", "mllm": "random-2"}
     assert "raw weights of step 7" in result.output
     loaded = load_dit(output)
     for name, parameter in loaded.named_parameters():
