@@ -19,9 +19,9 @@ BUILTIN_VOCAB_SIZE = 3_264
 
 
 PIPELINE_FILE = "pipeline.json"
-ENCODERS_KEY = "encoders"
-"""Fingerprints of the codec and the MLLM that weights were trained with, in that file."""
 """Beside exported weights: which model size's codec and MLLM they were trained with."""
+ENCODERS_KEY = "encoders"
+"""The fingerprints of that codec and MLLM."""
 LEFT_OUT_KEY = "left_out"
 """Its tasks that the training's mixture gave no weight."""
 
