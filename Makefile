@@ -11,11 +11,13 @@ RUN ?=
 ARGS ?=
 DATA ?= data/sample
 SHARDS ?= data/shards-$(PRESET)
+FIGURES ?= data/figures
+FIGURE_SHARDS ?= data/shards-figures-$(PRESET)
 SUITES ?= sample
 CHECKPOINT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev lock check-lock FORCE lint format check test test-pages test-fast fuzz sample-data shards pretrain finetune-edit distill prefer evaluate serve demo readme-strip codec mlflow bench clean render submit validate doctor mlflow-server rehearse rehearse-fresh drill drill-training image kernels bench-data bench-prepare bench-cluster bench-kernels bench-generation bench-training bench-gpu
+.PHONY: help setup setup-dev lock check-lock FORCE lint format check test test-pages test-fast fuzz sample-data shards figure-shards pretrain finetune-edit distill prefer evaluate serve demo readme-strip codec mlflow bench clean render submit validate doctor mlflow-server rehearse rehearse-fresh drill drill-training image kernels bench-data bench-prepare bench-cluster bench-kernels bench-generation bench-training bench-gpu
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -84,24 +86,33 @@ sample-data: $(VENV)/.setup ## make the sample dataset (kept if it is there)
 shards: sample-data ## encode the sample dataset into shards (kept if they are fresh)
 	$(BIN)/loomvideo data prepare preset=$(PRESET) input=$(DATA)/samples.jsonl output=$(SHARDS)
 
-# What ARGS says is checked before anything is made.
+COMMA := ,
+
+# Every edit has a figure of its own here, and sample-data four of each: prefer has garments that the editor never saw.
+figure-shards: $(VENV)/.setup ## make and encode edits of 1,200 more figures, which prefer learns from as well (kept if they are fresh)
+	$(BIN)/loomvideo data sample output=$(FIGURES) seed=21 num_train=1200 num_heldout=0 samples_per_group=1 real=false \
+	  'task_weights={t2i: 0, t2v: 0, mi2v: 0, image_edit: 0.4, video_edit: 0.45, ref_edit: 0.15}' \
+	  'from_words={t2i: 0, t2v: 0}' 'edit_weights={recolour: 0.7, background: 0.2, pattern: 0.1}'
+	$(BIN)/loomvideo data prepare preset=$(PRESET) input=$(FIGURES)/samples.jsonl output=$(FIGURE_SHARDS)
+
+# $(1) the job, $(2) the targets that make its shards, $(3) their folders. What ARGS says is checked before anything is made.
 define TRAIN
-@$(if $(strip $(ARGS)),$(BIN)/loomvideo $(1) preset=$(PRESET) data.shards=[$(SHARDS)] $(ARGS) --dry-run >/dev/null)
-@$(MAKE) --no-print-directory shards
-$(BIN)/loomvideo $(1) preset=$(PRESET) data.shards=[$(SHARDS)] evaluation.samples=$(DATA)/samples.jsonl $(if $(RUN),run=$(RUN)) $(ARGS)
+@$(if $(strip $(ARGS)),$(BIN)/loomvideo $(1) preset=$(PRESET) data.shards=[$(3)] $(ARGS) --dry-run >/dev/null)
+@$(MAKE) --no-print-directory $(2)
+$(BIN)/loomvideo $(1) preset=$(PRESET) data.shards=[$(3)] evaluation.samples=$(DATA)/samples.jsonl $(if $(RUN),run=$(RUN)) $(ARGS)
 endef
 
 pretrain: $(VENV)/.setup ## train on all tasks: PRESET= RUN= ARGS="section.key=value …"
-	$(call TRAIN,pretrain)
+	$(call TRAIN,pretrain,shards,$(SHARDS))
 
 finetune-edit: $(VENV)/.setup ## continue the newest (or ARGS="from_run=…") pretrain run on the editing tasks
-	$(call TRAIN,finetune-edit)
+	$(call TRAIN,finetune-edit,shards,$(SHARDS))
 
 distill: $(VENV)/.setup ## make a model of few steps from the newest (or ARGS="from_run=…") finetune-edit run
-	$(call TRAIN,distill)
+	$(call TRAIN,distill,shards,$(SHARDS))
 
-prefer: $(VENV)/.setup ## tune the newest (or ARGS="from_run=…") finetune-edit run by preferences: ARGS="prefer.method=nft training.steps=120"
-	$(call TRAIN,prefer)
+prefer: $(VENV)/.setup ## tune the newest (or ARGS="from_run=…") finetune-edit run by preferences, with more figures (FIGURE_SHARDS= for SHARDS alone): ARGS="prefer.method=nft …"
+	$(call TRAIN,prefer,shards $(if $(FIGURE_SHARDS),figure-shards),$(SHARDS)$(if $(FIGURE_SHARDS),$(COMMA)$(FIGURE_SHARDS)))
 
 evaluate: sample-data ## measure a checkpoint: CHECKPOINT= (newest run) SUITES=sample,fashion RUN= ARGS="judge.kind=…"
 	$(BIN)/loomvideo evaluate preset=$(PRESET) 'suites=[$(SUITES)]' $(if $(CHECKPOINT),checkpoint=$(CHECKPOINT)) data.sample=$(DATA) data.fashion=$(DATA) $(if $(RUN),run=$(RUN)) $(ARGS)
