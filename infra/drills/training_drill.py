@@ -148,7 +148,7 @@ def drill_disk(rehearsal: Rehearsal) -> str:
 
 
 def drill_bit(rehearsal: Rehearsal) -> str:
-    """One flipped bit in the newest checkpoint, then the same command with more steps."""
+    """One flipped bit in the newest checkpoint, then the same command with more steps: another round of prefer."""
     source = rehearsal.run_path("worker-killed")
     name = "bit-flipped"
     shutil.copytree(source, source.with_name(name), ignore=shutil.ignore_patterns(".ray", "mlflow.json"))
@@ -157,9 +157,10 @@ def drill_bit(rehearsal: Rehearsal) -> str:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    run = rehearsal.train(name, f"training.steps={STEPS + EVERY}")
+    steps = STEPS + (STEPS // 2 if rehearsal.job == "prefer" else EVERY)
+    run = rehearsal.train(name, *rehearsal.length(steps, rounds=3))
     run.finish()
-    run.check_complete(STEPS + EVERY)
+    run.check_complete(steps)
     run.expect("checkpoint passed over", "content differs from the manifest's hash")
     if run.continued_at() != STEPS - EVERY:
         raise DrillError(f"continued at {run.continued_at()}")
@@ -227,7 +228,7 @@ def drill_preemption(rehearsal: Rehearsal) -> str:
     with cluster(rehearsal, "one", "two", "three") as (nodes, environment):
         run = rehearsal.train(
             "preempted", "training.workers.max_failures=0", "training.checkpoint.every_steps=1000",
-            "training.steps=150", environment=environment,
+            *rehearsal.length(150), environment=environment,
         )  # fmt: skip
         run.wait_for_step(12)
         victim = next(name for name in ("one", "two") if _has_worker(nodes, name))

@@ -219,6 +219,14 @@ class Rehearsal:
         run.check_complete()
         return run
 
+    def length(self, steps: int, rounds: int = 2) -> list[str]:
+        """Arguments for a run of so many steps, which prefer divides into rounds."""
+        if self.job != "prefer":
+            return [f"training.steps={steps}"]
+        return [
+            f"training.steps={steps}", f"prefer.nft.rounds={rounds}", f"prefer.nft.steps_per_round={steps // rounds}"
+        ]  # fmt: skip
+
     def run_path(self, name: str) -> Path:
         """The folder of a run."""
         return self.folder / "runs" / self.job / name
