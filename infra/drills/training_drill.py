@@ -225,13 +225,15 @@ def drill_elastic(rehearsal: Rehearsal) -> str:
 
 def drill_preemption(rehearsal: Rehearsal) -> str:
     """A node is drained with 25 s notice and then killed, max_failures=0."""
-    with cluster(rehearsal, "one", "two", "three") as (nodes, environment):
+    # The actor that generates for prefer keeps a CPU over the rounds.
+    spare = ("four",) if rehearsal.job == "prefer" else ()
+    with cluster(rehearsal, "one", "two", "three", *spare) as (nodes, environment):
         run = rehearsal.train(
             "preempted", "training.workers.max_failures=0", "training.checkpoint.every_steps=1000",
             *rehearsal.length(150), environment=environment,
         )  # fmt: skip
         run.wait_for_step(12)
-        victim = next(name for name in ("one", "two") if _has_worker(nodes, name))
+        victim = next(name for name in ("one", "two", "three") if _has_worker(nodes, name))
         before = max(run.steps())
         drain = "from loomvideo.platform.cluster.drain import drain; import ray; ray.init(address='auto', "
         drain += "log_to_driver=False); node = [n for n in ray.nodes() if n['Alive'] and n['Resources'].get"
