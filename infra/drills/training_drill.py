@@ -113,8 +113,8 @@ def drill_notice(rehearsal: Rehearsal) -> str:
     run.finish()
     run.check_complete()
     run.check_same(rehearsal.undisturbed)
-    # Not the last time that it went on: a round of prefer that came after continues too.
-    run.expect(f"continuing at step {stopped_at}:")
+    if stopped_at not in run.continued():
+        raise DrillError(f"stopped at {stopped_at}, continued at {run.continued()}")
     ended = f"exit code {code} after {ended_s:.1f} s" if code >= 0 else f"killed after {NOTICE_S:.0f} s"
     return f"checkpoint of step {stopped_at} after {written_s:.1f} s, {ended}; continued there, no step lost"
 
@@ -220,17 +220,17 @@ def drill_elastic(rehearsal: Rehearsal) -> str:
     reference = [r["keys_digest"] for r in Run("worker-killed", rehearsal.folder, run.process, rehearsal.job).records()]
     if [record["keys_digest"] for record in run.records()] != reference:
         raise DrillError("other samples than on two workers")
-    return f"2 workers to 1 at step {run.continued_at()}; all {STEPS} steps of the same samples as on two workers"
+    return f"2 workers to 1 at step {run.continued()[0]}; all {STEPS} steps of the same samples as on two workers"
 
 
 def drill_preemption(rehearsal: Rehearsal) -> str:
     """A node is drained with 25 s notice and then killed, max_failures=0."""
-    # The actor that generates for prefer keeps a CPU over the rounds.
-    spare = ("four",) if rehearsal.job == "prefer" else ()
-    with cluster(rehearsal, "one", "two", "three", *spare) as (nodes, environment):
+    # A round of prefer must still train when its node is killed.
+    steps = 400 if rehearsal.job == "prefer" else 150
+    with cluster(rehearsal, "one", "two", "three") as (nodes, environment):
         run = rehearsal.train(
             "preempted", "training.workers.max_failures=0", "training.checkpoint.every_steps=1000",
-            *rehearsal.length(150), environment=environment,
+            *rehearsal.length(steps), environment=environment,
         )  # fmt: skip
         run.wait_for_step(12)
         victim = next(name for name in ("one", "two", "three") if _has_worker(nodes, name))
@@ -246,12 +246,13 @@ def drill_preemption(rehearsal: Rehearsal) -> str:
         time.sleep(max(0.0, 25 - written_s))
         nodes.kill(victim)
         run.finish()
-    run.check_complete(150)
-    if run.continued_at() < saved:
-        raise DrillError(f"saved {saved}, continued at {run.continued_at()}")
+    run.check_complete(steps)
+    continued = run.continued()[0]
+    if not saved <= continued < (steps // 2 if rehearsal.job == "prefer" else steps):
+        raise DrillError(f"saved {saved}, continued at {run.continued()}")
     return (
         f"notice after step {before}: checkpoint of step {saved} within {written_s:.1f} s; "
-        f"continued from step {run.continued_at()} on another node, not counted as a failure"
+        f"continued from step {continued} on another node, not counted as a failure"
     )
 
 

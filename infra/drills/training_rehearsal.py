@@ -156,12 +156,16 @@ class Run:
             if text not in self.log:
                 raise DrillError(f"{self.name}: no {text!r} in the log: {self.tail()}")
 
-    def continued_at(self) -> int:
-        """The step at which the run went on last."""
+    def continued(self) -> list[int]:
+        """The steps at which the run went on, each time that it did; rounds of prefer continue one another too."""
         lines = [line for line in self.log.splitlines() if "continuing at step" in line]
         if not lines:
             raise DrillError(f"{self.name}: started anew instead of continuing")
-        return int(lines[-1].split("continuing at step ")[1].split(":")[0])
+        return [int(line.split("continuing at step ")[1].split(":")[0]) for line in lines]
+
+    def continued_at(self) -> int:
+        """The step at which the run went on last."""
+        return self.continued()[-1]
 
 
 class Rehearsal:

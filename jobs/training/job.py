@@ -268,5 +268,6 @@ def _local_cpus(config: TrainingJobConfig) -> int:
     if config.samples.every_steps:
         wanted += config.samples.cpus
     if isinstance(config, PreferJobConfig) and config.prefer.method == "nft":
-        wanted += config.prefer.nft.actors * config.prefer.nft.cpus
+        # They end before training starts.
+        wanted = max(wanted, config.prefer.nft.actors * config.prefer.nft.cpus)
     return max(usable_cpus(), wanted + config.features.actors * config.features.cpus)

@@ -49,7 +49,7 @@ class PlanConfig:
     steps_per_round: int = option(20, "of prefer: optimiser steps after each round")
     results: int = option(512, "of prefer: results of a round, all prompts together")
     sampler_steps: int = option(20, "of prefer: denoising steps of a result")
-    generators: int = option(8, "of prefer: GPUs that generate, beside the ranks")
+    generators: int = option(0, "of prefer: GPUs that generate before the ranks train; 0: the ranks' own")
     hourly_price: float = option(0.0, "price of a GPU hour, for the cost of the run; 0 leaves it out")
     watts: float = option(0.0, "power of a GPU with its share of node and cooling, for the energy of the run; 0: none")
     carbon_g_per_kwh: float = option(0.0, "grams of CO2 a kWh of the grid, for the carbon of the run; needs watts")
@@ -181,7 +181,9 @@ def _print_method(config: PlanConfig, dit: "DiTConfig", plans: "list[StepEstimat
     else:
         rounds = config.rounds, config.steps_per_round, config.results, config.sampler_steps
         methods = [
-            plan_prefer(base, len(config.lengths), *rounds, config.branches, config.generators, adapters)
+            plan_prefer(
+                base, len(config.lengths), *rounds, config.branches, config.generators or base.num_ranks, adapters
+            )
             for base in plans
         ]
     estimates = table(f"estimate of {config.method}", *(f"{ranks} {config.machine}" for ranks in config.ranks))

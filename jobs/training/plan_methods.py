@@ -105,7 +105,7 @@ def plan_prefer(
         results: Results of a round, all prompts together.
         sampler_steps: Denoising steps of each.
         branches: Guidance branches of the sampler.
-        generators: GPUs that generate.
+        generators: GPUs that generate; training takes the same ones afterwards.
         adapters: Parameters of the adapters; 0 trains all weights.
     """
     n, ranks = base.num_parameters, base.num_ranks
@@ -124,7 +124,7 @@ def plan_prefer(
         "memory of a training GPU": f"{memory / 2**30:.1f} GiB",
         "weights of a generating GPU, without the codec": f"{n * BYTES_BF16 / 2**30:.1f} GiB",
         "optimiser step": f"{step_s:.2f} s",
-        f"generating {results:,} results on {generators} GPUs": f"{generating_s / 60:.1f} min",
+        f"generating {results:,} results": f"{generating_s / 60:.1f} min on {generators} GPUs",
         f"{rounds} rounds": f"{total_s / 3600:.1f} h",
     }
-    return MethodEstimate(memory, total_s, total_s / 3600 * (ranks + generators), rows)
+    return MethodEstimate(memory, total_s, total_s / 3600 * max(ranks, generators), rows)

@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from torch import Tensor
 
 from loomvideo.jobs.training.config import PreferJobConfig
@@ -34,27 +34,32 @@ class RolloutActor:
     """
 
     def __init__(self, config: PreferJobConfig, model: ModelSize, urls: Sequence[str], build_recipe: Any, start: str):
+        self.config, self.model, self.urls, self.build_recipe, self.start = config, model, urls, build_recipe, start
+
+    def prepare(self, weights: dict[str, Tensor]) -> None:
+        """Build everything, with the weights of a round.
+
+        Not when the actor starts: Ray takes a mistake there for the loss of the actor.
+        """
+        config = self.config
         nft, rewards = config.prefer.nft, config.prefer.rewards
         device = device_for(nft.gpus, "prefer.nft.gpus")
         if device.type == "cpu":
             torch.set_num_threads(nft.cpus)
-        recipe = build_recipe()
-        dit = load_dit(start, recipe.config, device, dtype_on(device)).eval()
+        recipe = self.build_recipe()
+        dit = load_dit(self.start, recipe.config, device, dtype_on(device)).eval()
         self.maker = RolloutMaker(
             recipe,
             dit,
-            build_codec(model.codec, device, dtype_on(device)),
-            [ShardDataset.open(url) for url in urls],
+            build_codec(self.model.codec, device, dtype_on(device)),
+            [ShardDataset.open(url) for url in self.urls],
             nft,
             Rewarder(rewards.weights, rewards.floors, rewards.server, rewards.patience_s, rewards.watched),
-            model.scheduler,
-            stated_few_steps(start),
+            self.model.scheduler,
+            stated_few_steps(self.start),
             config.training.seed,
-            model.generate_scheduler,
+            self.model.generate_scheduler,
         )
-
-    def load(self, weights: dict[str, Tensor]) -> None:
-        """Take the weights of a round."""
         self.maker.load(weights)
 
     def make(self, prompt: Prompt, number: int, folder: str) -> dict[str, Any]:
@@ -63,18 +68,17 @@ class RolloutActor:
 
 
 class ActorGroup:
-    """Actors that stay over the rounds; one that is lost is replaced, and its prompt made again.
+    """Actors of a round, which end with it: training needs the devices. One that is lost is replaced.
 
     Args:
-        start: Starts one and returns its handle; asked when there is first something to do.
-        count: How many.
+        start: Starts one and returns its handle.
+        count: How many at most.
         max_failures: Losses in a round that are borne; negative for any number.
         say: Tells people about a loss.
     """
 
     def __init__(self, start: Callable[[], Any], count: int, max_failures: int, say: Callable[[str], None]):
         self.start, self.count, self.max_failures, self.say = start, count, max_failures, say
-        self.handles: list[Any] = []
 
     def make(self, weights: Any, prompts: Sequence[Prompt], number: int, folder: Path) -> list[dict[str, Any]]:
         """What the actors make of a round's prompts, in their order.
@@ -87,37 +91,39 @@ class ActorGroup:
 
         Raises:
             RayActorError: when more actors were lost than ``max_failures``.
+            Exception: what an actor raised, as it raised it.
         """
-        self.handles += [self.start() for _ in range(self.count - len(self.handles))]
-        # What runs: the actor, and the place of its prompt or None while it takes the weights.
-        running: dict[Any, tuple[Any, int | None]] = {h.load.remote(weights): (h, None) for h in self.handles}
+        handles = [self.start() for _ in range(min(self.count, len(prompts)))]
+        # What runs: the actor, and the place of its prompt or None while it prepares.
+        running: dict[Any, tuple[Any, int | None]] = {h.prepare.remote(weights): (h, None) for h in handles}
         todo, made, lost = deque(range(len(prompts))), {}, 0
-        while len(made) < len(prompts):
-            (done,), _ = ray.wait(list(running))
-            handle, place = running.pop(done)
-            try:
-                result = ray.get(done)
-            except (RayActorError, OutOfMemoryError) as error:
-                lost += 1
-                if 0 <= self.max_failures < lost:
-                    raise
-                self.say(f"an actor of round {number} was lost, another takes its place: {str(error).splitlines()[0]}")
+        try:
+            while len(made) < len(prompts):
+                (done,), _ = ray.wait(list(running))
+                handle, place = running.pop(done)
+                try:
+                    result = ray.get(done)
+                except (RayActorError, OutOfMemoryError) as error:
+                    lost += 1
+                    if 0 <= self.max_failures < lost:
+                        raise
+                    first_line = str(error).splitlines()[0]
+                    self.say(f"an actor of round {number} was lost, another takes its place: {first_line}")
+                    if place is not None:
+                        todo.appendleft(place)
+                    ray.kill(handle)
+                    handles.remove(handle)
+                    handles.append(self.start())
+                    running[handles[-1].prepare.remote(weights)] = handles[-1], None
+                    continue
+                except RayTaskError as error:
+                    raise error.cause from error
                 if place is not None:
-                    todo.appendleft(place)
+                    made[place] = result
+                if todo:
+                    place = todo.popleft()
+                    running[handle.make.remote(prompts[place], number, str(folder))] = handle, place
+        finally:
+            for handle in handles:
                 ray.kill(handle)
-                self.handles.remove(handle)
-                handle = self.start()
-                self.handles.append(handle)
-                running[handle.load.remote(weights)] = handle, None
-                continue
-            if place is not None:
-                made[place] = result
-            if todo:
-                place = todo.popleft()
-                running[handle.make.remote(prompts[place], number, str(folder))] = handle, place
         return [made[place] for place in range(len(prompts))]
-
-    def close(self) -> None:
-        """End the actors."""
-        for handle in self.handles:
-            ray.kill(handle)

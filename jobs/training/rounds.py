@@ -1,8 +1,8 @@
 """Training in rounds: actors generate with the weights of now and score, then the loop trains on what they made.
 
 The folder ``rounds/round-0003`` of a run holds everything of a round and is written when it is whole; a run that was
-interrupted goes on in the middle of the round that it was in, or of its training. Actors stay over the rounds and get
-new weights through Ray's object store, from one process that reads them once.
+interrupted goes on in the middle of the round that it was in, or of its training. Actors get the weights of a round
+through Ray's object store, from one process that reads them once, and end before training, which takes their devices.
 """
 
 import dataclasses
@@ -87,7 +87,6 @@ def train_in_rounds(run: TrainingRun) -> dict[str, Any]:
         )
         if result["stopped"]:
             break
-    actors.close()
     return result | {"reward_by_round": [_reward(Path(url)) for url in urls]}
 
 

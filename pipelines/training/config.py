@@ -161,7 +161,9 @@ class NFTConfig:
     spread: float = option(1.0, "rewards are r = 1/2 + (reward - mean) / (2 spread std) of their prompt, within [0, 1]")
     drift_weight: float = option(0.0, "charge for the distance from the weights of the start")
     actors: int = option(
-        1, "actors that generate and score; a lost one is replaced, up to training.workers.max_failures times a round"
+        1,
+        "actors that generate and score, and end before training takes their devices; a lost one is replaced, up to "
+        "training.workers.max_failures times a round",
     )
     gpus: float = option(0.0, "GPUs of each; 0 generates on CPUs")
     cpus: int = option(1, "CPUs of each")

@@ -46,6 +46,19 @@ def test_distilling_and_preferring_cost_too(capsys, method):
     assert float(paid["carbon"].split()[0].replace(",", "")) == pytest.approx(0.4 * hours, abs=1)
 
 
+def test_the_gpus_that_train_generate_before(capsys):
+    shared = rows(capsys, method="prefer", ranks=[8, 64])
+    half = rows(capsys, method="prefer", ranks=[64], generators=32)
+    more = rows(capsys, method="prefer", ranks=[64], generators=128)
+    generating = "generating 512 results"
+    minutes = {name: float(plan[generating].split()[0]) for name, plan in (("half", half), ("more", more))}
+    assert minutes["half"] == pytest.approx(4 * minutes["more"], rel=0.1)
+    # Of 64 and of the other 64, which only wait.
+    assert float(more["GPU hours"]) == pytest.approx(128 * float(more["8 rounds"].split()[0]), rel=0.05)
+    assert float(half["GPU hours"]) == pytest.approx(64 * float(half["8 rounds"].split()[0]), rel=0.05)
+    assert "on 64 GPUs" in shared[generating]
+
+
 def test_a_measured_network_counts(capsys):
     print_plan(PlanConfig(ranks=[64]))
     usual = capsys.readouterr().out
