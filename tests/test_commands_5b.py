@@ -12,7 +12,8 @@ from loomvideo.jobs.cli import app
 from loomvideo.platform.errors import UserError
 
 PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("**/*.md"))]
-COMMANDS = ("pretrain", "finetune-edit", "evaluate", "generate", "serve", "plan", "data prepare")
+TRAINING = ("pretrain", "finetune-edit", "distill", "prefer")
+COMMANDS = (*TRAINING, "evaluate", "generate", "serve", "plan", "data prepare")
 # Placeholders of the pages.
 PLACEHOLDERS = {"…": "FOLDER"}
 
@@ -54,7 +55,7 @@ def test_a_documented_command_resolves(command, tmp_path, monkeypatch):
     for checkpoint in re.findall(r"checkpoint=([\w./-]+)", command):
         (tmp_path / checkpoint).mkdir(parents=True)
     text = resolved(command)
-    if not command.startswith(("pretrain", "finetune-edit")):
+    if not command.startswith(TRAINING):
         return
     config = yaml.safe_load(text)
     # Shards of the 5b presets are streamed: actors and the folder of their MLLM are needed.
@@ -71,6 +72,20 @@ def test_the_plan_for_64_gpus_asks_for_64():
     workers, features = config["training"]["workers"], config["features"]
     assert workers["num"] * workers["gpus"] + features["actors"] * features["gpus"] <= 64
     assert workers["num"] % config["training"]["zero"]["hpz_partition_size"] == 0
+
+
+def test_distilling_and_preferring_fit_eight_gpus():
+    of_page = [found.values[0] for found in documented() if found.id.startswith("distillation")]
+    commands = [command for command in of_page if command.startswith(("distill", "prefer"))]
+    assert {command.split()[0] for command in commands} == {"distill", "prefer"}
+    for command in commands:
+        config = yaml.safe_load(resolved(command))
+        workers, features = config["training"]["workers"], config["features"]
+        used = workers["num"] * workers["gpus"]
+        if "prefer" in config:
+            # A round's actors end before its training starts.
+            used = max(used, config["prefer"]["nft"]["actors"] * config["prefer"]["nft"]["gpus"])
+        assert used + features["actors"] * features["gpus"] == 8, command
 
 
 def test_a_dry_run_says_which_values_do_not_fit():
