@@ -30,6 +30,7 @@ from loomvideo.pipelines.training.rollouts import (
     open_round_or_shards,
 )
 from loomvideo.platform.console import console
+from loomvideo.platform.training.config import TrainingConfig
 from loomvideo.platform.training.driver import train
 
 ROUNDS_FOLDER, POLICY_FOLDER = "rounds", "policy"
@@ -57,37 +58,61 @@ def train_in_rounds(run: TrainingRun) -> dict[str, Any]:
         check_scales(nft, stated_few_steps(run.start))
     failures, say = config.training.workers.max_failures, partial(console().print, soft_wrap=True)
     actors = ActorGroup(partial(_start_actor, run), nft.actors, failures, say)
-    urls: list[str] = []
     trained = max(RunCheckpoints.of(run.folder).folder.steps(), default=0)
     for number in range(nft.rounds):
-        folder = run.folder.path / ROUNDS_FOLDER / f"round-{number:04d}"
-        policy = folder / POLICY_FOLDER if number else Path(run.start or "")
-        if not is_finished(folder):
-            _export_policy(run, number, policy)
-            _make_round(run, actors, number, policy, folder)
-        urls.append(str(folder))
-        if trained >= (number + 1) * nft.steps_per_round and number + 1 < nft.rounds:
+        of_round = RoundTraining.of(config, run.folder.path, number, run.start or "")
+        if not is_finished(of_round.folder):
+            _export_policy(run, number, of_round.policy)
+            _make_round(run, actors, number, of_round.policy, of_round.folder)
+        if trained >= of_round.last_step and number + 1 < nft.rounds:
             continue
-        # Earlier rounds were made by other policies: they stay in the data of the run and are not drawn any more.
-        weights = {f"round-{before:04d}": float(before == number) for before in range(number + 1)}
-        training = dataclasses.replace(
-            config.training,
-            mixture=dataclasses.replace(config.training.mixture, datasets=weights, tasks={}),
-            split="train",
-        )
         result = train(
-            training,
-            run.build_recipe(policy=str(policy), num_rounds=number + 1),
-            urls,
+            of_round.config,
+            run.build_recipe(policy=str(of_round.policy), num_rounds=len(of_round.urls)),
+            of_round.urls,
             run.folder,
             run.tracker,
             open_dataset=partial(open_round_or_shards, reading=config.data.reading),
-            last_step=(number + 1) * nft.steps_per_round,
+            last_step=of_round.last_step,
             checkpoint_tasks=run.tasks,
         )
         if result["stopped"]:
             break
-    return result | {"reward_by_round": [_reward(Path(url)) for url in urls]}
+    return result | {"reward_by_round": [_reward(Path(url)) for url in of_round.urls]}
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundTraining:
+    """What the training of a round is given.
+
+    Attributes:
+        folder: The round.
+        policy: The weights folder of what made it.
+        urls: The round, after those before.
+        config: How it trains.
+        last_step: The round's last.
+    """
+
+    folder: Path
+    policy: Path
+    urls: list[str]
+    config: TrainingConfig
+    last_step: int
+
+    @classmethod
+    def of(cls, config: PreferJobConfig, run: Path, number: int, start: str) -> "RoundTraining":
+        """That of a run's round ``number``; ``start`` is the weights folder that the run began with."""
+        folders = [run / ROUNDS_FOLDER / f"round-{earlier:04d}" for earlier in range(number + 1)]
+        # Earlier rounds were made by other policies: they stay in the data of the run and are not drawn any more.
+        weights = {folder.name: float(folder == folders[-1]) for folder in folders}
+        mixture = dataclasses.replace(config.training.mixture, datasets=weights, tasks={})
+        return cls(
+            folders[-1],
+            folders[-1] / POLICY_FOLDER if number else Path(start),
+            [str(folder) for folder in folders],
+            dataclasses.replace(config.training, mixture=mixture, split="train"),
+            (number + 1) * config.prefer.nft.steps_per_round,
+        )
 
 
 def _start_actor(run: TrainingRun) -> Any:

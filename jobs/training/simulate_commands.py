@@ -120,31 +120,13 @@ def print_audit(reference: RunReference, steps: int, workers: int) -> None:
     Raises:
         UserError: if the run cannot be repeated, or a repeated step differs.
     """
-    import tempfile
-
-    from loomvideo.jobs.training.setup import START_FILE, recipe_factory
+    from loomvideo.jobs.training.audit import repeat_steps
     from loomvideo.jobs.weights.export import run_config
-    from loomvideo.model.sizes import model_size, with_folders
-    from loomvideo.pipelines.training.feature_pool import feature_pool
-    from loomvideo.platform.ray_session import ray_session
-    from loomvideo.platform.shards.reader import ShardDataset
-    from loomvideo.platform.training.audit import audit_resume
 
-    run, config = reference.run.path, run_config(reference.run)
+    config = run_config(reference.run)
     same_world = workers in (0, config.training.workers.num)
     config.training.workers.num = workers or config.training.workers.num
-    datasets = [ShardDataset.open(url) for url in config.data.shards]
-    model = with_folders(model_size(config.model), config.codec_folder, config.mllm_folder)
-    num_cpus = max(2, config.training.workers.num * config.training.workers.cpus)
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        ray_session(num_cpus=num_cpus + config.features.actors * config.features.cpus),
-        feature_pool(config.features, model, datasets) as features,
-    ):
-        started = (reference.run.read_json(START_FILE) or {}).get("weights") or None
-        factory = recipe_factory(config, datasets, started, config.kernels, features)
-        start, shards = reference.step or 0, config.data.shards
-        rows = audit_resume(run, config.training, factory, shards, Path(scratch), start, steps)
+    rows = repeat_steps(reference, config, steps)
     repeated = table("step", "samples", "loss", "repeated", "gradient norm", "repeated", "")
     for row in rows:
         verdict = "equal" if row.same_bits else "close" if row.is_close else "DIFFERS"
@@ -162,7 +144,7 @@ def print_audit(reference: RunReference, steps: int, workers: int) -> None:
     exact = same_world and (not config.training.workers.gpus or config.training.deterministic)
     passed = all(row.same_keys and (row.same_bits if exact else row.is_close) for row in rows)
     if not passed:
-        raise UserError(f"{run}: the repetition differs from what the run recorded")
+        raise UserError(f"{reference.run.path}: the repetition differs from what the run recorded")
     print("resume audit passed: " + ("equal bit by bit" if exact else "same samples, losses within tolerance"))
     if same_world and not exact:
         print("a run with training.deterministic=true would be equal bit by bit on GPUs too")

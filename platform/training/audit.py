@@ -49,6 +49,38 @@ def read_steps(path: Path) -> dict[int, dict[str, Any]]:
     return records
 
 
+def checkpoint_to_audit(run: Path, config: TrainingConfig, step: int, num_steps: int, steps_per_round: int = 0) -> int:
+    """The step of a checkpoint after which the run recorded enough steps.
+
+    Args:
+        run: The run's folder.
+        config: Its configuration.
+        step: The checkpoint that is asked for; 0 takes the newest that will do.
+        num_steps: Steps to repeat.
+        steps_per_round: Where a run trains in rounds, how many steps each has: all must be of one; 0 for no rounds.
+
+    Raises:
+        UserError: if there is none.
+    """
+    recorded, folder = read_steps(run / STEPS_FILE), _checkpoints(run, config)
+    usable = [k for k in folder.steps() if all(k + i in recorded for i in range(1, num_steps + 1))]
+    if steps_per_round:
+        usable = [k for k in usable if k % steps_per_round + num_steps <= steps_per_round]
+    if not usable or (step and step not in usable):
+        have = ", ".join(map(str, folder.steps())) or "none"
+        of_round = f" in its round of {steps_per_round}" if steps_per_round else ""
+        raise UserError(
+            f"{run}: no checkpoint{f' of step {step}' if step else ''} with {num_steps} recorded steps after "
+            f"it{of_round} (checkpoints: {have}; last step {max(recorded, default=0)}); set "
+            "training.checkpoint.keep_last higher, or repeat fewer steps"
+        )
+    return step or usable[-1]
+
+
+def _checkpoints(run: Path, config: TrainingConfig) -> CheckpointFolder:
+    return CheckpointFolder(checkpoints_of(config.checkpoint, RunFolder(run.parent.parent, run.parent.name, run.name)))
+
+
 def audit_resume(
     run: Path,
     config: TrainingConfig,
@@ -72,18 +104,8 @@ def audit_resume(
     Raises:
         UserError: if there is no such checkpoint, or the run did not record the steps after it.
     """
-    recorded = read_steps(run / STEPS_FILE)
-    folder = CheckpointFolder(
-        checkpoints_of(config.checkpoint, RunFolder(run.parent.parent, run.parent.name, run.name))
-    )
-    usable = [k for k in folder.steps() if all(k + i in recorded for i in range(1, num_steps + 1))]
-    if not usable or (step and step not in usable):
-        have = ", ".join(map(str, folder.steps())) or "none"
-        raise UserError(
-            f"{run}: no checkpoint{f' of step {step}' if step else ''} with {num_steps} recorded steps after it "
-            f"(checkpoints: {have}; last step {max(recorded, default=0)}); set training.checkpoint.keep_last higher"
-        )
-    step = step or usable[-1]
+    step = checkpoint_to_audit(run, config, step, num_steps)
+    recorded, folder = read_steps(run / STEPS_FILE), _checkpoints(run, config)
     repetition = RunFolder.open(scratch, "audit", f"{run.name}-{step}")
     shutil.rmtree(repetition.path)
     repetition = RunFolder.open(scratch, "audit", f"{run.name}-{step}")

@@ -11,11 +11,11 @@ from loomvideo.model.weights import load_dit
 
 pytestmark = pytest.mark.slow
 
+DATA = "data.shards=[data/shards]"
+TRAINING = ["training.pack.tokens=288", "training.log_every=1", "training.optimizer.warmup_steps=1"]
 SMALL = [
+    *TRAINING,
     "evaluation.samples=data/sample/samples.jsonl",
-    "training.pack.tokens=288",
-    "training.log_every=1",
-    "training.optimizer.warmup_steps=1",
     "evaluation.num_edits=6",
     "evaluation.num_generated=1",
     "evaluation.num_films=1",
@@ -56,9 +56,13 @@ def result_of(folder, job, name):
     return json.loads((folder / "runs" / job / name / "result.json").read_text())
 
 
-def test_pretrain_then_finetune_then_continue(folder, shards):
-    data = "data.shards=[data/shards]"
-    loomvideo(folder, "pretrain", data, "run=a", "training.steps=3", *SMALL)
+@pytest.fixture(scope="module")
+def pretrained(folder, shards):
+    loomvideo(folder, "pretrain", DATA, "run=a", "training.steps=3", *SMALL)
+    return "pretrain/a"
+
+
+def test_pretrain_then_finetune_then_continue(folder, pretrained):
     first = result_of(folder, "pretrain", "a")
     assert first["steps"] == 3
     assert {"edit_psnr_db", "copy_psnr_db", "wrong_instruction_psnr_db", "no_source_psnr_db"} <= set(first)
@@ -66,7 +70,7 @@ def test_pretrain_then_finetune_then_continue(folder, shards):
     # A longer run of the same name goes on from the last checkpoint, in the same MLflow run.
     run_id = json.loads((folder / "runs/pretrain/a/mlflow.json").read_text())["run_id"]
     sampled = ["samples.every_steps=5", "training.checkpoint.every_steps=5", "samples.num_edits=1"]
-    loomvideo(folder, "pretrain", data, "run=a", "training.steps=5", *SMALL, *sampled)
+    loomvideo(folder, "pretrain", DATA, "run=a", "training.steps=5", *SMALL, *sampled)
     again = result_of(folder, "pretrain", "a")
     assert (again["first_step"], again["steps"]) == (3, 5)
     assert json.loads((folder / "runs/pretrain/a/mlflow.json").read_text())["run_id"] == run_id
@@ -74,7 +78,7 @@ def test_pretrain_then_finetune_then_continue(folder, shards):
     # Beside training, the checkpoint of step 5 was sampled from.
     assert (folder / "runs/pretrain/a/samples/step-00000005/edits.png").stat().st_size > 1000
 
-    loomvideo(folder, "finetune-edit", data, "run=b", "training.steps=2", "lora.rank=2", "lora.dora=true", *SMALL)
+    loomvideo(folder, "finetune-edit", DATA, "run=b", "training.steps=2", "lora.rank=2", "lora.dora=true", *SMALL)
     assert result_of(folder, "finetune-edit", "b")["steps"] == 2
     heldout = folder / "runs/finetune-edit/b/heldout"
     assert (heldout / "edits.png").stat().st_size > 1000
@@ -97,6 +101,34 @@ def test_pretrain_then_finetune_then_continue(folder, shards):
         result_of(folder, "finetune-edit", "b")["edit_psnr_db"]
     )
     assert {a.path for a in client.list_artifacts(run.info.run_id)} >= {"config.yaml", "result.json", "heldout"}
+
+
+ROUNDS = [
+    "prefer.method=nft", "prefer.nft.rounds=2", "prefer.nft.steps_per_round=4", "prefer.nft.prompts=3",
+    "prefer.nft.repeats=2", "prefer.nft.sampler_steps=2", "prefer.rewards.weights={outside: 1.0}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("job", "method", "checkpoints"),
+    [
+        ("distill", ["distill.critic_warmup=1", "distill.critic_steps=2"], [4]),
+        ("prefer", ["prefer.method=source"], [4]),
+        # In the first round, and over from it into the second.
+        ("prefer", ROUNDS, [2, 4]),
+    ],
+    ids=["distill", "prefer by sources", "prefer by rounds"],
+)
+def test_every_method_repeats_its_steps(folder, pretrained, job, method, checkpoints):
+    name = f"repeated-{len(method)}"
+    often = ["training.steps=8", "training.checkpoint.every_steps=2", "training.checkpoint.keep_last=9"]
+    loomvideo(folder, job, DATA, f"run={name}", f"from_run={pretrained}", *TRAINING, *often, *method)
+    for checkpoint in checkpoints:
+        done = loomvideo(folder, "audit-resume", f"{job}/{name}@{checkpoint}", "--steps", "2")
+        assert "resume audit passed: equal bit by bit" in done.stdout
+    if method == ROUNDS:
+        done = loomvideo(folder, "audit-resume", f"{job}/{name}@2", "--steps", "4", code=2)
+        assert "after it in its round of 4 (checkpoints: 2, 4, 6, 8; last step 8)" in done.stderr
 
 
 @pytest.mark.parametrize(
