@@ -156,16 +156,12 @@ class Run:
             if text not in self.log:
                 raise DrillError(f"{self.name}: no {text!r} in the log: {self.tail()}")
 
-    def continued(self) -> list[int]:
-        """The steps at which the run went on, each time that it did; rounds of prefer continue one another too."""
-        lines = [line for line in self.log.splitlines() if "continuing at step" in line]
-        if not lines:
-            raise DrillError(f"{self.name}: started anew instead of continuing")
-        return [int(line.split("continuing at step ")[1].split(":")[0]) for line in lines]
-
     def continued_at(self) -> int:
-        """The step at which the run went on last."""
-        return self.continued()[-1]
+        """The step at which the run first went on; a later round of prefer continues the one before too."""
+        line = next((line for line in self.log.splitlines() if "continuing at step" in line), None)
+        if line is None:
+            raise DrillError(f"{self.name}: started anew instead of continuing")
+        return int(line.split("continuing at step ")[1].split(":")[0])
 
 
 class Rehearsal:

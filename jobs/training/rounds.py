@@ -58,7 +58,9 @@ def train_in_rounds(run: TrainingRun) -> dict[str, Any]:
         check_scales(nft, stated_few_steps(run.start))
     failures, say = config.training.workers.max_failures, partial(console().print, soft_wrap=True)
     actors = ActorGroup(partial(_start_actor, run), nft.actors, failures, say)
-    trained = max(RunCheckpoints.of(run.folder).folder.steps(), default=0)
+    # A damaged checkpoint neither ends a round nor gives the next one its weights.
+    newest = RunCheckpoints.of(run.folder).folder.newest()
+    trained = newest.step if newest else 0
     for number in range(nft.rounds):
         of_round = RoundTraining.of(config, run.folder.path, number, run.start or "")
         if not is_finished(of_round.folder):
