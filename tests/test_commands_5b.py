@@ -83,8 +83,10 @@ def test_distilling_and_preferring_fit_eight_gpus():
         workers, features = config["training"]["workers"], config["features"]
         used = workers["num"] * workers["gpus"]
         if "prefer" in config:
-            # A round's actors end before its training starts.
-            used = max(used, config["prefer"]["nft"]["actors"] * config["prefer"]["nft"]["gpus"])
+            # A round's actors and its judge end before its training starts.
+            nft, judge = config["prefer"]["nft"], config["judge"]
+            judges = judge["actors"] * judge["gpus"] if judge["kind"] == "transformers" else 0
+            used = max(used, nft["actors"] * nft["gpus"] + judges)
         assert used + features["actors"] * features["gpus"] == 8, command
 
 

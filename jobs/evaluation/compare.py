@@ -10,7 +10,7 @@ from mlflow.tracking import MlflowClient
 
 from loomvideo.jobs.command import job_config
 from loomvideo.jobs.evaluation.config import EvaluateConfig
-from loomvideo.jobs.evaluation.judge import judge_client, judge_session
+from loomvideo.jobs.evaluation.judge import answers_folder, judge_client, judge_session
 from loomvideo.jobs.evaluation.setup import JOB, evaluation_run, store_folder, tracked
 from loomvideo.pipelines.evaluation import mlflow_report
 from loomvideo.pipelines.evaluation.arena import bradley_terry, position_bias
@@ -103,7 +103,7 @@ def run_arena(names: list[str], overrides: list[str], runs: Path) -> None:
     if not shared:
         raise UserError(f"arena: the runs {', '.join(names)} share no suite")
     j = config.judge
-    session = judge_session(config, judge_client(config))
+    session = judge_session(j, judge_client(j), answers_folder(config))
     sampling = FrameSampling(j.num_frames, j.max_side, as_video=j.as_video)
     out = console()
     for suite in shared:

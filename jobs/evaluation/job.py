@@ -10,7 +10,14 @@ from mlflow.entities import LoggedModelInput
 from mlflow.tracking import MlflowClient
 
 from loomvideo.jobs.evaluation.config import EvaluateConfig
-from loomvideo.jobs.evaluation.judge import SPENDING_FILE, BuildJudge, judge_builder, judge_client, preflight
+from loomvideo.jobs.evaluation.judge import (
+    SPENDING_FILE,
+    BuildJudge,
+    answers_folder,
+    judge_builder,
+    judge_client,
+    preflight,
+)
 from loomvideo.jobs.evaluation.setup import (
     JOB,
     EvaluatedModel,
@@ -90,7 +97,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         tracker.log_params(flatten(config))
         spending = folder.path / SPENDING_FILE
         if judge is not None:
-            preflight(config, spending)
+            preflight(config.judge, answers_folder(config), spending)
         client = MlflowClient(tracking_uri=tracker.uri)
         tags = {"loomvideo.fingerprint": checkpoint.fingerprint, "loomvideo.weights": checkpoint.weights}
         # MLflow's names take none of / : . % and quotes.
@@ -266,7 +273,7 @@ def _header(config: EvaluateConfig, manifest: SuiteManifest, suite: Suite, judge
             prompt_set = own_checklists(Path(j.checklists) if j.checklists else CHECKLISTS_FILE).digest
         else:
             prompt_set = own_rubrics(Path(j.rubrics) if j.rubrics else OWN_FILE).digest
-    identity = json.dumps(judge_client(config).identity(), sort_keys=True) if judged else "none"
+    identity = json.dumps(judge_client(j).identity(), sort_keys=True) if judged else "none"
     return {
         "manifest": manifest.digest,
         "judge": f"{j.kind} {j.model}".strip() if judged else "none",

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import typer
 
-from loomvideo.jobs.evaluation.config import EvaluateConfig
+from loomvideo.jobs.evaluation.config import EvaluateConfig, JudgeConfig
 from loomvideo.jobs.evaluation.setup import store_folder
 from loomvideo.pipelines.evaluation.gate import sample_size_line
 from loomvideo.pipelines.evaluation.judge_stage import Asked, JudgeStage
@@ -55,7 +55,7 @@ def judge_builder(config: EvaluateConfig, suites: list[Suite], manifests: list[S
     rubrics = own_rubrics(Path(j.rubrics) if j.rubrics else OWN_FILE)
     checklists = own_checklists(Path(j.checklists) if j.checklists else CHECKLISTS_FILE)
     official = {name: official_rubrics(Path(path)) for name, path in j.official_rubrics.items()}
-    client = judge_client(config)
+    client = judge_client(j)
     sampling = FrameSampling(j.num_frames, j.max_side, as_video=j.as_video)
     items = [item for suite, m in zip(suites, manifests, strict=True) if suite.judged for item in m.items]
     for suite, manifest in zip(suites, manifests, strict=True):
@@ -65,8 +65,8 @@ def judge_builder(config: EvaluateConfig, suites: list[Suite], manifests: list[S
 
     def build(spending: Path | None = None) -> JudgeStage:
         return JudgeStage(
-            Store(store_folder(config)), judge_session(config, client, spending), sampling, rubrics, official,
-            j.mode, j.repeats, j.threads, j.judge_identity, checklists, j.temperature,
+            Store(store_folder(config)), judge_session(j, client, answers_folder(config), spending), sampling, rubrics,
+            official, j.mode, j.repeats, j.threads, j.judge_identity, checklists, j.temperature,
         )  # fmt: skip
 
     stage = build()
@@ -95,12 +95,6 @@ def check_spending(config: EvaluateConfig, planned: list[tuple[EvalItem, list[As
         UserError: naming the key and the fix.
     """
     j = config.judge
-    prices = judge_prices(config)
-    if j.budget_usd > 0 and j.kind in ("openai", "gemini") and not (j.input_usd or j.output_usd):
-        raise UserError(
-            f"judge.budget_usd={j.budget_usd:g}: without prices it never binds; set judge.input_usd and "
-            f"judge.output_usd to the price of a million tokens, or judge.budget_usd=0 for a server that costs nothing"
-        )
     calls = sum(len(asked) for _, asked in planned) * j.repeats
     # Whole films are taken to be looked at once a second; a source may be longer than what is made of it.
     seconds = max(1, round(config.inputs.num_frames / config.inputs.fps))
@@ -110,12 +104,33 @@ def check_spending(config: EvaluateConfig, planned: list[tuple[EvalItem, list[As
             film = j.num_frames if question.transport is None else seconds
             frames += film * (1 + bool(item.source)) + len(item.references)
     words = sum(len(question.text) for _, asked in planned for question in asked)
-    tokens = (words // 4 + j.tokens_per_frame * frames) * j.repeats
-    expected = prices.cost_usd(tokens, prices.output_tokens * calls)
+    allow_spending(j, calls, words * j.repeats, frames * j.repeats, "limit")
+
+
+def allow_spending(j: JudgeConfig, calls: int, characters: int, frames: int, less: str) -> None:
+    """Refuse a budget that could not bind or is too small, and ask a person before anything is spent.
+
+    Args:
+        j: The judge.
+        calls: How many are expected.
+        characters: The length of all questions together.
+        frames: The pictures of all calls together.
+        less: The key that asks fewer questions, for the message.
+
+    Raises:
+        UserError: naming the key and the fix.
+    """
+    prices = judge_prices(j)
+    if j.budget_usd > 0 and j.kind in ("openai", "gemini") and not (j.input_usd or j.output_usd):
+        raise UserError(
+            f"judge.budget_usd={j.budget_usd:g}: without prices it never binds; set judge.input_usd and "
+            f"judge.output_usd to the price of a million tokens, or judge.budget_usd=0 for a server that costs nothing"
+        )
+    expected = prices.cost_usd(characters // 4 + j.tokens_per_frame * frames, prices.output_tokens * calls)
     if 0 < j.budget_usd < expected:
         raise UserError(
             f"judge.budget_usd={j.budget_usd:g}: {calls} calls are expected to cost {expected:.2f} USD; "
-            f"raise the budget, or lower limit, judge.repeats or judge.num_frames"
+            f"raise the budget, or lower {less}, judge.repeats or judge.num_frames"
         )
     if not expected:
         return
@@ -126,7 +141,12 @@ def check_spending(config: EvaluateConfig, planned: list[tuple[EvalItem, list[As
         typer.confirm("Spend it?", abort=True, err=True)
 
 
-def preflight(config: EvaluateConfig, spending: Path) -> None:
+def answers_folder(config: EvaluateConfig) -> Path:
+    """Where a judge's answers are kept by content."""
+    return store_folder(config) / "answers"
+
+
+def preflight(j: JudgeConfig, answers: Path, spending: Path) -> None:
     """Ask the judge about a grey picture, so that a wrong key, model or form shows before hours of generation.
 
     The answer is kept like any other: a run that continues does not pay for it again.
@@ -134,12 +154,11 @@ def preflight(config: EvaluateConfig, spending: Path) -> None:
     Raises:
         UserError: with what the server said.
     """
-    j = config.judge
     if j.kind not in ("openai", "gemini"):
         return
     # The trial is a plain call at the full price.
-    config = dataclasses.replace(config, judge=dataclasses.replace(j, batch=False))
-    session = judge_session(config, judge_client(config), spending).session
+    j = dataclasses.replace(j, batch=False)
+    session = judge_session(j, judge_client(j), answers, spending).session
     grey = np.full((2 if j.as_video else 1, 64, 64, 3), 127, np.uint8)
     media = encode_media("Picture", grey, FrameSampling(len(grey), 64, as_video=j.as_video))
     text = "How grey is this, from 1 to 5? Say in a few words what you see (reasoning), then the score, as JSON."
@@ -148,24 +167,23 @@ def preflight(config: EvaluateConfig, spending: Path) -> None:
         raise UserError(f"judge.kind={j.kind} judge.model={j.model}: the trial call failed: {answer.detail}")
 
 
-def judge_prices(config: EvaluateConfig) -> Prices:
+def judge_prices(j: JudgeConfig) -> Prices:
     """The configured prices."""
-    j = config.judge
     most = max(j.max_tokens, GeminiClient("").max_tokens) if j.kind == "gemini" else j.max_tokens
     share = j.batch_price if j.batch else 1.0
     return Prices(j.input_usd * share, j.output_usd * share, j.tokens_per_frame, max_output_tokens=most)
 
 
-def judge_session(config: EvaluateConfig, client: VLMClient, spending: Path | None = None) -> JudgeSession:
+def judge_session(j: JudgeConfig, client: VLMClient, answers: Path, spending: Path | None = None) -> JudgeSession:
     """A judge with the configured cache, prices, budget and pace.
 
     Args:
-        config: The configuration of the run.
+        j: The judge.
         client: The model.
+        answers: Where answers are kept by content.
         spending: The run's record of what it has paid; None keeps none. What batches are under way lies beside it.
     """
-    j = config.judge
-    cache, prices = AnswerCache(store_folder(config) / "answers"), judge_prices(config)
+    cache, prices = AnswerCache(answers), judge_prices(j)
     budget, pace = Budget(j.budget_usd, spending), Pace(j.calls_per_minute)
     if not j.batch or spending is None:
         return JudgeSession(Session(client, cache, prices, budget, pace, j.max_attempts))
@@ -176,13 +194,12 @@ def judge_session(config: EvaluateConfig, client: VLMClient, spending: Path | No
     return JudgeSession(BatchedSession(client, cache, prices, budget, pace, j.max_attempts, book=book))
 
 
-def judge_client(config: EvaluateConfig) -> VLMClient:
+def judge_client(j: JudgeConfig) -> VLMClient:
     """The configured judge.
 
     Raises:
         UserError: if its key is not in the environment.
     """
-    j = config.judge
     temperature = j.sampling_temperature()
     if j.kind == "fake":
         return PixelJudge()
@@ -197,7 +214,7 @@ def judge_client(config: EvaluateConfig) -> VLMClient:
         )
     else:
         base = j.base_url or GeminiClient("").base_url
-        most = judge_prices(config).max_output_tokens
+        most = judge_prices(j).max_output_tokens
         client = GeminiClient(j.model, base, j.api_key_env or "GEMINI_API_KEY", temperature, most, j.timeout_s)
     api_key(client.api_key_env, client.base_url)
     return client

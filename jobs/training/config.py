@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+from loomvideo.jobs.evaluation.config import JudgeConfig
 from loomvideo.model.config import LoRAConfig
 from loomvideo.model.sizes import model_size
+from loomvideo.pipelines.evaluation.judges.rewards import JudgedRewards
 from loomvideo.pipelines.evaluation.rewards import Rewarder
 from loomvideo.pipelines.training.config import DistillConfig, FeaturePoolConfig, ObjectiveConfig, PreferConfig
 from loomvideo.platform.config import option
@@ -135,10 +137,39 @@ def refuse_validation(training: TrainingConfig, why: str) -> None:
 
 
 @dataclass
+class RoundJudgeConfig(JudgeConfig):
+    """Who judges the results of rounds, asked by checklist; the keys of ``loomvideo evaluate``."""
+
+    mode: str = option("checklist", "how rewards are asked: checklist (our yes/no questions) alone")
+
+    def check(self) -> None:
+        """Check values that types cannot.
+
+        Raises:
+            UserError: naming the key and the fix.
+        """
+        super().check()
+        if self.mode != "checklist":
+            raise UserError(f"judge.mode={self.mode}: rewards are shares of a checklist; use checklist")
+        if self.batch:
+            raise UserError("judge.batch=true: a round waits for its judge, and a batch may take a day; use false")
+
+
+@dataclass
 class PreferJobConfig(TrainingJobConfig):
     """One preference tuning: a training job whose start is also the reference."""
 
     prefer: PreferConfig = option(PreferConfig, "")
+    judge: RoundJudgeConfig = option(RoundJudgeConfig, "")
+
+    def rewarder(self, judge: JudgedRewards | None = None) -> Rewarder:
+        """What scores results; without a judge it only knows what is asked for.
+
+        Raises:
+            UserError: for a reward that nobody gives, and for a metric that does not exist.
+        """
+        r = self.prefer.rewards
+        return Rewarder(r.weights, r.floors, r.server, r.patience_s, r.watched, r.learned_weights, judge)
 
     def check(self) -> None:
         """Check values that types cannot.
@@ -148,9 +179,15 @@ class PreferJobConfig(TrainingJobConfig):
         """
         super().check()
         self.prefer.check()
-        rewards = self.prefer.rewards
+        self.judge.check()
+        if self.prefer.method != "nft" and self.judge.kind != "none":
+            raise UserError(f"judge.kind={self.judge.kind}: nothing is generated; use prefer.method=nft, or none")
         if self.prefer.method == "nft":
-            Rewarder(rewards.weights, rewards.floors, rewards.server, watched=rewards.watched)
+            judged = self.rewarder().judged
+            if judged and self.judge.kind == "none":
+                raise UserError(f"prefer.rewards: {min(judged)} needs a judge; set judge.kind, such as openai")
+            if self.judge.kind != "none" and not judged:
+                raise UserError("judge.kind: no reward is a judge's; name judge in prefer.rewards.weights, or set none")
             steps = self.prefer.nft.rounds * self.prefer.nft.steps_per_round
             if self.training.steps != steps:
                 raise UserError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -269,5 +270,6 @@ def _local_cpus(config: TrainingJobConfig) -> int:
         wanted += config.samples.cpus
     if isinstance(config, PreferJobConfig) and config.prefer.method == "nft":
         # They end before training starts.
-        wanted = max(wanted, config.prefer.nft.actors * config.prefer.nft.cpus)
+        judges = config.judge.actors * math.ceil(config.judge.cpus) if config.judge.kind == "transformers" else 0
+        wanted = max(wanted, config.prefer.nft.actors * config.prefer.nft.cpus + judges)
     return max(usable_cpus(), wanted + config.features.actors * config.features.cpus)

@@ -16,7 +16,7 @@ from loomvideo.model.few_steps import stated_few_steps
 from loomvideo.model.loading import dtype_on
 from loomvideo.model.sizes import ModelSize
 from loomvideo.model.weights import load_dit
-from loomvideo.pipelines.evaluation.rewards import Rewarder
+from loomvideo.pipelines.evaluation.judges.rewards import JudgedRewards
 from loomvideo.pipelines.training.rollouts import Prompt, RolloutMaker
 from loomvideo.platform.nodes.devices import device_for
 from loomvideo.platform.shards.reader import ShardDataset
@@ -31,21 +31,32 @@ class RolloutActor:
         urls: The folders of the shards.
         build_recipe: Builds the recipe, whose samples it knows.
         start: Weights to build the transformer from; a round's are loaded over them.
+        judge: Asks the judge of the round, if it has one.
     """
 
-    def __init__(self, config: PreferJobConfig, model: ModelSize, urls: Sequence[str], build_recipe: Any, start: str):
+    def __init__(
+        self,
+        config: PreferJobConfig,
+        model: ModelSize,
+        urls: Sequence[str],
+        build_recipe: Any,
+        start: str,
+        judge: JudgedRewards | None = None,
+    ):
         self.config, self.model, self.urls, self.build_recipe, self.start = config, model, urls, build_recipe, start
+        self.judge = judge
 
     def prepare(self, weights: dict[str, Tensor]) -> None:
         """Build everything, with the weights of a round.
 
         Not when the actor starts: Ray takes a mistake there for the loss of the actor.
         """
-        config = self.config
-        nft, rewards = config.prefer.nft, config.prefer.rewards
+        config, nft = self.config, self.config.prefer.nft
         device = device_for(nft.gpus, "prefer.nft.gpus")
         if device.type == "cpu":
             torch.set_num_threads(nft.cpus)
+        rewarder = config.rewarder(self.judge)
+        rewarder.load()
         recipe = self.build_recipe()
         dit = load_dit(self.start, recipe.config, device, dtype_on(device)).eval()
         self.maker = RolloutMaker(
@@ -54,7 +65,7 @@ class RolloutActor:
             build_codec(self.model.codec, device, dtype_on(device)),
             [ShardDataset.open(url) for url in self.urls],
             nft,
-            Rewarder(rewards.weights, rewards.floors, rewards.server, rewards.patience_s, rewards.watched),
+            rewarder,
             self.model.scheduler,
             stated_few_steps(self.start),
             config.training.seed,

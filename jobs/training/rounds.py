@@ -17,10 +17,12 @@ import torch
 from loomvideo.jobs.training.config import PreferJobConfig
 from loomvideo.jobs.training.job import TrainingRun, run_training
 from loomvideo.jobs.training.rollout_actors import ActorGroup, RolloutActor
+from loomvideo.jobs.training.round_judge import check_judge, round_judge
 from loomvideo.jobs.weights.export import RunCheckpoints, export_weights, open_checkpoint
 from loomvideo.model.few_steps import stated_few_steps
 from loomvideo.model.fingerprints import weights_fingerprint
 from loomvideo.model.stored_weights import open_checkpoint as open_weights
+from loomvideo.pipelines.evaluation.judges.rewards import JudgedRewards
 from loomvideo.pipelines.training.rollouts import (
     ROUND_FILE,
     check_scales,
@@ -56,8 +58,7 @@ def train_in_rounds(run: TrainingRun) -> dict[str, Any]:
     nft, result = config.prefer.nft, {}
     if run.start:
         check_scales(nft, stated_few_steps(run.start))
-    failures, say = config.training.workers.max_failures, partial(console().print, soft_wrap=True)
-    actors = ActorGroup(partial(_start_actor, run), nft.actors, failures, say)
+    check_judge(config, run.folder.path)
     # A damaged checkpoint neither ends a round nor gives the next one its weights.
     newest = RunCheckpoints.of(run.folder).folder.newest()
     trained = newest.step if newest else 0
@@ -65,7 +66,7 @@ def train_in_rounds(run: TrainingRun) -> dict[str, Any]:
         of_round = RoundTraining.of(config, run.folder.path, number, run.start or "")
         if not is_finished(of_round.folder):
             _export_policy(run, number, of_round.policy)
-            _make_round(run, actors, number, of_round.policy, of_round.folder)
+            _make_round(run, number, of_round.policy, of_round.folder)
         if trained >= of_round.last_step and number + 1 < nft.rounds:
             continue
         result = train(
@@ -117,11 +118,11 @@ class RoundTraining:
         )
 
 
-def _start_actor(run: TrainingRun) -> Any:
+def _start_actor(run: TrainingRun, judge: JudgedRewards | None) -> Any:
     config = cast(PreferJobConfig, run.config)
     nft = config.prefer.nft
     remote = ray.remote(num_cpus=nft.cpus, num_gpus=nft.gpus, max_restarts=0)(RolloutActor)
-    return remote.remote(config, run.model, config.data.shards, run.build_recipe(), run.start)
+    return remote.remote(config, run.model, config.data.shards, run.build_recipe(), run.start, judge)
 
 
 def _weights(policy: Path, dtype: torch.dtype) -> Any:
@@ -138,7 +139,7 @@ def _export_policy(run: TrainingRun, number: int, folder: Path) -> None:
         export_weights(run.build_recipe()(), config, run.folder, checkpoint, folder, replace=True)
 
 
-def _make_round(run: TrainingRun, actors: ActorGroup, number: int, policy: Path, folder: Path) -> None:
+def _make_round(run: TrainingRun, number: int, policy: Path, folder: Path) -> None:
     config = cast(PreferJobConfig, run.config)
     nft, training = config.prefer.nft, config.training
     prompts = choose_prompts(
@@ -146,11 +147,15 @@ def _make_round(run: TrainingRun, actors: ActorGroup, number: int, policy: Path,
     )
     folder.mkdir(parents=True, exist_ok=True)
     weights = _weights(policy, torch.bfloat16 if nft.gpus else torch.float32)
-    facts = actors.make(weights, prompts, number, folder)
+    failures, say = training.workers.max_failures, partial(console().print, soft_wrap=True)
+    with round_judge(config, run.folder.path) as judge:
+        actors = ActorGroup(partial(_start_actor, run, judge), nft.actors, failures, say)
+        facts = actors.make(weights, prompts, number, folder)
     lineage = {
         "policy": str(policy),
         "policy_fingerprint": weights_fingerprint(policy),
         "config": dataclasses.asdict(config.prefer),
+        "judge": dataclasses.asdict(config.judge),
     }
     watched = config.prefer.rewards.watched
     summary = finish_round(folder, number, facts, run.datasets, config.data.shards, lineage, watched)

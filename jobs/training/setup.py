@@ -29,6 +29,12 @@ def with_absolute_paths(config: TrainingJobConfig) -> TrainingJobConfig:
     """The same configuration for workers, which run in other folders; URLs and empty values stay."""
     checkpoint = config.training.checkpoint
     checkpoint = dataclasses.replace(checkpoint, url=absolute(checkpoint.url))
+    if isinstance(config, PreferJobConfig):
+        rewards = config.prefer.rewards
+        # A name that is no place is a published network's.
+        given = {name: absolute(v) if Path(v).exists() else v for name, v in rewards.learned_weights.items()}
+        rewards = dataclasses.replace(rewards, learned_weights=given)
+        config = dataclasses.replace(config, prefer=dataclasses.replace(config.prefer, rewards=rewards))
     return dataclasses.replace(
         config,
         training=dataclasses.replace(config.training, checkpoint=checkpoint),

@@ -195,6 +195,24 @@ BUILDERS: dict[str, tuple[Callable[[str], ExtraMeasure], str]] = {
 }
 
 
+FIGURES: dict[str, tuple[str, ...]] = {
+    "lpips": ("lpips_target", "lpips_source"),
+    "stlpips": ("stlpips_target", "stlpips_source"),
+    "clip": ("clip_text", "clip_frames", "clip_reference"),
+    "dino": ("dino_subject", "dino_reference"),
+    "lite": ("lite_subject", "lite_reference"),
+    "nsfw": ("nsfw",),
+}
+"""What each network measures of a single result; ``pyiqa-NAME`` is its own figure."""
+
+
+def network_of(figure: str) -> str:
+    """The network in ``learned`` that measures a figure of a single result; empty where there is none."""
+    if figure.startswith(PYIQA_PREFIX):
+        return figure
+    return next((network for network, figures in FIGURES.items() if figure in figures), "")
+
+
 def learned_metrics(names: Sequence[str], weights: Mapping[str, str], num_frames: int) -> list[LearnedMetric]:
     """The named metrics with their weights, checked before anything is generated.
 

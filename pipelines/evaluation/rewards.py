@@ -1,4 +1,4 @@
-"""Rewards of generated samples: metrics of the evaluation room, each in one direction and a unit of its own.
+"""Rewards of generated samples: metrics of the evaluation room with and without weights, judges, and a server's.
 
 A reward that cannot be computed is a failure with a reason and never a number: a server that is down must not teach a
 model that its samples are worth nothing.
@@ -6,10 +6,12 @@ model that its samples are worth nothing.
 
 import base64
 import io
+import itertools
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -20,7 +22,9 @@ from PIL import Image
 
 from loomvideo.pipelines.evaluation import metrics
 from loomvideo.pipelines.evaluation.inputs import LoadedItem
-from loomvideo.pipelines.evaluation.measures import NAMES, comparable, measure
+from loomvideo.pipelines.evaluation.judges.rewards import JUDGED, JudgedRewards
+from loomvideo.pipelines.evaluation.learned import FIGURES, PYIQA_PREFIX, learned_metrics, network_of
+from loomvideo.pipelines.evaluation.measures import NAMES, ExtraMeasure, comparable, measure
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.time_limits import REWARD_ANSWER
 
@@ -39,7 +43,7 @@ class Score:
     """What a sample is worth.
 
     Attributes:
-        metrics: What rewards, floors and watching need, in the metrics' own units.
+        metrics: What rewards, floors and watching need, a judge's shares included, in their own units.
         rewards: The weighted rewards' values, higher is better.
         total: Their weighted sum; None where one of them failed.
         floored: The metrics that were below their floors.
@@ -90,13 +94,17 @@ class Rewarder:
     """Scores samples.
 
     Args:
-        weights: The weight of each reward by name, 0 for none; those that are not of :data:`REWARDS` come from the
-            server.
+        weights: The weight of each reward by name, 0 for none: those of :data:`REWARDS`; metrics, figures of networks
+            (:data:`~loomvideo.pipelines.evaluation.learned.FIGURES`) and of a judge
+            (:data:`~loomvideo.pipelines.evaluation.judges.rewards.JUDGED`) in their own units, where a weight below 0
+            asks for less of one; all others come from the server.
         floors: Least values of metrics; a sample below one is worth less than any above.
         server: URL that gets ``{"key", "text", "result", "source", "target"}`` with frames as base64 PNGs and answers
             ``{"rewards": {name: number}}``.
         patience_s: How long a server that fails is asked again.
         watched: Metrics that are measured beside those of rewards and floors; no other is.
+        learned_weights: File or folder of a network by its name; the published ones where there is none.
+        judge: Asks a judge; None where only names are checked.
 
     Raises:
         UserError: for a reward that nobody gives, and for a metric that does not exist.
@@ -109,44 +117,97 @@ class Rewarder:
         server: str = "",
         patience_s: float = 600.0,
         watched: Sequence[str] = (),
+        learned_weights: Mapping[str, str] | None = None,
+        judge: JudgedRewards | None = None,
     ):
         self.weights = {name: weight for name, weight in weights.items() if weight}
-        self.floors, self.server, self.patience_s = dict(floors), server, patience_s
-        for key, names in (("floors", floors), ("watched", watched)):
+        self.floors, self.server, self.patience_s, self.judge = dict(floors), server, patience_s, judge
+        for key, names, judged in (("floors", floors, JUDGED), ("watched", watched, ())):
             for name in names:
-                if name not in NAMES:
-                    close = get_close_matches(name, NAMES, n=1)
+                if name not in NAMES and name not in judged and not network_of(name):
+                    close = get_close_matches(name, [*NAMES, *judged, *itertools.chain(*FIGURES.values())], n=1)
                     hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(NAMES))}"
                     raise UserError(f"prefer.rewards.{key}: {name} is no metric of a result; {hint}")
-        self.measured = {*floors, *watched, *(REWARDS[name].metric for name in self.weights if name in REWARDS)}
-        self._asked = [name for name in self.weights if name not in REWARDS]
+        figures = {*floors, *watched, *(REWARDS[name].metric if name in REWARDS else name for name in self.weights)}
+        self.measured = figures & NAMES
+        self.judged = figures & {*JUDGED}
+        self.figures = {name for name in figures if network_of(name)}
+        self._asked = sorted(figures - self.measured - self.judged - self.figures)
+        networks = sorted({network_of(name) for name in self.figures})
+        for name in learned_weights or {}:
+            if name not in networks:
+                raise UserError(
+                    f"prefer.rewards.learned_weights.{name}: no reward, floor or watched metric is of {name}"
+                )
+        self._networks = learned_metrics(networks, learned_weights or {}, 1)
+        self._loaded: list[ExtraMeasure] | None = None
         if self._asked and not server:
+            known = ", ".join((*REWARDS, *JUDGED, *itertools.chain(*FIGURES.values()), f"{PYIQA_PREFIX}NAME"))
             raise UserError(
-                f"prefer.rewards.weights: {self._asked[0]} is none of {', '.join(REWARDS)}; name the server that gives "
-                "it in prefer.rewards.server"
+                f"prefer.rewards.weights: {self._asked[0]} is none of {known} and no other metric; name the server "
+                "that gives it in prefer.rewards.server"
             )
         if not self.weights:
             raise UserError("prefer.rewards.weights: give at least one reward, such as {garment_colour: 1.0}")
 
+    def load(self) -> None:
+        """Load the networks that are needed, on the device that Ray gave this process.
+
+        Raises:
+            UserError: if a network's package or weights are not there.
+        """
+        if self._loaded is None:
+            self._loaded = [network.build() for network in self._networks]
+
     def score(self, video: np.ndarray, inputs: LoadedItem) -> Score:
         """Measure one result uint8 [frames, height, width, 3]; failures are part of the answer."""
+        return self.scores([video], inputs)[0]
+
+    def scores(self, videos: Sequence[np.ndarray], inputs: LoadedItem) -> list[Score]:
+        """Measure the results of one prompt; judge and server are asked about several at once."""
+        measured = [self._measure(video, inputs) for video in videos]
+        with ThreadPoolExecutor(self.judge.threads if self.judge else 1) as pool:
+            return list(pool.map(lambda found, video: self._score(found, video, inputs), measured, videos))
+
+    def _measure(self, video: np.ndarray, inputs: LoadedItem) -> dict[str, float] | None:
+        """What this process measures; None for a result that cannot be compared."""
         if not comparable(video, inputs):
+            return None
+        self.load()
+        found: dict[str, Any] = dict(measure(video, inputs, self.measured))
+        for network in self._loaded or ():
+            given = network(video, inputs)
+            found |= {name: given[name] for name in self.figures & given.keys()}
+        return {name: float(value) for name, value in found.items() if math.isfinite(value)}
+
+    def _score(self, values: dict[str, float] | None, video: np.ndarray, inputs: LoadedItem) -> Score:
+        if values is None:
             return Score({}, failure="a result of another size or length")
-        found = measure(video, inputs, self.measured)
-        values = {name: value for name, value in found.items() if math.isfinite(value)}
         try:
+            if self.judged:
+                values = values | self._judge(video, inputs)
             given = self._ask(video, inputs) if self._asked else {}
             rewards = {
-                name: given[name]
-                if name in self._asked
-                else REWARDS[name].of(_measured(values, REWARDS[name].metric), inputs)
-                for name in self.weights
+                name: given[name] if name in given else self._reward(name, values, inputs) for name in self.weights
             }
             floored = tuple(name for name, least in self.floors.items() if _measured(values, name) < least)
         except RewardError as error:
             return Score(values, failure=str(error))
         total = sum(self.weights[name] * value for name, value in rewards.items())
         return Score(values, rewards, total, floored)
+
+    def _reward(self, name: str, values: Mapping[str, float], inputs: LoadedItem) -> float:
+        if name in REWARDS:
+            return REWARDS[name].of(_measured(values, REWARDS[name].metric), inputs)
+        return _measured(values, name)
+
+    def _judge(self, video: np.ndarray, inputs: LoadedItem) -> dict[str, float]:
+        if self.judge is None:
+            raise ValueError("rewards of a judge, and no judge to ask")
+        figures, failure = self.judge(video, inputs)
+        if failure:
+            raise RewardError(failure)
+        return {name: figures[name] for name in self.judged & figures.keys()}
 
     def _ask(self, video: np.ndarray, inputs: LoadedItem) -> dict[str, float]:
         """The server's rewards; it is asked again until it answers or patience ends."""

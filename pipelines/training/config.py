@@ -131,6 +131,9 @@ class RewardsConfig:
         {"garment_colour": 1.0},
         "weight of each reward, in its own unit; what is named joins the preset's, 0 leaves it out",
     )
+    learned_weights: dict[str, str] = option(
+        {}, "file or folder of a network whose figures are named, as in `loomvideo evaluate` (….learned_weights.clip=…)"
+    )
     floors: dict[str, float] = option({}, "least values of metrics, such as outside_psnr_db: 25; below it, the worst")
     watched: list[str] = option(
         ["outside_psnr_db", "sharpness", "edge_f1"], "metrics that are not rewards, reported to see a reward hacked"

@@ -176,8 +176,8 @@ class RolloutMaker:
             noises = [random.normal(f"{name}.{step}", clean.shape) for step in range(self._num_noises)]
             guidance = Guidance(self.config.scale_of(repeat), self.config.visual_scale)
             latents.append(self._sample(noises, branches, guidance))
-        inputs = self._inputs(prompt, row, stored, clean, source)
-        scores = [self.rewarder.score(self._pixels(each), inputs) for each in latents]
+        inputs = self._inputs(prompt, row, stored, clean, source, references)
+        scores = self.rewarder.scores([self._pixels(each) for each in latents], inputs)
         rewards = group_rewards(scores, self.config.spread)
         facts = {
             "prompt": dataclasses.asdict(prompt),
@@ -216,16 +216,24 @@ class RolloutMaker:
         return sample(self.dit, noises[0], branches, guidance, self.config.sampler_steps, scheduler)
 
     def _inputs(
-        self, prompt: Prompt, row: Mapping[str, Any], stored: ShardSample, clean: Tensor, source: Tensor | None
+        self,
+        prompt: Prompt,
+        row: Mapping[str, Any],
+        stored: ShardSample,
+        clean: Tensor,
+        source: Tensor | None,
+        references: Sequence[Tensor],
     ) -> LoadedItem:
         """The media that a result is measured against: what the codec makes of the stored latents."""
         target = self._pixels(clean)
-        item = EvalItem(
-            "round", prompt.key, row["task"], "", stored.metadata.get("text", ""), aligned=True, extra={"garment": True}
-        )
         before = None if source is None else self._pixels(source)
+        item = EvalItem(
+            "round", prompt.key, row["task"], "", stored.metadata.get("text", ""),
+            source=None if before is None else prompt.key, aligned=True, extra={"garment": True},
+        )  # fmt: skip
+        pictures = tuple(self._pixels(each)[0] for each in references)
         size = (target.shape[2], target.shape[1])
-        return LoadedItem(item, before, (), target, None, size, len(target), 24.0)
+        return LoadedItem(item, before, pictures, target, None, size, len(target), 24.0)
 
     @torch.inference_mode()
     def _pixels(self, latents: Tensor) -> np.ndarray:

@@ -105,7 +105,8 @@ def test_pretrain_then_finetune_then_continue(folder, pretrained):
 
 ROUNDS = [
     "prefer.method=nft", "prefer.nft.rounds=2", "prefer.nft.steps_per_round=4", "prefer.nft.prompts=3",
-    "prefer.nft.repeats=2", "prefer.nft.sampler_steps=2", "prefer.rewards.weights={outside: 1.0}",
+    "prefer.nft.repeats=2", "prefer.nft.sampler_steps=2", "judge.kind=fake",
+    "prefer.rewards.weights={outside: 1.0, judge_done: 0.5, edit_psnr_db: 0.1}",
 ]  # fmt: skip
 
 
@@ -124,6 +125,9 @@ def test_every_method_repeats_its_steps(folder, pretrained, job, method):
     done = loomvideo(folder, "audit-resume", f"{job}/repeated@4", "--steps", "2")
     assert "resume audit passed: equal bit by bit" in done.stdout
     if method == ROUNDS:
+        made = json.loads((folder / "runs/prefer/repeated/rounds/round-0001/round.json").read_text())
+        assert set(made["rewards"]) >= {"outside", "judge_done", "edit_psnr_db"}
+        assert made["judge"]["kind"] == "fake"
         done = loomvideo(folder, "audit-resume", f"{job}/repeated@2", "--steps", "4", code=2)
         assert "after it in its round of 4 (checkpoints: 2, 4, 6, 8; last step 8)" in done.stderr
 

@@ -435,3 +435,30 @@ def test_a_server_that_breaks_within_a_round_leaves_the_same_weights(tmp_path, m
     assert rounds == other_rounds
     assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
     assert not torch.equal(weights["proj_out.weight"], policy.state_dict()["proj_out.weight"])
+
+
+def test_results_of_a_reference_edit_are_measured_beside_their_references(tmp_path):
+    shards = Shards()
+    shards.index = shards.index.set_column(1, "task", pa.array(["ref_edit", "image_edit", "t2v"]))
+    config = NFTConfig(repeats=2, sampler_steps=1)
+    recipe = NFTRecipe(config, "", "tiny", ObjectiveConfig(shift_base_tokens=1), [NULL])
+    seen = []
+
+    class Looking(Rewarder):
+        def scores(self, videos, inputs):
+            seen.append(inputs)
+            return super().scores(videos, inputs)
+
+    maker = RolloutMaker(
+        recipe, network(), build_codec(SIZE.codec, CPU, torch.float32), [shards], config,
+        Looking({"reference_color_distance": -1.0}, {}), SchedulerConfig(),
+    )  # fmt: skip
+    with_reference, without = (maker.make(Prompt(0, row, key), 0, tmp_path) for row, key in ((0, "a"), (1, "b")))
+    assert [len(inputs.references) for inputs in seen] == [1, 0]
+    assert seen[0].references[0].ndim == 3
+    # The judge is told that this is an edit.
+    assert seen[0].item.source
+    assert all(score["total"] < 0 for score in with_reference["scores"])
+    assert {score["failure"] for score in without["scores"]} == {
+        "reference_color_distance: not defined for this sample"
+    }

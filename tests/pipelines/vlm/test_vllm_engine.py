@@ -124,7 +124,7 @@ def test_the_engine_is_chosen_by_what_is_installed_and_kept_in_the_key(vllm, fol
         base = ["judge.kind=transformers", f"judge.model={folder}"]
         config = load_config(EvaluateConfig, [*base, *overrides])
         config.check()
-        return judge_client(config)
+        return judge_client(config.judge)
 
     assert isinstance(client("judge.gpus=1"), VLLMClient)
     assert isinstance(client("judge.gpus=0"), QwenVLClient)

@@ -1,0 +1,95 @@
+"""The judge of preference rounds: checked before anything is made, one for all actors, gone when the round is."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from loomvideo.jobs.command import job_config
+from loomvideo.jobs.training.config import PreferJobConfig
+from loomvideo.jobs.training.round_judge import ANSWERS_FOLDER, check_judge, round_judge
+from loomvideo.pipelines.evaluation.inputs import LoadedItem
+from loomvideo.pipelines.evaluation.judges.fake import FakeJudgeServer
+from loomvideo.pipelines.evaluation.suites.items import EvalItem
+from loomvideo.platform.errors import UserError
+
+ROUNDS = [
+    "data.shards=[x]", "prefer.method=nft", "prefer.nft.rounds=2", "prefer.nft.steps_per_round=10",
+    "training.steps=20", "prefer.nft.prompts=4", "prefer.nft.repeats=4",
+]  # fmt: skip
+JUDGED = [*ROUNDS, "prefer.rewards.weights={judge: 1.0}"]
+
+
+def config(*overrides):
+    made = job_config(PreferJobConfig, "prefer", [*JUDGED, *overrides])
+    made.check()
+    return made
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    with FakeJudgeServer(score="yes").running() as running:
+        yield running
+
+
+def of(server):
+    return "judge.kind=openai", "judge.model=m", f"judge.base_url={server.base_url}/v1"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], r"prefer.rewards: judge needs a judge; set judge.kind"),
+        (["prefer.rewards.weights.judge=0", "judge.kind=fake"], r"no reward is a judge's"),
+        (["judge.kind=fake", "prefer.method=source"], r"judge.kind=fake: nothing is generated"),
+        (["judge.kind=fake", "judge.mode=strict"], r"judge.mode=strict: rewards are shares of a checklist"),
+        (["judge.kind=openai"], r"judge.kind=openai: set judge.model"),
+        (["judge.kind=openai", "judge.model=m", "judge.base_url=u", "judge.batch=true"], r"judge.batch=true: a round"),
+    ],
+)
+def test_mistakes_are_named(overrides, message):
+    with pytest.raises(UserError, match=message):
+        config(*overrides)
+
+
+def test_spending_is_asked_for_before_a_round_and_one_call_is_tried(server, tmp_path):
+    paid = "judge.input_usd=1", "judge.output_usd=4"
+    with pytest.raises(UserError, match=r"judge.budget_usd: about [\d.]+ USD would be spent"):
+        check_judge(config(*of(server), *paid), tmp_path)
+    with pytest.raises(UserError, match=r"budget_usd=0.01: 32 calls are expected .*prefer.nft.prompts"):
+        check_judge(config(*of(server), *paid, "judge.budget_usd=0.01"), tmp_path)
+    assert not server.calls
+    check_judge(config(*of(server), *paid, "judge.budget_usd=100"), tmp_path)
+    assert len(server.calls) == 1
+    server.behaviour = lambda call: "401"
+    with pytest.raises(UserError, match=r"the trial call failed: .*401"):
+        check_judge(config(*of(server)), tmp_path / "other")
+
+
+def test_a_round_has_one_judge_that_remembers_and_comes_back(server, ray_cluster, tmp_path):
+    item = EvalItem("round", "k", "image_edit", "", "red", source="k")
+    result = np.zeros((1, 32, 32, 3), np.uint8)
+    inputs = LoadedItem(item, result, (), result, None, (32, 32), 1, 24.0)
+    with round_judge(config(*of(server), "judge.checklists="), tmp_path) as judge:
+        assert judge(result, inputs)[0]["judge"] == 1.0
+        (handle,) = judge.judge.handles
+        # Ray starts a lost one again, and its answers are on disk.
+        ray_cluster.kill(handle, no_restart=False)
+        assert judge(result, inputs)[0]["judge"] == 1.0
+        assert len(server.calls) == 1
+        assert list((tmp_path / ANSWERS_FOLDER).rglob("*.json"))
+    with pytest.raises(ray_cluster.exceptions.RayActorError):
+        ray_cluster.get(handle.judge.remote(None))
+    # The next round's knows the answers too.
+    with round_judge(config(*of(server)), tmp_path) as judge:
+        assert replace(judge, threads=2)(result, inputs)[0]["judge_done"] == 1.0
+    assert len(server.calls) == 1
+
+
+def test_without_a_judge_there_is_none(tmp_path):
+    plain = job_config(PreferJobConfig, "prefer", [*ROUNDS, "prefer.rewards.weights={outside: 1.0}"])
+    check_judge(plain, tmp_path)
+    with round_judge(plain, tmp_path) as judge:
+        assert judge is None
+    assert not list(tmp_path.iterdir())
