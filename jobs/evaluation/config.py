@@ -56,12 +56,7 @@ class JudgeConfig:
     model: str = option("", "model name; for transformers the folder of a Qwen3-VL")
     base_url: str = option("", "root of the server, such as http://localhost:8000/v1; empty for the Gemini API's own")
     api_key_env: str = option("", "environment variable with the key; empty takes OPENAI_API_KEY or GEMINI_API_KEY")
-    mode: str = option(
-        "strict", "strict (our rubrics), checklist (our yes/no questions), official or loomvideo (as their code asks)"
-    )
-    rubrics: str = option("", "our rubrics in another file")
     checklists: str = option("", "our checklists in another file")
-    official_rubrics: dict[str, str] = option({}, "suite to the rubric file, or folder, of your copy of the benchmark")
     repeats: int = option(1, "independent judgements a sample; 3 or more give test-retest reliability")
     temperature: float | None = option(None, "sampling temperature; none: the protocol's, else 0, or 0.7 if repeated")
     max_tokens: int = option(2048, "most output tokens")
@@ -78,17 +73,11 @@ class JudgeConfig:
     cpus: float = option(1.0, "transformers: CPUs of each copy")
     calls_per_minute: float = option(0.0, "pace of calls; 0 for none")
     timeout_s: float = option(120.0, "seconds before a call is given up")
-    batch: bool = option(
-        False, "openai, gemini: ask through the provider's batch interface, after everything is generated; up to a day"
-    )
-    batch_price: float = option(0.5, "price of a token in a batch, as a share of input_usd and output_usd")
-    batch_poll_s: float = option(60.0, "seconds between two looks at a batch")
     max_attempts: int = option(5, "calls before a retryable failure counts")
     budget_usd: float = option(0.0, "most this run may pay, continued runs included; 0 asks before spending")
     input_usd: float = option(0.0, "price of a million input tokens")
     output_usd: float = option(0.0, "price of a million output tokens")
     tokens_per_frame: int = option(258, "input tokens a frame, for the estimate")
-    judge_identity: bool = option(False, "judge the copied source too, as a control of the judge")
 
     def sampling_temperature(self) -> float:
         """The temperature: repeated answers are sampled, since those of a greedy judge would be one answer."""
@@ -98,8 +87,8 @@ class JudgeConfig:
 
     def check(self) -> None:
         """Check values that types cannot."""
-        if self.repeats < 1 or self.threads < 1 or self.actors < 1:
-            raise UserError("judge.repeats, judge.threads and judge.actors: at least 1")
+        if min(self.repeats, self.threads, self.actors, self.max_attempts) < 1:
+            raise UserError("judge.repeats, judge.threads, judge.actors and judge.max_attempts: at least 1")
         if self.repeats > 1 and self.temperature == 0 and self.kind != "fake":
             raise UserError(
                 f"judge.repeats={self.repeats} with judge.temperature=0: the answers would be the same one; "
@@ -115,12 +104,35 @@ class JudgeConfig:
             raise UserError(f"judge.engine={self.engine}: use auto, vllm or transformers")
         if self.engine == "vllm" and self.gpus < 1:
             raise UserError(f"judge.engine=vllm: needs whole GPUs, set judge.gpus (now {self.gpus:g})")
+
+
+@dataclass
+class SuiteJudgeConfig(JudgeConfig):
+    """How benchmark suites are judged."""
+
+    mode: str = option(
+        "strict", "strict (our rubrics), checklist (our yes/no questions), official or loomvideo (as their code asks)"
+    )
+    rubrics: str = option("", "our rubrics in another file")
+    official_rubrics: dict[str, str] = option({}, "suite to the rubric file, or folder, of your copy of the benchmark")
+    batch: bool = option(
+        False, "openai, gemini: ask through the provider's batch interface, after everything is generated; up to a day"
+    )
+    batch_price: float = option(0.5, "price of a token in a batch, as a share of input_usd and output_usd")
+    batch_poll_s: float = option(60.0, "seconds between two looks at a batch")
+    judge_identity: bool = option(False, "judge the copied source too, as a control of the judge")
+
+    def check(self) -> None:
+        """Check values that types cannot.
+
+        Raises:
+            UserError: naming the key and the fix.
+        """
+        super().check()
         if self.batch and self.kind not in ("openai", "gemini"):
             raise UserError(f"judge.batch=true: only a provider has a batch interface, not judge.kind={self.kind}")
-        if not 0 <= self.batch_price <= 1 or self.batch_poll_s <= 0 or self.max_attempts < 1:
-            raise UserError(
-                "judge.batch_price: from 0 to 1; judge.batch_poll_s: above 0; judge.max_attempts: at least 1"
-            )
+        if not 0 <= self.batch_price <= 1 or self.batch_poll_s <= 0:
+            raise UserError("judge.batch_price: from 0 to 1; judge.batch_poll_s: above 0")
         if self.mode not in ("strict", "checklist", "official", "loomvideo"):
             raise UserError(f"judge.mode={self.mode}: use strict, checklist, official or loomvideo")
 
@@ -162,7 +174,7 @@ class EvaluateConfig:
     tracking_uri: str = option("", "MLflow; empty takes MLFLOW_TRACKING_URI, else a sqlite store in the runs folder")
     inputs: InputsConfig = option(InputsConfig, "")
     generation: GenerationConfig = option(GenerationConfig, "")
-    judge: JudgeConfig = option(JudgeConfig, "")
+    judge: SuiteJudgeConfig = option(SuiteJudgeConfig, "")
 
     def check(self) -> None:
         """Check values that types cannot.

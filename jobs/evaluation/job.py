@@ -97,7 +97,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         tracker.log_params(flatten(config))
         spending = folder.path / SPENDING_FILE
         if judge is not None:
-            preflight(config.judge, answers_folder(config), spending)
+            preflight(config.judge, answers_folder(config), spending, config.judge.mode)
         client = MlflowClient(tracking_uri=tracker.uri)
         tags = {"loomvideo.fingerprint": checkpoint.fingerprint, "loomvideo.weights": checkpoint.weights}
         # MLflow's names take none of / : . % and quotes.

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import typer
 
-from loomvideo.jobs.evaluation.config import EvaluateConfig, JudgeConfig
+from loomvideo.jobs.evaluation.config import EvaluateConfig, JudgeConfig, SuiteJudgeConfig
 from loomvideo.jobs.evaluation.setup import store_folder
 from loomvideo.pipelines.evaluation.gate import sample_size_line
 from loomvideo.pipelines.evaluation.judge_stage import Asked, JudgeStage
@@ -65,7 +65,7 @@ def judge_builder(config: EvaluateConfig, suites: list[Suite], manifests: list[S
 
     def build(spending: Path | None = None) -> JudgeStage:
         return JudgeStage(
-            Store(store_folder(config)), judge_session(j, client, answers_folder(config), spending), sampling, rubrics,
+            Store(store_folder(config)), _session(config, client, spending), sampling, rubrics,
             official, j.mode, j.repeats, j.threads, j.judge_identity, checklists, j.temperature,
         )  # fmt: skip
 
@@ -104,14 +104,15 @@ def check_spending(config: EvaluateConfig, planned: list[tuple[EvalItem, list[As
             film = j.num_frames if question.transport is None else seconds
             frames += film * (1 + bool(item.source)) + len(item.references)
     words = sum(len(question.text) for _, asked in planned for question in asked)
-    allow_spending(j, calls, words * j.repeats, frames * j.repeats, "limit")
+    allow_spending(j, judge_prices(j, _share(j)), calls, words * j.repeats, frames * j.repeats, "limit")
 
 
-def allow_spending(j: JudgeConfig, calls: int, characters: int, frames: int, less: str) -> None:
+def allow_spending(j: JudgeConfig, prices: Prices, calls: int, characters: int, frames: int, less: str) -> None:
     """Refuse a budget that could not bind or is too small, and ask a person before anything is spent.
 
     Args:
         j: The judge.
+        prices: What it costs.
         calls: How many are expected.
         characters: The length of all questions together.
         frames: The pictures of all calls together.
@@ -120,7 +121,6 @@ def allow_spending(j: JudgeConfig, calls: int, characters: int, frames: int, les
     Raises:
         UserError: naming the key and the fix.
     """
-    prices = judge_prices(j)
     if j.budget_usd > 0 and j.kind in ("openai", "gemini") and not (j.input_usd or j.output_usd):
         raise UserError(
             f"judge.budget_usd={j.budget_usd:g}: without prices it never binds; set judge.input_usd and "
@@ -146,52 +146,74 @@ def answers_folder(config: EvaluateConfig) -> Path:
     return store_folder(config) / "answers"
 
 
-def preflight(j: JudgeConfig, answers: Path, spending: Path) -> None:
+def preflight(j: JudgeConfig, answers: Path, spending: Path, mode: str) -> None:
     """Ask the judge about a grey picture, so that a wrong key, model or form shows before hours of generation.
 
     The answer is kept like any other: a run that continues does not pay for it again.
+
+    Args:
+        j: The judge.
+        answers: Where answers are kept.
+        spending: The run's record of what it has paid.
+        mode: The form of answers that is tried: ``strict`` and ``checklist`` ask by schema, others by words.
 
     Raises:
         UserError: with what the server said.
     """
     if j.kind not in ("openai", "gemini"):
         return
-    # The trial is a plain call at the full price.
-    j = dataclasses.replace(j, batch=False)
+    # A plain call at the full price, where others go by batch too.
     session = judge_session(j, judge_client(j), answers, spending).session
     grey = np.full((2 if j.as_video else 1, 64, 64, 3), 127, np.uint8)
     media = encode_media("Picture", grey, FrameSampling(len(grey), 64, as_video=j.as_video))
-    text = "How grey is this, from 1 to 5? Say in a few words what you see (reasoning), then the score, as JSON."
-    answer = session.ask(VLMRequest(labelled(text, [media]), ("grey",), structured=j.mode == "strict"))
+    form, choices = ("is it grey, yes or no?", ("yes", "no")) if mode == "checklist" else (
+        "how grey is it, from 1 to 5?", (1, 2, 3, 4, 5)
+    )  # fmt: skip
+    text = f"Look at this picture: {form} Say in a few words what you see (reasoning), then the answer, as JSON."
+    by_schema = mode in ("strict", "checklist")
+    answer = session.ask(VLMRequest(labelled(text, [media]), ("grey",), structured=by_schema, choices=choices))
     if answer.reply is None:
         raise UserError(f"judge.kind={j.kind} judge.model={j.model}: the trial call failed: {answer.detail}")
 
 
-def judge_prices(j: JudgeConfig) -> Prices:
-    """The configured prices."""
+def judge_prices(j: JudgeConfig, share: float = 1.0) -> Prices:
+    """The configured prices; ``share`` of those of tokens."""
     most = max(j.max_tokens, GeminiClient("").max_tokens) if j.kind == "gemini" else j.max_tokens
-    share = j.batch_price if j.batch else 1.0
     return Prices(j.input_usd * share, j.output_usd * share, j.tokens_per_frame, max_output_tokens=most)
 
 
-def judge_session(j: JudgeConfig, client: VLMClient, answers: Path, spending: Path | None = None) -> JudgeSession:
+def judge_session(
+    j: JudgeConfig, client: VLMClient, answers: Path, spending: Path | None = None, share: float = 1.0
+) -> JudgeSession:
     """A judge with the configured cache, prices, budget and pace.
 
     Args:
         j: The judge.
         client: The model.
         answers: Where answers are kept by content.
-        spending: The run's record of what it has paid; None keeps none. What batches are under way lies beside it.
+        spending: The run's record of what it has paid; None keeps none.
+        share: The share of the configured prices that is paid.
     """
-    cache, prices = AnswerCache(answers), judge_prices(j)
     budget, pace = Budget(j.budget_usd, spending), Pace(j.calls_per_minute)
+    return JudgeSession(Session(client, AnswerCache(answers), judge_prices(j, share), budget, pace, j.max_attempts))
+
+
+def _session(config: EvaluateConfig, client: VLMClient, spending: Path | None) -> JudgeSession:
+    """The judge of suites; with ``judge.batch`` what is under way lies beside the record of spending."""
+    j = config.judge
+    plain = judge_session(j, client, answers_folder(config), spending, _share(j))
     if not j.batch or spending is None:
-        return JudgeSession(Session(client, cache, prices, budget, pace, j.max_attempts))
+        return plain
+    s = plain.session
     book = BatchBook(
-        batch_provider(client), spending.with_name(BATCHES_FOLDER), cache, prices, budget, j.max_attempts,
+        batch_provider(client), spending.with_name(BATCHES_FOLDER), s.cache, s.prices, s.budget, j.max_attempts,
         j.batch_poll_s, time.sleep, lambda line: print(f"judge: {line}", file=sys.stderr, flush=True),
     )  # fmt: skip
-    return JudgeSession(BatchedSession(client, cache, prices, budget, pace, j.max_attempts, book=book))
+    return JudgeSession(BatchedSession(client, s.cache, s.prices, s.budget, s.pace, j.max_attempts, book=book))
+
+
+def _share(j: SuiteJudgeConfig) -> float:
+    return j.batch_price if j.batch else 1.0
 
 
 def judge_client(j: JudgeConfig) -> VLMClient:

@@ -137,30 +137,11 @@ def refuse_validation(training: TrainingConfig, why: str) -> None:
 
 
 @dataclass
-class RoundJudgeConfig(JudgeConfig):
-    """Who judges the results of rounds, asked by checklist; the keys of ``loomvideo evaluate``."""
-
-    mode: str = option("checklist", "how rewards are asked: checklist (our yes/no questions) alone")
-
-    def check(self) -> None:
-        """Check values that types cannot.
-
-        Raises:
-            UserError: naming the key and the fix.
-        """
-        super().check()
-        if self.mode != "checklist":
-            raise UserError(f"judge.mode={self.mode}: rewards are shares of a checklist; use checklist")
-        if self.batch:
-            raise UserError("judge.batch=true: a round waits for its judge, and a batch may take a day; use false")
-
-
-@dataclass
 class PreferJobConfig(TrainingJobConfig):
     """One preference tuning: a training job whose start is also the reference."""
 
     prefer: PreferConfig = option(PreferConfig, "")
-    judge: RoundJudgeConfig = option(RoundJudgeConfig, "")
+    judge: JudgeConfig = option(JudgeConfig, "")
 
     def rewarder(self, judge: JudgedRewards | None = None) -> Rewarder:
         """What scores results; without a judge it only knows what is asked for.

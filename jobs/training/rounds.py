@@ -18,6 +18,7 @@ from loomvideo.jobs.training.config import PreferJobConfig
 from loomvideo.jobs.training.job import TrainingRun, run_training
 from loomvideo.jobs.training.rollout_actors import ActorGroup, RolloutActor
 from loomvideo.jobs.training.round_judge import check_judge, round_judge
+from loomvideo.jobs.training.setup import tasks_of
 from loomvideo.jobs.weights.export import RunCheckpoints, export_weights, open_checkpoint
 from loomvideo.model.few_steps import stated_few_steps
 from loomvideo.model.fingerprints import weights_fingerprint
@@ -30,6 +31,7 @@ from loomvideo.pipelines.training.rollouts import (
     finish_round,
     is_finished,
     open_round_or_shards,
+    round_name,
 )
 from loomvideo.platform.console import console
 from loomvideo.platform.training.config import TrainingConfig
@@ -58,7 +60,8 @@ def train_in_rounds(run: TrainingRun) -> dict[str, Any]:
     nft, result = config.prefer.nft, {}
     if run.start:
         check_scales(nft, stated_few_steps(run.start))
-    check_judge(config, run.folder.path)
+    made = [is_finished(run.folder.path / ROUNDS_FOLDER / round_name(number)) for number in range(nft.rounds)]
+    check_judge(config, run.folder.path, tasks_of(config, run.datasets), made.count(False))
     # A damaged checkpoint neither ends a round nor gives the next one its weights.
     newest = RunCheckpoints.of(run.folder).folder.newest()
     trained = newest.step if newest else 0
@@ -105,7 +108,7 @@ class RoundTraining:
     @classmethod
     def of(cls, config: PreferJobConfig, run: Path, number: int, start: str) -> "RoundTraining":
         """That of a run's round ``number``; ``start`` is the weights folder that the run began with."""
-        folders = [run / ROUNDS_FOLDER / f"round-{earlier:04d}" for earlier in range(number + 1)]
+        folders = [run / ROUNDS_FOLDER / round_name(earlier) for earlier in range(number + 1)]
         # Earlier rounds were made by other policies: they stay in the data of the run and are not drawn any more.
         weights = {folder.name: float(folder == folders[-1]) for folder in folders}
         mixture = dataclasses.replace(config.training.mixture, datasets=weights, tasks={})

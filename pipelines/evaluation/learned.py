@@ -282,8 +282,11 @@ def _need(module: str, package: str = "", extra: str = "") -> Any:
 
 
 def _device() -> str:
-    """The GPU that Ray gave this process, else the CPU."""
-    return "cuda" if _need("torch").cuda.is_available() else "cpu"
+    """The GPU that this process may take, else the CPU."""
+    _need("torch")
+    from loomvideo.platform.nodes.devices import device_of
+
+    return str(device_of())
 
 
 def _load(kind: Any, weights: str) -> Any:

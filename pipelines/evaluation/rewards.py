@@ -83,6 +83,10 @@ REWARDS: dict[str, Reward] = {
 10 dB; logarithm of the sharpness over the target's, negative; PSNR against the target in 10 dB."""
 
 
+OF_EDITS = NAMES - {"garments_drawn_right"}
+"""Metrics that a round's results may have: they are edits, never from words alone."""
+
+
 def _measured(values: Mapping[str, float], name: str) -> float:
     value = values.get(name)
     if value is None or not math.isfinite(value):
@@ -124,21 +128,20 @@ class Rewarder:
         self.floors, self.server, self.patience_s, self.judge = dict(floors), server, patience_s, judge
         for key, names, judged in (("floors", floors, JUDGED), ("watched", watched, ())):
             for name in names:
-                if name not in NAMES and name not in judged and not network_of(name):
-                    close = get_close_matches(name, [*NAMES, *judged, *itertools.chain(*FIGURES.values())], n=1)
-                    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(NAMES))}"
+                if name not in OF_EDITS and name not in judged and not network_of(name):
+                    close = get_close_matches(name, [*OF_EDITS, *judged, *itertools.chain(*FIGURES.values())], n=1)
+                    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(OF_EDITS))}"
                     raise UserError(f"prefer.rewards.{key}: {name} is no metric of a result; {hint}")
         figures = {*floors, *watched, *(REWARDS[name].metric if name in REWARDS else name for name in self.weights)}
-        self.measured = figures & NAMES
+        self.measured = figures & OF_EDITS
         self.judged = figures & {*JUDGED}
         self.figures = {name for name in figures if network_of(name)}
         self._asked = sorted(figures - self.measured - self.judged - self.figures)
         networks = sorted({network_of(name) for name in self.figures})
         for name in learned_weights or {}:
-            if name not in networks:
-                raise UserError(
-                    f"prefer.rewards.learned_weights.{name}: no reward, floor or watched metric is of {name}"
-                )
+            if name not in networks or name.startswith(PYIQA_PREFIX):
+                why = "pyiqa knows its own" if name in networks else "no reward, floor or watched metric is its"
+                raise UserError(f"prefer.rewards.learned_weights.{name}: {why}")
         self._networks = learned_metrics(networks, learned_weights or {}, 1)
         self._loaded: list[ExtraMeasure] | None = None
         if self._asked and not server:
@@ -146,6 +149,11 @@ class Rewarder:
             raise UserError(
                 f"prefer.rewards.weights: {self._asked[0]} is none of {known} and no other metric; name the server "
                 "that gives it in prefer.rewards.server"
+            )
+        if server and not self._asked:
+            raise UserError(
+                f"prefer.rewards.server: none of {', '.join(self.weights)} is asked of it; name its rewards in "
+                "prefer.rewards.weights, otherwise than what is measured here, or leave it out"
             )
         if not self.weights:
             raise UserError("prefer.rewards.weights: give at least one reward, such as {garment_colour: 1.0}")
@@ -164,7 +172,7 @@ class Rewarder:
         return self.scores([video], inputs)[0]
 
     def scores(self, videos: Sequence[np.ndarray], inputs: LoadedItem) -> list[Score]:
-        """Measure the results of one prompt; judge and server are asked about several at once."""
+        """Measure the results of one prompt; a judge is asked about several at once."""
         measured = [self._measure(video, inputs) for video in videos]
         with ThreadPoolExecutor(self.judge.threads if self.judge else 1) as pool:
             return list(pool.map(lambda found, video: self._score(found, video, inputs), measured, videos))

@@ -35,6 +35,7 @@ from loomvideo.model.tasks import wording
 from loomvideo.pipelines.evaluation.inputs import LoadedItem
 from loomvideo.pipelines.evaluation.rewards import Rewarder, group_rewards
 from loomvideo.pipelines.evaluation.suites.items import EvalItem
+from loomvideo.pipelines.evaluation.suites.own import asked_colours
 from loomvideo.pipelines.training.config import NFTConfig
 from loomvideo.pipelines.training.dit_recipe import DiTRecipe
 from loomvideo.platform.errors import UserError
@@ -48,6 +49,11 @@ ROUND_FILE, INDEX_FILE = "round.json", "index.parquet"
 KEPT_COLUMNS = (
     "task", "width", "height", "num_frames", "dit_tokens", "mllm_tokens", "num_bytes", "members", "licence"
 )  # fmt: skip
+
+
+def round_name(number: int) -> str:
+    """The name of a round's folder, and of the dataset that it is."""
+    return f"round-{number:04d}"
 
 
 @dataclass(frozen=True)
@@ -227,9 +233,10 @@ class RolloutMaker:
         """The media that a result is measured against: what the codec makes of the stored latents."""
         target = self._pixels(clean)
         before = None if source is None else self._pixels(source)
+        colours = asked_colours(stored.metadata.get("extra") or {})
         item = EvalItem(
             "round", prompt.key, row["task"], "", stored.metadata.get("text", ""),
-            source=None if before is None else prompt.key, aligned=True, extra={"garment": True},
+            source=None if before is None else prompt.key, aligned=True, extra={"garment": True} | colours,
         )  # fmt: skip
         pictures = tuple(self._pixels(each)[0] for each in references)
         size = (target.shape[2], target.shape[1])
@@ -264,7 +271,7 @@ def finish_round(
             rows.append(
                 kept | {
                     "key": f"{prompt['key']}-r{number}-{repeat}"[-80:],
-                    "dataset": f"round-{number:04d}",
+                    "dataset": round_name(number),
                     "split": "train" if reward is not None else "failed",
                     "num_windows": 1,
                     "parent_dataset": prompt["dataset"],

@@ -82,6 +82,14 @@ class OwnChecklists:
         return Question("\n".join(lines), tuple(names))
 
 
+def _parsed(text: str, path: Path) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: is no YAML: {reason}") from error
+
+
 @lru_cache
 def own_checklists(path: Path = CHECKLISTS_FILE) -> OwnChecklists:
     """Load and check a file of checklists.
@@ -92,7 +100,7 @@ def own_checklists(path: Path = CHECKLISTS_FILE) -> OwnChecklists:
     if not path.is_file():
         raise UserError(f"judge.checklists={path}: no such file")
     text = path.read_text(encoding="utf-8")
-    values = yaml.safe_load(text)
+    values = _parsed(text, path)
     for name in values["questions"]:
         if name.partition("/")[0] not in CHECKLIST_GROUPS:
             raise UserError(f"{path}: question {name}: must begin with {'/, '.join(CHECKLIST_GROUPS)}/")
@@ -114,7 +122,7 @@ def own_rubrics(path: Path = OWN_FILE) -> OwnRubrics:
     if not path.is_file():
         raise UserError(f"judge.rubrics={path}: no such file")
     text = path.read_text(encoding="utf-8")
-    values = yaml.safe_load(text)
+    values = _parsed(text, path)
     for name, rubric in values["rubrics"].items():
         unknown = [axis for axis in rubric["axes"] if axis not in values["axes"]]
         if unknown:

@@ -1,6 +1,8 @@
 """Our own suites, from a JSONL file in the project's sample format: held-out samples, and the fashion suite."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from loomvideo.model.tasks import TASKS
 from loomvideo.pipelines.evaluation.suites.items import EvalItem, SuiteManifest, build_manifest
@@ -78,17 +80,17 @@ def _item(suite: str, s: Sample, category: str) -> EvalItem:
         s.extra.get("mask"),
         cluster=s.group or s.source or s.key,
         aligned=TASKS[s.task].needs_source and local,
-        extra={"kind": _kind(s), "garment": _kind(s) in _COLOUR_KINDS} | _colours(s) | _worn(s),
+        extra={"kind": _kind(s), "garment": _kind(s) in _COLOUR_KINDS} | asked_colours(s.extra) | _worn(s),
     )
 
 
-def _colours(s: Sample) -> dict[str, str]:
-    """The colour that an edit of a garment asks for, and that of its pattern."""
-    edit = s.extra.get("edit") or {}
-    worn = [g for g in s.extra.get("garments", ()) if g.get("type") == edit.get("garment")]
-    if _kind(s) not in _COLOUR_KINDS or not worn:
+def asked_colours(extra: Mapping[str, Any]) -> dict[str, str]:
+    """The colour that an edit of a garment asks for, and that of its pattern, of a sample's ``extra``."""
+    edit = extra.get("edit") or {}
+    worn = [g for g in extra.get("garments", ()) if g.get("type") == edit.get("garment")]
+    if edit.get("kind", "") not in _COLOUR_KINDS or not worn:
         return {}
-    return {name: worn[0][key] for name, key in (("colour", "colour"), ("accent", "accent")) if key in worn[0]}
+    return {name: worn[0][name] for name in ("colour", "accent") if name in worn[0]}
 
 
 def _worn(s: Sample) -> dict[str, list[dict[str, str]]]:

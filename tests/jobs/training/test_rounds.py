@@ -25,7 +25,13 @@ def run(tmp_path):
     for step in (2, 4, 8):
         write_checkpoint(folder.path, step, {"weight": torch.full((4,), float(step))})
     return SimpleNamespace(
-        config=config, folder=folder, start="start", tracker=None, tasks=[], build_recipe=lambda **of_round: of_round
+        datasets=[],
+        config=config,
+        folder=folder,
+        start="start",
+        tracker=None,
+        tasks=[],
+        build_recipe=lambda **of_round: of_round,
     )
 
 

@@ -13,7 +13,7 @@ from loomvideo.pipelines.evaluation.learned import BUILDERS, FIGURES, network_of
 from loomvideo.pipelines.evaluation.rewards import Rewarder, group_rewards
 from loomvideo.pipelines.evaluation.suites.items import EvalItem
 from loomvideo.pipelines.evaluation.suites.parsers import checklist_json
-from loomvideo.pipelines.vlm.clients import Reply
+from loomvideo.pipelines.vlm.clients import Reply, VLMError
 from loomvideo.pipelines.vlm.requests import FrameSampling
 from loomvideo.pipelines.vlm.session import AnswerCache, Budget, Pace, Prices, Session
 from loomvideo.platform.errors import UserError
@@ -89,6 +89,35 @@ def test_a_judge_that_gives_no_answer_is_a_failure_and_no_number(inputs, tmp_pat
     assert group_rewards([broken, whole, whole], 1.0) == [None, 0.5, 0.5]
 
 
+class Away(Judge):
+    """Cannot be reached for some calls."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.calls = calls
+
+    def complete(self, request):
+        self.calls -= 1
+        if self.calls >= 0:
+            raise VLMError("unreachable", True, "nobody there")
+        return super().complete(request)
+
+
+def test_a_judge_that_is_away_is_waited_for_as_long_as_there_is_patience(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr("loomvideo.pipelines.evaluation.judges.rewards.FIRST_PAUSE_S", 0.01)
+    patient = Rewarder({"judge": 1.0}, {}, judge=judged(Away(3), tmp_path, patience_s=60.0))
+    assert patient.score(inputs.target, inputs).total == 1.0
+    gone = Rewarder({"judge": 1.0}, {}, judge=judged(Away(99), tmp_path / "other", patience_s=0.05))
+    assert gone.score(inputs.target, inputs).failure == "judge: unreachable"
+
+
+def test_a_spent_budget_ends_the_round_and_fails_no_result(inputs, tmp_path):
+    session = Session(Judge(), AnswerCache(tmp_path), Prices(input_usd=1e6), Budget(0.001), Pace(0), 1)
+    rewarder = Rewarder({"judge": 1.0}, {}, judge=JudgedRewards(JudgeSession(session).judge, FrameSampling(2, 64)))
+    with pytest.raises(UserError, match=r"judge.budget_usd: spent; raise it and run again"):
+        rewarder.score(inputs.target, inputs)
+
+
 def test_the_pixel_judge_prefers_an_edit_to_a_copy(inputs, tmp_path):
     rewarder = Rewarder({"judge_done": 1.0}, {}, judge=judged(PixelJudge(noise=0.0), tmp_path))
     done, copied = rewarder.scores([inputs.target, inputs.source], inputs)
@@ -119,8 +148,14 @@ def test_names_are_checked_before_anything_is_loaded(tmp_path):
         Rewarder({"clip_texts": 1.0}, {})
     with pytest.raises(UserError, match=r"rewards.watched: judge is no metric"):
         Rewarder({"outside": 1.0}, {}, watched=["judge"])
-    with pytest.raises(UserError, match=r"learned_weights.dino: no reward, floor or watched metric is of dino"):
+    with pytest.raises(UserError, match=r"learned_weights.dino: no reward, floor or watched metric is its"):
         Rewarder({"clip_text": 1.0}, {}, learned_weights={"dino": "x"})
+    with pytest.raises(UserError, match=r"learned_weights.pyiqa-musiq: pyiqa knows its own"):
+        Rewarder({"pyiqa-musiq": 1.0}, {}, learned_weights={"pyiqa-musiq": "x"})
+    with pytest.raises(UserError, match=r"rewards.server: none of outside, judge is asked of it"):
+        Rewarder({"outside": 1.0, "judge": 1.0}, {}, server="http://localhost:1")
+    with pytest.raises(UserError, match=r"rewards.floors: garments_drawn_right is no metric of a result"):
+        Rewarder({"outside": 1.0}, {"garments_drawn_right": 1.0})
     absent = Rewarder({"clip_text": 1.0}, {}, learned_weights={"clip": str(tmp_path)})
     with pytest.raises(UserError, match="learned_weights: cannot load CLIPModel from"):
         absent.load()
