@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from reward_server import REWARD
 from training_rehearsal import PATIENCE_S, DrillError, Rehearsal, Run
 
+from loomvideo.pipelines.evaluation.judges.fake import FakeJudgeServer
 from loomvideo.platform.machine import patience
 from loomvideo.platform.training.checkpoint_folder import CheckpointFolder
 
@@ -25,18 +27,14 @@ def drill_rewards(rehearsal: Rehearsal) -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # One round and one worker: what is broken comes before training.
     arguments = (
-        "prefer.nft.rounds=1", f"prefer.nft.steps_per_round={STEPS}", "training.workers.num=1",
-        f"prefer.rewards.server=http://127.0.0.1:{port}", "prefer.rewards.weights={" + REWARD + ": 1.0}",
-        f"prefer.nft.prompts={PROMPTS}", f"training.steps={STEPS}",
+        f"prefer.rewards.server=http://127.0.0.1:{port}", "prefer.rewards.weights={" + REWARD + ": 1.0}"
     )  # fmt: skip
     server = _serve_rewards(port)
     try:
-        whole = rehearsal.train("rewards-whole", *arguments)
+        whole = _one_round(rehearsal, "rewards-whole", *arguments)
         whole.finish()
-        whole.check_complete(STEPS)
-        broken = rehearsal.train("rewards-broken", *arguments)
+        broken = _one_round(rehearsal, "rewards-broken", *arguments)
         broken.wait_for("scored results", lambda: len(_scored(broken)) >= PROMPTS // 4)
         server.kill()
         server.wait()
@@ -46,22 +44,62 @@ def drill_rewards(rehearsal: Rehearsal) -> str:
         after = len(_scored(broken))
         server = _serve_rewards(port)
         broken.finish()
-        broken.check_complete(STEPS)
     finally:
         server.kill()
         server.wait()
     if not before == after < PROMPTS:
         raise DrillError(f"{before} prompts scored when the server was killed, {after} before it was back")
+    same = _check_same_round(whole, broken)
+    return f"{before} of {PROMPTS} prompts scored, none more in {OUTAGE_S:.0f} s without a server; then {same}"
+
+
+def drill_judge(rehearsal: Rehearsal) -> str:
+    """The judge's process is killed in the middle of a round, and its server answers 503 for a while."""
+    away = threading.Event()
+    server = FakeJudgeServer(lambda call: "503" if away.is_set() else "ok", score="yes")
+    with server.running():
+        arguments = (
+            "judge.kind=openai", "judge.model=m", f"judge.base_url={server.base_url}/v1", "judge.max_attempts=2",
+            "prefer.rewards.weights={outside: 1.0, judge: 1.0}",
+        )  # fmt: skip
+        environment = rehearsal.environment | {"OPENAI_API_KEY": "none"}
+        whole = _one_round(rehearsal, "judge-whole", *arguments, environment=environment)
+        whole.finish()
+        asked = len(server.calls)
+        broken = _one_round(rehearsal, "judge-broken", *arguments, environment=environment)
+        broken.wait_for("scored results", lambda: len(_scored(broken)) >= PROMPTS // 4)
+        away.set()
+        broken.processes("JudgeActor")[-1].kill()
+        time.sleep(1.0)  # what had its answer is written
+        before = len(_scored(broken))
+        time.sleep(OUTAGE_S)
+        after = len(_scored(broken))
+        away.clear()
+        broken.finish()
+    if not before == after < PROMPTS or not asked:
+        raise DrillError(f"{before} prompts judged when the judge was killed, {after} before its server was back")
+    same = _check_same_round(whole, broken)
+    return f"{before} of {PROMPTS} prompts judged, none more in {OUTAGE_S:.0f} s without an answer; then {same}"
+
+
+def _one_round(rehearsal: Rehearsal, name: str, *arguments: str, environment: dict[str, str] | None = None) -> Run:
+    # One round and one worker: what is broken comes before training.
+    return rehearsal.train(
+        name, "prefer.nft.rounds=1", f"prefer.nft.steps_per_round={STEPS}", "training.workers.num=1",
+        f"prefer.nft.prompts={PROMPTS}", f"training.steps={STEPS}", *arguments, environment=environment,
+    )  # fmt: skip
+
+
+def _check_same_round(whole: Run, broken: Run) -> str:
+    for run in (whole, broken):
+        run.check_complete(STEPS)
     rounds = [sorted((run.path / "rounds").glob("round-*/index.parquet")) for run in (whole, broken)]
     same_rounds = [path.read_bytes() for path in rounds[0]] == [path.read_bytes() for path in rounds[1]]
     one, other = (CheckpointFolder(run.path / "checkpoints").open().weights() for run in (whole, broken))
     same_weights = set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
     if not rounds[0] or not same_rounds or not same_weights:
         raise DrillError(f"without the outage: {len(rounds[0])} rounds equal: {same_rounds}, weights: {same_weights}")
-    return (
-        f"{before} of {PROMPTS} prompts scored, none more in {OUTAGE_S:.0f} s without a server; then the "
-        f"{len(rounds[0])} rounds and all {len(one)} trained tensors bit for bit those of a run without the outage"
-    )
+    return f"the round and all {len(one)} trained tensors bit for bit those of a run without the outage"
 
 
 def drill_rollout(rehearsal: Rehearsal) -> str:

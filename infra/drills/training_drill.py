@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 from local_cluster import LocalCluster
-from reward_drill import drill_rewards, drill_rollout, drill_round, drill_round_notice
+from reward_drill import drill_judge, drill_rewards, drill_rollout, drill_round, drill_round_notice
 from training_rehearsal import EVERY, HANG_S, JOBS, NOTICE_S, STEPS, DrillError, Rehearsal, Run
 
 from loomvideo.platform.shards.tensors import HEADER_SIZE_BYTES, parse_header
@@ -303,6 +303,7 @@ DRILLS = {
     "elastic": drill_elastic,
     "preemption": drill_preemption,
     "rewards": drill_rewards,
+    "judge": drill_judge,
     "rollout": drill_rollout,
     "round": drill_round,
     "round-notice": drill_round_notice,
@@ -310,9 +311,9 @@ DRILLS = {
 COMPARED = {"disk", "bit", "elastic"}
 """Drills that need the run of ``worker``."""
 OF_JOB = {"shard": "pretrain", "nan": "pretrain"} | dict.fromkeys(
-    ("rewards", "rollout", "round", "round-notice"), "prefer"
+    ("rewards", "judge", "rollout", "round", "round-notice"), "prefer"
 )
-"""Drills of one job alone: two know the order in which pretrain draws, four break what only prefer has."""
+"""Drills of one job alone: two know the order in which pretrain draws, five break what only prefer has."""
 
 
 def main() -> int:
@@ -322,8 +323,8 @@ def main() -> int:
     parser.add_argument("--shards", type=Path, required=True, help="dataset prepared for the tiny preset")
     parser.add_argument("--only", help=f"of {', '.join(DRILLS)}, by default all of the job; disk, bit and elastic "
                         "compare with worker's run, which is made first where the folder has none")  # fmt: skip
-    parser.add_argument("--job", choices=list(JOBS), default="pretrain", help="what is broken; shard and nan are "
-                        "drills of pretrain alone, rewards, rollout, round and round-notice of prefer")  # fmt: skip
+    parser.add_argument("--job", choices=list(JOBS), default="pretrain", help="what is broken; shard and nan are of "
+                        "pretrain alone, rewards, judge, rollout, round and round-notice of prefer")  # fmt: skip
     parser.add_argument("--weights", type=Path, help="weights folder that distill and prefer start from")
     options = parser.parse_args()
     if options.job != "pretrain" and not options.weights:

@@ -84,11 +84,12 @@ class FakeJudgeServer:
 
     Attributes:
         behaviour: Call number to ok, garbage, refuse, empty, slow or an HTTP status such as 429.
+        score: What it answers to every question, such as 4 or yes.
         calls: Every request's path and body, in order.
         base_url: Root to give a client, without the ``/v1`` or ``/v1beta``.
     """
 
-    def __init__(self, behaviour: Behaviour = lambda call: "ok", score: int = 4):
+    def __init__(self, behaviour: Behaviour = lambda call: "ok", score: int | str = 4):
         self.behaviour, self.score = behaviour, score
         self.calls: list[tuple[str, dict[str, Any], dict[str, str]]] = []
         self._lock = threading.Lock()
