@@ -229,7 +229,11 @@ def judge_client(j: JudgeConfig) -> VLMClient:
         # Decided here, not in the actors: the engine is part of what answers are kept under.
         if j.engine == "vllm" or (j.engine == "auto" and j.gpus >= 1 and is_installed()):
             return VLLMClient(absolute(j.model), j.max_tokens, "judge.model", temperature, j.threads, gpus=j.gpus)
-        return QwenVLClient(absolute(j.model), j.max_tokens, "judge.model", temperature=temperature, batch=j.threads)
+        # Ray shows all GPUs of a node to who asked for none.
+        device = "" if j.gpus else "cpu"
+        return QwenVLClient(
+            absolute(j.model), j.max_tokens, "judge.model", temperature=temperature, batch=j.threads, device=device
+        )
     if j.kind == "openai":
         client = OpenAIClient(
             j.base_url, j.model, j.api_key_env or "OPENAI_API_KEY", temperature, j.max_tokens, j.timeout_s, j.structured

@@ -27,7 +27,6 @@ from loomvideo.pipelines.evaluation.judges.session import Judgement
 from loomvideo.pipelines.evaluation.suites.parsers import PARSERS
 from loomvideo.pipelines.evaluation.suites.registry import CHECKLIST
 from loomvideo.pipelines.vlm.clients import VLMClient
-from loomvideo.pipelines.vlm.local import QwenVLClient
 from loomvideo.pipelines.vlm.requests import FrameSampling, VLMRequest
 from loomvideo.platform.errors import UserError
 
@@ -93,11 +92,9 @@ def round_judge(config: PreferJobConfig, folder: Path) -> Iterator[JudgedRewards
     if j.kind == "none":
         yield None
         return
-    client, count, options = judge_client(j), 1, {}
+    client, count = judge_client(j), 1
+    options: dict[str, Any]
     if j.kind == LOCAL:
-        if isinstance(client, QwenVLClient) and not j.gpus:
-            # Ray shows all GPUs of a node to who asked for none.
-            client.device = "cpu"
         count, options = j.actors, {"num_cpus": j.cpus, "num_gpus": j.gpus}
     else:
         # Where the trial call was made: its address and key may mean nothing elsewhere.
