@@ -13,6 +13,7 @@ import stat
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 # What the loop below takes on an ordinary processor of 2020 that is not busy.
@@ -38,14 +39,19 @@ def slowness() -> float:
     global _measured
     now = time.monotonic()
     if _measured is None or now - _measured[0] > _MEASURED_FOR_S:
-        start = time.perf_counter()
-        total = 0
-        for number in range(_REFERENCE_LOOP):
-            total += number
-        loop = (time.perf_counter() - start) / _REFERENCE_S
+        loop = loop_s(time.perf_counter) / _REFERENCE_S
         waiting = os.getloadavg()[0] / (os.cpu_count() or 1)
         _measured = now, min(max(loop, waiting, 1 / min(cpu_limit(), 1.0), 1.0), _MAX_SLOWNESS)
     return _measured[1]
+
+
+def loop_s(clock: Callable[[], float]) -> float:
+    """Seconds of a fixed loop by a clock, long enough for a process beside it on its core to get its turn."""
+    start = clock()
+    total = 0
+    for number in range(_REFERENCE_LOOP):
+        total += number
+    return clock() - start
 
 
 def cpu_limit(cgroups: Path = _CGROUPS, own: Path = Path("/proc/self/cgroup")) -> float:

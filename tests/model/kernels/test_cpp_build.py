@@ -38,13 +38,7 @@ def test_a_compiler_error_is_one_line(tmp_path, monkeypatch):
 
 def test_a_warm_start_only_loads(tmp_path):
     cpp.prepare(ArtifactStore(tmp_path))
-    script = (
-        "import time; from loomvideo.model import kernels; start = time.perf_counter();"
-        "report = kernels.set_backend('cpp', required=True);"
-        "print(report['cpp']['origin'], time.perf_counter() - start)"
-    )
+    script = "from loomvideo.model import kernels;print(kernels.set_backend('cpp', required=True)['cpp']['origin'])"
     environment = {"LOOMVIDEO_KERNEL_CACHE": str(tmp_path), "PATH": "/usr/bin:/bin"}
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    origin, seconds = result.stdout.split()
-    assert origin == "cache"
-    assert float(seconds) < 1
+    assert result.stdout.split() == ["cache"]

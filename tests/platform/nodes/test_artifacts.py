@@ -33,7 +33,6 @@ def test_built_once_then_found_in_the_cache(tmp_path):
     second = store.get(KEY, refuse)
     assert (second.origin, second.path) == ("cache", first.path)
     assert (second.path / "thing.so").read_bytes() == b"code"
-    assert second.seconds < 1
     manifest = store.contents()[0]
     assert manifest["target"] == {"machine": "m1"}
     assert manifest["compiler"] == "compiler 1"
@@ -98,10 +97,8 @@ def test_a_killed_build_leaves_no_lock_and_no_rubbish(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert list((tmp_path / "cache").glob("*.tmp-*"))
-    begin = time.monotonic()
     artifact = ArtifactStore(tmp_path / "cache", lock_timeout_s=5).get(KEY, write_thing)
     assert artifact.origin == "built"
-    assert time.monotonic() - begin < 1
     assert not list((tmp_path / "cache").glob("*.tmp-*"))
 
 

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import multiprocessing
 import os
+import threading
 import time
 from collections import Counter
 from typing import ClassVar
@@ -197,8 +198,6 @@ def test_processes_share_a_cache(tmp_path):
 
 
 def test_two_that_want_the_same_range_fetch_it_once(tmp_path):
-    import threading
-
     cache, fetched = NodeCache(tmp_path, 10_000), Counter()
 
     def fetch():
@@ -226,10 +225,17 @@ def test_a_cache_that_cannot_be_written(tmp_path):
 def test_a_slow_request_is_sent_again_and_the_first_answer_counts(local, store, monkeypatch):
     url, requests = store
     dataset = opened(url, requests, hedge=0.9, hedge_s=0.01)
-    monkeypatch.setattr(CountingStore, "delay_s", staticmethod(lambda number: 2.0 if number == 1 else 0.0))
-    began = time.monotonic()
+    read, answered = threading.Event(), []
+
+    def delay_s(number):
+        if number == 1:
+            answered.append(read.wait(60))
+        return 0.0
+
+    monkeypatch.setattr(CountingStore, "delay_s", staticmethod(delay_s))
     assert same(dataset.read(0), local.read(0))
-    assert time.monotonic() - began < 1.9
+    assert answered == []
+    read.set()
     assert dataset.tally() == ReadTally(1, 1, 1, fetched_bytes=dataset.tally().fetched_bytes)
     assert len(requests) == 2
 
