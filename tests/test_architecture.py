@@ -198,6 +198,13 @@ def test_a_decoder_starts_without_the_compiler():
     assert result.stdout.strip() == "False"
 
 
+def test_training_starts_without_transformers():
+    """Its controller and every rank imported them for 2.7 of 6 seconds, and an MLLM is in no training process."""
+    script = "import loomvideo.jobs.training.job, sys; print('transformers' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
+
+
 def test_every_catch_of_everything_says_why():
     """Reading loops catch what readers raise; where anything at all is caught, a comment gives the reason."""
     found = []

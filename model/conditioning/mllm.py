@@ -11,27 +11,22 @@ import itertools
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Qwen3VLModel
 
 from loomvideo.model.conditioning.config import MLLMConfig, ProcessorConfig
 from loomvideo.model.conditioning.inputs import MLLMInputs, read_processor_config
-from loomvideo.model.conditioning.packed_attention import PACKED
 from loomvideo.model.conditioning.random_weights import RECIPE_VERSION, random_model
 from loomvideo.model.conditioning.tokenizer import MLLMTokenizer
 from loomvideo.model.fingerprints import folder_fingerprint
 from loomvideo.platform.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import Qwen3VLModel
+
 # Tokens that go through the decoder at once, padding among them.
 MAX_BATCH_TOKENS = 8192
-
-
-class _HeadlessQwen3VL(Qwen3VLModel):
-    """For loading: the language head of the files is left out, anything else unexpected is reported."""
-
-    _keys_to_ignore_on_load_unexpected = (r"^lm_head\.",)
 
 
 class FrozenMLLM:
@@ -47,7 +42,7 @@ class FrozenMLLM:
 
     def __init__(
         self,
-        model: Qwen3VLModel,
+        model: "Qwen3VLModel",
         num_states: int,
         tokenizer: MLLMTokenizer,
         processor: ProcessorConfig,
@@ -113,9 +108,11 @@ class FrozenMLLM:
         model_type = json.loads((folder / "config.json").read_text()).get("model_type")
         if model_type != "qwen3_vl":
             raise UserError(f"{folder / 'config.json'}: model_type {model_type!r}; give the folder of a Qwen3-VL model")
+        from loomvideo.model.conditioning.headless import HeadlessQwen3VL
+
         tokenizer, processor = MLLMTokenizer.from_pretrained(folder), read_processor_config(folder)
         try:
-            model, report = _HeadlessQwen3VL.from_pretrained(
+            model, report = HeadlessQwen3VL.from_pretrained(
                 folder,
                 dtype=dtype,
                 device_map={"": device},  # straight to the device, no second copy in host memory
@@ -142,6 +139,8 @@ class FrozenMLLM:
 
         The same states up to rounding. Attention and rotary positions are each prompt's own.
         """
+        from loomvideo.model.conditioning.packed_attention import PACKED
+
         for part in (self.model.language_model, self.model.visual):
             # Not by the library's own way, which takes "flash" for the name of a package to import.
             part.config._attn_implementation = PACKED

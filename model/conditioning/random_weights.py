@@ -1,11 +1,15 @@
 """A Qwen3-VL of random weights for model sizes that run without downloads."""
 
+from typing import TYPE_CHECKING
+
 import torch
-from transformers import Qwen3VLConfig, Qwen3VLModel
 
 from loomvideo.model.conditioning.config import MLLMConfig
 from loomvideo.model.conditioning.tokenizer import MLLMTokenizer
 from loomvideo.platform.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import Qwen3VLConfig, Qwen3VLModel
 
 # Part of the fingerprint: raise it when the weights below change.
 RECIPE_VERSION = "3"
@@ -18,7 +22,7 @@ _POSITION_PAIRS = 4
 """Of a head's rotary pairs, the fastest: they tell neighbours apart."""
 
 
-def random_model(config: MLLMConfig, tokenizer: MLLMTokenizer) -> Qwen3VLModel:
+def random_model(config: MLLMConfig, tokenizer: MLLMTokenizer) -> "Qwen3VLModel":
     """A Qwen3-VL whose states are those of each token, with a little of what came before it.
 
     Embeddings have unit variance. The first decoder layer adds the two words before a token, so that to a small DiT
@@ -26,6 +30,8 @@ def random_model(config: MLLMConfig, tokenizer: MLLMTokenizer) -> Qwen3VLModel:
     are scaled up so that attention selects instead of averaging. The vision tower's blocks add more: its tokens are to
     tell pictures apart.
     """
+    from transformers import Qwen3VLModel
+
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"MLLM vocab_size={config.vocab_size}: the built-in vocabulary has {tokenizer.vocab_size} tokens"
@@ -50,7 +56,7 @@ def random_model(config: MLLMConfig, tokenizer: MLLMTokenizer) -> Qwen3VLModel:
     return model
 
 
-def _look_back(model: Qwen3VLModel) -> None:
+def _look_back(model: "Qwen3VLModel") -> None:
     """Let the heads of the first decoder layer look one word back (those of its first keys) or two (the others).
 
     Queries and keys are the same for all words, read from a dimension in which all embeddings are 1, and the query is
@@ -74,8 +80,10 @@ def _look_back(model: Qwen3VLModel) -> None:
     attention.o_proj.weight *= _ADDED_WORDS / _ADDED
 
 
-def model_config(config: MLLMConfig, tokenizer: MLLMTokenizer) -> Qwen3VLConfig:
+def model_config(config: MLLMConfig, tokenizer: MLLMTokenizer) -> "Qwen3VLConfig":
     """The library's configuration of these sizes, with the special tokens of a tokenizer."""
+    from transformers import Qwen3VLConfig
+
     return Qwen3VLConfig(
         text_config={
             "vocab_size": config.vocab_size,

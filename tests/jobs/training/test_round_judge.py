@@ -1,9 +1,11 @@
 """The judge of preference rounds: checked before anything is made, one for all actors, gone when the round is."""
 
+import contextlib
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from ray.exceptions import RayActorError
 
 from loomvideo.jobs.command import job_config
 from loomvideo.jobs.training.config import PreferJobConfig
@@ -96,6 +98,10 @@ def test_a_round_has_one_judge_that_remembers_and_comes_back(server, ray_cluster
         assert judge(result, inputs)[0]["judge"] == 1.0
         assert len(server.calls) == 1
         assert list((tmp_path / ANSWERS_FOLDER).rglob("*.json"))
+    # Killing takes a moment, in which the judge would still answer.
+    with contextlib.suppress(RayActorError):
+        while True:
+            ray_cluster.get(handle.ready.remote())
     with pytest.raises(UserError, match="its process ended and is not started again"):
         judge(np.ones_like(result), inputs)
     # The next round's knows the answers too.
