@@ -4,8 +4,10 @@
 """
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -19,12 +21,22 @@ from loomvideo.model.float8 import float8_blocks
 from loomvideo.model.parts import MODES, BlockStream, ResidentParts, SequentialParts, move_all_but
 from loomvideo.model.peaks import GIB, Peak, Work, choose_mode, codec_limit, peaks
 from loomvideo.model.quantize import check_bits, quantize_linears
-from loomvideo.model.sizes import PIPELINE_FILE, ModelSize, model_size, stated_size, with_folders
+from loomvideo.model.sizes import (
+    ENCODERS_KEY,
+    PIPELINE_FILE,
+    ModelSize,
+    model_size,
+    stated_note,
+    stated_size,
+    with_folders,
+)
 from loomvideo.model.stored_weights import open_checkpoint
 from loomvideo.model.weights import load_dit
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.folders import absolute
 from loomvideo.platform.nodes.devices import check_device, device_of
+
+logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 
@@ -175,16 +187,32 @@ def load_parts(source: ModelSource, dtype: torch.dtype | None = None) -> Residen
     size, device = source.size, device_of(source.device)
     check_device(device)
     dtype = dtype or dtype_on(device)
+    trained_with = dict(stated_note(source.weights).get(ENCODERS_KEY, {}))
     loaders = {
         "dit": lambda: load_transformer(source, size, device, dtype),
-        "codec": lambda: build_codec(size.codec, device, dtype),
-        "mllm": lambda: load_mllm(source, size, device, dtype),
+        "codec": lambda: _compared(source, trained_with, "codec", build_codec(size.codec, device, dtype)),
+        "mllm": lambda: _compared(source, trained_with, "mllm", load_mllm(source, size, device, dtype)),
     }
     if source.memory == "resident":
         return ResidentParts(**{name: load() for name, load in loaders.items()})
     config = open_checkpoint(source.weights).config or size.dit
     grid = LatentGrid.of(size.codec, config.patch_size)
     return SequentialParts(loaders, device, config, size.codec.latent_channels, grid)
+
+
+def _compared(source: ModelSource, trained_with: dict[str, str], name: str, part: Any) -> Any:
+    """The part; a warning, once, when the checkpoint says that it was trained with another.
+
+    No error as for training: a fingerprint is of files, and another copy of the same weights may have others.
+    """
+    trained = trained_with.pop(name, part.fingerprint)
+    if trained != part.fingerprint:
+        logger.warning(
+            "%s: trained with %s %s, and this one is %s: results may be worse than it can do; "
+            "set %s_folder to what `data prepare` had",
+            source.weights, name, trained, part.fingerprint, name,
+        )  # fmt: skip
+    return part
 
 
 def load_transformer(source: ModelSource, size: ModelSize, device: torch.device, dtype: torch.dtype) -> LoomVideoDiT:

@@ -1,5 +1,8 @@
 """One loader: everything that generates computes with the kernels, codec, MLLM and negative prompt of its size."""
 
+import json
+import shutil
+
 import pytest
 import torch
 
@@ -7,7 +10,7 @@ from loomvideo.model import kernels
 from loomvideo.model.dit import LoomVideoDiT
 from loomvideo.model.loading import ModelSource
 from loomvideo.model.pipeline import LoomVideoPipeline, load_pipeline, pipeline_around
-from loomvideo.model.sizes import model_size
+from loomvideo.model.sizes import ENCODERS_KEY, PIPELINE_FILE, model_size
 from loomvideo.model.weights import save_dit
 from loomvideo.pipelines.evaluation.pipeline_generator import (
     ModelGenerator,
@@ -70,6 +73,25 @@ def test_codec_and_mllm_are_told_apart_by_content_and_not_by_place(weights, tmp_
 def test_a_folder_that_does_not_say_its_size(weights):
     with pytest.raises(UserError, match="name its size with model="):
         load_pipeline(ModelSource(str(weights)))
+
+
+@pytest.mark.parametrize("memory", ["resident", "sequential"])
+def test_another_mllm_than_in_training_is_said_once(weights, tmp_path, caplog, memory):
+    folder = shutil.copytree(weights, tmp_path / "w")
+    source = ModelSource(str(folder), "tiny", kernels="", device="cpu", memory=memory)
+    with load_pipeline(source).parts.use("mllm") as mllm:
+        own = mllm.fingerprint
+    (folder / PIPELINE_FILE).write_text(json.dumps({"model": "tiny", ENCODERS_KEY: {"mllm": own}}))
+    parts = load_pipeline(source).parts
+    with parts.use("mllm"), parts.use("codec"):
+        assert not caplog.records
+    (folder / PIPELINE_FILE).write_text(json.dumps({"model": "tiny", ENCODERS_KEY: {"mllm": "another"}}))
+    parts = load_pipeline(source).parts
+    for name in ("mllm", "codec", "mllm"):
+        with parts.use(name):
+            pass
+    (said,) = caplog.messages
+    assert said.startswith(f"{folder}: trained with mllm another, and this one is {own}")
 
 
 def test_a_source_for_other_folders_names_every_file_from_the_root(tmp_path, monkeypatch):
