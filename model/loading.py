@@ -207,10 +207,12 @@ def _compared(source: ModelSource, trained_with: dict[str, str], name: str, part
     """
     trained = trained_with.pop(name, part.fingerprint)
     if trained != part.fingerprint:
+        fix = f"set {name}_folder to what `data prepare` had"
+        if not getattr(source.size, name).folder:
+            fix = "it is built in: take the version of this package that trained them, or train again"
         logger.warning(
-            "%s: trained with %s %s, and this one is %s: results may be worse than it can do; "
-            "set %s_folder to what `data prepare` had",
-            source.weights, name, trained, part.fingerprint, name,
+            "%s: trained with %s %s, and this one is %s: results may be worse than it can do; %s",
+            source.weights, name, trained, part.fingerprint, fix,
         )  # fmt: skip
     return part
 

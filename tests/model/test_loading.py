@@ -91,7 +91,7 @@ def test_another_mllm_than_in_training_is_said_once(weights, tmp_path, caplog, m
         with parts.use(name):
             pass
     (said,) = caplog.messages
-    assert said.startswith(f"{folder}: trained with mllm another, and this one is {own}")
+    assert said.startswith(f"{folder}: trained with mllm another, and this one is {own}: results may be worse")
 
 
 def test_a_source_for_other_folders_names_every_file_from_the_root(tmp_path, monkeypatch):
