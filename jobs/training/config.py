@@ -6,8 +6,14 @@ from loomvideo.jobs.evaluation.config import JudgeConfig
 from loomvideo.model.config import LoRAConfig
 from loomvideo.model.sizes import model_size
 from loomvideo.pipelines.evaluation.judges.rewards import JudgedRewards
-from loomvideo.pipelines.evaluation.rewards import Rewarder
-from loomvideo.pipelines.training.config import DistillConfig, FeaturePoolConfig, ObjectiveConfig, PreferConfig
+from loomvideo.pipelines.evaluation.rewards import REWARDS, Rewarder
+from loomvideo.pipelines.training.config import (
+    DistillConfig,
+    FeaturePoolConfig,
+    ObjectiveConfig,
+    PreferConfig,
+    RewardsConfig,
+)
 from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.nodes.config import KernelConfig
@@ -119,6 +125,10 @@ class DistillJobConfig(TrainingJobConfig):
             raise UserError("training.sequence_ranks: distillation gives every worker packs of its own; use 1")
         if self.lora.unfreeze:
             raise UserError("lora.unfreeze: adapters alone are distilled, as the teacher is the weights under them")
+        if self.lora.rank and self.distill.critic.trainable:
+            raise UserError(
+                "distill.critic.trainable: with lora.rank set, the critic trains its adapters; leave it empty"
+            )
         if self.distill.critic_warmup >= self.training.steps:
             raise UserError(
                 f"distill.critic_warmup={self.distill.critic_warmup}: the student's first turn comes after it; "
@@ -134,6 +144,25 @@ def refuse_validation(training: TrainingConfig, why: str) -> None:
     """
     if training.validation.every_steps:
         raise UserError(f"training.validation.every_steps: {why}; set 0 and watch samples.every_steps instead")
+
+
+def refuse_watched_rewards(rewards: RewardsConfig) -> None:
+    """Refuse to watch what is rewarded: it gets better however the reward is had.
+
+    Raises:
+        UserError: naming the metric, the weight or floor that makes a reward of it, and the list without it.
+    """
+    used = {name: f"floors.{name}" for name in rewards.floors}
+    for name, weight in rewards.weights.items():
+        if weight:
+            used[REWARDS[name].metric if name in REWARDS else name] = f"weights.{name}"
+    for metric in rewards.watched:
+        if metric in used:
+            others = ", ".join(name for name in rewards.watched if name not in used)
+            raise UserError(
+                f"prefer.rewards.watched: {metric} is what prefer.rewards.{used[metric]} is made of, so it cannot show "
+                f"that one hacked; leave it out: prefer.rewards.watched=[{others}]"
+            )
 
 
 @dataclass
@@ -165,6 +194,7 @@ class PreferJobConfig(TrainingJobConfig):
             raise UserError(f"judge.kind={self.judge.kind}: nothing is generated; use prefer.method=nft, or none")
         if self.prefer.method == "nft":
             judged = self.rewarder().judged
+            refuse_watched_rewards(self.prefer.rewards)
             if judged and self.judge.kind == "none":
                 raise UserError(f"prefer.rewards: {min(judged)} needs a judge; set judge.kind, such as openai")
             if self.judge.kind != "none" and not judged:

@@ -104,6 +104,7 @@ class DistillConfig:
             )
         if self.critic_steps < 1 or self.critic_warmup < 0:
             raise UserError("distill.critic_steps and critic_warmup: at least 1, and at least 0")
+        self.critic.check("distill.critic")
 
 
 @dataclass
@@ -136,7 +137,8 @@ class RewardsConfig:
     )
     floors: dict[str, float] = option({}, "least values of metrics, such as outside_psnr_db: 25; below it, the worst")
     watched: list[str] = option(
-        ["outside_psnr_db", "sharpness", "edge_f1"], "metrics that are not rewards, reported to see a reward hacked"
+        ["sharpness", "edge_f1"],
+        "metrics that no reward or floor is made of, which are refused, reported to see a reward hacked",
     )
     server: str = option("", "URL that also scores samples: its rewards may be named in weights")
     patience_s: float = option(600.0, "how long a server that fails is asked again before a sample counts as failed")

@@ -136,7 +136,7 @@ class DistillationRecipe(DiTRecipe):
         shares = self.lora is not None
         return [
             Role(TEACHER, lambda: frozen_start(self), shares_frozen=shares, base=lambda: DiTRecipe.base(self)),
-            Role(CRITIC, critic, self.distill.critic, shares_frozen=shares),
+            Role(CRITIC, critic, self.distill.critic, shares_frozen=shares, optimizer_key="distill.critic"),
         ]
 
     def role_at(self, step: int) -> str:

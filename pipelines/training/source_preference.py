@@ -12,6 +12,9 @@ itself: without them both errors grow together while their difference looks fine
 With ``relative`` errors are counted in parts of what lies between the two, the mean squared difference of their
 velocities: the margin is then twice the part of the way from source to target that the velocity was moved, and small
 edits, such as another colour of a garment, are pushed as far as a whole new background is.
+
+How far the policy has gone is reported as ``drift``, ``|v - v_reference|^2`` as for DiffusionNFT: the mean of a pair's
+two samples, the KL of the paths up to a factor.
 """
 
 import dataclasses
@@ -145,8 +148,11 @@ class SourcePreferenceRecipe(DiTRecipe):
     def turn_loss(self, turn: Turn, networks: Mapping[str, Callable[..., Any]], pack: PairPack) -> LossOutput:
         """Sum over pairs."""
         with torch.no_grad():
-            before = _errors(networks[REFERENCE](pack.batch), pack)
-        change = _errors(networks[MODEL](pack.batch), pack) - before
+            reference = networks[REFERENCE](pack.batch).float()
+            before = _errors(reference, pack)
+        velocity = networks[MODEL](pack.batch).float()
+        change = _errors(velocity, pack) - before
+        drift = _mean_per_sample((velocity.detach() - reference).square(), pack)
         if self.preference.relative:
             change = change / (_differences(pack) + LEAST_DIFFERENCE)
         preferred, rejected = change.chunk(2)
@@ -162,6 +168,7 @@ class SourcePreferenceRecipe(DiTRecipe):
                 "preferred_error_change": preferred.detach().sum(),
                 "rejected_error_change": rejected.detach().sum(),
                 "accuracy": (rejected > preferred).float().sum(),
+                "drift": drift.sum() / 2,
             },
         )
 
@@ -177,7 +184,7 @@ def preference_loss(preferred: Tensor, rejected: Tensor, config: SourcePreferenc
 
 
 def _errors(velocity: Tensor, pack: PairPack) -> Tensor:
-    return _mean_per_sample((velocity.float() - pack.target).square(), pack)
+    return _mean_per_sample((velocity - pack.target).square(), pack)
 
 
 def _differences(pack: PairPack) -> Tensor:

@@ -1,6 +1,8 @@
 """What a training run can be told; a section of every training job's configuration."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from loomvideo.platform.config import option
 from loomvideo.platform.errors import UserError
@@ -27,6 +29,20 @@ class PackConfig:
     lookahead: float = option(0.5, "how far beyond a step, in steps, samples are looked at to fill gaps")
 
 
+def refuse_other_values(choices: Mapping[str, tuple[Any, tuple[Any, ...]]]) -> None:
+    """Refuse values that are none of those accepted.
+
+    Args:
+        choices: The value and the accepted ones, by the whole key.
+
+    Raises:
+        UserError: naming the key and the accepted values.
+    """
+    for key, (value, accepted) in choices.items():
+        if value not in accepted:
+            raise UserError(f"{key}={value}: use one of {', '.join(map(str, accepted))}")
+
+
 @dataclass
 class OptimizerConfig:
     """AdamW."""
@@ -42,6 +58,22 @@ class OptimizerConfig:
     warmup_steps: int = option(100, "linear warm-up from 0")
     final_ratio: float = option(0.1, "last learning rate of the cosine schedule over the peak")
     trainable: list[str] = option([], "patterns (shell style) of parameter names to train; empty trains all")
+
+    def check(self, key: str) -> None:
+        """Refuse values that no optimiser has.
+
+        Args:
+            key: Where these settings are in the job's configuration, such as ``training.optimizer``.
+
+        Raises:
+            UserError: naming the key and the accepted values.
+        """
+        refuse_other_values(
+            {
+                f"{key}.name": (self.name, ("adamw", "adamw8bit")),
+                f"{key}.schedule": (self.schedule, ("constant", "cosine")),
+            }
+        )
 
 
 @dataclass
@@ -152,15 +184,13 @@ class TrainingConfig:
         Raises:
             UserError: naming the key and the accepted values.
         """
-        choices = {
-            "precision": (self.precision, ("bf16", "fp32")),
-            "optimizer.name": (self.optimizer.name, ("adamw", "adamw8bit")),
-            "optimizer.schedule": (self.optimizer.schedule, ("constant", "cosine")),
-            "zero.stage": (self.zero.stage, (2, 3)),
-        }
-        for key, (value, accepted) in choices.items():
-            if value not in accepted:
-                raise UserError(f"training.{key}={value}: use one of {', '.join(map(str, accepted))}")
+        refuse_other_values(
+            {
+                "training.precision": (self.precision, ("bf16", "fp32")),
+                "training.zero.stage": (self.zero.stage, (2, 3)),
+            }
+        )
+        self.optimizer.check("training.optimizer")
         for workers in (self.workers.num, self.workers.min):
             if self.sequence_ranks > 0 and workers % self.sequence_ranks:
                 raise UserError(f"training.sequence_ranks={self.sequence_ranks}: must divide {workers} workers")

@@ -34,6 +34,7 @@ class ZeroEngine:
         initial: Weights to start from, read one parameter at a time; by default those that ``model`` holds.
         load: Whether to read them now; a run that continues reads its checkpoint instead.
         shared: Frozen parameters of another role's model; a frozen one of the same name is that very parameter.
+        optimizer_key: Where ``config.optimizer`` is in the job's configuration, for errors.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class ZeroEngine:
         initial: Mapping[str, Tensor] | None = None,
         load: bool = True,
         shared: Mapping[str, nn.Parameter] | None = None,
+        optimizer_key: str = "training.optimizer",
     ):
         deepspeed = import_deepspeed()
         self.config, self.device = config, device
@@ -53,7 +55,7 @@ class ZeroEngine:
         self.num_micro_steps = num_micro_steps
         self.world_size = torch.distributed.get_world_size()
         self.rank = torch.distributed.get_rank()
-        select_trainable(model, config.optimizer.trainable)
+        select_trainable(model, config.optimizer.trainable, optimizer_key)
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -70,7 +72,7 @@ class ZeroEngine:
         recipe.prepare(model, config.activation_checkpointing, config.compile)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
-            optimizer=build_optimizer(model, self.shapes, config.optimizer, device),
+            optimizer=build_optimizer(model, self.shapes, config.optimizer, device, optimizer_key),
             config=settings,
             dist_init_required=False,
         )

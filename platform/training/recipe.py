@@ -76,6 +76,7 @@ class Role:
         shares_frozen: Its parameters that are not trained are those of the model with the same names: one copy of the
             weights under the adapters of several roles, and none for a teacher that adapters were put on.
         base: ``path`` and ``digest`` of a frozen network's weights, which checkpoints name instead of holding them.
+        optimizer_key: Where ``optimizer`` is in the job's configuration, for errors.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Role:
     ema: EmaConfig = field(default_factory=lambda: EmaConfig(decay=0.0))
     shares_frozen: bool = False
     base: Callable[[], dict[str, str]] | None = None
+    optimizer_key: str = "training.optimizer"
 
 
 @dataclass(frozen=True)

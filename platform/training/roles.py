@@ -71,7 +71,7 @@ class Roles:
         steps = self._count(role.name, self.config.steps)
         config = dataclasses.replace(self.config, optimizer=role.optimizer, ema=role.ema, steps=steps)
         self.engines[role.name] = ZeroEngine(
-            config, self.recipe, network, device, num_micro_steps, initial, load=load, shared=shared
+            config, self.recipe, network, device, num_micro_steps, initial, load, shared, role.optimizer_key
         )
 
     # -- training -------------------------------------------------------------------------------------------------

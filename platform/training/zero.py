@@ -31,8 +31,13 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-def select_trainable(model: nn.Module, patterns: list[str]) -> None:
+def select_trainable(model: nn.Module, patterns: list[str], key: str = "training.optimizer") -> None:
     """Freeze every parameter whose name matches none of the patterns; no patterns leave the model as it is.
+
+    Args:
+        model: Its parameters.
+        patterns: Shell style.
+        key: Where the optimiser's settings are in the configuration.
 
     Raises:
         UserError: if a pattern matches nothing.
@@ -42,13 +47,17 @@ def select_trainable(model: nn.Module, patterns: list[str]) -> None:
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
-            raise UserError(f"training.optimizer.trainable: {pattern!r} matches no parameter (e.g. {names[0]})")
+            raise UserError(f"{key}.trainable: {pattern!r} matches no parameter (e.g. {names[0]})")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
 
 
 def build_optimizer(
-    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], config: OptimizerConfig, device: torch.device
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    config: OptimizerConfig,
+    device: torch.device,
+    key: str = "training.optimizer",
 ) -> torch.optim.Optimizer:
     """AdamW with weight decay on matrices only.
 
@@ -57,6 +66,10 @@ def build_optimizer(
         shapes: The shapes of the whole parameters: a partitioned one no longer shows its own.
         config: Rates.
         device: The worker's.
+        key: Where ``config`` is in the job's configuration.
+
+    Raises:
+        UserError: for moments of 8 bits without a GPU.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     matrices = [parameter for name, parameter in trained.items() if len(shapes[name]) >= 2]
@@ -68,7 +81,7 @@ def build_optimizer(
     options = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if config.name == "adamw8bit":
         if device.type != "cuda":
-            raise UserError("training.optimizer.name=adamw8bit: needs a CUDA device; use adamw")
+            raise UserError(f"{key}.name=adamw8bit: needs a CUDA device; use adamw")
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(groups, **options)

@@ -16,8 +16,10 @@ from loomvideo.model.sampler import Branch
 from loomvideo.pipelines.training.config import DistillConfig, ObjectiveConfig
 from loomvideo.pipelines.training.distillation import CRITIC, TEACHER, DistillationRecipe
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.training.config import OptimizerConfig
 from loomvideo.platform.training.randomness import SampleRandom
 from loomvideo.platform.training.recipe import MODEL, Turn
+from loomvideo.platform.training.zero import build_optimizer, select_trainable
 
 CPU = torch.device("cpu")
 TASKS = ("ref_edit", "t2v", "image_edit")
@@ -196,3 +198,12 @@ def test_adapters_start_without_effect_and_know_no_dropout(network, tmp_path):
     step = next(step for step in range(50) if recipe.role_at(step) == MODEL)
     loss = recipe.turn_loss(Turn(step, MODEL), {MODEL: student, TEACHER: teacher.train(), CRITIC: critic}, batch)
     assert float(loss.sum.detach()) < 1e-6
+
+
+def test_mistakes_in_the_critics_optimiser_name_its_key(network):
+    key = next(role for role in build().roles() if role.name == CRITIC).optimizer_key
+    with pytest.raises(UserError, match=r"^distill\.critic\.trainable: 'nothing' matches no parameter"):
+        select_trainable(network, ["nothing"], key)
+    shapes, small = {name: tuple(each.shape) for name, each in network.named_parameters()}, OptimizerConfig("adamw8bit")
+    with pytest.raises(UserError, match=r"^distill\.critic\.name=adamw8bit: needs a CUDA device"):
+        build_optimizer(network, shapes, small, CPU, key)

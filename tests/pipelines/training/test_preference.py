@@ -91,6 +91,21 @@ def test_relative_errors_are_parts_of_what_lies_between_target_and_source():
     assert float(out.figures["margin"]) == pytest.approx(2 * to_source * len(examples), rel=0.2)
 
 
+def test_drift_is_the_mean_squared_distance_from_the_start():
+    recipe, examples, batch = pairs()
+    reference, model = network(), network()
+    assert float(recipe.turn_loss(TURN, {MODEL: model, REFERENCE: reference}, batch).figures["drift"]) == 0
+    torch.nn.init.normal_(next(iter(model.blocks[0].parameters())), std=0.3)
+    out = recipe.turn_loss(TURN, {MODEL: model, REFERENCE: reference}, batch)
+    with torch.no_grad():
+        moved = batch.batch.unpack((model(batch.batch) - reference(batch.batch)).square())
+    # All preferred samples come first: a pair's are one behind the other by the number of pairs.
+    each = [float((moved[n].mean() + moved[n + len(examples)].mean()) / 2) for n in range(len(examples))]
+    assert min(each) > 0
+    assert float(out.figures["drift"]) == pytest.approx(sum(each), rel=1e-4)
+    assert not out.figures["drift"].requires_grad
+
+
 def test_a_task_without_source_is_named():
     recipe, _, _ = pairs()
     with pytest.raises(UserError, match=r"t2v has no source.*mixture.tasks"):
