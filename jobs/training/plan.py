@@ -56,10 +56,14 @@ def machine_named(device_name: str) -> Machine | None:
 
 @dataclass(frozen=True)
 class StepEstimate:
-    """Estimates for one rank and one step; bytes and seconds. ``mllm_actors`` is for all ranks."""
+    """Estimates for one rank and one step; bytes and seconds. ``mllm_actors`` is for all ranks.
+
+    ``second_copy_share`` is the part of the weights that a rank keeps once more under hpZ, 0 without.
+    """
 
     num_parameters: int
     num_ranks: int
+    second_copy_share: float
     state_bytes: float
     layer_bytes: float
     activation_bytes: float
@@ -137,8 +141,8 @@ def plan(
     tokens = sum(lengths)
     per_parameter = BYTES_BF16 + (5 if average else 4) * BYTES_FP32
     state = parameters * per_parameter / num_ranks
-    if hpz:
-        state += parameters * BYTES_BF16 / min(num_ranks, machine.gpus_per_node)
+    second_copy_share = 1 / min(num_ranks, machine.gpus_per_node) if hpz else 0.0
+    state += parameters * BYTES_BF16 * second_copy_share
     layer = 2 * 2 * block * BYTES_BF16
     mllm_tokens = sum(mllm_lengths)
     flops = sequence_flops(config, lengths, mllm_lengths)
@@ -158,6 +162,7 @@ def plan(
     return StepEstimate(
         parameters,
         num_ranks,
+        second_copy_share,
         state,
         layer,
         activation_bytes(config, tokens, mllm_tokens, recompute),

@@ -9,7 +9,8 @@ from loomvideo.platform.errors import UserError
 
 
 def rows(capsys, **changes):
-    print_plan(PlanConfig(**{"ranks": [8], "steps": 1000} | changes))
+    steps = {} if "method" in changes else {"steps": 1000}
+    print_plan(PlanConfig(**{"ranks": [8]} | steps | changes))
     lines = capsys.readouterr().out.splitlines()
     cells = (re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in lines)
     return {line[0]: line[1] for line in cells if len(line) == 2}
@@ -50,12 +51,13 @@ def test_the_gpus_that_train_generate_before(capsys):
     shared = rows(capsys, method="prefer", ranks=[8, 64])
     half = rows(capsys, method="prefer", ranks=[64], generators=32)
     more = rows(capsys, method="prefer", ranks=[64], generators=128)
-    generating = "generating 512 results"
+    generating = "generating 512 results of 64 prompts"
     minutes = {name: float(plan[generating].split()[0]) for name, plan in (("half", half), ("more", more))}
-    assert minutes["half"] == pytest.approx(4 * minutes["more"], rel=0.1)
+    # An actor makes whole prompts: with 64 of them half of 128 GPUs have none.
+    assert minutes["half"] == pytest.approx(2 * minutes["more"], rel=0.02)
     # Of 64 and of the other 64, which only wait.
-    assert float(more["GPU hours"]) == pytest.approx(128 * float(more["8 rounds"].split()[0]), rel=0.05)
-    assert float(half["GPU hours"]) == pytest.approx(64 * float(half["8 rounds"].split()[0]), rel=0.05)
+    assert float(more["GPU hours"]) == pytest.approx(128 * float(more["8 rounds"].split()[0]), rel=0.06)
+    assert float(half["GPU hours"]) == pytest.approx(64 * float(half["8 rounds"].split()[0]), rel=0.06)
     assert "on 64 GPUs" in shared[generating]
 
 
