@@ -24,7 +24,7 @@ def documented():
     for page in PAGES:
         text = page.read_text().replace("\\\n", " ")
         for line in text.splitlines():
-            match = re.match(r"\s*(?:ray job submit .* -- )?loomvideo (.*(?:preset|model)=5b.*)$", line)
+            match = re.match(r"\s*(?:ray job submit .* -- )?loomvideo (.*(?:preset|model|like)=5b.*)$", line)
             if not match or not line.startswith((" ", "loomvideo", "ray")):
                 continue
             command = match[1]

@@ -61,9 +61,9 @@ class PlanConfig:
         "encoder's measured 0.79 s times the decoder's 891 over 169 TFLOP",
     )
     scoring_s: float = option(
-        28.0,
-        "of prefer: seconds of one CPU core for the metrics of such a result; the default is estimated: 2.1 s measured "
-        "for 9 frames and the preset's rewards, times 121 / 9; a judge or server comes on top",
+        16.0,
+        "of prefer: seconds of one CPU core for the metrics of such a result; the default was measured with the "
+        "rewards of 5b-lora (benchmarks/scoring.py: 14 to 19 s); a judge or a server comes on top",
     )
     hourly_price: float = option(0.0, "price of a GPU hour, for the cost of the run; 0 leaves it out")
     watts: float = option(0.0, "power of a GPU with its share of node and cooling, for the energy of the run; 0: none")
@@ -243,8 +243,8 @@ def _print_method(config: PlanConfig, machine: "Machine") -> None:
     out.print(
         f"preset {job.name}: {plans[0].num_parameters / 1e9:.2f} G parameters, {trained}, "
         f"recompute {training.activation_checkpointing}; a pack of {len(job.lengths)} with {sum(job.lengths):,} tokens "
-        f"counts {job.cost:,.0f} of training.pack.tokens={training.pack.tokens}; nothing here is measured "
-        f"(efficiency={config.efficiency})"
+        f"counts {job.cost:,.0f} of training.pack.tokens={training.pack.tokens}; nothing here is measured"
+        f"{' but scoring_s' if config.method == 'prefer' else ''} (efficiency={config.efficiency})"
     )
     if any(method.memory_bytes > 0.92 * machine.memory_gib * 2**30 for method in methods):
         out.print("memory is short: shorter packs, more GPUs, activation_checkpointing=full or lora.rank")

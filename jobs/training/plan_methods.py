@@ -3,7 +3,7 @@
 Everything is composed of :func:`loomvideo.jobs.training.plan.plan`'s estimate for the same pack, and of what the job's
 preset says. A forward pass costs a third of forward and backward; every other role adds its weights (2 bytes a
 parameter, over the ranks, and under hpZ over a node's once more), a trained one its gradients, masters and moments too,
-unless it shares the model's frozen weights. Nothing here is measured.
+unless it shares the model's frozen weights. Nothing here is measured but the seconds of scoring, on a CPU.
 """
 
 from dataclasses import dataclass

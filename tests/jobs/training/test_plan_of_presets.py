@@ -58,7 +58,7 @@ def test_a_pack_of_more_than_the_budget_is_refused():
     assert wider.lengths == [12_090, 12_090]
     one, two = (plan_distill(estimate(job), job).total_s for job in (planned_job("distill", "5b"), wider))
     assert two == pytest.approx(2 * one, rel=0.01)
-    with pytest.raises(UserError, match="does not fit training.pack"):
+    with pytest.raises(UserError, match=r"does not fit training\.pack"):
         planned_job("distill", "5b", changes=["training.pack.max_context_tokens=800"])
 
 
@@ -105,7 +105,7 @@ def test_decoding_and_scoring_count_for_every_result():
     # 64 prompts of 8 results over 8 GPUs, 8 rounds; source and target are decoded too.
     assert prefer_seconds(job, scoring_s=28.0) - without == pytest.approx(8 * 8 * 8 * 28.0)
     assert prefer_seconds(job, decode_s=4.0) - without == pytest.approx(8 * 8 * 10 * 4.0)
-    # The eighth of a round's 64 prompts falls to one of seven twice: ten prompts one after another.
+    # 64 prompts over seven: one of them makes ten, one after another.
     assert prefer_seconds(job, 7, scoring_s=28.0) - prefer_seconds(job, 7) == pytest.approx(8 * 10 * 8 * 28.0)
 
 
