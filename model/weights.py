@@ -74,6 +74,17 @@ def load_dit(
     return model
 
 
+def dit_of(
+    weights: Mapping[str, Tensor], config: DiTConfig, device: torch.device | str, dtype: torch.dtype
+) -> LoomVideoDiT:
+    """A model of weights that are in memory, such as Ray's, under the published names; copies them."""
+    with torch.device("meta"):
+        model = LoomVideoDiT(config)
+    for name in dict(model.named_parameters()):
+        _assign(model, name, weights[name].to(device, dtype, copy=True))
+    return model
+
+
 def match_dit(
     path: str | Path, config: DiTConfig | None = None, allow: Sequence[str] = ()
 ) -> tuple[StoredWeights, LoomVideoDiT, set[str]]:

@@ -160,4 +160,4 @@ def _serve_rewards(port: int) -> subprocess.Popen:
 
 
 def _scored(run: Run, number: int = 0) -> list[Path]:
-    return list((run.path / "rounds" / f"round-{number:04d}" / "results").glob("*.json"))
+    return list((run.path / "rounds" / f"round-{number:04d}" / "results").glob("*/*.json"))

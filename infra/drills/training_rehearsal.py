@@ -147,7 +147,7 @@ class Run:
 
     def round_files(self) -> dict[str, bytes]:
         """Indices, scores and latents of all rounds; none where nothing is generated."""
-        files = [path for kind in ("index.parquet", "results/*") for path in self.path.glob(f"rounds/*/{kind}")]
+        files = [path for kind in ("index.parquet", "results/*/*") for path in self.path.glob(f"rounds/*/{kind}")]
         return {str(path.relative_to(self.path)): path.read_bytes() for path in files}
 
     def expect(self, *texts: str) -> None:

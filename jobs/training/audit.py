@@ -10,7 +10,7 @@ from loomvideo.jobs.training.setup import START_FILE, recipe_factory
 from loomvideo.jobs.weights.references import RunReference
 from loomvideo.model.sizes import model_size, with_folders
 from loomvideo.pipelines.training.feature_pool import feature_pool
-from loomvideo.pipelines.training.rollouts import open_round_or_shards
+from loomvideo.pipelines.training.round_folder import open_round_or_shards
 from loomvideo.platform.ray_session import ray_session
 from loomvideo.platform.shards.reader import ShardDataset
 from loomvideo.platform.training.audit import AuditRow, audit_resume, checkpoint_to_audit

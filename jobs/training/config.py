@@ -193,6 +193,13 @@ class PreferJobConfig(TrainingJobConfig):
         if self.prefer.method != "nft" and self.judge.kind != "none":
             raise UserError(f"judge.kind={self.judge.kind}: nothing is generated; use prefer.method=nft, or none")
         if self.prefer.method == "nft":
+            for section in ("tasks", "datasets"):
+                for name, weight in getattr(self.training.mixture, section).items():
+                    if weight not in (0, 1):
+                        raise UserError(
+                            f"training.mixture.{section}.{name}={weight}: rounds ask all edits alike; 0 leaves it out, "
+                            "other weights do nothing"
+                        )
             judged = self.rewarder().judged
             refuse_watched_rewards(self.prefer.rewards)
             if judged and self.judge.kind == "none":

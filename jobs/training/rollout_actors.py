@@ -12,12 +12,13 @@ from torch import Tensor
 
 from loomvideo.jobs.training.config import PreferJobConfig
 from loomvideo.model.codec import build_codec
-from loomvideo.model.few_steps import stated_few_steps
+from loomvideo.model.kernels.node import use_kernels
 from loomvideo.model.loading import dtype_on
 from loomvideo.model.sizes import ModelSize
-from loomvideo.model.weights import load_dit
+from loomvideo.model.weights import dit_of
 from loomvideo.pipelines.evaluation.judges.rewards import JudgedRewards
-from loomvideo.pipelines.training.rollouts import Prompt, RolloutMaker
+from loomvideo.pipelines.training.rollouts import RolloutMaker
+from loomvideo.pipelines.training.round_folder import Prompt
 from loomvideo.platform.nodes.devices import device_for
 from loomvideo.platform.shards.reader import ShardDataset
 
@@ -29,8 +30,7 @@ class RolloutActor:
         config: The configuration of the job.
         model: The model's size.
         urls: The folders of the shards.
-        build_recipe: Builds the recipe, whose samples it knows.
-        start: Weights to build the transformer from; a round's are loaded over them.
+        build_recipe: Builds the recipe, which knows samples and whether the policy is one of few steps.
         judge: Asks the judge of the round, if it has one.
     """
 
@@ -40,14 +40,13 @@ class RolloutActor:
         model: ModelSize,
         urls: Sequence[str],
         build_recipe: Any,
-        start: str,
         judge: JudgedRewards | None = None,
     ):
-        self.config, self.model, self.urls, self.build_recipe, self.start = config, model, urls, build_recipe, start
+        self.config, self.model, self.urls, self.build_recipe = config, model, urls, build_recipe
         self.judge = judge
 
     def prepare(self, weights: dict[str, Tensor]) -> None:
-        """Build everything, with the weights of a round.
+        """Build everything, with the kernels and the reading of training and the weights of a round.
 
         Not when the actor starts: Ray takes a mistake there for the loss of the actor.
         """
@@ -58,20 +57,20 @@ class RolloutActor:
         rewarder = config.rewarder(self.judge)
         rewarder.load()
         recipe = self.build_recipe()
-        dit = load_dit(self.start, recipe.config, device, dtype_on(device)).eval()
+        use_kernels(config.kernels)
+        dit = dit_of(weights, recipe.config, device, dtype_on(device)).eval()
         self.maker = RolloutMaker(
             recipe,
             dit,
             build_codec(self.model.codec, device, dtype_on(device)),
-            [ShardDataset.open(url) for url in self.urls],
+            [ShardDataset.open(url, config.data.reading) for url in self.urls],
             nft,
             rewarder,
             self.model.scheduler,
-            stated_few_steps(self.start),
+            recipe.few_steps,
             config.training.seed,
             self.model.generate_scheduler,
         )
-        self.maker.load(weights)
 
     def make(self, prompt: Prompt, number: int, folder: str) -> dict[str, Any]:
         """Results of one prompt."""

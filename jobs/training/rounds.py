@@ -24,20 +24,30 @@ from loomvideo.model.few_steps import stated_few_steps
 from loomvideo.model.fingerprints import weights_fingerprint
 from loomvideo.model.stored_weights import open_checkpoint as open_weights
 from loomvideo.pipelines.evaluation.judges.rewards import JudgedRewards
-from loomvideo.pipelines.training.rollouts import (
+from loomvideo.pipelines.training.rollouts import check_scales, choose_prompts
+from loomvideo.pipelines.training.round_folder import (
     ROUND_FILE,
-    check_scales,
-    choose_prompts,
+    begin_round,
     finish_round,
     is_finished,
     open_round_or_shards,
     round_name,
 )
 from loomvideo.platform.console import console
+from loomvideo.platform.errors import UserError
 from loomvideo.platform.training.config import TrainingConfig
 from loomvideo.platform.training.driver import train
 
 ROUNDS_FOLDER, POLICY_FOLDER = "rounds", "policy"
+DECIDES_NOTHING = {
+    *(f"prefer.nft.{name}" for name in ("rounds", "steps_per_round", "beta", "drift_weight", "actors", "gpus", "cpus")),
+    *(f"prefer.rewards.{name}" for name in ("server", "patience_s")),
+    *(f"judge.{name}" for name in (
+        "base_url", "api_key_env", "threads", "actors", "engine", "gpus", "cpus", "calls_per_minute", "timeout_s",
+        "max_attempts", "budget_usd", "input_usd", "output_usd", "tokens_per_frame",
+    )),
+}  # fmt: skip
+"""Keys that a round may go on with otherwise: of training, of where and how fast it is made, of prices."""
 
 
 def run_preference(config: PreferJobConfig) -> None:
@@ -72,6 +82,7 @@ def train_in_rounds(run: TrainingRun) -> dict[str, Any]:
             _make_round(run, number, of_round.policy, of_round.folder)
         if trained >= of_round.last_step and number + 1 < nft.rounds:
             continue
+        of_round.check_policy()
         result = train(
             of_round.config,
             run.build_recipe(policy=str(of_round.policy), num_rounds=len(of_round.urls)),
@@ -120,12 +131,25 @@ class RoundTraining:
             (number + 1) * config.prefer.nft.steps_per_round,
         )
 
+    def check_policy(self) -> None:
+        """Refuse to train on results of other weights than the policy that they are held against.
+
+        Raises:
+            UserError: naming both.
+        """
+        made_by = json.loads((self.folder / ROUND_FILE).read_text())["policy_fingerprint"]
+        if not self.policy.exists() or weights_fingerprint(self.policy) != made_by:
+            raise UserError(
+                f"{self.policy}: gone, or not the weights any more that made {self.folder}; put them back, or remove "
+                "the round's folder, and it is made again"
+            )
+
 
 def _start_actor(run: TrainingRun, judge: JudgedRewards | None) -> Any:
     config = cast(PreferJobConfig, run.config)
     nft = config.prefer.nft
     remote = ray.remote(num_cpus=nft.cpus, num_gpus=nft.gpus, max_restarts=0)(RolloutActor)
-    return remote.remote(config, run.model, config.data.shards, run.build_recipe(), run.start, judge)
+    return remote.remote(config, run.model, config.data.shards, run.build_recipe(), judge)
 
 
 def _weights(policy: Path, dtype: torch.dtype) -> Any:
@@ -146,9 +170,9 @@ def _make_round(run: TrainingRun, number: int, policy: Path, folder: Path) -> No
     config = cast(PreferJobConfig, run.config)
     nft, training = config.prefer.nft, config.training
     prompts = choose_prompts(
-        run.datasets, training.split, training.mixture.tasks, nft.prompts, training.seed, number, nft.edits
+        run.datasets, training.split, training.mixture, nft.prompts, training.seed, number, nft.edits
     )
-    folder.mkdir(parents=True, exist_ok=True)
+    begin_round(folder, _deciding(run, policy))
     weights = _weights(policy, torch.bfloat16 if nft.gpus else torch.float32)
     failures, say = training.workers.max_failures, partial(console().print, soft_wrap=True)
     with round_judge(config, run.folder.path) as judge:
@@ -168,6 +192,25 @@ def _make_round(run: TrainingRun, number: int, policy: Path, folder: Path) -> No
     figures |= {f"watched/{name}": value for name, value in summary["watched"].items()}
     figures["failed"] = sum(summary["failures"].values())
     run.tracker.log_metrics({f"round/{k}": float(v) for k, v in figures.items() if v is not None}, step)
+
+
+def _deciding(run: TrainingRun, policy: Path) -> dict[str, Any]:
+    """What decides the results of a round and their scores, by key."""
+    config = cast(PreferJobConfig, run.config)
+    sections: dict[str, Any] = {"prefer.nft": config.prefer.nft, "prefer.rewards": config.prefer.rewards}
+    if config.judge.kind != "none":
+        sections["judge"] = config.judge
+    given = {
+        f"{section}.{name}": value
+        for section, values in sections.items()
+        for name, value in dataclasses.asdict(values).items()
+        if f"{section}.{name}" not in DECIDES_NOTHING
+    }
+    digests = {url: dataset.digest for url, dataset in zip(config.data.shards, run.datasets, strict=True)}
+    training = config.training
+    seeds = {"training.seed": training.seed, "training.split": training.split}
+    mixture = {"training.mixture": {"tasks": training.mixture.tasks, "datasets": training.mixture.datasets}}
+    return given | seeds | mixture | {"data.shards": digests, "policy_fingerprint": weights_fingerprint(policy)}
 
 
 def _reward(folder: Path) -> float | None:

@@ -22,9 +22,10 @@ from PIL import Image
 
 from loomvideo.pipelines.evaluation import metrics
 from loomvideo.pipelines.evaluation.inputs import LoadedItem
-from loomvideo.pipelines.evaluation.judges.rewards import JUDGED, JudgedRewards
+from loomvideo.pipelines.evaluation.judges.rewards import JUDGED, JudgedRewards, is_away
 from loomvideo.pipelines.evaluation.learned import FIGURES, PYIQA_PREFIX, learned_metrics, network_of
 from loomvideo.pipelines.evaluation.measures import NAMES, ExtraMeasure, comparable, measure
+from loomvideo.pipelines.evaluation.outage import Outage
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.time_limits import REWARD_ANSWER
 
@@ -35,7 +36,16 @@ LONGEST_PAUSE_S = 30.0
 
 
 class RewardError(Exception):
-    """A sample that got no reward; the message says why."""
+    """A sample that got no reward; the message says why.
+
+    Args:
+        reason: Why.
+        away: Whether that says nothing of the sample, as whoever gives it was away.
+    """
+
+    def __init__(self, reason: str, away: bool = False):
+        super().__init__(reason)
+        self.away = away
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,7 @@ class Score:
         total: Their weighted sum; None where one of them failed.
         floored: The metrics that were below their floors.
         failure: Why there is no total; empty where there is one.
+        away: Whether the failure says nothing of the sample: whoever scores was away, and may be asked again.
     """
 
     metrics: dict[str, float]
@@ -55,6 +66,7 @@ class Score:
     total: float | None = None
     floored: tuple[str, ...] = ()
     failure: str = ""
+    away: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,7 +117,7 @@ class Rewarder:
         floors: Least values of metrics; a sample below one is worth less than any above.
         server: URL that gets ``{"key", "text", "result", "source", "target"}`` with frames as base64 PNGs and answers
             ``{"rewards": {name: number}}``.
-        patience_s: How long a server that fails is asked again.
+        patience_s: How long a server that fails is asked again, counted once for an outage.
         watched: Metrics that are measured beside those of rewards and floors; no other is.
         learned_weights: File or folder of a network by its name; the published ones where there is none.
         judge: Asks a judge; None where only names are checked.
@@ -125,7 +137,8 @@ class Rewarder:
         judge: JudgedRewards | None = None,
     ):
         self.weights = {name: weight for name, weight in weights.items() if weight}
-        self.floors, self.server, self.patience_s, self.judge = dict(floors), server, patience_s, judge
+        self.floors, self.server, self.judge = dict(floors), server, judge
+        self._outage = Outage(patience_s)
         for key, names, judged in (("floors", floors, JUDGED), ("watched", watched, ())):
             for name in names:
                 if name not in OF_EDITS and name not in judged and not network_of(name):
@@ -200,7 +213,7 @@ class Rewarder:
             }
             floored = tuple(name for name, least in self.floors.items() if _measured(values, name) < least)
         except RewardError as error:
-            return Score(values, failure=str(error))
+            return Score(values, failure=str(error), away=error.away)
         total = sum(self.weights[name] * value for name, value in rewards.items())
         return Score(values, rewards, total, floored)
 
@@ -214,7 +227,7 @@ class Rewarder:
             raise ValueError("rewards of a judge, and no judge to ask")
         figures, failure = self.judge(video, inputs)
         if failure:
-            raise RewardError(failure)
+            raise RewardError(failure, is_away(failure))
         return {name: figures[name] for name in self.judged & figures.keys()}
 
     def _ask(self, video: np.ndarray, inputs: LoadedItem) -> dict[str, float]:
@@ -226,25 +239,35 @@ class Rewarder:
             "source": None if inputs.source is None else _pictures(inputs.source),
             "target": None if inputs.target is None else _pictures(inputs.target),
         }
-        pause_s, until = FIRST_PAUSE_S, time.monotonic() + self.patience_s
+        pause_s = FIRST_PAUSE_S
         while True:
             try:
-                return self._answer(body)
+                rewards = self._answer(body)
             except (requests.RequestException, ValueError) as error:
-                if time.monotonic() + pause_s > until:
-                    raise RewardError(f"{self.server}: {type(error).__name__}: {error}"[:300]) from error
+                if not self._outage.may_wait(pause_s):
+                    raise RewardError(f"{self.server}: {type(error).__name__}: {error}"[:300], away=True) from error
                 logger.warning("%s: no reward (%s); asking again", self.server, type(error).__name__)
+            else:
+                self._outage.is_over()
+                return rewards
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     def _answer(self, body: dict[str, Any]) -> dict[str, float]:
         reply = requests.post(self.server, json=body, timeout=REWARD_ANSWER.here())
         reply.raise_for_status()
-        rewards = reply.json()["rewards"]
-        missing = [name for name in self._asked if not isinstance(rewards.get(name), int | float)]
-        if missing or not all(math.isfinite(rewards[name]) for name in self._asked):
-            raise ValueError(f"the answer has no number for {', '.join(missing) or 'a reward'}")
+        answer = reply.json()
+        rewards = answer.get("rewards") if isinstance(answer, dict) else None
+        if not isinstance(rewards, dict):
+            raise ValueError(f'the answer is no {{"rewards": {{name: number}}}}: {reply.text[:100]}')
+        missing = [name for name in self._asked if not _is_number(rewards.get(name))]
+        if missing:
+            raise ValueError(f"the answer has no number for {', '.join(missing)}")
         return {name: float(rewards[name]) for name in self._asked}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _pictures(video: np.ndarray) -> list[str]:

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from loomvideo.model.dit import LoomVideoDiT
-from loomvideo.model.few_steps import FEW_STEPS_KEY
 from loomvideo.model.flops import pack_flops
 from loomvideo.model.flow import dynamic_shift, shift_time
 from loomvideo.model.guidance import FULL, UNCONDITIONAL, VISUAL, Guidance
@@ -245,10 +244,6 @@ class DistillationRecipe(DiTRecipe):
         student_turn = (simulated + 3) * one + teacher + one
         critic_turn = (simulated + 1) * one + 3 * one
         return (student_turn + k * critic_turn) / (k + 1)
-
-    def note(self) -> dict[str, Any]:
-        """The steps and the guidance that are folded in: generation switches to them by itself."""
-        return {FEW_STEPS_KEY: self.schedule.to_dict()}
 
     # -- losses ---------------------------------------------------------------------------------------------------
 

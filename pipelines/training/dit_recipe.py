@@ -20,7 +20,7 @@ from loomvideo.model.codec.grid import LatentGrid
 from loomvideo.model.config import LoRAConfig
 from loomvideo.model.copy_start import start_as_copy
 from loomvideo.model.dit import LoomVideoDiT
-from loomvideo.model.few_steps import FewSteps
+from loomvideo.model.few_steps import FEW_STEPS_KEY, FewSteps, stated_few_steps
 from loomvideo.model.initial_weights import InitialWeights, open_base, weights_digest
 from loomvideo.model.kernels.node import use_kernels
 from loomvideo.model.lora import MergedWeights, adapt
@@ -68,10 +68,12 @@ class DiTRecipe(BaseRecipe, ABC):
         features: Computes the states of samples whose features are streamed.
 
     Attributes:
-        few_steps: What the model is being distilled to; None for an ordinary one.
+        few_steps: What the model is being distilled to, or was; None for an ordinary one.
+        keeps_steps: Whether a distilled start stays one of few steps.
     """
 
     few_steps: FewSteps | None = None
+    keeps_steps = False
 
     def __init__(
         self,
@@ -91,6 +93,8 @@ class DiTRecipe(BaseRecipe, ABC):
         self.objective = objective
         self.null_states = null_states
         self.initial_weights = initial_weights
+        if self.keeps_steps and initial_weights:
+            self.few_steps = stated_few_steps(initial_weights)
         self.seed = seed
         self.kernels = kernels
         self.lora = lora if lora and lora.rank else None
@@ -282,8 +286,8 @@ class DiTRecipe(BaseRecipe, ABC):
         weights.save_dit(self.published(state), self.config, folder)
 
     def note(self) -> dict[str, Any]:
-        """What an exported folder's ``pipeline.json`` says beside the model's size."""
-        return {}
+        """What an exported folder's ``pipeline.json`` says beside the model's size: the few steps, if it has them."""
+        return {} if self.few_steps is None else {FEW_STEPS_KEY: self.few_steps.to_dict()}
 
     def published(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """A state dict under the published names, adapters merged."""

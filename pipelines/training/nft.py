@@ -56,6 +56,8 @@ class NFTRecipe(LoomVideoRecipe):
         options: What :class:`LoomVideoRecipe` takes; ``initial_weights`` are the reference.
     """
 
+    keeps_steps = True
+
     def __init__(self, nft: NFTConfig, old_weights: str, *options: Any, **named: Any):
         super().__init__(*options, **named)
         self.nft, self.old_weights = nft, old_weights

@@ -89,6 +89,8 @@ class SourcePreferenceRecipe(DiTRecipe):
         options: What :class:`DiTRecipe` takes; ``initial_weights`` are the reference.
     """
 
+    keeps_steps = True
+
     def __init__(self, preference: SourcePreferenceConfig, *options: Any, **named: Any):
         super().__init__(*options, **named)
         self.preference = preference

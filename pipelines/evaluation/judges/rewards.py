@@ -10,6 +10,7 @@ from loomvideo.pipelines.evaluation.inputs import LoadedItem
 from loomvideo.pipelines.evaluation.judges.inputs import media_for_item
 from loomvideo.pipelines.evaluation.judges.rubrics import OwnChecklists, own_checklists
 from loomvideo.pipelines.evaluation.judges.session import Judgement, joined
+from loomvideo.pipelines.evaluation.outage import Outage
 from loomvideo.pipelines.evaluation.suites.parsers import CHECKLIST_GROUPS, PRESERVED, UNION
 from loomvideo.pipelines.evaluation.suites.registry import CHECKLIST
 from loomvideo.pipelines.vlm.requests import FrameSampling, VLMRequest, labelled
@@ -22,6 +23,11 @@ JUDGED = (JUDGE, *(f"{JUDGE}_{group}" for group in (*CHECKLIST_GROUPS, UNION)))
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
 AWAY = ("unreachable", "timeout", "rate limited", "server error")
 """Reasons that say nothing of a result: a judge that is away may come back."""
+
+
+def is_away(failure: str) -> bool:
+    """Whether why there are no figures is that the judge was away, as :class:`JudgedRewards` words it."""
+    return failure.removeprefix(f"{JUDGE}: ") in AWAY
 
 
 def groups_of(questions: Iterable[str]) -> set[str]:
@@ -40,7 +46,7 @@ class JudgedRewards:
         checklists: The questions.
         repeats: Independent judgements of a result; shares are their mean.
         threads: Results that are asked about at once.
-        patience_s: How long a judge that is away is asked again.
+        patience_s: How long a judge that is away is asked again, counted once for an outage.
     """
 
     judge: Callable[[VLMRequest], Judgement]
@@ -49,6 +55,10 @@ class JudgedRewards:
     repeats: int = 1
     threads: int = 1
     patience_s: float = 0.0
+    _outage: Outage = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_outage", Outage(self.patience_s))
 
     def __call__(self, video: np.ndarray, inputs: LoadedItem) -> tuple[dict[str, float], str]:
         """The figures of :data:`JUDGED` for a result uint8 [frames, height, width, 3], or why there are none.
@@ -68,14 +78,17 @@ class JudgedRewards:
         return figures | {f"{JUDGE}_{name}": _mean([each.scores[name] for each in read]) for name in groups}, ""
 
     def _ask(self, request: VLMRequest) -> Judgement:
-        pause_s, until = FIRST_PAUSE_S, time.monotonic() + self.patience_s
+        pause_s = FIRST_PAUSE_S
         while True:
             judgement = self.judge(request)
             if judgement.parsed.failure == "budget":
                 raise UserError(
                     "judge.budget_usd: spent; raise it and run again, the results that were judged are kept"
                 )
-            if judgement.parsed.failure not in AWAY or time.monotonic() + pause_s > until:
+            if judgement.parsed.failure not in AWAY:
+                self._outage.is_over()
+                return judgement
+            if not self._outage.may_wait(pause_s):
                 return judgement
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)

@@ -2,12 +2,21 @@
 
 import contextlib
 import os
+from functools import partial
 
 import pytest
+import torch
+from fixtures.dit_samples import random_model
 from ray.exceptions import RayActorError
 
-from loomvideo.jobs.training.rollout_actors import ActorGroup
-from loomvideo.pipelines.training.rollouts import Prompt
+from loomvideo.jobs.command import job_config
+from loomvideo.jobs.training import rollout_actors
+from loomvideo.jobs.training.config import PreferJobConfig
+from loomvideo.jobs.training.rollout_actors import ActorGroup, RolloutActor
+from loomvideo.model import kernels
+from loomvideo.model.sizes import model_size
+from loomvideo.pipelines.training.nft import NFTRecipe
+from loomvideo.pipelines.training.round_folder import Prompt
 from loomvideo.platform.errors import UserError
 from loomvideo.platform.machine import patience
 
@@ -68,3 +77,20 @@ def test_training_gets_what_the_actors_had(ray_cluster, tmp_path, broken):
         actors.make("weights", PROMPTS, 0, tmp_path)
     train = ray_cluster.remote(num_cpus=0, memory=all_memory)(lambda: "trained")
     assert ray_cluster.get(train.remote(), timeout=patience(60)) == "trained"
+
+
+def test_an_actor_has_its_weights_from_memory_and_the_kernels_of_training(monkeypatch):
+    config = job_config(PreferJobConfig, "prefer", ["data.shards=[x]", "kernels.backend=eager"])
+    opened = []
+    monkeypatch.setattr(rollout_actors.ShardDataset, "open", lambda url, reading: opened.append((url, reading)))
+    size, policy = model_size("tiny"), random_model(model_size("tiny").dit)
+    # No weights file is anywhere.
+    build_recipe = partial(NFTRecipe, config.prefer.nft, "", "tiny", config.objective, [], "/nowhere")
+    actor = RolloutActor(config, size, ["x"], build_recipe)
+    with kernels.use_backend("cpp"):
+        actor.prepare(policy.state_dict())
+        assert kernels.report()["requested"] == "eager"
+    assert opened == [("x", config.data.reading)]
+    made = dict(actor.maker.dit.named_parameters())
+    assert all(torch.equal(made[name], value) for name, value in policy.named_parameters())
+    assert made["proj_out.weight"].data_ptr() != policy.proj_out.weight.data_ptr()

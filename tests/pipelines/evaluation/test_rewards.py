@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 
+from loomvideo.pipelines.evaluation import outage
 from loomvideo.pipelines.evaluation.inputs import LoadedItem
 from loomvideo.pipelines.evaluation.rewards import Rewarder, Score, group_rewards
 from loomvideo.pipelines.evaluation.suites.items import EvalItem
@@ -64,7 +65,8 @@ def test_rewards_of_a_group_compare_with_its_mean():
 
 def test_a_server_that_is_down_for_a_while_changes_nothing(monkeypatch):
     monkeypatch.setattr("loomvideo.pipelines.evaluation.rewards.FIRST_PAUSE_S", 0.01)
-    answers = ["down", "nonsense", "ok", "ok"]
+    nonsense = [{}, [1], {"error": "warming up"}, {"rewards": None}, {"rewards": {}}, {"rewards": {"beauty": True}}]
+    answers = ["down", *nonsense, {"rewards": {"beauty": "1"}}, "ok", "ok"]
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
@@ -72,7 +74,7 @@ def test_a_server_that_is_down_for_a_while_changes_nothing(monkeypatch):
             answer = answers.pop(0)
             self.send_response(503 if answer == "down" else 200)
             self.end_headers()
-            body = {"rewards": {"beauty": 0.25 + len(sent["result"])}} if answer == "ok" else {"rewards": {}}
+            body = {"rewards": {"beauty": 0.25 + len(sent["result"])}} if answer == "ok" else answer
             self.wfile.write(json.dumps(body).encode())
 
         def log_message(self, *arguments):
@@ -91,4 +93,14 @@ def test_a_server_that_is_down_for_a_while_changes_nothing(monkeypatch):
         server.server_close()
     gone = Rewarder({"beauty": 2.0}, {}, url, patience_s=0.0).score(inputs.target, inputs)
     assert gone.total is None
+    assert gone.away
     assert url in gone.failure
+
+
+def test_patience_is_for_an_outage_and_not_for_every_question(monkeypatch):
+    seconds = iter([0.0, 5.0, 11.0, 12.0, 100.0])
+    monkeypatch.setattr(outage.time, "monotonic", lambda: next(seconds))
+    away = outage.Outage(10.0)
+    assert [away.may_wait(1.0) for _ in range(4)] == [True, True, False, False]
+    away.is_over()
+    assert away.may_wait(1.0)

@@ -85,6 +85,7 @@ def test_a_judge_that_gives_no_answer_is_a_failure_and_no_number(inputs, tmp_pat
     broken = rewarder.score(inputs.target, inputs)
     assert broken.total is None
     assert broken.failure.startswith("judge: ")
+    assert not broken.away
     whole = Rewarder({"judge": 1.0}, {}, judge=judged(Judge(), tmp_path)).score(inputs.target, inputs)
     assert group_rewards([broken, whole, whole], 1.0) == [None, 0.5, 0.5]
 
@@ -108,7 +109,8 @@ def test_a_judge_that_is_away_is_waited_for_as_long_as_there_is_patience(inputs,
     patient = Rewarder({"judge": 1.0}, {}, judge=judged(Away(3), tmp_path, patience_s=60.0))
     assert patient.score(inputs.target, inputs).total == 1.0
     gone = Rewarder({"judge": 1.0}, {}, judge=judged(Away(99), tmp_path / "other", patience_s=0.05))
-    assert gone.score(inputs.target, inputs).failure == "judge: unreachable"
+    lost = gone.score(inputs.target, inputs)
+    assert (lost.failure, lost.away) == ("judge: unreachable", True)
 
 
 def test_a_spent_budget_ends_the_round_and_fails_no_result(inputs, tmp_path):

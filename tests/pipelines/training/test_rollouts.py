@@ -17,14 +17,18 @@ from fixtures.stored_samples import stored_sample
 from PIL import Image
 
 from loomvideo.model.codec import build_codec
-from loomvideo.model.few_steps import FewSteps
+from loomvideo.model.few_steps import FEW_STEPS_KEY, FewSteps
 from loomvideo.model.guidance import Guidance
 from loomvideo.model.sampler import Branch, SchedulerConfig
+from loomvideo.model.sizes import PIPELINE_FILE
 from loomvideo.pipelines.evaluation.rewards import Rewarder
-from loomvideo.pipelines.training.config import NFTConfig, ObjectiveConfig
+from loomvideo.pipelines.training.config import NFTConfig, ObjectiveConfig, SourcePreferenceConfig
 from loomvideo.pipelines.training.nft import NFTRecipe
-from loomvideo.pipelines.training.rollouts import Prompt, RolloutMaker, RoundDataset, choose_prompts, finish_round
+from loomvideo.pipelines.training.rollouts import RolloutMaker, choose_prompts
+from loomvideo.pipelines.training.round_folder import Prompt, RoundDataset, finish_round
+from loomvideo.pipelines.training.source_preference import SourcePreferenceRecipe
 from loomvideo.platform.errors import UserError
+from loomvideo.platform.training.config import MixtureConfig
 from loomvideo.platform.training.randomness import SampleRandom
 from loomvideo.platform.training.recipe import MODEL, Turn
 
@@ -57,14 +61,16 @@ class Shards:
 
 def test_a_round_is_kept_goes_on_and_is_read_as_a_dataset(tmp_path):
     shards = Shards()
-    prompts = choose_prompts([shards], "train", {}, 5, seed=0, number=0)
+    prompts = choose_prompts([shards], "train", MixtureConfig(), 5, seed=0, number=0)
     assert sorted(prompt.key for prompt in prompts) == ["a", "b"]
     with pytest.raises(UserError, match="no edits"):
-        choose_prompts([shards], "train", {"image_edit": 0}, 5, seed=0, number=0)
-    recolours = choose_prompts([shards], "train", {}, 5, seed=0, number=0, edits=["recolour"])
+        choose_prompts([shards], "train", MixtureConfig({"image_edit": 0}), 5, seed=0, number=0)
+    with pytest.raises(UserError, match="no edits"):
+        choose_prompts([shards], "train", MixtureConfig(datasets={"x": 0}), 5, seed=0, number=0)
+    recolours = choose_prompts([shards], "train", MixtureConfig(), 5, seed=0, number=0, edits=["recolour"])
     assert [prompt.key for prompt in recolours] == ["b"]
     with pytest.raises(UserError, match=r"prefer.nft.edits=\['pattern'\].*leave it empty"):
-        choose_prompts([shards], "train", {}, 5, seed=0, number=0, edits=["pattern"])
+        choose_prompts([shards], "train", MixtureConfig(), 5, seed=0, number=0, edits=["pattern"])
     config = NFTConfig(repeats=2, sampler_steps=2)
     recipe = NFTRecipe(config, "", "tiny", ObjectiveConfig(shift_base_tokens=1), [NULL])
     maker = RolloutMaker(
@@ -168,7 +174,7 @@ def test_a_server_that_breaks_within_a_round_leaves_the_same_weights(tmp_path, m
     monkeypatch.setattr("loomvideo.pipelines.evaluation.rewards.FIRST_PAUSE_S", 0.01)
     shards, config = Shards(), NFTConfig(repeats=2, sampler_steps=1)
     recipe = NFTRecipe(config, "", "tiny", ObjectiveConfig(shift_base_tokens=1), [NULL])
-    prompts = choose_prompts([shards], "train", {}, 2, seed=0, number=0)
+    prompts = choose_prompts([shards], "train", MixtureConfig(), 2, seed=0, number=0)
     codec, policy, found = build_codec(SIZE.codec, CPU, torch.float32), random_model(SIZE.dit), []
     for breaks in (False, True):
         server = serve_brightness()
@@ -202,6 +208,65 @@ def test_a_server_that_breaks_within_a_round_leaves_the_same_weights(tmp_path, m
     assert rounds == other_rounds
     assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
     assert not torch.equal(weights["proj_out.weight"], policy.state_dict()["proj_out.weight"])
+
+
+def test_what_a_server_that_was_away_did_not_score_is_made_again(tmp_path):
+    shards, config = Shards(), NFTConfig(repeats=2, sampler_steps=1)
+    recipe = NFTRecipe(config, "", "tiny", ObjectiveConfig(shift_base_tokens=1), [NULL])
+    server = serve_brightness()
+    url, made = f"http://127.0.0.1:{server.server_port}", []
+
+    def make():
+        codec, rewarder = build_codec(SIZE.codec, CPU, torch.float32), Rewarder({"brightness": 1.0}, {}, url, 0.0)
+        maker = RolloutMaker(recipe, random_model(SIZE.dit), codec, [shards], config, rewarder, SchedulerConfig())
+        made.append(maker.make(Prompt(0, 0, "a"), 0, tmp_path))
+
+    server.shutdown()
+    server.server_close()
+    make()
+    with pytest.raises(UserError, match=r"could be scored and compared: .*when whoever scores is back, run again"):
+        finish_round(tmp_path, 0, made, [shards], ["shards://x"], {}, [])
+    server = serve_brightness(server.server_port)
+    make()
+    server.shutdown()
+    server.server_close()
+    make()
+    lost, scored, read = made
+    assert all(score["away"] and score["total"] is None for score in lost["scores"])
+    assert all(score["total"] > 0 for score in scored["scores"])
+    assert read == scored
+
+
+def test_two_datasets_may_have_a_key_in_common(tmp_path):
+    both, config = [Shards(), Shards()], NFTConfig(repeats=2, sampler_steps=1)
+    both[1].read = lambda row, select=None: stored_sample("other", "image_edit", size=8)
+    recipe = NFTRecipe(config, "", "tiny", ObjectiveConfig(shift_base_tokens=1), [NULL, NULL])
+    maker = RolloutMaker(
+        recipe, random_model(SIZE.dit), build_codec(SIZE.codec, CPU, torch.float32), both, config,
+        Rewarder({"fidelity": 1.0}, {}), SchedulerConfig(),
+    )  # fmt: skip
+    prompts = [Prompt(0, 0, "a"), Prompt(1, 0, "a"), Prompt(1, 1, "b")]
+    facts = [maker.make(prompt, 0, tmp_path) for prompt in prompts]
+    assert [fact["prompt"]["dataset"] for fact in facts] == [0, 1, 1]
+    assert facts[0]["scores"] != facts[1]["scores"]
+    finish_round(tmp_path, 0, facts, both, ["shards://x", "shards://y"], {}, [])
+    dataset = RoundDataset(tmp_path, open_parent=lambda url: both[url.endswith("y")])
+    rows = dataset.index.to_pylist()
+    assert [row["key"] for row in rows] == ["a-d0-r0-0", "a-d0-r0-1", "a-d1-r0-0", "a-d1-r0-1", "b-r0-0", "b-r0-1"]
+    made = [dataset.read(place).tensors["target"]["mean.0"] for place in (0, 2)]
+    assert not torch.equal(*made)
+
+
+@pytest.mark.parametrize("kind", [NFTRecipe, SourcePreferenceRecipe])
+def test_a_distilled_start_stays_one_of_few_steps(tmp_path, kind):
+    given = (NFTConfig(), "") if kind is NFTRecipe else (SourcePreferenceConfig(),)
+    recipe = kind(*given, "tiny", ObjectiveConfig(), [NULL], str(tmp_path))
+    assert (recipe.few_steps, recipe.note()) == (None, {})
+    steps = FewSteps.of([1000.0, 500.0], 2.0)
+    (tmp_path / PIPELINE_FILE).write_text(json.dumps({"model": "tiny", FEW_STEPS_KEY: steps.to_dict()}))
+    recipe = kind(*given, "tiny", ObjectiveConfig(), [NULL], str(tmp_path))
+    assert recipe.few_steps == steps
+    assert recipe.note() == {FEW_STEPS_KEY: steps.to_dict()}
 
 
 def test_results_of_a_reference_edit_are_measured_beside_their_references(tmp_path):
