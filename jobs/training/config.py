@@ -179,7 +179,9 @@ class PreferJobConfig(TrainingJobConfig):
             UserError: for a reward that nobody gives, and for a metric that does not exist.
         """
         r = self.prefer.rewards
-        return Rewarder(r.weights, r.floors, r.server, r.patience_s, r.watched, r.learned_weights, judge)
+        return Rewarder(
+            r.weights, r.floors, r.server, r.patience_s, r.watched, r.learned_weights, judge, self.prefer.nft.cpus
+        )
 
     def check(self) -> None:
         """Check values that types cannot.

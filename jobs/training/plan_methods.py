@@ -91,8 +91,8 @@ def plan_prefer(
     """Rounds of generating, scoring and training.
 
     An actor makes whole prompts, one thing after another: it denoises all results, decodes the stored source and target
-    and then the results, and scores those one by one on a core while its GPU waits (``RolloutMaker.make``). A result
-    is a sample of the pack, whose sampler runs the branches that the guidance scales of the preset leave.
+    and then the results, and scores those, as many at once as it has CPUs, while its GPU waits (``RolloutMaker.make``).
+    A result is a sample of the pack, whose sampler runs the branches that the guidance scales of the preset leave.
 
     Args:
         base: What the pack takes when it is trained by flow matching.
@@ -110,7 +110,7 @@ def plan_prefer(
     # Of one sample on a GPU that holds the whole model.
     forward_s = base.compute_s * base.train_flops / base.executed_flops / 3 / len(job.lengths) / packs
     denoising_s = job.passes * forward_s
-    prompt_s = nft.repeats * (denoising_s + decode_s + scoring_s) + 2 * decode_s
+    prompt_s = nft.repeats * (denoising_s + decode_s) + 2 * decode_s + -(-nft.repeats // nft.cpus) * scoring_s
     generating_s = -(-nft.prompts // generators) * prompt_s
     training_s = nft.steps_per_round * step_s
     total_s = nft.rounds * (generating_s + training_s)
@@ -127,7 +127,7 @@ def plan_prefer(
         "weights of a generating GPU, without the codec": f"{n * BYTES_BF16 / 2**30:.1f} GiB",
         f"a result: {job.passes:g} passes": f"{denoising_s:.1f} s",
         "a result: decoding, scoring on a core": f"{decode_s:.1f} s, {scoring_s:.1f} s",
-        f"a prompt: {nft.repeats} results, source and target decoded": f"{prompt_s / 60:.1f} min",
+        f"a prompt: {nft.repeats} results, {nft.cpus} scored at once": f"{prompt_s / 60:.1f} min",
         f"generating {results:,} results of {nft.prompts} prompts": f"{generating_s / 60:.1f} min on {generators} GPUs",
         "optimiser step": f"{step_s:.2f} s",
         f"training of a round, {nft.steps_per_round} steps": f"{training_s / 60:.1f} min",

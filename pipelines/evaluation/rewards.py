@@ -121,6 +121,7 @@ class Rewarder:
         watched: Metrics that are measured beside those of rewards and floors; no other is.
         learned_weights: File or folder of a network by its name; the published ones where there is none.
         judge: Asks a judge; None where only names are checked.
+        threads: Results of a prompt that are measured at once.
 
     Raises:
         UserError: for a reward that nobody gives, and for a metric that does not exist.
@@ -135,10 +136,11 @@ class Rewarder:
         watched: Sequence[str] = (),
         learned_weights: Mapping[str, str] | None = None,
         judge: JudgedRewards | None = None,
+        threads: int = 1,
     ):
         self.weights = {name: weight for name, weight in weights.items() if weight}
         self.floors, self.server, self.judge = dict(floors), server, judge
-        self._outage = Outage(patience_s)
+        self._outage, self._threads = Outage(patience_s), threads
         for key, names, judged in (("floors", floors, JUDGED), ("watched", watched, ())):
             for name in names:
                 if name not in OF_EDITS and name not in judged and not network_of(name):
@@ -185,17 +187,22 @@ class Rewarder:
         return self.scores([video], inputs)[0]
 
     def scores(self, videos: Sequence[np.ndarray], inputs: LoadedItem) -> list[Score]:
-        """Measure the results of one prompt; a judge is asked about several at once."""
-        measured = [self._measure(video, inputs) for video in videos]
+        """Measure the results of one prompt, several at once; a judge is asked about several too."""
+        with ThreadPoolExecutor(self._threads) as pool:
+            plain = list(pool.map(lambda video: self._measure(video, inputs), videos))
+        measured = [self._figured(found, video, inputs) for found, video in zip(plain, videos, strict=True)]
         with ThreadPoolExecutor(self.judge.threads if self.judge else 1) as pool:
             return list(pool.map(lambda found, video: self._score(found, video, inputs), measured, videos))
 
-    def _measure(self, video: np.ndarray, inputs: LoadedItem) -> dict[str, float] | None:
-        """What this process measures; None for a result that cannot be compared."""
-        if not comparable(video, inputs):
+    def _measure(self, video: np.ndarray, inputs: LoadedItem) -> dict[str, Any] | None:
+        """What this process measures without networks; None for a result that cannot be compared."""
+        return dict(measure(video, inputs, self.measured)) if comparable(video, inputs) else None
+
+    def _figured(self, found: dict[str, Any] | None, video: np.ndarray, inputs: LoadedItem) -> dict[str, float] | None:
+        """The same with the networks' figures, which are made one after another: they have one device."""
+        if found is None:
             return None
         self.load()
-        found: dict[str, Any] = dict(measure(video, inputs, self.measured))
         for network in self._loaded or ():
             given = network(video, inputs)
             found |= {name: given[name] for name in self.figures & given.keys()}
