@@ -141,7 +141,9 @@ class RewardsConfig:
         "metrics that no reward or floor is made of, which are refused, reported to see a reward hacked",
     )
     server: str = option("", "URL that also scores samples: its rewards may be named in weights")
-    patience_s: float = option(600.0, "how long a server that fails is asked again before a sample counts as failed")
+    patience_s: float = option(
+        600.0, "how long a server or judge that is away is asked again before samples count as failed, once an outage"
+    )
 
 
 @dataclass
@@ -171,7 +173,7 @@ class NFTConfig:
         "training.workers.max_failures times a round",
     )
     gpus: float = option(0.0, "GPUs of each; 0 generates on CPUs")
-    cpus: int = option(1, "CPUs of each")
+    cpus: int = option(1, "CPUs of each, and results of a prompt that it scores at once")
 
     def scale_of(self, repeat: int) -> float:
         """The guidance scale of a prompt's result number ``repeat``."""
