@@ -206,7 +206,8 @@ def _deciding(run: TrainingRun, policy: Path) -> dict[str, Any]:
         for name, value in dataclasses.asdict(values).items()
         if f"{section}.{name}" not in DECIDES_NOTHING
     }
-    digests = {url: dataset.digest for url, dataset in zip(config.data.shards, run.datasets, strict=True)}
+    # Shards may have moved.
+    digests = [dataset.digest for dataset in run.datasets]
     training = config.training
     seeds = {"training.seed": training.seed, "training.split": training.split}
     mixture = {"training.mixture": {"tasks": training.mixture.tasks, "datasets": training.mixture.datasets}}

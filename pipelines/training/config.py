@@ -182,6 +182,7 @@ class NFTConfig:
     def check(self) -> None:
         """Raise UserError for rounds without samples or comparisons."""
         least = {"rounds": 1, "prompts": 1, "repeats": 2, "steps_per_round": 1, "sampler_steps": 1, "actors": 1}
+        least |= {"cpus": 1, "gpus": 0}
         for key, value in least.items():
             if getattr(self, key) < value:
                 raise UserError(f"prefer.nft.{key}={getattr(self, key)}: must be at least {value}")

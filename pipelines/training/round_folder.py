@@ -155,10 +155,18 @@ class RoundDataset:
     Args:
         folder: The round's folder.
         open_parent: Opens a dataset of the run by URL.
+
+    Raises:
+        UserError: for a round of an earlier version.
     """
 
     def __init__(self, folder: str | Path, open_parent: Callable[[str], Any] = ShardDataset.open):
         self.folder, self._open_parent = Path(folder), open_parent
+        if any((self.folder / "results").glob("*.json")):
+            raise UserError(
+                f"{self.folder}: made by an earlier version, which kept the results of all datasets together; remove "
+                "the round, and it is made again"
+            )
         self.facts = json.loads((self.folder / ROUND_FILE).read_text())
         self.index = pq.read_table(self.folder / INDEX_FILE)
 

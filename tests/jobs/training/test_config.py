@@ -61,3 +61,18 @@ def test_what_is_not_rewarded_may_be_watched(overrides):
     config = job_config(PreferJobConfig, "prefer", [*ROUNDS, *overrides])
     config.check()
     assert config.rewarder().measured >= set(config.prefer.rewards.watched)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.mixture.tasks.video_edit=2", r"^training.mixture.tasks.video_edit=2.0: rounds ask all edits alike"),
+        ("training.mixture.datasets.own=0.5", r"^training.mixture.datasets.own=0.5: rounds ask all edits alike"),
+        ("prefer.nft.cpus=0", r"^prefer.nft.cpus=0: must be at least 1$"),
+        ("prefer.nft.gpus=-1", r"^prefer.nft.gpus=-1.0: must be at least 0$"),
+    ],
+)
+def test_what_rounds_cannot_do_is_refused(override, message):
+    job_config(PreferJobConfig, "prefer", [*ROUNDS, "training.mixture.tasks.video_edit=0"]).check()
+    with pytest.raises(UserError, match=message):
+        job_config(PreferJobConfig, "prefer", [*ROUNDS, override]).check()

@@ -255,6 +255,9 @@ def test_two_datasets_may_have_a_key_in_common(tmp_path):
     assert [row["key"] for row in rows] == ["a-d0-r0-0", "a-d0-r0-1", "a-d1-r0-0", "a-d1-r0-1", "b-r0-0", "b-r0-1"]
     made = [dataset.read(place).tensors["target"]["mean.0"] for place in (0, 2)]
     assert not torch.equal(*made)
+    (tmp_path / "results/a.json").write_text("{}")
+    with pytest.raises(UserError, match=r"made by an earlier version.*remove the round"):
+        RoundDataset(tmp_path)
 
 
 @pytest.mark.parametrize("kind", [NFTRecipe, SourcePreferenceRecipe])
